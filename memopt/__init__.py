@@ -1,0 +1,36 @@
+"""memopt: the fastest file that still gives the right answers, on the device at hand.
+
+>>> import memopt
+>>> memopt.__version__.count(".")
+2
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ArrowEngine", "Bundle", "__version__", "open_bundle"]
+
+if TYPE_CHECKING:
+    from memopt.bundle import Bundle, open_bundle
+    from memopt.runtimes.engine import ArrowEngine
+
+_HOMES = {
+    "ArrowEngine": "memopt.runtimes.engine",
+    "Bundle": "memopt.bundle",
+    "open_bundle": "memopt.bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that `import memopt` costs nothing (PEP 562).
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'memopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

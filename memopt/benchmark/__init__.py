@@ -1,0 +1,1 @@
+"""Measure variants side by side and show the result."""

@@ -1,0 +1,292 @@
+"""A bundle: a model directory in the ecosystem's layout plus the ``memopt.json`` manifest.
+
+The manifest is the only state. It is plain JSON, written whole and renamed into place under a
+lock, so that two commands on one bundle never lose each other's entry.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from memopt.errors import BundleError
+from memopt.files import atomic_path, sha256_file
+from memopt.registry import nearest
+
+MANIFEST = "memopt.json"
+FORMAT_VERSION = 1
+TASKS = ("embedding", "image-embedding", "audio-embedding", "text-generation")
+MODALITIES = ("text", "image", "audio")
+POOLINGS = ("mean", "cls", "max", "last", "model", "none")
+FORMATS = ("onnx", "openvino")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "nf4")
+
+
+def _one_of(field_name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BundleError(f"{field_name} {value!r} is not allowed", fix=nearest(value, allowed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One runnable graph of a bundle.
+
+    ``check`` is the exporter's numerical check against torch, ``validation`` the quality record of
+    a quantized variant, ``benchmark`` the last measurement; all three are plain JSON objects.
+    ``passed`` is False for a variant that was kept although it failed its gate: the engine never
+    picks such a variant by itself.
+    """
+
+    name: str
+    format: str
+    precision: str
+    file: str  # the graph, relative to the bundle
+    companions: tuple[str, ...] = ()  # files the graph needs beside it (.bin, external data)
+    target: str = "any"  # any | cpu | openvino | gpu: where this graph is meant to run
+    fused: bool = False  # uses operators of one runtime only
+    method: str = "export"
+    inputs: tuple[str, ...] = ()
+    output: str = "sentence_embedding"
+    options: Mapping[str, str] = field(default_factory=dict)  # passed to the runtime at open
+    passed: bool = True
+    check: Mapping[str, Any] | None = None
+    validation: Mapping[str, Any] | None = None
+    benchmark: Mapping[str, Any] | None = None
+    recipe: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("format", self.format, FORMATS)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name in (self.file, *self.companions):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BundleError(f"variant file {name!r} points outside the bundle")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What ``memopt.json`` says; see docs/architecture.md for each field."""
+
+    name: str
+    task: str
+    modality: str
+    architecture: str
+    model_type: str
+    pooling: str = "none"
+    normalize: bool = False
+    max_length: int | None = None
+    dimension: int | None = None
+    source: str = ""
+    format_version: int = FORMAT_VERSION
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sha256, bytes
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # machine key -> tuned choice
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, TASKS)
+        _one_of("modality", self.modality, MODALITIES)
+        _one_of("pooling", self.pooling, POOLINGS)
+
+    def to_json(self) -> str:
+        """Return the manifest as indented JSON, keys in field order."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, origin: str) -> Manifest:
+        """Parse a manifest; ``origin`` names the file in errors.
+
+        Raises:
+            BundleError: not JSON, an unknown or missing key, or a newer format version.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{origin} is not valid JSON ({error})") from error
+        if not isinstance(raw, dict):
+            raise BundleError(f"{origin} is not a JSON object")
+        version = raw.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise BundleError(
+                f"{origin} has format version {version!r}, this memopt reads {FORMAT_VERSION}",
+                fix="upgrade memopt",
+            )
+        try:
+            variants = {
+                key: Variant(**_tupled(Variant, value))
+                for key, value in raw.pop("variants", {}).items()
+            }
+            return cls(**{**_tupled(cls, raw), "variants": variants})
+        except (TypeError, AttributeError) as error:
+            raise BundleError(f"{origin} has a wrong or missing key: {error}") from error
+
+
+def _tupled(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    tuples = {f.name for f in fields(cls) if str(f.type).startswith("tuple")}
+    return {key: tuple(value) if key in tuples else value for key, value in raw.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its folder and the manifest as it was when opened."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def weights(self) -> Path:
+        """The float weight file (schema V1)."""
+        return self.path / "weights.parquet"
+
+    def file(self, variant: Variant) -> Path:
+        """Return the graph file of ``variant``."""
+        return self.path / variant.file
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant called ``name``.
+
+        Raises:
+            BundleError: there is none; the message lists those there are.
+        """
+        if name not in self.manifest.variants:
+            known = self.manifest.variants
+            fix = nearest(name, known) if known else f"run: memopt export {self.path}"
+            raise BundleError(f"bundle {self.path} has no variant {name!r}", fix=fix)
+        return self.manifest.variants[name]
+
+    def config(self) -> dict[str, Any]:
+        """Return the parsed ``config.json``."""
+        return read_json(self.path / "config.json")
+
+    def update(self, change: Callable[[Manifest], Manifest]) -> Bundle:
+        """Apply ``change`` to the manifest on disk, under a lock, and return the bundle anew."""
+        with _locked(self.path):
+            current = open_bundle(self.path).manifest
+            changed = change(current)
+            with atomic_path(self.path / MANIFEST) as path:
+                path.write_text(changed.to_json(), encoding="utf-8")
+        return Bundle(self.path, changed)
+
+    def add_variants(self, *variants: Variant, event: Mapping[str, Any]) -> Bundle:
+        """Record variants whose files are already in place, with their hashes and one event."""
+        names = {n for v in variants for n in (v.file, *v.companions)}
+        hashed = {name: file_record(self.path / name) for name in sorted(names)}
+
+        def change(manifest: Manifest) -> Manifest:
+            return replace(
+                manifest,
+                variants={**manifest.variants, **{v.name: v for v in variants}},
+                files={**manifest.files, **hashed},
+                history=(*manifest.history, stamp(event)),
+            )
+
+        return self.update(change)
+
+    def add_files(self, *names: str, event: Mapping[str, Any]) -> Bundle:
+        """Record plain files (weights, reports) with their hashes and one event."""
+        hashed = {name: file_record(self.path / name) for name in names}
+        return self.update(
+            lambda m: replace(m, files={**m.files, **hashed}, history=(*m.history, stamp(event)))
+        )
+
+    def verify(self) -> list[str]:
+        """Recompute every SHA-256; return one line per file that is missing or differs."""
+        problems = []
+        for name, record in sorted(self.manifest.files.items()):
+            path = self.path / name
+            if not path.is_file():
+                problems.append(f"{name}: missing")
+            elif sha256_file(path) != record["sha256"]:
+                problems.append(f"{name}: SHA-256 differs from the manifest")
+        return problems
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open the bundle in folder ``path``, or the built bundle ``models/<path>``.
+
+    Raises:
+        BundleError: there is no such folder, no manifest in it, or the manifest is damaged.
+
+    >>> open_bundle("/nowhere")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.BundleError: no bundle at '/nowhere'; run: memopt convert SOURCE -o /nowhere
+    """
+    folder = find_bundle(path)
+    if folder is None:
+        raise BundleError(
+            f"no bundle at {str(path)!r}", fix=f"run: memopt convert SOURCE -o {path}"
+        )
+    origin = folder / MANIFEST
+    try:
+        text = origin.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{origin} is not UTF-8 text ({error})") from error
+    return Bundle(folder, Manifest.from_json(text, origin=str(origin)))
+
+
+def find_bundle(path: str | Path) -> Path | None:
+    """Return the bundle folder that ``path`` names (itself, or ``models/<path>``), if any."""
+    candidates = [Path(path)]
+    if Path(path).name == str(path):
+        candidates.append(Path("models") / path)
+    return next((c for c in candidates if (c / MANIFEST).is_file()), None)
+
+
+def create_bundle(folder: Path, manifest: Manifest) -> Bundle:
+    """Write the first manifest into ``folder`` and hash every file that is there."""
+    names = sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and _counts(p, folder)
+    )
+    whole = replace(manifest, files={name: file_record(folder / name) for name in names})
+    with atomic_path(folder / MANIFEST) as path:
+        path.write_text(whole.to_json(), encoding="utf-8")
+    return Bundle(folder, whole)
+
+
+def _counts(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts) and (
+        path.name != MANIFEST
+    )
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Return ``{"sha256": ..., "bytes": ...}`` of a file."""
+    return {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+
+
+def stamp(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the UTC time to a history event; ``SOURCE_DATE_EPOCH`` makes it reproducible."""
+    now = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)), **event}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of the bundle.
+
+    Raises:
+        BundleError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    return value
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # flock is released by the kernel when a process dies, so a crash never leaves a stale lock.
+    with (folder / ".memopt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

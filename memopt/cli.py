@@ -1,0 +1,89 @@
+"""The ``memopt`` command: a table of commands, and the only place that prints errors.
+
+Exit codes: 0 done, 1 the work failed (any MemoptError, a full disk), 2 wrong usage or
+configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from memopt import __version__
+from memopt.errors import MemoptError
+
+# Each module has an attribute of the command's name (a function) or `app` (a group). The modules
+# import typer only; the library behind a command is imported inside the command.
+COMMANDS: tuple[str, ...] = ()
+
+app = typer.Typer(
+    name="memopt",
+    help="Turn a model into the fastest file that still gives the right answers, and run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"memopt {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback when a command fails.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["MEMOPT_DEBUG"] = "1"
+
+
+def _register() -> None:
+    for name in COMMANDS:
+        module = importlib.import_module(f"memopt.commands.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(getattr(module, name))
+
+
+_register()
+
+
+def main() -> None:
+    """Run the command line and turn every expected failure into one line and an exit code."""
+    try:
+        app()
+    except MemoptError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"no space left on the disk{where}; free some and run the command again", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left half-written", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    if os.environ.get("MEMOPT_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)

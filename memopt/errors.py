@@ -1,0 +1,82 @@
+"""The exceptions memopt raises, all in one place.
+
+    MemoptError
+    ├── ExportError          a model that cannot be turned into a right graph
+    ├── QuantizationError    a quantized variant that cannot be built or fails its gate
+    ├── DeviceError          a provider that cannot be opened or died
+    ├── WeightsError         a weight file or checkpoint that cannot be trusted
+    ├── BundleError          a bundle or its manifest that is missing, damaged or incomplete
+    ├── ConsolidationError   a memory store or its lifecycle
+    ├── SyncError            the weight-sync protocol
+    ├── InputError           data given to encode, embed, calibrate (also a ValueError)
+    ├── ConfigurationError   a setting, flag or YAML key (also a ValueError)
+    └── MissingExtra         an optional dependency that is not installed (also an ImportError)
+
+Every message says what was wrong, with the value; ``fix`` says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class MemoptError(Exception):
+    """Base of every error memopt raises on purpose.
+
+    Args:
+        problem: what was wrong, naming the offending value.
+        fix: what the reader can do about it, one sentence.
+
+    >>> str(MemoptError("no file 'x'", fix="check the path"))
+    "no file 'x'; check the path"
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, fix: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
+
+
+class ExportError(MemoptError):
+    """A model could not be exported, or the exported graph gave different answers."""
+
+
+class QuantizationError(MemoptError):
+    """A quantized variant could not be built or did not pass its quality gate."""
+
+
+class DeviceError(MemoptError, RuntimeError):
+    """A provider is unknown, unusable, or failed while running."""
+
+
+class WeightsError(MemoptError):
+    """A weight file or checkpoint is missing, truncated, inconsistent or unsafe to read."""
+
+
+class BundleError(MemoptError):
+    """A bundle is missing, damaged, or lacks the variant asked for."""
+
+
+class ConsolidationError(MemoptError):
+    """The memory store or its consolidation could not do what was asked."""
+
+
+class SyncError(MemoptError):
+    """A weight-sync message, signature, peer or transfer was refused."""
+
+
+class InputError(MemoptError, ValueError):
+    """An input (text, image, audio, calibration file) cannot be used."""
+
+
+class ConfigurationError(MemoptError, ValueError):
+    """A setting has an unknown key, a wrong type or a value out of range."""
+
+    exit_code = 2
+
+
+class MissingExtra(MemoptError, ImportError):
+    """An optional dependency is needed and not installed."""

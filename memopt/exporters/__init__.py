@@ -1,0 +1,1 @@
+"""Weights and config to a checked graph: ONNX and OpenVINO."""

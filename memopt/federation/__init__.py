@@ -1,0 +1,1 @@
+"""Adapter weights as signed deltas over Arrow Flight."""

@@ -1,0 +1,90 @@
+"""Files that are either whole or not there: write beside, flush, rename into place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# 1 MiB reads keep hashing bound by SHA-256 itself, not by system calls.
+_HASH_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a temporary path in ``target``'s folder; rename it onto ``target`` on success.
+
+    On any exception, Ctrl-C and a full disk included, the temporary file is removed and the
+    old ``target`` is left as it was.
+
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> with atomic_path(folder / "a.txt") as path:
+    ...     _ = path.write_text("whole")
+    >>> (folder / "a.txt").read_text()
+    'whole'
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    path = Path(name)
+    try:
+        yield path
+        _sync(path)
+        # mkstemp makes the file private (0600); a finished file follows the umask like any other.
+        path.chmod(0o666 & ~_umask())
+        path.replace(target)
+        _sync(target.parent)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder inside ``parent`` that is always removed at the end.
+
+    Write several files into it, check them, then :func:`publish` those that belong together.
+    """
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Flush ``staged`` (a file on the same file system) and rename it onto ``target``."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sync(staged)
+    staged.replace(target)
+    _sync(target.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""A durable multimodal memory: store, joint space, retrieval, lifecycle, privacy."""

@@ -1,0 +1,37 @@
+"""A registry is a visible table of strings, imported on use."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row of a registry: where the thing lives and what it is, in one line."""
+
+    name: str
+    target: str  # "package.module:attribute"
+    summary: str
+    extra: str | None = None
+
+    def load(self) -> Any:
+        """Import the module and return the attribute."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return a "did you mean" sentence for an unknown ``name``, or the list of known names.
+
+    >>> nearest("opnvino", ["onnx", "openvino"])
+    "did you mean 'openvino'?"
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "known: " + ", ".join(names)

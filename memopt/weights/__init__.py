@@ -1,0 +1,1 @@
+"""Weights in Parquet: schemas V1 (float) and V2 (quantized), reader, writer, conversion."""
