@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +20,10 @@ from memopt.errors import MemoptError
 
 # Each module has an attribute of the command's name (a function) or `app` (a group). The modules
 # import typer only; the library behind a command is imported inside the command.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = (
+    "info",
+    "config",
+)
 
 app = typer.Typer(
     name="memopt",
@@ -44,10 +48,15 @@ def _options(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML settings [default: ./memopt.yaml].")
+    ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show a traceback when a command fails.")
     ] = False,
 ) -> None:
+    if config:
+        os.environ["MEMOPT_CONFIG"] = str(config)
     if debug:
         os.environ["MEMOPT_DEBUG"] = "1"
 

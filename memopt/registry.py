@@ -27,7 +27,7 @@ class Entry:
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """Return a "did you mean" sentence for an unknown ``name``, or the list of known names.
 
-    >>> nearest("opnvino", ["onnx", "openvino"])
+    >>> nearest("opnvino", ["cpu", "openvino"])
     "did you mean 'openvino'?"
     """
     names = list(known)

@@ -1,0 +1,70 @@
+"""``memopt config show|check|init``: the settings in force, a check of a file, a fresh file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Show, check or write the settings.", no_args_is_help=True)
+
+FileOption = Annotated[
+    Path | None, typer.Option("--file", "-f", help="YAML file [default: ./memopt.yaml if there].")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value; wins over everything.")
+]
+
+
+def _merge(assignments: list[str] | None) -> dict[str, Any]:
+    from memopt.config import parse_assignment
+
+    merged: dict[str, Any] = {}
+    for text in assignments or []:
+        for section, keys in parse_assignment(text).items():
+            merged.setdefault(section, {}).update(keys)
+    return merged
+
+
+@app.command()
+def show(
+    file: FileOption = None,
+    assignments: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print every setting in force: file, then environment, then --set."""
+    from memopt.config import as_yaml, load_config
+
+    config = load_config(file, _merge(assignments))
+    if as_json:
+        typer.echo(json.dumps(config.model_dump(mode="json"), indent=1))
+    else:
+        typer.echo(as_yaml(config), nl=False)
+
+
+@app.command()
+def check(file: FileOption = None, assignments: SetOption = None) -> None:
+    """Say whether the settings are valid; exit 2 and name the key when they are not."""
+    from memopt.config import load_config
+
+    load_config(file, _merge(assignments))
+    typer.echo("configuration is valid")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("memopt.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a file with every setting at its default."""
+    from memopt.config import OptimizationConfig, as_yaml
+    from memopt.errors import ConfigurationError
+    from memopt.files import atomic_path
+
+    if path.exists() and not force:
+        raise ConfigurationError(f"{path} exists", fix="choose another name or add --force")
+    with atomic_path(path) as temporary:
+        temporary.write_text(as_yaml(OptimizationConfig.model_construct()), encoding="utf-8")
+    typer.echo(f"wrote {path}")

@@ -1,0 +1,109 @@
+"""``memopt info``: the manifest as tables; ``--verify`` recomputes every hash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memopt.bundle import Bundle, Variant
+
+
+def info(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute every SHA-256; exit 1 when one differs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a bundle holds: variants, sizes, checks, hashes, history."""
+    from memopt.bundle import open_bundle
+    from memopt.errors import BundleError
+
+    opened = open_bundle(bundle)
+    problems = opened.verify() if verify else []
+    if as_json:
+        document: dict[str, Any] = json.loads(opened.manifest.to_json())
+        document["path"] = str(opened.path)
+        if verify:
+            document["problems"] = problems
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _print(opened, verified=verify and not problems)
+    if problems:
+        raise BundleError(
+            f"{opened.path} does not match its manifest: " + ", ".join(problems),
+            fix="convert and export it again",
+        )
+
+
+def _print(bundle: Bundle, *, verified: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    # Piped output keeps whole rows; a terminal wraps at its own width.
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    m = bundle.manifest
+    console.print(
+        f"{m.name}: {m.architecture} ({m.model_type}), {m.task}, dimension {m.dimension}, "
+        f"pooling {m.pooling}, normalize {m.normalize}, max length {m.max_length}\n"
+        f"from {m.source}"
+    )
+    variants = Table("variant", "file", "MB", "passed", "export check", "validation", "speed")
+    chosen = {c.get("variant") for c in m.chosen.values()}
+    for variant in m.variants.values():
+        variants.add_row(
+            variant.name + (" *" if variant.name in chosen else ""),
+            variant.file,
+            f"{_size(bundle, variant) / 1e6:.1f}",
+            "yes" if variant.passed else "NO",
+            _check(variant.check),
+            _validation(variant.validation),
+            _speed(variant.benchmark),
+        )
+    console.print(variants)
+    if chosen:
+        console.print("* chosen by memopt optimize")
+    files = Table("file", "bytes", "sha256" + (" (verified)" if verified else ""))
+    for name, record in m.files.items():
+        files.add_row(name, f"{record['bytes']:,}", record["sha256"])
+    console.print(files)
+    history = Table("when", "what", "details")
+    for event in m.history:
+        rest = {k: v for k, v in event.items() if k not in ("at", "event") and v not in (None, [])}
+        details = ", ".join(f"{k}={_short(v)}" for k, v in rest.items())
+        history.add_row(str(event.get("at", "")), str(event.get("event", "")), details)
+    console.print(history)
+
+
+def _size(bundle: Bundle, variant: Variant) -> int:
+    files = bundle.manifest.files
+    return sum(files.get(n, {}).get("bytes", 0) for n in (variant.file, *variant.companions))
+
+
+def _check(check: Any) -> str:
+    if not check:
+        return "-"
+    return f"cosine {check['min_cosine']:.7f}, max error {check['max_abs_error']:.1e}"
+
+
+def _validation(record: Any) -> str:
+    if not record:
+        return "-"
+    named = (("min", "cosine_min"), ("mean", "cosine_mean"), ("spearman", "spearman"))
+    parts = [f"{label} {record[key]:.4f}" for label, key in named if record.get(key) is not None]
+    if record.get("perplexity") is not None:
+        parts.append(f"ppl {record['perplexity']:.2f}")
+    return ", ".join(parts) or "-"
+
+
+def _speed(record: Any) -> str:
+    return f"{record['items_per_second']:,.0f}/s" if record else "-"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
