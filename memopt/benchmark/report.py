@@ -1,0 +1,94 @@
+"""A benchmark run as a rich table and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memopt import charts
+from memopt.benchmark.runner import BenchmarkMetrics, ratio
+from memopt.files import atomic_path
+
+HEADER = (
+    "contender",
+    "items/s",
+    "vs first",
+    "p50 ms",
+    "p95 ms",
+    "p99 ms",
+    "load s",
+    "first vector s",
+    "RSS MB",
+    "model RSS MB",
+    "cosine min",
+)
+
+
+def rows(records: Sequence[BenchmarkMetrics]) -> list[list[str]]:
+    """Return one row of formatted cells per record, ratios against the first record."""
+    reference = records[0]
+    lines = []
+    for record in records:
+        against = ratio(record, reference)
+        lines.append(
+            [
+                record.label,
+                f"{record.items_per_second:,.0f}",
+                f"{against.median:.2f}x [{against.low:.2f}, {against.high:.2f}]",
+                f"{record.latency_ms_p50:.2f}",
+                f"{record.latency_ms_p95:.2f}",
+                f"{record.latency_ms_p99:.2f}",
+                f"{record.load_seconds:.2f}",
+                f"{record.first_vector_seconds:.2f}",
+                f"{record.rss_mb:.0f}",
+                f"{record.rss_increase_mb:.0f}",
+                "-" if record.cosine_min is None else f"{record.cosine_min:.5f}",
+            ]
+        )
+    return lines
+
+
+def table(records: Sequence[BenchmarkMetrics]) -> Any:
+    """Return a rich table of a run; cosines are against the first contender."""
+    from rich.table import Table
+
+    made = Table(*HEADER, title=f"{records[0].items} inputs, medians of paired rounds")
+    for line in rows(records):
+        made.add_row(*line)
+    return made
+
+
+def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
+    """Write the run as one HTML file with bar charts, the table and the circumstances."""
+    best = max(records, key=lambda r: r.items_per_second).label
+    single = min(records, key=lambda r: r.latency_ms_p50).label
+    circumstances = {**records[0].hardware, **records[0].versions}
+    html = charts.page(
+        "memopt benchmark",
+        [
+            (
+                "Throughput",
+                charts.bars(
+                    [(r.label, r.items_per_second) for r in records], "items/s", highlight=best
+                ),
+            ),
+            (
+                "Single input, p50",
+                charts.bars([(r.label, r.latency_ms_p50) for r in records], "ms", highlight=single),
+            ),
+            (
+                "Resident memory after the run",
+                charts.bars([(r.label, r.rss_mb) for r in records], "MB"),
+            ),
+            ("Numbers", charts.table(HEADER, rows(records))),
+            ("Machine and versions", charts.table(("what", "value"), list(circumstances.items()))),
+        ],
+        note=(
+            f"{records[0].items} inputs, {len(records[0].rounds_seconds)} alternating rounds; "
+            "ratios are medians of paired rounds with a 95 % bootstrap interval, against the "
+            "first row; cosines are against the first row too."
+        ),
+    )
+    with atomic_path(target) as path:
+        path.write_text(html, encoding="utf-8")

@@ -1,0 +1,178 @@
+"""One contender of a benchmark in its own process; run by path, so it needs no memopt installed.
+
+It reads one JSON command per line from stdin and answers with one JSON line on stdout:
+``open``, ``encode`` (all inputs, timed), ``single`` (one input at a time, each timed), ``memory``.
+Inputs travel as a file once, vectors come back as ``.npy``, so that pipes carry numbers only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Standard output is the protocol; whatever a library prints goes to standard error.
+_PROTOCOL = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+Encode = Callable[[list[Any]], Any]
+
+
+def open_memopt(spec: dict[str, Any]) -> Encode:
+    """memopt's own engine."""
+    from memopt import ArrowEngine
+
+    engine = ArrowEngine(
+        spec["path"], device=spec.get("device", "auto"), variant=spec.get("variant", "auto")
+    )
+    if engine.events:
+        raise RuntimeError(f"fell back: {engine.events[0]}")
+    return lambda inputs: engine.encode(inputs)
+
+
+def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
+    """sentence-transformers with its torch, onnx or openvino backend, batch size 32 (default)."""
+    from sentence_transformers import SentenceTransformer
+
+    arguments: dict[str, Any] = {"device": "cpu", "backend": spec.get("backend", "torch")}
+    if spec.get("file_name"):
+        arguments["model_kwargs"] = {"file_name": spec["file_name"]}
+    if spec.get("provider"):
+        arguments.setdefault("model_kwargs", {})["provider"] = spec["provider"]
+    model = SentenceTransformer(spec["path"], **arguments)
+    return lambda inputs: model.encode(inputs, show_progress_bar=False)
+
+
+def open_fastembed(spec: dict[str, Any]) -> Encode:
+    """fastembed's custom-model path on the bundle's own ONNX file."""
+    import numpy as np
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+
+    name = "memopt/bundle"
+    pooling = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS}[spec.get("pooling", "mean")]
+    TextEmbedding.add_custom_model(
+        model=name,
+        pooling=pooling,
+        normalization=spec.get("normalize", True),
+        sources=ModelSource(hf=name),
+        dim=spec["dimension"],
+        model_file=spec.get("file_name", "onnx/model.onnx"),
+    )
+    model = TextEmbedding(name, specific_model_path=spec["path"])
+    return lambda inputs: np.stack(list(model.embed(inputs)))
+
+
+def open_optimum(spec: dict[str, Any]) -> Encode:
+    """optimum's ONNX Runtime model class with transformers' tokenizer, batches of 32."""
+    import numpy as np
+    from optimum.onnxruntime import ORTModelForFeatureExtraction
+    from transformers import AutoTokenizer
+
+    model = ORTModelForFeatureExtraction.from_pretrained(
+        spec["path"], subfolder="onnx", file_name="model.onnx"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(spec["path"])
+
+    def encode(inputs: list[str]) -> Any:
+        rows = []
+        for start in range(0, len(inputs), 32):
+            batch = tokenizer(
+                inputs[start : start + 32],
+                padding=True,
+                truncation=True,
+                max_length=spec.get("max_length", 256),
+                return_tensors="np",
+            )
+            hidden = np.asarray(model(**batch).last_hidden_state)
+            mask = batch["attention_mask"][..., None].astype(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / np.maximum(mask.sum(1), 1e-9)
+            rows.append(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+        return np.concatenate(rows)
+
+    return encode
+
+
+OPENERS: dict[str, Callable[[dict[str, Any]], Encode]] = {
+    "memopt": open_memopt,
+    "sentence-transformers": open_sentence_transformers,
+    "fastembed": open_fastembed,
+    "optimum": open_optimum,
+}
+
+
+def load_inputs(path: str) -> list[Any]:
+    """Read the inputs: a JSON list of texts, or an .npy array of images or waveforms."""
+    if path.endswith(".npy"):
+        import numpy as np
+
+        return list(np.load(path))
+    with open(path, encoding="utf-8") as file:
+        inputs: list[Any] = json.load(file)
+    return inputs
+
+
+def memory() -> dict[str, float]:
+    """Resident and proportional set size in MB (PSS counts a page shared by n processes 1/n)."""
+    values = {"rss_mb": 0.0, "pss_mb": 0.0, "anonymous_mb": 0.0}
+    names = {"Rss:": "rss_mb", "Pss:": "pss_mb", "Anonymous:": "anonymous_mb"}
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        for line in file:
+            name, *rest = line.split()
+            if name in names:
+                values[names[name]] = int(rest[0]) / 1024
+    return values
+
+
+def main() -> None:
+    """Answer commands until stdin closes."""
+    spec = json.loads(sys.argv[1])
+    encode: Encode | None = None
+    inputs: list[Any] = []
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer: dict[str, Any] = {}
+        try:
+            if command["do"] == "open":
+                inputs = load_inputs(command["inputs"])
+                # numpy is loaded before the clock starts: every contender needs it alike.
+                import numpy as np
+
+                before = memory()
+                begin = time.perf_counter()
+                encode = OPENERS[spec["kind"]](spec)
+                opened = time.perf_counter()
+                encode(inputs[:1])
+                first = time.perf_counter()
+                answer = {
+                    "load_seconds": opened - begin,
+                    "first_vector_seconds": first - begin,
+                    "base": before,
+                }
+            elif command["do"] == "encode":
+                assert encode is not None
+                begin = time.perf_counter()
+                vectors = encode(inputs)
+                answer = {"seconds": time.perf_counter() - begin}
+                if command.get("out"):
+                    np.save(command["out"], np.asarray(vectors, dtype=np.float32))
+            elif command["do"] == "single":
+                assert encode is not None
+                times = []
+                for item in inputs[: command["count"]]:
+                    begin = time.perf_counter()
+                    encode([item])
+                    times.append(time.perf_counter() - begin)
+                answer = {"times": times}
+            elif command["do"] == "memory":
+                answer = memory()
+        except Exception as error:  # noqa: BLE001 - the parent reports it for this contender
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        _PROTOCOL.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
