@@ -139,6 +139,7 @@ def run(
     rounds: int = 5,
     singles: int = 200,
     on_step: Callable[[str], None] | None = None,
+    vectors: dict[str, np.ndarray[Any, Any]] | None = None,
 ) -> list[BenchmarkMetrics]:
     """Measure every contender on the same inputs in one run.
 
@@ -148,6 +149,7 @@ def run(
         rounds: timed passes over all inputs per contender, after one that warms up.
         singles: how many inputs are also encoded one at a time, for the latency percentiles.
         on_step: called with a line before each step, for a progress display.
+        vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
 
     Returns:
         One record per contender, in order, sharing a ``run_id``.
@@ -169,12 +171,14 @@ def run(
             stack.callback(worker.close)
             workers.append(worker)
             opened.append(worker.ask(do="open", inputs=str(file)))
-        vectors = []
+        embeddings = []
         for index, worker in enumerate(workers):
             say(f"warm up {worker.contender.label}")
             out = Path(folder) / f"{index}.npy"
             worker.ask(do="encode", out=str(out))
-            vectors.append(np.load(out))
+            embeddings.append(np.load(out))
+            if vectors is not None:
+                vectors[worker.contender.label] = embeddings[-1]
         seconds: list[list[float]] = [[] for _ in workers]
         for number in range(rounds):
             order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
@@ -189,7 +193,7 @@ def run(
     run_id = uuid.uuid4().hex[:12]
     records = []
     for index, contender in enumerate(contenders):
-        cosines = _cosines(vectors[0], vectors[index])
+        cosines = _cosines(embeddings[0], embeddings[index])
         p50, p95, p99 = (float(v) for v in np.percentile(latencies[index], (50, 95, 99)))
         records.append(
             BenchmarkMetrics(

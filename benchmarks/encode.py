@@ -1,0 +1,97 @@
+"""Sentences per second and single-sentence latency, beside sentence-transformers, in one run.
+
+    python benchmarks/encode.py [--peers] [--rounds 7] [--bundle models/minilm]
+
+Uses the 3,000 sentences of ../shared/data/stsb-en-dev.csv when they are there, else seeded ones.
+Every contender is a process with all cores; rounds alternate; ratios are of paired rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from memopt.benchmark import report
+from memopt.benchmark.bench import peer_model
+from memopt.benchmark.peers import PEERS, Contender, peer_contenders, peer_python
+from memopt.benchmark.runner import ratio, run
+from memopt.benchmark.workload import default_inputs, read_texts
+from memopt.bundle import Bundle, open_bundle
+from memopt.exporters.base import export
+from memopt.runtimes.cpu import cpu_features
+from memopt.weights.convert import resolve
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "stsb-en-dev.csv"
+
+
+def prepared(name: str) -> Bundle:
+    """Open the bundle, with the float variants exported."""
+    bundle = resolve(name)
+    for wanted, format_, precision in (
+        ("onnx-fp32", "onnx", "fp32"),
+        ("openvino-fp32", "openvino", "fp32"),
+        ("openvino-bf16", "openvino", "bf16"),
+    ):
+        if wanted not in open_bundle(bundle.path).manifest.variants:
+            export(open_bundle(bundle.path), format=format_, precision=precision)
+    return open_bundle(bundle.path)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", default="minilm")
+    parser.add_argument("--peers", action="store_true", help="also the packaged peers (own venv)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+
+    bundle = prepared(options.bundle)
+    texts = (
+        read_texts(DATA, options.count)
+        if DATA.is_file()
+        else default_inputs(bundle.manifest, options.count)
+    )
+    python = peer_python()
+    source = peer_model(bundle, python)
+    names = PEERS if options.peers else ("sentence-transformers",)
+    peers = peer_contenders(list(names), bundle, source, python)
+    if not options.peers:
+        peers = [peer for peer in peers if peer.spec.get("backend") == "torch"]
+    wanted = ["onnx-fp32-fused", "openvino-fp32"]
+    if "avx512_bf16" in cpu_features() or "amx_bf16" in cpu_features():
+        wanted.append("openvino-bf16")
+    if bundle.manifest.chosen:
+        wanted.append("auto")
+    ours = [
+        Contender(
+            label=f"memopt {name}",
+            spec={"kind": "memopt", "path": str(bundle.path.absolute()), "variant": name},
+        )
+        for name in wanted
+    ]
+    with Console(stderr=True).status("measuring") as status:
+        records = run([*peers, *ours], texts, rounds=options.rounds, on_step=status.update)
+    if options.report:
+        report.write_html(records, options.report)
+    if options.json:
+        print(json.dumps({r.label: r.items_per_second for r in records}, indent=1))
+        return
+    Console(width=170).print(report.table(records))
+    best_peer = max(records[: len(peers)], key=lambda r: r.items_per_second)
+    best = max(records[len(peers) :], key=lambda r: r.items_per_second)
+    against = ratio(best, best_peer)
+    torch = records[0]
+    print(f"best memopt: {best.label}, best peer: {best_peer.label}")
+    print(f"  throughput ratio {against.median:.2f} [{against.low:.2f}, {against.high:.2f}]")
+    print(f"  against torch    {ratio(best, torch).median:.2f}")
+    print(f"  single p50       {torch.latency_ms_p50 / best.latency_ms_p50:.1f}x faster than torch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Inputs to measure with when the user gives none: seeded, with realistic lengths."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memopt.bundle import Manifest
+from memopt.errors import InputError
+
+# Lengths of the STS benchmark's sentences: median 10 words, log-normal, cut at 60.
+_MEDIAN_WORDS, _SIGMA, _MOST_WORDS = 10, 0.45, 60
+_ONSETS = ("b", "br", "c", "d", "f", "g", "gr", "k", "l", "m", "n", "p", "pl", "r", "s", "st", "t")
+_RIMES = ("a", "an", "ar", "e", "en", "er", "i", "in", "ing", "o", "on", "or", "ow", "u", "un")
+IMAGE_SIZE = 224
+AUDIO_SECONDS, AUDIO_RATE = 30, 16_000
+
+
+def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any]:
+    """Return ``count`` inputs for the bundle's modality, the same for the same seed.
+
+    Text is str; an image is uint8 (224, 224, 3); audio is float32 (480000,), 30 s at 16 kHz.
+
+    >>> from types import SimpleNamespace as N
+    >>> a, b = (default_inputs(N(modality="text"), 3) for _ in range(2))
+    >>> a == b and len(a) == 3
+    True
+    """
+    generator = np.random.default_rng(seed)
+    if manifest.modality == "text":
+        return [_sentence(generator) for _ in range(count)]
+    if manifest.modality == "image":
+        shape = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+        return list(generator.integers(0, 256, shape, dtype=np.uint8))
+    shape = (count, AUDIO_SECONDS * AUDIO_RATE)
+    return list(generator.normal(0, 0.1, shape).astype(np.float32))
+
+
+def read_texts(path: Path, limit: int | None = None) -> list[str]:
+    """Read texts to measure with: every text column of a .csv, lines of .txt, strings of .jsonl.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, or holds no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"no input file {str(path)!r}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if path.suffix == ".csv":
+        cells = [cell for row in csv.reader(text.splitlines()) for cell in row]
+        texts = [cell for cell in cells if cell.strip() and not _is_number(cell)]
+    elif path.suffix == ".jsonl":
+        texts = [_strings(json.loads(line)) for line in text.splitlines() if line.strip()]
+    else:
+        texts = [line for line in text.splitlines() if line.strip()]
+    if not texts:
+        raise InputError(f"{path} holds no text")
+    return texts[:limit]
+
+
+def _strings(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    found: Sequence[Any] = list(value.values()) if isinstance(value, dict) else list(value)
+    return next((item for item in found if isinstance(item, str)), "")
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _sentence(generator: np.random.Generator) -> str:
+    words = round(float(generator.lognormal(np.log(_MEDIAN_WORDS), _SIGMA)))
+    return " ".join(_word(generator) for _ in range(min(max(words, 2), _MOST_WORDS)))
+
+
+def _word(generator: np.random.Generator) -> str:
+    syllables = 1 + int(generator.integers(0, 2))
+    return "".join(
+        _ONSETS[generator.integers(len(_ONSETS))] + _RIMES[generator.integers(len(_RIMES))]
+        for _ in range(syllables)
+    )

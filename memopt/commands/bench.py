@@ -1,0 +1,88 @@
+"""``memopt bench``: measure a bundle's variants, beside peers when asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="Bundle folder, or a name under models/.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", help="Variant to measure; repeatable [default: auto]."),
+    ] = None,
+    all_variants: Annotated[bool, typer.Option("--all", help="Measure every variant.")] = False,
+    device: Annotated[str, typer.Option(help="Device every variant is opened on.")] = "auto",
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", "-i", help=".txt, .csv or .jsonl of texts.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes per contender.")] = 5,
+    singles: Annotated[int, typer.Option(min=1, help="Inputs timed one by one.")] = 200,
+    peers: Annotated[
+        str, typer.Option(help="sentence-transformers,fastembed,optimum: in the same run.")
+    ] = "",
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two records: measure both anew in turn, print the ratio."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with charts.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")] = Path(
+        "benchmark_results"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from memopt.benchmark import bench as measure
+    from memopt.benchmark import report as reports
+    from memopt.benchmark.runner import ratio
+    from memopt.errors import ConfigurationError
+
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        if compare:
+            records = measure.compare(
+                compare[0], compare[1], rounds=rounds, singles=singles, on_step=status.update
+            )
+        elif bundle is None:
+            raise ConfigurationError("no bundle given", fix="memopt bench BUNDLE")
+        else:
+            records = measure.bench(
+                bundle,
+                variants=variant or (None if all_variants else ["auto"]),
+                device=device,
+                inputs=inputs,
+                count=count,
+                rounds=rounds,
+                singles=singles,
+                peers=[name.strip() for name in peers.split(",") if name.strip()],
+                on_step=status.update,
+            )
+    saved = [record.save(output) for record in records]
+    if report:
+        reports.write_html(records, report)
+    if as_json:
+        document: dict[str, object] = {"records": [asdict(record) for record in records]}
+        if compare:
+            document["ratio"] = asdict(ratio(records[1], records[0]))
+        typer.echo(json.dumps(document, indent=1))
+        return
+    Console(width=None if Console().is_terminal else 170).print(reports.table(records))
+    if compare:
+        result = ratio(records[1], records[0])
+        typer.echo(
+            f"{records[1].label} is {result.median:.3f}x as fast as {records[0].label} "
+            f"(95 % interval {result.low:.3f} to {result.high:.3f}, {result.rounds} paired rounds)"
+        )
+    for path in (*saved, *([report] if report else [])):
+        typer.echo(f"wrote {path}")
