@@ -1,0 +1,94 @@
+"""The benchmark runner measures real processes and pairs their rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memopt.benchmark.peers import Contender, peer_contenders
+from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
+from memopt.bundle import Bundle
+from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
+
+TEXTS = [f"sentence number {i} about weather" for i in range(24)]
+
+
+def contender(bundle: Bundle, variant: str, label: str) -> Contender:
+    spec = {"kind": "memopt", "path": str(bundle.path), "variant": variant, "device": "cpu"}
+    return Contender(label=label, spec=spec)
+
+
+@pytest.fixture(scope="module")
+def records(minilm: Bundle) -> list[BenchmarkMetrics]:
+    pair = [
+        contender(minilm, "onnx-fp32", "portable"),
+        contender(minilm, "onnx-fp32-fused", "fused"),
+    ]
+    return run(pair, TEXTS, rounds=3, singles=5)
+
+
+def test_records_hold_what_was_measured(records: list[BenchmarkMetrics]) -> None:
+    """Every figure is there, positive and consistent with the rounds."""
+    for record in records:
+        assert len(record.rounds_seconds) == 3
+        assert record.items == len(TEXTS)
+        median = sorted(record.rounds_seconds)[1]
+        assert record.items_per_second == pytest.approx(len(TEXTS) / median)
+        assert 0 < record.latency_ms_p50 <= record.latency_ms_p95 <= record.latency_ms_p99
+        assert record.rss_mb > record.rss_increase_mb > 0
+        assert record.first_vector_seconds > record.load_seconds > 0
+    assert records[1].cosine_min == pytest.approx(1.0, abs=1e-5)
+    assert records[0].versions["onnxruntime"]
+
+
+def test_a_record_reads_back_and_a_foreign_file_is_refused(
+    records: list[BenchmarkMetrics], tmp_path: Path
+) -> None:
+    """JSON and back is the identity; anything else is one InputError that names the file."""
+    path = records[0].save(tmp_path)
+    assert BenchmarkMetrics.load(path) == records[0]
+    for content in ("", "[]", json.dumps({"label": "x"})):
+        path.write_text(content)
+        with pytest.raises(InputError, match=path.name):
+            BenchmarkMetrics.load(path)
+
+
+def test_the_ratio_of_a_contender_with_itself_is_one(records: list[BenchmarkMetrics]) -> None:
+    """Paired quotients of equal rounds are exactly one, and the interval is a point."""
+    same = ratio(records[0], records[0])
+    assert (same.median, same.low, same.high) == (1.0, 1.0, 1.0)
+    both = ratio(records[0], records[1]).median * ratio(records[1], records[0]).median
+    assert both == pytest.approx(1.0)
+
+
+def test_rounds_of_different_runs_are_not_paired(records: list[BenchmarkMetrics]) -> None:
+    """A ratio of two runs is refused."""
+    other = BenchmarkMetrics(
+        **{name: getattr(records[0], name) for name in records[0].__slots__} | {"run_id": "other"}
+    )
+    with pytest.raises(InputError, match="not paired"):
+        ratio(records[0], other)
+
+
+def test_a_contender_that_fails_is_named(minilm: Bundle) -> None:
+    """The error of the child process comes back with the contender's label."""
+    with pytest.raises(MemoptError, match=r"broken: .*no variant 'nope'"):
+        run([contender(minilm, "nope", "broken")], TEXTS, rounds=1)
+
+
+def test_no_inputs_and_unknown_peers_are_refused(minilm: Bundle) -> None:
+    """Both are one line that says what is wrong."""
+    with pytest.raises(InputError, match="empty"):
+        run([contender(minilm, "auto", "x")], [])
+    with pytest.raises(ConfigurationError, match="did you mean 'fastembed'"):
+        peer_contenders(["fastembed"], minilm, minilm.path, "python")
+
+
+def test_bench_of_a_missing_variant_says_which_there_are(minilm: Bundle) -> None:
+    """The mistake is found before any process is started."""
+    from memopt.benchmark.bench import bench
+
+    with pytest.raises(BundleError, match="did you mean"):
+        bench(minilm.path, variants=["onnx-fp23"])
