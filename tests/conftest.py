@@ -1,4 +1,4 @@
-"""Shared fixtures: the real MiniLM bundle, made once and reused while the code that makes it stays."""
+"""Shared fixtures: the real MiniLM bundle, made once and reused while its code stays."""
 
 from __future__ import annotations
 
