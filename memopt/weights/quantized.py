@@ -1,0 +1,103 @@
+"""A quantized weight: integers, scales, zero points, and the arithmetic that turns it back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from memopt.errors import WeightsError
+from memopt.weights.packing import RANGES
+
+
+def scale_shape(shape: tuple[int, ...], axis: int, group_size: int) -> tuple[int, ...]:
+    """Return the shape of the scales of a weight (see ``memopt.weights.schema``).
+
+    >>> scale_shape((4, 10), -1, 0), scale_shape((4, 10), 0, 0), scale_shape((4, 10), 1, 8)
+    ((), (4,), (4, 2))
+    """
+    if axis == -1:
+        return ()
+    if group_size == 0:
+        return (shape[axis],)
+    return (*shape[:axis], math.ceil(shape[axis] / group_size), *shape[axis + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """One weight as ``scale * (integer - zero_point)``.
+
+    Attributes:
+        integers: int8, in the weight's shape, in the signed range of ``bits`` (not packed).
+        scales: float32, in :func:`scale_shape`.
+        zero_points: int8, in the scales' shape, or empty for a symmetric weight.
+        axis: -1 for one scale per tensor, else the quantized axis (0 <= axis < ndim).
+        group_size: 0 for one scale per index of ``axis``, else the length of a block along it.
+        bits: 8, 4 or 2.
+    """
+
+    integers: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+    axis: int
+    group_size: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in RANGES:
+            raise WeightsError(f"{self.bits} bits is not a quantized width", fix="use 8, 4 or 2")
+        if not -1 <= self.axis < max(self.integers.ndim, 1):
+            raise WeightsError(
+                f"quantization axis {self.axis} does not exist in shape {list(self.shape)}"
+            )
+        if self.group_size < 0 or (self.group_size and self.axis == -1):
+            raise WeightsError(f"group size {self.group_size} with axis {self.axis}")
+        if self.axis >= 0 and self.integers.ndim == 0:
+            raise WeightsError(f"a scalar has no axis {self.axis}")
+        expected = scale_shape(self.shape, self.axis, self.group_size)
+        if self.scales.shape != expected:
+            raise WeightsError(
+                f"{self.scales.size} scales, shape {list(self.shape)} with axis {self.axis} and "
+                f"group size {self.group_size} needs {math.prod(expected)}"
+            )
+        if self.zero_points.size and self.zero_points.shape != expected:
+            raise WeightsError(f"{self.zero_points.size} zero points for {self.scales.size} scales")
+        if not np.isfinite(self.scales).all():
+            bad = self.scales[~np.isfinite(self.scales)].reshape(-1)[0]
+            raise WeightsError(f"a scale is {bad}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.integers.shape
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is 0."""
+        return not self.zero_points.any()
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Broadcast one value per scale over the weight's shape."""
+        if self.axis == -1:
+            return values.reshape((1,) * self.integers.ndim)
+        if self.group_size:
+            wide = np.repeat(values, self.group_size, axis=self.axis)
+            return np.take(wide, np.arange(self.shape[self.axis]), axis=self.axis)
+        sizes = [1] * self.integers.ndim
+        sizes[self.axis] = -1
+        return values.reshape(sizes)
+
+    def dequantize(self) -> np.ndarray:
+        """Return ``scale * (integer - zero_point)`` as float32, the arithmetic of DequantizeLinear.
+
+        >>> q = QuantizedWeight(np.array([[-2, 4]], np.int8), np.array([0.5], np.float32),
+        ...                     np.zeros(0, np.int8), 0, 0, 8)
+        >>> q.dequantize().tolist()
+        [[-1.0, 2.0]]
+        """
+        out = self.integers.astype(np.float32)
+        if self.zero_points.size:
+            out -= self.spread(self.zero_points).astype(np.float32)
+        out *= self.spread(self.scales)
+        return out
