@@ -21,6 +21,7 @@ from memopt.errors import MemoptError
 # Each module has an attribute of the command's name (a function) or `app` (a group). The modules
 # import typer only; the library behind a command is imported inside the command.
 COMMANDS: tuple[str, ...] = (
+    "bench",
     "info",
     "config",
 )
@@ -76,7 +77,7 @@ _register()
 def main() -> None:
     """Run the command line and turn every expected failure into one line and an exit code."""
     try:
-        app()
+        app(prog_name="memopt")
     except MemoptError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

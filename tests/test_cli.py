@@ -1,0 +1,81 @@
+"""The command line: fast help, one error line, documented commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memopt
+from memopt.cli import COMMANDS
+
+HEAVY = (
+    "torch transformers onnx onnxruntime openvino nncf lancedb pyarrow scipy pandas PIL sklearn"
+).split()
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memopt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def test_version_is_the_package_version() -> None:
+    """--version prints the name and the version and nothing else."""
+    assert run("--version").stdout == f"memopt {memopt.__version__}\n"
+
+
+def test_help_loads_no_heavy_module() -> None:
+    """Every command is registered without importing a library that does the work."""
+    code = f"import sys, memopt.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_is_in_the_documentation(command: str) -> None:
+    """A command without help or without an entry in docs/cli.md does not ship."""
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "Usage: memopt" in result.stdout
+    assert f"## memopt {command}" in Path("docs/cli.md").read_text(encoding="utf-8")
+
+
+def test_the_command_reference_is_up_to_date() -> None:
+    """docs/cli.md is what docs/make_cli.py writes today."""
+    result = subprocess.run(
+        [sys.executable, "docs/make_cli.py", "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    """Exit code 2, no traceback."""
+    result = run("exprot")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "exprot" in result.stderr
+
+
+def test_errors_are_one_line_and_debug_adds_the_traceback(tmp_path: Path) -> None:
+    """`error: problem; fix`, exit 1; --debug shows where it came from."""
+    missing = str(tmp_path / "missing")
+    result = run("info", missing)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"error: no bundle at {missing!r}; run: memopt convert SOURCE -o {missing}"
+    ]
+    assert "Traceback" in run("--debug", "info", missing).stderr
+
+
+def test_a_broken_pipe_is_no_error() -> None:
+    """`memopt ... | head` does not end in a traceback."""
+    result = subprocess.run(
+        f"{sys.executable} -m memopt config show | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "device:\n"
+    assert "Traceback" not in result.stderr
