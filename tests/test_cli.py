@@ -11,9 +11,20 @@ import pytest
 import memopt
 from memopt.cli import COMMANDS
 
-HEAVY = (
-    "torch transformers onnx onnxruntime openvino nncf lancedb pyarrow scipy pandas PIL sklearn"
-).split()
+HEAVY = [
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "lancedb",
+    "pyarrow",
+    "scipy",
+    "pandas",
+    "PIL",
+    "sklearn",
+]
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,1 @@
+"""Find the fastest right variant on this machine, and remember it in the bundle."""

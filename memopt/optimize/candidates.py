@@ -1,0 +1,68 @@
+"""Which ways of running a model are worth trying on a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from memopt.bundle import Manifest
+from memopt.optimize.plan import Candidate
+
+# bf16 without one of these is emulated and slower than fp32.
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16"})
+# int8 dot products in hardware; without them int8 saturates or is no faster (onnxruntime#6004).
+INT8_FEATURES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "neon_dot", "asimddp"})
+
+
+def candidates(
+    manifest: Manifest, targets: Sequence[str], features: Collection[str]
+) -> tuple[Candidate, ...]:
+    """Return the candidates for these targets, the float reference of each target first.
+
+    Args:
+        manifest: the bundle's; audio and image encoders have no dynamic-quantized attention path
+            difference, but a language model is not tried as an embedding.
+        targets: any of ``memopt.optimize.plan.TARGETS``.
+        features: CPU features as ``memopt doctor`` names them.
+
+    >>> from types import SimpleNamespace as N
+    >>> [c.name for c in candidates(N(modality="text"), ["openvino"], {"avx512_bf16"})][:2]
+    ['openvino-fp32', 'openvino-bf16']
+    """
+    have = set(features)
+    int8 = bool(have & INT8_FEATURES)
+    int8_why = "int8 dot products in hardware" if int8 else "smaller; this CPU has no int8 dot"
+    found: list[Candidate] = []
+    if "cpu" in targets:
+        found += [
+            _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "fused float on ONNX Runtime"),
+            _quantize("onnx-int8-dynamic", "cpu", "dynamic", int8_why),
+            _quantize("onnx-int8-static", "cpu", "static", int8_why),
+            _quantize("onnx-int8-weight-only", "cpu", "weight-only", "small, nearly exact"),
+        ]
+    if "openvino" in targets:
+        found.append(_export("openvino-fp32", "openvino", "openvino", "fp32", "float on OpenVINO"))
+        if have & BF16_FEATURES:
+            why = "bf16 matrix products in hardware"
+            found.append(_export("openvino-bf16", "openvino", "openvino", "bf16", why))
+        found += [
+            _quantize("openvino-int8-nncf", "openvino", "nncf", int8_why),
+            _quantize("openvino-int8-weight-only", "openvino", "nncf-weights", "small, exact"),
+        ]
+    for device in ("cuda", "rocm", "coreml", "vulkan"):
+        if device in targets:
+            found += [
+                _export("onnx-fp32", device, "onnx", "fp32", f"float on {device}"),
+                _export("onnx-fp16", device, "onnx", "fp16", f"half precision on {device}"),
+            ]
+    return tuple(found)
+
+
+def _export(name: str, device: str, format_: str, precision: str, why: str) -> Candidate:
+    settings = {"format": format_, "precision": precision}
+    return Candidate(name=name, kind="export", device=device, settings=settings, why=why)
+
+
+def _quantize(name: str, device: str, method: str, why: str) -> Candidate:
+    return Candidate(
+        name=name, kind="quantize", device=device, settings={"method": method}, why=why
+    )
