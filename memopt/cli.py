@@ -21,6 +21,7 @@ from memopt.errors import MemoptError
 # Each module has an attribute of the command's name (a function) or `app` (a group). The modules
 # import typer only; the library behind a command is imported inside the command.
 COMMANDS: tuple[str, ...] = (
+    "convert",
     "bench",
     "info",
     "config",

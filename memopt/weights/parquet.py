@@ -20,6 +20,19 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import WeightsError
+from memopt.weights.thrift import (
+    BINARY,
+    BYTE,
+    I32,
+    I64,
+    LIST,
+    STRUCT,
+    TRUE,
+    read_struct,
+    read_varint,
+    varint,
+    write_struct,
+)
 
 MAGIC = b"PAR1"
 # Where values start: the widest vector register (64 bytes) and a cache line.
@@ -30,125 +43,11 @@ PAGE_BYTES = 1 << 29
 _DICTIONARY_FROM = 512
 CREATED_BY = b"memopt weights writer version 1"
 
-# thrift compact protocol type codes
-_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _STRUCT = (
-    *(1, 2, 3, 4, 5, 6, 7, 8, 9),
-    12,
-)
 PLAIN, RLE, RLE_DICTIONARY = 0, 3, 8
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
-_INT32, _FLOAT, _DOUBLE_TYPE, _BYTE_ARRAY, _FIXED = 1, 4, 5, 6, 7
+_INT32, _FLOAT, _DOUBLE, _BYTE_ARRAY, _FIXED = 1, 4, 5, 6, 7
 _CODECS = {None: 0, "zstd": 6}
 _OPTIONAL, _REPEATED = 1, 2
-
-# ---------------------------------------------------------------------------------- thrift, write
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _zigzag(value: int) -> bytes:
-    return _varint(value << 1 if value >= 0 else (-value << 1) - 1)
-
-
-def _value(kind: int, value: Any) -> bytes:
-    if kind in (_I16, _I32, _I64):
-        return _zigzag(value)
-    if kind == _BYTE:
-        return struct.pack("b", value)
-    if kind == _BINARY:
-        return _varint(len(value)) + bytes(value)
-    if kind == _LIST:
-        element, items = value
-        head = (
-            bytes([len(items) << 4 | element])
-            if len(items) < 15
-            else bytes([0xF0 | element]) + _varint(len(items))
-        )
-        return head + b"".join(_value(element, item) for item in items)
-    return bytes(value)  # a struct, already encoded
-
-
-def _struct(*entries: tuple[int, int, Any]) -> bytes:
-    """Encode (field id, type, value) triples in rising id order; a None value is left out."""
-    out, last = bytearray(), 0
-    for number, kind, value in entries:
-        if value is None:
-            continue
-        code = (_TRUE if value else _FALSE) if kind == _TRUE else kind
-        out.append((number - last) << 4 | code)
-        if kind != _TRUE:
-            out += _value(kind, value)
-        last = number
-    out.append(0)
-    return bytes(out)
-
-
-# ----------------------------------------------------------------------------------- thrift, read
-
-
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("varint longer than 64 bits")
-
-
-def _read_value(data: memoryview, at: int, kind: int) -> tuple[Any, int]:
-    if kind in (_I16, _I32, _I64):
-        raw, at = _read_varint(data, at)
-        return (raw >> 1) ^ -(raw & 1), at
-    if kind == _BYTE:
-        return data[at], at + 1
-    if kind == _DOUBLE:
-        return bytes(data[at : at + 8]), at + 8
-    if kind == _BINARY:
-        length, at = _read_varint(data, at)
-        return bytes(data[at : at + length]), at + length
-    if kind == _LIST:
-        head, at = data[at], at + 1
-        size, element = head >> 4, head & 0x0F
-        if size == 15:
-            size, at = _read_varint(data, at)
-        items = []
-        for _ in range(size):
-            item, at = _read_value(data, at, element)
-            items.append(item)
-        return items, at
-    if kind == _STRUCT:
-        return read_struct(data, at)
-    raise ValueError(f"thrift type {kind} does not occur in a page header")
-
-
-def read_struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
-    """Decode one compact-protocol struct at ``at``; return its fields by id and the end offset."""
-    out: dict[int, Any] = {}
-    number = 0
-    while head := data[at]:
-        at += 1
-        kind = head & 0x0F
-        if head >> 4:
-            number += head >> 4
-        else:
-            raw, at = _read_varint(data, at)
-            number = (raw >> 1) ^ -(raw & 1)
-        if kind in (_TRUE, _FALSE):
-            out[number] = kind == _TRUE
-        else:
-            out[number], at = _read_value(data, at, kind)
-    return out, at + 1
-
 
 # ------------------------------------------------------------------------------- columns and pages
 
@@ -179,48 +78,50 @@ class Column:
     def elements(self) -> list[bytes]:
         """Return the SchemaElement structs of this column, parents first."""
         leaf = (
-            (1, _I32, self.physical),
-            (2, _I32, self.width if self.physical == _FIXED else None),
-            (3, _I32, _OPTIONAL),
+            (1, I32, self.physical),
+            (2, I32, self.width if self.physical == _FIXED else None),
+            (3, I32, _OPTIONAL),
         )
-        kind = ((6, _I32, self.converted), (10, _STRUCT, self.logical))
+        kind = ((6, I32, self.converted), (10, STRUCT, self.logical))
         if not self.is_list:
-            return [_struct(*leaf, (4, _BINARY, self.name.encode()), *kind)]
-        group = _struct(
-            (3, _I32, _OPTIONAL),
-            (4, _BINARY, self.name.encode()),
-            (5, _I32, 1),
-            (6, _I32, 3),  # converted type LIST
-            (10, _STRUCT, _struct((3, _STRUCT, _struct()))),
+            return [write_struct(*leaf, (4, BINARY, self.name.encode()), *kind)]
+        group = write_struct(
+            (3, I32, _OPTIONAL),
+            (4, BINARY, self.name.encode()),
+            (5, I32, 1),
+            (6, I32, 3),  # converted type LIST
+            (10, STRUCT, write_struct((3, STRUCT, write_struct()))),
         )
-        repeated = _struct((3, _I32, _REPEATED), (4, _BINARY, b"list"), (5, _I32, 1))
-        return [group, repeated, _struct(*leaf, (4, _BINARY, b"element"), *kind)]
+        repeated = write_struct((3, I32, _REPEATED), (4, BINARY, b"list"), (5, I32, 1))
+        return [group, repeated, write_struct(*leaf, (4, BINARY, b"element"), *kind)]
 
 
 def column(field_: pa.Field) -> Column:
     """Describe an Arrow field of a weight schema as a Parquet column."""
     kind = field_.type.value_type if pa.types.is_list(field_.type) else field_.type
     if pa.types.is_string(kind):
-        logical = _struct((1, _STRUCT, _struct()))
+        logical = write_struct((1, STRUCT, write_struct()))
         return Column(field_.name, field_.type, _BYTE_ARRAY, 0, logical, 0, statistics=True)
     if pa.types.is_binary(kind):
         return Column(field_.name, field_.type, _BYTE_ARRAY, 0)
     if pa.types.is_float16(kind):
         return Column(
-            field_.name, field_.type, _FIXED, 2, _struct((15, _STRUCT, _struct())), None
+            field_.name, field_.type, _FIXED, 2, write_struct((15, STRUCT, write_struct())), None
         )
     if pa.types.is_float32(kind):
         return Column(field_.name, field_.type, _FLOAT, 4)
     if pa.types.is_int32(kind):
         return Column(field_.name, field_.type, _INT32, 4)
     if pa.types.is_int8(kind):
-        integer = _struct((1, _BYTE, 8), (2, _TRUE, True))
-        return Column(field_.name, field_.type, _INT32, 4, _struct((10, _STRUCT, integer)), 15)
-    raise WeightsError(f"column {field_.name!r} has type {field_.type}, which no weight schema uses")
+        integer = write_struct((1, BYTE, 8), (2, TRUE, True))
+        return Column(field_.name, field_.type, _INT32, 4, write_struct((10, STRUCT, integer)), 15)
+    raise WeightsError(
+        f"column {field_.name!r} has type {field_.type}, which no weight schema uses"
+    )
 
 
 def _run(value: int, count: int) -> bytes:
-    return _varint(count << 1) + bytes([value]) if count else b""
+    return varint(count << 1) + bytes([value]) if count else b""
 
 
 def _levels(count: int, *, first: bool, definition: int, is_list: bool) -> bytes:
@@ -271,35 +172,35 @@ class RowWriter:
         start = self._at
         chunks = [self._chunk(c, row[c.name]) for c in self._columns]
         columns = [
-            _struct((2, _I64, chunk.offset), (3, _STRUCT, chunk.meta)) for chunk in chunks
+            write_struct((2, I64, chunk.offset), (3, STRUCT, chunk.meta)) for chunk in chunks
         ]
         self._groups.append(
-            _struct(
-                (1, _LIST, (_STRUCT, columns)),
-                (2, _I64, sum(c.raw_size for c in chunks)),
-                (3, _I64, 1),
-                (5, _I64, start),
-                (6, _I64, sum(c.size for c in chunks)),
+            write_struct(
+                (1, LIST, (STRUCT, columns)),
+                (2, I64, sum(c.raw_size for c in chunks)),
+                (3, I64, 1),
+                (5, I64, start),
+                (6, I64, sum(c.size for c in chunks)),
             )
         )
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the footer with these key-value pairs; the file is complete afterwards."""
-        root = _struct((4, _BINARY, b"schema"), (5, _I32, len(self._columns)))
+        root = write_struct((4, BINARY, b"schema"), (5, I32, len(self._columns)))
         elements = [root] + [e for c in self._columns for e in c.elements()]
         pairs = [
-            _struct((1, _BINARY, key.encode()), (2, _BINARY, value.encode()))
+            write_struct((1, BINARY, key.encode()), (2, BINARY, value.encode()))
             for key, value in sorted(metadata.items())
         ]
-        order = _struct((1, _STRUCT, _struct()))
-        footer = _struct(
-            (1, _I32, 2),
-            (2, _LIST, (_STRUCT, elements)),
-            (3, _I64, len(self._groups)),
-            (4, _LIST, (_STRUCT, self._groups)),
-            (5, _LIST, (_STRUCT, pairs)),
-            (6, _BINARY, CREATED_BY),
-            (7, _LIST, (_STRUCT, [order] * len(self._columns))),
+        order = write_struct((1, STRUCT, write_struct()))
+        footer = write_struct(
+            (1, I32, 2),
+            (2, LIST, (STRUCT, elements)),
+            (3, I64, len(self._groups)),
+            (4, LIST, (STRUCT, self._groups)),
+            (5, LIST, (STRUCT, pairs)),
+            (6, BINARY, CREATED_BY),
+            (7, LIST, (STRUCT, [order] * len(self._columns))),
         )
         self._write(footer + struct.pack("<I", len(footer)) + MAGIC)
 
@@ -319,7 +220,7 @@ class RowWriter:
             definition, pages = (0 if value is None else 1), [_Body(b"", b"", 1)]
         else:
             definition, pages = 1, [_plain(c, value)]
-        out = _Pages(self, aligned=listed or c.physical == _BYTE_ARRAY and not c.statistics)
+        out = _Pages(self, aligned=listed or (c.physical == _BYTE_ARRAY and not c.statistics))
         if dictionary:
             out.dictionary(np.arange(256, dtype=np.uint8).view(np.int8).astype("<i4"))
         for index, page in enumerate(pages):
@@ -330,18 +231,18 @@ class RowWriter:
         statistics = None
         if c.statistics and value is not None:
             text = value.encode()
-            statistics = _struct((3, _I64, 0), (5, _BINARY, text), (6, _BINARY, text))
-        meta = _struct(
-            (1, _I32, c.physical),
-            (2, _LIST, (_I32, [PLAIN, RLE, RLE_DICTIONARY] if dictionary else [PLAIN, RLE])),
-            (3, _LIST, (_BINARY, c.path)),
-            (4, _I32, _CODECS[self.compression]),
-            (5, _I64, sum(page.levels for page in pages)),
-            (6, _I64, out.raw_size),
-            (7, _I64, out.size),
-            (9, _I64, out.first_data),
-            (11, _I64, out.dictionary_at),
-            (12, _STRUCT, statistics),
+            statistics = write_struct((3, I64, 0), (5, BINARY, text), (6, BINARY, text))
+        meta = write_struct(
+            (1, I32, c.physical),
+            (2, LIST, (I32, [PLAIN, RLE, RLE_DICTIONARY] if dictionary else [PLAIN, RLE])),
+            (3, LIST, (BINARY, c.path)),
+            (4, I32, _CODECS[self.compression]),
+            (5, I64, sum(page.levels for page in pages)),
+            (6, I64, out.raw_size),
+            (7, I64, out.size),
+            (9, I64, out.first_data),
+            (11, I64, out.dictionary_at),
+            (12, STRUCT, statistics),
         )
         return _Chunk(meta, out.start, out.size, out.raw_size)
 
@@ -374,14 +275,14 @@ def _list_pages(values: np.ndarray, *, dictionary: bool) -> Iterator[_Body]:
         part = values[start : start + per_page]
         body = part.view(np.uint8)
         if not dictionary:
-            yield _Body(b"", memoryview(body), len(part))
+            yield _Body(b"", body.data, len(part))
             continue
         # The dictionary holds all 256 int8 values in order of their unsigned byte, so the 8-bit
         # index of a value is its own byte: the index page *is* the data.
         groups = -(-len(part) // 8)
         if len(part) % 8:
             body = np.concatenate([body, np.zeros(groups * 8 - len(part), np.uint8)])
-        yield _Body(b"\x08" + _varint(groups << 1 | 1), memoryview(body), len(part))
+        yield _Body(b"\x08" + varint(groups << 1 | 1), body.data, len(part))
 
 
 class _Pages:
@@ -396,15 +297,15 @@ class _Pages:
         self.dictionary_at: int | None = None
 
     def dictionary(self, values: np.ndarray) -> None:
-        entries = _struct((1, _I32, len(values)), (2, _I32, PLAIN))
+        entries = write_struct((1, I32, len(values)), (2, I32, PLAIN))
         self.dictionary_at = self.writer._at
-        self._page(DICTIONARY_PAGE, (7, _STRUCT, entries), b"", memoryview(values.view(np.uint8)))
+        self._page(DICTIONARY_PAGE, (7, STRUCT, entries), b"", values.view(np.uint8).data)
 
     def data(self, head: bytes, page: _Body, encoding: int) -> None:
-        entries = _struct(
-            (1, _I32, page.levels), (2, _I32, encoding), (3, _I32, RLE), (4, _I32, RLE)
+        entries = write_struct(
+            (1, I32, page.levels), (2, I32, encoding), (3, I32, RLE), (4, I32, RLE)
         )
-        at = self._page(DATA_PAGE, (5, _STRUCT, entries), head, page.values)
+        at = self._page(DATA_PAGE, (5, STRUCT, entries), head, page.values)
         if self.first_data < 0:
             self.first_data = at
 
@@ -414,7 +315,7 @@ class _Pages:
         if self.writer.compression:
             parts = (pa.Codec(self.writer.compression).compress(head + bytes(body), asbytes=True),)
         stored = sum(memoryview(p).nbytes for p in parts)
-        header = _struct((1, _I32, kind), (2, _I32, raw), (3, _I32, stored), entry)
+        header = write_struct((1, I32, kind), (2, I32, raw), (3, I32, stored), entry)
         if self.aligned and self.start < 0 and kind == DATA_PAGE:
             # Only a chunk's first byte may move: the pages inside a chunk follow each other.
             self.writer._write(bytes(-(self.writer._at + len(header) + len(head)) % ALIGNMENT))
@@ -481,7 +382,7 @@ def find_pages(
 
 
 def identity_bytes(data: memoryview, dictionary: memoryview | None, page: Page) -> slice | None:
-    """Return where a dictionary page's values are their own bytes (see ``_list_pages``), or None."""
+    """Return where a page's values are their own bytes (see ``_list_pages``), or None."""
     if dictionary is None or data[page.start] != 8:
         return None
     entries = np.frombuffer(dictionary, "<i4")
@@ -489,7 +390,7 @@ def identity_bytes(data: memoryview, dictionary: memoryview | None, page: Page) 
         entries, np.arange(256, dtype=np.uint8).view(np.int8)
     ):
         return None
-    run, at = _read_varint(data, page.start + 1)
+    run, at = read_varint(data, page.start + 1)
     if not run & 1 or (run >> 1) * 8 < page.levels or at + page.levels > page.end:
         return None
     return slice(at, at + page.levels)

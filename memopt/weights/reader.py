@@ -347,7 +347,7 @@ class _Opened:
         return rows
 
     def _index(self) -> dict[str, _Place]:
-        """Map names to rows from the row groups' statistics, reading names only where they differ."""
+        """Map names to rows by the row groups' statistics; read names only where they differ."""
         places: dict[str, _Place] = {}
         footer = self._parquet.metadata
         row = 0
@@ -364,7 +364,9 @@ class _Opened:
         if count == 1:
             exact = []
             for column in _NAME_COLUMNS:
-                stats = self._parquet.metadata.row_group(group).column(self._leaf[column]).statistics
+                stats = (
+                    self._parquet.metadata.row_group(group).column(self._leaf[column]).statistics
+                )
                 # A writer that cuts long statistics cuts the minimum down and the maximum up, so
                 # equal ones are the value itself.
                 if stats is None or not stats.has_min_max or stats.min != stats.max:

@@ -26,8 +26,8 @@ the bytes of float16 values; 'raw' rows hold the bytes of what is not a float16-
 buffers), with the dtype in the file metadata. ``memopt.rows`` in the metadata is a JSON object:
 weight name -> {"group_size": g} or {"dtype": d} where they are not 0 and float32.
 
-A weight's full checkpoint name is ``layer_name + "." + weight_name``, or ``weight_name`` alone where
-``layer_name`` is empty.
+A weight's full checkpoint name is ``layer_name + "." + weight_name``, or ``weight_name`` alone
+where ``layer_name`` is empty.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def detect_version(schema: pa.Schema, *, origin: str) -> int:
     missing = [name for name in needed if name not in names]
     if missing:
         raise WeightsError(
-            f"{origin} has no column {', '.join(map(repr, missing))}, which schema V{version} needs",
+            f"{origin} has no column {', '.join(map(repr, missing))}, schema V{version} needs it",
             fix="convert the model again",
         )
     for name in needed:

@@ -74,7 +74,7 @@ def write_weights(
                     "weight_data": flat if kind == carrier else None,
                     "shape": np.asarray(array.shape, "<i4"),
                     "dtype": kind,
-                    "weight_bytes": None if kind == carrier else memoryview(flat.view(np.uint8)),
+                    "weight_bytes": None if kind == carrier else flat.view(np.uint8).data,
                 }
             )
         rows.finish({schema.VERSION_KEY: "1", **(metadata or {})})

@@ -1,0 +1,86 @@
+"""``memopt convert``: a checkpoint into a bundle, or a bundle back into safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, or "
+            "(with --to) a bundle."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Bundle folder [default: models/NAME]; with --to, the file."
+        ),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Go back: 'safetensors' writes the bundle's weights.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="embedding | image-embedding | audio-embedding | text-generation "
+            "[default: what the config says]."
+        ),
+    ] = None,
+    compression: Annotated[
+        str, typer.Option(help="none (weights can be memory-mapped) | zstd.")
+    ] = "none",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Store a model's weights in Parquet with its config and tokenizer: a bundle."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from memopt.bundle import open_bundle
+    from memopt.errors import ConfigurationError
+    from memopt.weights.convert import convert, to_safetensors
+
+    if to is not None:
+        if to != "safetensors":
+            raise ConfigurationError(f"--to {to!r} is not a format", fix="use --to safetensors")
+        path = to_safetensors(open_bundle(source), output)
+        size = path.stat().st_size
+        typer.echo(
+            json.dumps({"file": str(path), "bytes": size}) if as_json else f"{path}  {size:,} bytes"
+        )
+        return
+    if compression not in ("none", "zstd"):
+        raise ConfigurationError(
+            f"--compression {compression!r} is not known", fix="use none or zstd"
+        )
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        work = bar.add_task("convert", total=None)
+        bundle = convert(
+            source,
+            output,
+            task=task,
+            compression=None if compression == "none" else compression,
+            revision=revision,
+            on_step=lambda name, done, total: bar.update(
+                work, description=name[-40:], completed=done, total=total
+            ),
+            on_warning=lambda line: errors.print(f"warning: {line}", markup=False),
+        )
+    m = bundle.manifest
+    if as_json:
+        typer.echo(json.dumps({"path": str(bundle.path), **json.loads(m.to_json())}))
+        return
+    size = bundle.weights.stat().st_size
+    typer.echo(
+        f"{bundle.path}: {m.architecture}, {m.task}, dimension {m.dimension}, pooling {m.pooling}, "
+        f"weights {size / 1e6:.1f} MB"
+    )

