@@ -1,0 +1,248 @@
+"""How to quantize: one frozen dataclass, the same from flags, from YAML and from a manifest."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from memopt.errors import ConfigurationError
+from memopt.registry import nearest
+
+Method = Literal["static", "dynamic", "weight-only", "nncf", "nncf-weights", "arrow"]
+Target = Literal["auto", "cpu", "openvino", "gpu"]
+WeightType = Literal["int8", "int4", "int2", "nf4"]
+ActivationType = Literal["uint8", "int8"]
+Granularity = Literal["per-channel", "per-tensor", "per-group"]
+Algorithm = Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"]
+Ranges = Literal["minmax", "entropy", "percentile", "mse"]
+Smooth = Literal["auto", "none"]
+
+# Where each method may run; the first is what target "auto" means.
+TARGETS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "static": ("openvino", "cpu"),
+        "dynamic": ("cpu",),
+        "weight-only": ("cpu", "gpu"),
+        "nncf": ("openvino", "cpu"),
+        "nncf-weights": ("openvino", "cpu"),
+        "arrow": ("cpu",),
+    }
+)
+# Weights in fewer bits than eight, or in float codes, exist only where weights alone are quantized.
+WEIGHT_TYPES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "static": ("int8",),
+        "dynamic": ("int8",),
+        "weight-only": ("int8", "int4", "int2"),
+        "nncf": ("int8",),
+        "nncf-weights": ("int8", "int4", "nf4"),
+        "arrow": ("int8", "int4", "int2"),
+    }
+)
+ALGORITHMS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "static": ("rtn",),
+        "dynamic": ("rtn",),
+        "weight-only": ("rtn", "gptq"),
+        "nncf": ("rtn",),
+        "nncf-weights": ("rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"),
+        "arrow": ("rtn", "gptq"),
+    }
+)
+
+
+def _says(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to do to a model's weights and activations.
+
+    Raises:
+        ConfigurationError: a value is unknown or out of range, or two fields contradict.
+
+    >>> Recipe(method="weight-only", weight_type="int4").variant_name
+    'onnx-int4-weight-only'
+    >>> Recipe.from_dict({"metod": "static"})
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: recipe has unknown key 'metod'; did you mean 'method'?
+    """
+
+    method: Method = _says("How to quantize.", "static")
+    target: Target = _says("Runtime to build for; auto is the method's best.", "auto")
+    weight_type: WeightType = _says("Type of the stored weights.", "int8")
+    activation_type: ActivationType = _says("Type of activations (static, nncf).", "uint8")
+    granularity: Granularity = _says("What shares one scale of a weight.", "per-channel")
+    group_size: int = _says("Weights per scale when granularity is per-group.", 32)
+    symmetric: bool = _says("Weights without a zero point.", True)
+    algorithm: Algorithm = _says("How weights are rounded.", "rtn")
+    ranges: Ranges = _says("How activation ranges are chosen from their histogram.", "minmax")
+    percentile: float = _says("Share of values inside the range, for ranges=percentile.", 99.99)
+    smooth: Smooth | float = _says(
+        "SmoothQuant alpha: a number, auto (searched per layer) or none.", "auto"
+    )
+    range_margin: float = _says("Factor on the seen activation range, for unseen inputs.", 1.1)
+    range_probes: bool = _says("Widen ranges with random-token inputs (text, static).", True)
+    bias_correction: bool = _says("Move the mean error into the bias (static).", True)
+    embeddings: bool = _says("Quantize embedding tables too.", True)
+    keep_float: tuple[str, ...] = _says("Layers kept in float, by shell pattern.", ())
+    max_drop: float = _says("Accuracy-aware nncf: largest drop of mean cosine; 0 is off.", 0.0)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Recipe)
+        for item in fields(self):
+            _check_type(item.name, getattr(self, item.name), hints[item.name])
+        _allowed("target", self.target, ("auto", *TARGETS[self.method]), self.method)
+        _allowed("weight_type", self.weight_type, WEIGHT_TYPES[self.method], self.method)
+        _allowed("algorithm", self.algorithm, ALGORITHMS[self.method], self.method)
+        if self.group_size < 1:
+            raise ConfigurationError(f"group_size {self.group_size} is not positive", fix="use 32")
+        if self.method == "weight-only" and (
+            self.group_size & (self.group_size - 1) or self.group_size < 16
+        ):
+            raise ConfigurationError(
+                f"group_size {self.group_size} does not fit MatMulNBits",
+                fix="use a power of two from 16 on: 16, 32, 64, 128",
+            )
+        if not 50 < self.percentile <= 100:
+            raise ConfigurationError(
+                f"percentile {self.percentile} is not in (50, 100]", fix="use 99.9 to 100"
+            )
+        if not isinstance(self.smooth, str) and not 0 <= self.smooth <= 1:
+            raise ConfigurationError(
+                f"smooth {self.smooth} is not in [0, 1]", fix="use 0.5 to 0.85, auto or none"
+            )
+        if not 1 <= self.range_margin <= 4:
+            raise ConfigurationError(
+                f"range_margin {self.range_margin} is not in [1, 4]", fix="use 1.0 to 1.5"
+            )
+        if self.max_drop < 0:
+            raise ConfigurationError(f"max_drop {self.max_drop} is negative", fix="use 0.005")
+
+    @property
+    def runtime(self) -> str:
+        """The target with "auto" resolved: openvino, cpu or gpu."""
+        return TARGETS[self.method][0] if self.target == "auto" else self.target
+
+    @property
+    def format(self) -> str:
+        """The format of the variant this makes: "openvino" or "onnx"."""
+        return "openvino" if self.runtime == "openvino" else "onnx"
+
+    @property
+    def variant_name(self) -> str:
+        """The name of the variant this makes, such as ``onnx-int8-static``."""
+        kind = {"nncf-weights": "weight-only"}.get(self.method, self.method)
+        if self.method == "nncf-weights" and self.format == "onnx":
+            kind = "nncf-weights"
+        rounding = "" if self.algorithm == "rtn" else f"-{self.algorithm.replace('+', '-')}"
+        return f"{self.format}-{self.weight_type}-{kind}{rounding}"
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain data; unknown keys are refused.
+
+        >>> from dataclasses import asdict
+        >>> recipe = Recipe(smooth=0.7, keep_float=("*pooler*",))
+        >>> Recipe.from_dict(asdict(recipe)) == recipe
+        True
+        """
+        known = [item.name for item in fields(cls)]
+        for key in raw:
+            if key not in known:
+                raise ConfigurationError(
+                    f"recipe has unknown key {key!r}", fix=nearest(str(key), known)
+                )
+        values = dict(raw)
+        if isinstance(values.get("keep_float"), str):
+            values["keep_float"] = (values["keep_float"],)
+        elif isinstance(values.get("keep_float"), list):
+            values["keep_float"] = tuple(values["keep_float"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data that ``from_dict`` takes."""
+        return {**asdict(self), "keep_float": list(self.keep_float)}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML: the fields themselves, or under a ``quantize:`` key.
+
+    Raises:
+        ConfigurationError: the file is missing, not YAML, or has an unknown key or a bad value.
+    """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"no recipe file {str(path)!r}", fix="check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigurationError(f"{path} is not valid YAML ({line})") from error
+    if isinstance(raw, dict) and "quantize" in raw:
+        raw = raw["quantize"]
+    if not isinstance(raw, dict):
+        raise ConfigurationError(
+            f"{path} holds no recipe", fix="write fields such as 'method: static'"
+        )
+    return Recipe.from_dict(raw)
+
+
+def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the layer names that any shell pattern matches.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing; the message lists the nearest names.
+
+    >>> sorted(match_layers(["*.0.*"], ["layer.0.query", "layer.1.query"]))
+    ['layer.0.query']
+    """
+    known = sorted(set(names))
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            plain = pattern.replace("*", "")
+            close = difflib.get_close_matches(plain, known, n=3, cutoff=0.3) or known[:3]
+            raise ConfigurationError(
+                f"no layer matches {pattern!r}",
+                fix="nearest: " + ", ".join(close) if close else "this graph has no such layers",
+            )
+        found |= hits
+    return found
+
+
+def _allowed(name: str, value: str, allowed: tuple[str, ...], method: str) -> None:
+    if value not in allowed:
+        raise ConfigurationError(
+            f"{name} {value!r} does not go with method {method!r}",
+            fix="use " + " or ".join(allowed),
+        )
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices: list[str] = []
+    for option in options:
+        if get_origin(option) is Literal:
+            choices += get_args(option)
+            if value in get_args(option):
+                return
+        elif get_origin(option) is tuple:
+            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+                return
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return
+        elif isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return
+    wanted = nearest(str(value), choices) if choices else f"give a {hint}"
+    raise ConfigurationError(f"recipe field {name} cannot be {value!r}", fix=wanted)
