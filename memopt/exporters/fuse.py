@@ -1,0 +1,218 @@
+"""Turn a portable ONNX graph into the one ONNX Runtime runs fastest, with the same answers.
+
+``fuse`` replaces patterns of standard operators by the ``com.microsoft`` operators that ONNX Runtime
+implements in one kernel: Attention (query, key and value in one weight), SkipLayerNormalization
+(residual and linear bias folded in), BiasGelu/FastGelu/QuickGelu, EmbedLayerNormalization, and mean
+pooling as one product. A pattern that does not match stays as it is and the report says why.
+
+Names: a merged weight is named after what its parts share: ``encoder.layer.0.attention.self.query.weight``,
+``...key.weight`` and ``...value.weight`` become ``encoder.layer.0.attention.self.qkv.weight`` (columns in
+this order), the biases ``...qkv.bias``; the part names are kept, comma-separated, in the node's metadata
+``memopt.weights``. Every other weight keeps its name; one that the exporter left without a name
+(``val_61``) is named after its bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from memopt.errors import ExportError
+from memopt.exporters.fuse_attention import AttentionFusion, Linear, weight_name
+from memopt.exporters.fuse_graph import MICROSOFT, add_initializer, constant, is_constant, with_constant
+from memopt.exporters.fuse_norm import (
+    fuse_embeddings,
+    fuse_gelu,
+    fuse_mean_pooling,
+    fuse_skip_layer_norm,
+)
+from memopt.exporters.fuse_probe import Probe
+from memopt.extras import require
+
+if TYPE_CHECKING:
+    import onnx
+
+DEFAULT_POSITIONS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionReport:
+    """How many of each fused operator a graph got, and what stayed as it was.
+
+    Attributes:
+        attention: com.microsoft.Attention nodes.
+        skip_layer_norm: SkipLayerNormalization nodes.
+        embed_layer_norm: EmbedLayerNormalization nodes.
+        gelu: BiasGelu, Gelu, FastGelu and QuickGelu nodes together.
+        mean_pooling: pooling sums written as a product.
+        nodes_before: nodes of the portable graph.
+        nodes_after: nodes of the fused graph.
+        unfused: one line for each pattern that looked fusable and was not, with the reason.
+    """
+
+    attention: int = 0
+    skip_layer_norm: int = 0
+    embed_layer_norm: int = 0
+    gelu: int = 0
+    mean_pooling: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    unfused: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> int:
+        """Fused operators in all; 0 means that the fused graph is the portable one."""
+        return self.attention + self.skip_layer_norm + self.embed_layer_norm + self.gelu
+
+
+def fuse(
+    model: onnx.ModelProto, config: Mapping[str, Any], *, prune_token_types: bool = False
+) -> tuple[onnx.ModelProto, FusionReport]:
+    """Fuse ``model`` for ONNX Runtime.
+
+    Args:
+        model: a float32 graph of standard operators, as memopt's ONNX exporter writes it. Not modified.
+        config: the model's ``config.json``; ``max_position_embeddings`` and ``vocab_size`` bound the
+            inputs on which mask subgraphs are tried out.
+        prune_token_types: make ``token_type_ids`` constant zero and drop it from the inputs, where the
+            embedding fuses. Right for one text at a time, wrong for pairs of texts.
+
+    Returns:
+        the fused graph and the report. Inputs (but for a pruned ``token_type_ids``), outputs and
+        their names are those of ``model``.
+
+    Raises:
+        ExportError: the graph is not valid ONNX.
+        MissingExtra: onnx-ir (extra ``export``) or onnxruntime (extra ``cpu``) is not installed.
+
+    >>> from onnx import TensorProto, helper
+    >>> x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4]) for n in "xy")
+    >>> graph = helper.make_graph([helper.make_node("Gelu", ["x"], ["y"])], "g", [x], [y])
+    >>> portable = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    >>> fused, report = fuse(portable, {})
+    >>> report.gelu, [n.domain for n in fused.graph.node]
+    (1, ['com.microsoft'])
+    """
+    require("onnx_ir", extra="export", why="fuse a graph")
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    original = ir.from_proto(model)
+    target = ir.from_proto(model)
+    graph = target.graph
+    before = graph.num_nodes()
+    if any(v.shape is None for node in graph for v in node.outputs):
+        common.ShapeInferencePass()(target)
+    positions = _positions(config)
+    probe = Probe(original, positions=positions, vocabulary=int(config.get("vocab_size") or 2))
+    inputs = {v.name: v for v in graph.inputs}
+    problems: list[str] = []
+    name_weights(graph)
+    attention = AttentionFusion(graph, probe, inputs.get("attention_mask"))
+    attention.run()
+    common.RemoveUnusedNodesPass()(target)
+    gelu = fuse_gelu(graph)
+    embed = fuse_embeddings(graph, probe, inputs, problems, prune_token_types)
+    skip = fuse_skip_layer_norm(graph, problems)
+    pooling = fuse_mean_pooling(graph)
+    common.RemoveUnusedNodesPass()(target)
+    if prune_token_types and embed:
+        _drop_input(graph, "token_type_ids")
+    graph.sort()
+    graph.opset_imports[MICROSOFT] = 1
+    common.RemoveUnusedOpsetsPass()(target)
+    fused = ir.to_proto(target)
+    try:
+        onnx.checker.check_model(fused)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the fused graph is not valid: {str(error).splitlines()[0]}",
+            fix="use the portable graph and report the model's architecture",
+        ) from error
+    report = FusionReport(
+        attention=attention.fused,
+        skip_layer_norm=skip,
+        embed_layer_norm=embed,
+        gelu=sum(gelu.values()),
+        mean_pooling=pooling,
+        nodes_before=before,
+        nodes_after=len(fused.graph.node),
+        unfused=tuple(attention.problems + problems),
+    )
+    return fused, report
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """The longest sequence the position table takes; RoBERTa keeps two rows for padding."""
+    rows = int(config.get("max_position_embeddings") or DEFAULT_POSITIONS)
+    padding = int(config.get("pad_token_id") or 0) if rows % 2 == 0 and rows % 128 == 2 else 0
+    return max(1, rows - padding - 1 if padding else rows)
+
+
+def name_weights(graph: Any) -> int:
+    """Give weights of linear layers that lost their checkpoint name the one their bias tells.
+
+    Returns:
+        how many were renamed.
+    """
+    import onnx_ir as ir
+
+    renamed = 0
+    for node in graph:
+        if node.op_type != "MatMul" or not is_constant(node.inputs[1]):
+            continue
+        weight = node.inputs[1]
+        reader = next((u.node for u in node.outputs[0].uses()), None)
+        if "." in str(weight.name) or reader is None or reader.op_type != "Add":
+            continue
+        pair = with_constant(reader)
+        if pair is None or not weight.is_initializer():
+            continue
+        name = weight_name(Linear(node.inputs[0], weight, pair[1]))
+        if name != weight.name and name not in graph.initializers:
+            # A new value: renaming the old one would rename the tensor in the caller's model too.
+            array = constant(weight)
+            assert array is not None
+            ir.convenience.replace_all_uses_with(weight, add_initializer(graph, name, array))
+            del graph.initializers[weight.name]
+            renamed += 1
+    return renamed
+
+
+def _drop_input(graph: Any, name: str) -> None:
+    for value in list(graph.inputs):
+        if value.name == name and not value.uses():
+            graph.inputs.remove(value)
+
+
+def keep_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return ``model`` with only the outputs ``names``, in this order, and what they need.
+
+    Raises:
+        ExportError: a name is not an output of the graph.
+
+    >>> from onnx import TensorProto, helper
+    >>> x, y, z = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xyz")
+    >>> nodes = [helper.make_node("Abs", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]
+    >>> small = keep_outputs(helper.make_model(helper.make_graph(nodes, "g", [x], [y, z])), ["z"])
+    >>> [n.op_type for n in small.graph.node]
+    ['Neg']
+    """
+    require("onnx_ir", extra="export", why="edit a graph")
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    target = ir.from_proto(model)
+    outputs = {v.name: v for v in target.graph.outputs}
+    missing = [name for name in names if name not in outputs]
+    if missing or not names:
+        raise ExportError(
+            f"no output named {missing[0]!r}" if missing else "no output to keep",
+            fix=f"choose from {', '.join(map(str, outputs))}",
+        )
+    target.graph.outputs.clear()
+    target.graph.outputs.extend(outputs[name] for name in names)
+    common.RemoveUnusedNodesPass()(target)
+    return ir.to_proto(target)

@@ -1,0 +1,150 @@
+"""Small questions about a graph that every fusion asks: who made this value, is it a constant, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MICROSOFT = "com.microsoft"
+
+
+def made_by(value: Any, *op_types: str) -> Any | None:
+    """The node that computes ``value`` if it is one of ``op_types`` of the standard domain, else None."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.domain == "" and node.op_type in op_types:
+        return node
+    return None
+
+
+def constant(value: Any) -> np.ndarray | None:
+    """The array of an initializer or of a Constant node, or None for a computed value."""
+    import onnx_ir as ir
+
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def is_constant(value: Any) -> bool:
+    """Whether ``value`` is an initializer or a Constant, without reading its bytes."""
+    import onnx_ir as ir
+
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
+
+
+def scalar(value: Any) -> float | None:
+    """The number in a constant of one element, or None."""
+    if not is_constant(value) or value.shape is None or any(d != 1 for d in value.shape):
+        return None
+    array = constant(value)
+    return None if array is None else float(array.reshape(()).item())
+
+
+def with_constant(node: Any) -> tuple[Any, Any] | None:
+    """``(computed, constant)`` inputs of a commutative binary node in this order, or None."""
+    a, b = node.inputs
+    if is_constant(b) and not is_constant(a):
+        return a, b
+    if is_constant(a) and not is_constant(b):
+        return b, a
+    return None
+
+
+def dims(value: Any) -> tuple[int | str, ...] | None:
+    """The shape as numbers and symbol names; None when the rank or a dimension is unknown."""
+    if value is None or value.shape is None:
+        return None
+    out: list[int | str] = []
+    for d in value.shape:
+        if isinstance(d, int):
+            out.append(d)
+        elif d.value is not None:
+            out.append(str(d.value))
+        else:
+            return None
+    return tuple(out)
+
+
+def only_use(value: Any) -> Any | None:
+    """The single node that reads ``value``, or None when it has more readers or is a graph output."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return next(iter(uses)).node
+
+
+def integers(node: Any, name: str) -> tuple[int, ...]:
+    """The integers of attribute ``name``, empty when absent."""
+    attribute = node.attributes.get(name)
+    return () if attribute is None else tuple(attribute.as_ints())
+
+
+def add_initializer(graph: Any, name: str, array: np.ndarray, like: Any = None) -> Any:
+    """Register ``array`` as the initializer ``name`` (made unique) and return its value."""
+    import onnx_ir as ir
+
+    unique, n = name, 1
+    while unique in graph.initializers:
+        unique, n = f"{name}.{n}", n + 1
+    value = ir.Value(
+        name=unique,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=unique),
+    )
+    if like is not None and like.dtype != value.dtype:
+        value.type = ir.TensorType(like.dtype)
+    graph.initializers[unique] = value
+    return value
+
+
+def insert(
+    graph: Any,
+    before: Any,
+    op_type: str,
+    inputs: Sequence[Any],
+    *,
+    outputs: int = 1,
+    domain: str = "",
+    name: str,
+    **attributes: Any,
+) -> Any:
+    """Create a node right before ``before`` and return it."""
+    import onnx_ir as ir
+
+    node = ir.node(
+        op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name
+    )
+    for i, output in enumerate(node.outputs):
+        output.name = f"{name}.output" if i == 0 else f"{name}.output_{i}"
+    graph.insert_before(before, node)
+    return node
+
+
+def replace(old: Any, new: Any) -> None:
+    """Let every reader of ``old`` read ``new``; keeps the name of a graph output."""
+    import onnx_ir as ir
+
+    new.shape, new.type = old.shape, old.type
+    was_output, name = old.is_graph_output(), old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if was_output:
+        old.name, new.name = f"{name}.before_fusion", name
+
+
+def shared_parent(names: Sequence[str]) -> str | None:
+    """The dotted path that ``names`` share, without their last two parts' differences.
+
+    >>> shared_parent(["a.self.query.weight", "a.self.key.weight", "a.self.value.weight"])
+    'a.self'
+    >>> shared_parent(["x.weight", "y.weight"]) is None
+    True
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for step in zip(*parts, strict=False):
+        if len(set(step)) != 1:
+            break
+        shared.append(step[0])
+    return ".".join(shared) or None
