@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,8 +56,28 @@ ALGORITHMS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
 )
 
 
-def _says(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
+# What each field says, for people: the command line shows these.
+HELP: Mapping[str, str] = types.MappingProxyType(
+    {
+        "method": "How to quantize.",
+        "target": "Runtime to build for; auto is the method's best.",
+        "weight_type": "Type of the stored weights.",
+        "activation_type": "Type of activations (static, nncf).",
+        "granularity": "What shares one scale of a weight.",
+        "group_size": "Weights per scale when granularity is per-group.",
+        "symmetric": "Weights without a zero point.",
+        "algorithm": "How weights are rounded.",
+        "ranges": "How activation ranges are chosen from their histogram.",
+        "percentile": "Share of values inside the range, for ranges=percentile.",
+        "smooth": "SmoothQuant alpha: a number, auto (searched per layer) or none.",
+        "range_margin": "Factor on the seen activation range, for unseen inputs.",
+        "range_probes": "Widen ranges with random-token inputs (text, static).",
+        "bias_correction": "Move the mean error into the bias (static).",
+        "embeddings": "Quantize embedding tables too.",
+        "keep_float": "Layers kept in float, by shell pattern.",
+        "max_drop": "Accuracy-aware nncf: largest drop of mean cosine; 0 is off.",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,25 +95,23 @@ class Recipe:
     memopt.errors.ConfigurationError: recipe has unknown key 'metod'; did you mean 'method'?
     """
 
-    method: Method = _says("How to quantize.", "static")
-    target: Target = _says("Runtime to build for; auto is the method's best.", "auto")
-    weight_type: WeightType = _says("Type of the stored weights.", "int8")
-    activation_type: ActivationType = _says("Type of activations (static, nncf).", "uint8")
-    granularity: Granularity = _says("What shares one scale of a weight.", "per-channel")
-    group_size: int = _says("Weights per scale when granularity is per-group.", 32)
-    symmetric: bool = _says("Weights without a zero point.", True)
-    algorithm: Algorithm = _says("How weights are rounded.", "rtn")
-    ranges: Ranges = _says("How activation ranges are chosen from their histogram.", "minmax")
-    percentile: float = _says("Share of values inside the range, for ranges=percentile.", 99.99)
-    smooth: Smooth | float = _says(
-        "SmoothQuant alpha: a number, auto (searched per layer) or none.", "auto"
-    )
-    range_margin: float = _says("Factor on the seen activation range, for unseen inputs.", 1.1)
-    range_probes: bool = _says("Widen ranges with random-token inputs (text, static).", True)
-    bias_correction: bool = _says("Move the mean error into the bias (static).", True)
-    embeddings: bool = _says("Quantize embedding tables too.", True)
-    keep_float: tuple[str, ...] = _says("Layers kept in float, by shell pattern.", ())
-    max_drop: float = _says("Accuracy-aware nncf: largest drop of mean cosine; 0 is off.", 0.0)
+    method: Method = "static"
+    target: Target = "auto"
+    weight_type: WeightType = "int8"
+    activation_type: ActivationType = "uint8"
+    granularity: Granularity = "per-channel"
+    group_size: int = 32
+    symmetric: bool = True
+    algorithm: Algorithm = "rtn"
+    ranges: Ranges = "minmax"
+    percentile: float = 99.99
+    smooth: Smooth | float = "auto"
+    range_margin: float = 1.1
+    range_probes: bool = True
+    bias_correction: bool = True
+    embeddings: bool = True
+    keep_float: tuple[str, ...] = ()
+    max_drop: float = 0.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
