@@ -149,10 +149,14 @@ def _hub(source: str, revision: str | None) -> Source:
 
 
 def _listing(hub: Any, source: str, revision: str | None) -> list[str] | None:
-    if hub.constants.HF_HUB_OFFLINE:
+    """List the files on the hub; None when offline, where the cache decides what there is."""
+    if require("huggingface_hub.constants", extra="export", why="read its settings").HF_HUB_OFFLINE:
         return None
-    files: list[str] = hub.HfApi().list_repo_files(source, revision=revision)
-    return files
+    httpx = require("httpx", extra="export", why=f"download {source}")
+    try:
+        return list(hub.HfApi().list_repo_files(source, revision=revision))
+    except httpx.TransportError:
+        return None
 
 
 def _wanted(source: str, files: list[str]) -> list[str]:

@@ -77,6 +77,7 @@ def write_weights(
                     "weight_bytes": None if kind == carrier else flat.view(np.uint8).data,
                 }
             )
+            del array, flat  # or this tensor would still be there while the next one is read
         rows.finish({schema.VERSION_KEY: "1", **(metadata or {})})
 
 
