@@ -1,0 +1,70 @@
+"""What a backend is: one variant opened on one provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from memopt.bundle import Bundle, Variant
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Feed = Mapping[str, NDArray[Any]]
+    Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a backend is opened.
+
+    ``threads`` and ``streams`` of None mean: all usable cores, in the way measured as best on
+    this machine (``manifest.chosen``) or the backend's default.
+    """
+
+    threads: int | None = None
+    streams: int | None = None
+    memory_limit_mb: float | None = None
+    vram_threshold: float = 0.9
+    use_compile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A variant of a bundle and the provider to open it on."""
+
+    provider: str
+    variant: Variant
+
+    def __str__(self) -> str:
+        return f"{self.provider}:{self.variant.name}"
+
+
+class Backend(Protocol):
+    """A variant opened on a provider. ``run`` and ``submit`` may be called from any thread.
+
+    ``run`` takes the inputs by name and returns the variant's output as float32
+    (batch, dimension); ``submit`` does the same beside the caller, up to ``streams`` at once.
+    """
+
+    inputs: tuple[str, ...]
+    dimension: int | None
+    streams: int
+
+    def run(self, feed: Feed) -> Rows: ...
+
+    def submit(self, feed: Feed) -> Future[Rows]: ...
+
+    def info(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Opener(Protocol):
+    """What a provider's registry entry points at."""
+
+    def __call__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> Backend: ...

@@ -1,0 +1,119 @@
+"""Which inputs run together: token budgets, few distinct shapes, preparation beside inference."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memopt.runtimes.base import Feed
+
+T = TypeVar("T")
+# Tokens in one batch.
+TOKEN_BUDGET = 1024
+# Images or waveforms in one batch.
+MEDIA_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Model inputs and which rows of the chunk they are."""
+
+    rows: NDArray[np.intp]
+    feed: Feed
+
+
+class FrontEnd(Protocol):
+    """What turns the items of one modality into model inputs."""
+
+    def check(self, item: object) -> str | None:
+        """Return why an item cannot be encoded at all, None when it may."""
+
+    def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
+        """Return the positions of the items, in the chunks they are prepared in."""
+
+    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+        """Turn one chunk into batches; raises UnusableItems naming positions in the chunk."""
+
+
+class UnusableItems(Exception):
+    """Items of a chunk that turned out unusable when read: position -> reason."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
+def bucket(length: int, limit: int | None) -> int:
+    """Return the width a batch whose longest row has ``length`` tokens is padded to.
+
+    Exact up to 32, where padding would cost most; then multiples of 8, 16, 32 ... keep padding
+    below 1/8 and the number of distinct widths below 32 + 8 per doubling.
+
+    >>> [bucket(n, None) for n in (1, 31, 33, 65, 130, 300)]
+    [1, 31, 36, 72, 144, 320]
+    >>> bucket(250, 250)
+    250
+    """
+    if length <= 32:
+        return max(length, 1)
+    step = 1 << ((length - 1).bit_length() - 4)
+    width = -(-length // step) * step
+    return min(width, limit) if limit else width
+
+
+def by_budget(
+    lengths: NDArray[np.intp], batch_size: int | None, limit: int | None
+) -> list[tuple[NDArray[np.intp], int]]:
+    """Cut rows of these token lengths into batches; return (rows, padded width) of each.
+
+    Sorted by length, longest first. With ``batch_size`` a batch has that many rows, else as many as
+    keep rows x width within TOKEN_BUDGET.
+
+    >>> [(len(rows), width) for rows, width in by_budget(np.array([700, 3, 700, 4]), None, None)]
+    [(1, 704), (1, 704), (2, 4)]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        width = bucket(int(lengths[order[start]]), limit)
+        count = batch_size or max(1, TOKEN_BUDGET // width)
+        batches.append((order[start : start + count], width))
+        start += count
+    return batches
+
+
+def ahead(jobs: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Yield the result of each job, the next one being worked on in a thread meanwhile."""
+    if len(jobs) == 1:
+        yield jobs[0]()
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, "memopt-prepare") as pool:
+        coming = pool.submit(jobs[0])
+        for job in jobs[1:]:
+            current, coming = coming, pool.submit(job)
+            yield current.result()
+        yield coming.result()
+
+
+def in_flight(
+    batches: Iterator[tuple[NDArray[np.intp], Feed]],
+    submit: Callable[[Feed], T],
+    depth: int,
+) -> Iterator[tuple[NDArray[np.intp], Feed, T]]:
+    """Submit batches, at most ``depth`` unfinished at a time, and yield them in order."""
+    waiting: deque[tuple[NDArray[np.intp], Feed, T]] = deque()
+    for rows, feed in batches:
+        waiting.append((rows, feed, submit(feed)))
+        if len(waiting) >= depth:
+            yield waiting.popleft()
+    yield from waiting

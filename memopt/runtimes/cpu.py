@@ -1,0 +1,151 @@
+"""What the processor of this machine can do, and how much of it this process may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+# The instruction sets that decide which kernels the runtimes pick, by their Linux name.
+# asimddp is NEON's dot product, i8mm its int8 matrix product, svei8mm the SVE one.
+NOTABLE = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+    "svei8mm",
+)
+# Names that macOS' sysctl uses (hw.optional.arm.FEAT_...) for the same instructions.
+_APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "AdvSIMD": "asimd"}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """Return the instruction sets of :data:`NOTABLE` that this processor has.
+
+    Empty where the system does not say (Windows): nothing is then assumed.
+
+    >>> cpu_features() <= set(NOTABLE)
+    True
+    """
+    if sys.platform == "linux":
+        flags = set(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", _cpuinfo(), re.M)[:1])
+        present = set(" ".join(flags).split())
+    elif sys.platform == "darwin":
+        present = _apple_features()
+    else:
+        present = set()
+    return frozenset(name for name in NOTABLE if name in present)
+
+
+@lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """Return the processor's own name, for example ``AMD EPYC``."""
+    found = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.M)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def usable_cpus() -> int:
+    """Return how many cores this process may keep busy: affinity and cgroup quota considered.
+
+    A container limited to 1.5 cores gets 2 threads: one would leave the half core idle.
+
+    >>> 1 <= usable_cpus() <= os.cpu_count()
+    True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = cgroup_cpu_quota(_CGROUP)
+    return max(1, min(count, -int(-quota // 1))) if quota else max(1, count)
+
+
+def cgroup_cpu_quota(root: Path) -> float | None:
+    """Return the cores the cgroup below ``root`` allows (v2 ``cpu.max``, else v1), None if all.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = (root / "cpu.max").write_text("150000 100000")
+    >>> cgroup_cpu_quota(root)
+    1.5
+    """
+    whole = _words(root / "cpu.max")
+    if len(whole) == 2 and whole[0] != "max":
+        return int(whole[0]) / int(whole[1])
+    quota = _words(root / "cpu" / "cpu.cfs_quota_us")
+    period = _words(root / "cpu" / "cpu.cfs_period_us")
+    if quota and period and int(quota[0]) > 0:
+        return int(quota[0]) / int(period[0])
+    return None
+
+
+def memory_limit_bytes() -> int | None:
+    """Return the cgroup's memory limit, None when there is none (or the system has no cgroups)."""
+    for path in (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes"):
+        words = _words(path)
+        # v1 writes "no limit" as the largest page-aligned 63-bit number.
+        if words and words[0] != "max" and int(words[0]) < 1 << 60:
+            return int(words[0])
+    return None
+
+
+@lru_cache(maxsize=1)
+def machine_key() -> str:
+    """Return the key under which the manifest remembers what was tuned on a machine like this.
+
+    Processor name, instruction sets and usable cores: what decides which variant is the fastest.
+
+    >>> machine_key() == machine_key()
+    True
+    """
+    name = re.sub(r"[^A-Za-z0-9]+", "-", cpu_model()).strip("-")
+    features = "+".join(sorted(cpu_features())) or platform.machine()
+    return f"{platform.system().lower()}-{name}-{usable_cpus()}c-{features}"
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=1)
+def _cpuinfo() -> str:
+    try:
+        # The first core's block is enough, and a 256-core file is long.
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return file.read(16384)
+    except OSError:
+        return ""
+
+
+def _apple_features() -> set[str]:
+    import subprocess
+
+    result = subprocess.run(
+        ["sysctl", "hw.optional"], capture_output=True, text=True, check=False, timeout=10
+    )
+    on = {
+        line.partition(":")[0].split(".")[-1]
+        for line in result.stdout.splitlines()
+        if ": 1" in line
+    }
+    return {_APPLE[name] for name in on if name in _APPLE} | {n for n in on if n in NOTABLE}

@@ -1,0 +1,212 @@
+"""Hand a request to the next provider when one fails, and say so; never silently."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memopt import metrics
+from memopt.errors import DeviceError
+from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.providers import Unavailable, one_line
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from memopt.runtimes.base import Feed, Rows
+
+log = logging.getLogger("memopt.runtimes")
+FALLBACK_EVENTS = "memopt_fallback_events_total"
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "out_of_memory",
+    "failed to allocate",
+    "bad_alloc",
+    "bad allocation",
+    "cudaerrormemoryallocation",
+    "cublas_status_alloc_failed",
+    "available memory of",  # ONNX Runtime: "Available memory of N is smaller than requested"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackEvent:
+    """One hand-over: ``from_`` could not do it, ``to`` took over.
+
+    ``from_`` and ``to`` are provider names; where only the variant changed they are
+    ``provider:variant``. ``kind`` is ``unavailable``, ``open``, ``memory`` or ``run``; ``reason``
+    is what the provider said.
+    """
+
+    from_: str
+    to: str
+    reason: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.from_} -> {self.to} ({self.kind}): {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    candidate: Candidate
+    kind: str
+    reason: str
+
+
+class BackendChain:
+    """The backend in use and those that may take over.
+
+    Args:
+        candidates: what to try, best first.
+        open_backend: opens one candidate.
+        strict: raise DeviceError instead of falling back.
+        events: a list that each FallbackEvent is appended to.
+
+    Raises:
+        DeviceError: nothing opened, or the first did not and ``strict`` is set.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        open_backend: Callable[[Candidate], Backend],
+        *,
+        strict: bool,
+        events: list[FallbackEvent],
+    ) -> None:
+        self._left = list(candidates)
+        self._open = open_backend
+        self._strict = strict
+        self._events = events
+        self._lock = threading.RLock()
+        self._closed = False
+        self._backend, self._candidate = self._next([])
+
+    @property
+    def backend(self) -> Backend:
+        """The backend in use now."""
+        return self._backend
+
+    @property
+    def candidate(self) -> Candidate:
+        """What is in use now."""
+        return self._candidate
+
+    def run(self, feed: Feed) -> Rows:
+        """Run one batch here and now, on whichever backend can."""
+        self._refuse_closed()
+        backend = self._backend
+        try:
+            return backend.run(feed)
+        except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
+            return self._recover(backend, error, feed)
+
+    def submit(self, feed: Feed) -> tuple[Backend, Future[Rows]]:
+        """Start one batch on the backend in use; pass both to :meth:`result`."""
+        self._refuse_closed()
+        backend = self._backend
+        try:
+            return backend, backend.submit(feed)
+        except Exception as error:  # noqa: BLE001 - handed on in result()
+            from concurrent.futures import Future
+
+            failed: Future[Rows] = Future()
+            failed.set_exception(error)
+            return backend, failed
+
+    def result(self, backend: Backend, future: Future[Rows], feed: Feed) -> Rows:
+        """Wait for a submitted batch; when it failed, run it again on the next backend."""
+        try:
+            return future.result()
+        except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
+            return self._recover(backend, error, feed)
+
+    def close(self) -> None:
+        """Close the backend; later requests raise DeviceError."""
+        with self._lock:
+            self._closed = True
+            self._backend.close()
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise DeviceError("the engine is closed", fix="open a new ArrowEngine")
+
+    def _recover(self, backend: Backend, error: Exception, feed: Feed) -> Rows:
+        while True:
+            self._refuse_closed()
+            with self._lock:
+                # Another thread may have moved on already: then only run again.
+                if backend is self._backend:
+                    self._replace(error)
+                backend = self._backend
+            try:
+                return backend.run(feed)
+            except Exception as again:  # noqa: BLE001 - handed on until nothing is left
+                error = again
+
+    def _replace(self, error: Exception) -> None:
+        candidate, failed = self._candidate, self._backend
+        kind = _kind(error, "run")
+        failure = _Failure(candidate, kind, one_line(error))
+        if self._strict:
+            raise DeviceError(f"{candidate} failed: {failure.reason}") from error
+        # The provider itself died or ran out of memory: its other variants are no way out, unless
+        # it is the last provider there is.
+        others = [c for c in self._left if c.provider != candidate.provider]
+        if others:
+            self._left = others
+        elif not self._left:
+            raise DeviceError(
+                f"{candidate} failed and nothing is left to take over: {failure.reason}"
+            ) from error
+        self._backend, self._candidate = self._next([failure])
+        failed.close()
+
+    def _next(self, failures: list[_Failure]) -> tuple[Backend, Candidate]:
+        while self._left:
+            candidate = self._left.pop(0)
+            try:
+                backend = self._open(candidate)
+            except Unavailable as error:
+                failures.append(_Failure(candidate, "unavailable", error.problem))
+                self._left = [c for c in self._left if c.provider != candidate.provider]
+            except Exception as error:  # noqa: BLE001 - any failure to open is handed on
+                failures.append(_Failure(candidate, _kind(error, "open"), one_line(error)))
+            else:
+                self._tell(failures, candidate)
+                return backend, candidate
+            if self._strict:
+                failure = failures[0]
+                raise DeviceError(
+                    f"{failure.candidate} cannot be used: {failure.reason}",
+                    fix="leave strict out to let another provider take over",
+                )
+        told = "; ".join(f"{f.candidate}: {f.reason}" for f in failures)
+        raise DeviceError(f"no provider can run this bundle: {told}", fix="run: memopt doctor")
+
+    def _tell(self, failures: list[_Failure], winner: Candidate) -> None:
+        steps = [f.candidate for f in failures] + [winner]
+        for failure, following in zip(failures, steps[1:], strict=True):
+            from_, to = failure.candidate, following
+            same = from_.provider == to.provider
+            event = FallbackEvent(
+                str(from_) if same else from_.provider,
+                str(to) if same else to.provider,
+                failure.reason,
+                failure.kind,
+            )
+            self._events.append(event)
+            labels = {"from": from_.provider, "to": to.provider, "reason": failure.kind}
+            metrics.count(FALLBACK_EVENTS, 1, **labels)
+            log.warning("fallback %s", event)
+
+
+def _kind(error: Exception, otherwise: str) -> str:
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+        return "memory"
+    return otherwise

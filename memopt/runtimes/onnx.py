@@ -1,0 +1,224 @@
+"""The ONNX Runtime backend: CPU, CUDA, MIGraphX, CoreML, WebGPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memopt.bundle import Bundle
+from memopt.errors import DeviceError
+from memopt.extras import require
+from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.providers import PROVIDERS
+from memopt.runtimes.streams import Streams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from memopt.runtimes.base import Feed, Rows
+
+_CPU = "CPUExecutionProvider"
+# y = x @ x over (2, 2) float32, opset 17, serialized: what a provider must open to count.
+_PROBE = bytes.fromhex(
+    "08083a400a110a01780a017812017922064d61744d756c1201675a130a0178120e0a0c080112080a0208020a0208"
+    "0262130a0179120e0a0c080112080a0208020a02080242040a001011"
+)
+# The operators that carry the work. A GPU session may leave shape arithmetic to the CPU, which is
+# where ONNX Runtime puts it on purpose, but not these.
+_HEAVY = frozenset(
+    [
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "Attention",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "QAttention",
+        "MatMulNBits",
+        "FusedMatMul",
+        "MatMulInteger",
+        "QLinearMatMul",
+        "DynamicQuantizeMatMul",
+        "QLinearConv",
+        "ConvInteger",
+        "LayerNormalization",
+        "SkipLayerNormalization",
+    ]
+)
+
+
+def open_onnx(bundle: Bundle, candidate: Candidate, settings: Settings) -> OnnxBackend:
+    """Open an ONNX variant on one of ONNX Runtime's providers.
+
+    Raises:
+        DeviceError: the provider is not there, or would leave heavy operators to the CPU.
+        Exception: whatever onnxruntime raises on a graph or device it cannot use.
+    """
+    return OnnxBackend(bundle, candidate, settings)
+
+
+def probe(name: str) -> str:
+    """Open and run one matrix product on provider ``name``; return what answered.
+
+    Raises:
+        Exception: the provider does not work here.
+    """
+    import numpy as np
+
+    ort = _onnxruntime()
+    session = _session(_PROBE, name, session_options(1), Settings())
+    x = np.eye(2, dtype=np.float32)
+    session.run(["y"], {"x": x})
+    return f"onnxruntime {ort.__version__}, {PROVIDERS[name].execution_provider}"
+
+
+def session_options(threads: int) -> Any:
+    """Return session options with everything explicit that containers get wrong by default."""
+    ort = _onnxruntime()
+    options = ort.SessionOptions()
+    # The default asks for one thread per core of the host and pins them, which fails in containers.
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    # Memory patterns are kept per shape: with many sequence lengths they only grow.
+    options.enable_mem_pattern = False
+    # Threads spin while a run is on (latency) and stop when it ends (the cores are not ours alone).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
+
+
+class OnnxBackend:
+    """One ONNX Runtime session of a bundle's variant."""
+
+    def __init__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> None:
+        variant = candidate.variant
+        self._provider = candidate.provider
+        self._variant = variant
+        self._threads = settings.threads or usable_cpus()
+        self.streams = settings.streams or 1
+        path = bundle.file(variant)
+        if not path.is_file():
+            raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
+        options = session_options(max(1, self._threads // self.streams))
+        for key, value in variant.options.items():
+            options.add_session_config_entry(key, value)
+        self._session: Any = _session(path, candidate.provider, options, settings)
+        self.inputs = tuple(i.name for i in self._session.get_inputs())
+        outputs = {o.name: o for o in self._session.get_outputs()}
+        if variant.output not in outputs:
+            raise DeviceError(f"{path} has no output {variant.output!r}", fix="export it again")
+        width = outputs[variant.output].shape[-1]
+        self.dimension = width if isinstance(width, int) else None
+        self._ran = _assignment(self._session)
+        self._pool = Streams(self.streams, f"memopt-{candidate.provider}")
+
+    def run(self, feed: Feed) -> Rows:
+        """Run one batch in the calling thread."""
+        import numpy as np
+
+        session = self._session
+        if session is None:
+            raise DeviceError(f"the session on {self._provider} is closed")
+        (rows,) = session.run([self._variant.output], feed)
+        return np.asarray(rows, dtype=np.float32)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        """Run one batch in one of ``streams`` threads; ONNX Runtime runs are concurrent."""
+        return self._pool.submit(self.run, feed)
+
+    def info(self) -> dict[str, Any]:
+        """Return what runs where."""
+        return {
+            "runtime": f"onnxruntime {_onnxruntime().__version__}",
+            "threads": self._threads,
+            "streams": self.streams,
+            "nodes": self._ran,
+        }
+
+    def close(self) -> None:
+        """Drop the session; a run that another thread is in ends first."""
+        self._session = None
+        self._pool.close()
+
+
+def _onnxruntime() -> Any:
+    return require("onnxruntime", extra="cpu", why="run ONNX variants")
+
+
+def _session(model: Path | bytes, name: str, options: Any, settings: Settings) -> Any:
+    """Open a session that really runs on provider ``name``."""
+    ort = _onnxruntime()
+    source = str(model) if isinstance(model, Path) else model
+    wanted = PROVIDERS[name].execution_provider
+    assert wanted is not None
+    if wanted == _CPU:
+        return ort.InferenceSession(source, options, providers=[_CPU])
+    if name == "cuda" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    providers: list[Any] | None = [(wanted, _provider_options(name, settings))]
+    if wanted not in ort.get_available_providers():
+        _add_plugin(ort, name, options)
+        providers = None
+    # Without this a GPU that cannot be opened becomes a CPU session and a warning (ort#23372).
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        session = ort.InferenceSession(source, options, providers=providers)
+    except Exception as error:
+        if "fallback to CPU EP has been explicitly disabled" not in str(error):
+            raise
+        # Some nodes stay on the CPU. Shape arithmetic may; anything that carries the work may not.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        session = ort.InferenceSession(source, options, providers=providers)
+        _refuse_heavy_on_cpu(session, name)
+    if wanted not in session.get_providers():
+        raise DeviceError(f"onnxruntime opened {session.get_providers()} instead of {wanted}")
+    return session
+
+
+def _add_plugin(ort: Any, name: str, options: Any) -> None:
+    provider = PROVIDERS[name]
+    assert provider.plugin is not None
+    plugin = require(provider.plugin, extra="gpu", why=f"run on {name}")
+    if not any(d.ep_name == plugin.get_ep_name() for d in ort.get_ep_devices()):
+        ort.register_execution_provider_library(name, plugin.get_library_path())
+    devices = [d for d in ort.get_ep_devices() if d.ep_name == plugin.get_ep_name()]
+    if not devices:
+        raise DeviceError(f"{provider.plugin} found no device for {name}")
+    options.add_provider_for_devices(devices[:1], {})
+
+
+def _provider_options(name: str, settings: Settings) -> dict[str, str]:
+    if name != "cuda":
+        return {}
+    # TF32 rounds the inputs of float32 products to 10 bits: an fp32 variant promises more.
+    # The default arena doubles at each extension, which is what runs small cards out of memory.
+    options = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    if settings.memory_limit_mb:
+        options["gpu_mem_limit"] = str(int(settings.memory_limit_mb * 2**20))
+    return options
+
+
+def _assignment(session: Any) -> dict[str, int]:
+    """Return how many nodes each execution provider runs."""
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
+
+
+def _refuse_heavy_on_cpu(session: Any, name: str) -> None:
+    left = sorted(
+        {
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == _CPU
+            for node in part.get_nodes()
+            if node.op_type in _HEAVY
+        }
+    )
+    if left:
+        raise DeviceError(f"{name} would leave {', '.join(left)} to the CPU")

@@ -1,0 +1,173 @@
+"""The native OpenVINO backend; reads OpenVINO graphs, and ONNX graphs of standard operators."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from memopt.bundle import Bundle
+from memopt.errors import DeviceError
+from memopt.extras import require
+from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.streams import Streams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from memopt.runtimes.base import Feed, Rows
+
+# float32 unless the variant says otherwise: on a processor with bf16 the default would be bf16, an
+# error of 1e-2 on a matrix product that nobody asked for.
+_DEFAULTS = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def open_openvino(bundle: Bundle, candidate: Candidate, settings: Settings) -> OpenvinoBackend:
+    """Open a variant on OpenVINO's CPU device.
+
+    Raises:
+        DeviceError: the file or its output is missing.
+        Exception: whatever openvino raises on a graph it cannot compile.
+    """
+    return OpenvinoBackend(bundle, candidate, settings)
+
+
+def probe(name: str) -> str:
+    """Compile and run one matrix product; return what answered.
+
+    Raises:
+        Exception: OpenVINO does not work here.
+    """
+    import numpy as np
+
+    ov = _openvino()
+    from openvino import opset13 as ops
+
+    x = ops.parameter([2, 2], np.float32)
+    model = ov.Model([ops.matmul(x, x, False, False)], [x])
+    core = ov.Core()
+    core.compile_model(model, "CPU")([np.eye(2, dtype=np.float32)])
+    return f"openvino {ov.__version__.split('-')[0]}, devices {', '.join(core.available_devices)}"
+
+
+class OpenvinoBackend:
+    """A variant compiled twice at most: for latency at once, for throughput when batches come.
+
+    A model compiled for throughput splits the cores into streams, which more than one batch can
+    fill; a single sentence then would run on one stream's cores only.
+    """
+
+    def __init__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> None:
+        ov = _openvino()
+        path = bundle.file(candidate.variant)
+        if not path.is_file():
+            raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
+        self._threads = settings.threads or usable_cpus()
+        self.streams = settings.streams or min(2, self._threads)
+        options = {**_DEFAULTS, **candidate.variant.options}
+        self._device = options.pop("DEVICE", "CPU")
+        self._options = options
+        self._core = ov.Core()
+        model = self._core.read_model(path)
+        self._output = candidate.variant.output
+        names = {name for port in model.outputs for name in port.get_names()}
+        if self._output not in names:
+            raise DeviceError(f"{path} has no output {self._output!r}", fix="export it again")
+        if len(model.outputs) > 1:
+            # Only what is asked for is computed and copied out.
+            model = ov.Model([model.output(self._output)], model.get_parameters())
+        self.inputs = tuple(port.get_any_name() for port in model.inputs)
+        width = model.output(0).get_partial_shape()[-1]
+        self.dimension = width.get_length() if width.is_static else None
+        self._model = model
+        self._lock = threading.Lock()
+        self._threads_of_streams = Streams(self.streams, "memopt-openvino")
+        self._closed = False
+        self._single = _Requests(self._compile(1))
+        self._many: _Requests | None = self._single if self.streams == 1 else None
+
+    def _compile(self, streams: int) -> Any:
+        hint = "LATENCY" if streams == 1 else "THROUGHPUT"
+        return self._core.compile_model(
+            self._model,
+            self._device,
+            {
+                **self._options,
+                "PERFORMANCE_HINT": hint,
+                "NUM_STREAMS": str(streams),
+                "INFERENCE_NUM_THREADS": str(self._threads),
+                # Pinning fails or hurts where the cores are shared or only partly ours.
+                "ENABLE_CPU_PINNING": "NO",
+            },
+        )
+
+    def run(self, feed: Feed) -> Rows:
+        """Run one batch in the calling thread, on all cores."""
+        return self._infer(self._single, feed)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        """Run one batch on the next free stream."""
+        with self._lock:
+            if self._many is None:
+                self._many = _Requests(self._compile(self.streams))
+        return self._threads_of_streams.submit(self._run_stream, feed)
+
+    def _run_stream(self, feed: Feed) -> Rows:
+        assert self._many is not None
+        return self._infer(self._many, feed)
+
+    def _infer(self, requests: _Requests, feed: Feed) -> Rows:
+        if self._closed:
+            raise DeviceError("the model on openvino is closed")
+        return requests.infer([feed[name] for name in self.inputs])
+
+    def info(self) -> dict[str, Any]:
+        """Return what runs where."""
+        compiled = self._single.compiled
+        return {
+            "runtime": f"openvino {_openvino().__version__.split('-')[0]}",
+            "threads": self._threads,
+            "streams": self.streams,
+            "nodes": {f"openvino-{self._device}": len(compiled.get_runtime_model().get_ops())},
+            "inference_precision": str(compiled.get_property("INFERENCE_PRECISION_HINT")),
+        }
+
+    def close(self) -> None:
+        """Take no more work; a run that another thread is in ends first."""
+        self._closed = True
+        self._threads_of_streams.close()
+        self._single.drop()
+        if self._many is not None:
+            self._many.drop()
+
+
+class _Requests:
+    """A compiled model and its idle infer requests; a request serves one run at a time."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self._idle: list[Any] = []
+
+    def infer(self, inputs: list[Any]) -> Rows:
+        """Run one batch and return the first output as float32, copied out of the request."""
+        import numpy as np
+
+        try:
+            request = self._idle.pop()  # atomic, as is append: no lock needed
+        except IndexError:
+            request = self.compiled.create_infer_request()
+        request.infer(inputs, share_inputs=True, share_outputs=True)
+        rows = np.array(request.get_output_tensor(0).data, dtype=np.float32)
+        self._idle.append(request)
+        return rows
+
+    def drop(self) -> None:
+        """Forget the idle requests."""
+        self._idle.clear()
+
+
+def _openvino() -> Any:
+    # Telemetry would be a network call and threads of its own.
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
+    return require("openvino", extra="openvino", why="run on OpenVINO")

@@ -1,0 +1,142 @@
+"""Which variants to try on which providers, in which order."""
+
+from __future__ import annotations
+
+from memopt.bundle import Bundle, Variant
+from memopt.errors import BundleError, DeviceError
+from memopt.registry import nearest
+from memopt.runtimes.base import Candidate
+from memopt.runtimes.cpu import machine_key
+from memopt.runtimes.providers import AUTO_ORDER, PROVIDERS, canonical, missing
+
+# The device a variant was made for -> the providers that are such a device.
+_TARGETS = {
+    "cpu": ("cpu", "openvino", "torch"),
+    "openvino": ("openvino",),
+    "gpu": ("cuda", "rocm", "coreml", "webgpu"),
+}
+_FLOAT = ("fp32", "bf16", "fp16")
+
+
+def candidates(bundle: Bundle, device: str, variant: str) -> list[Candidate]:
+    """Return what to try, best first.
+
+    The provider asked for comes first, then what may take over: for the variant asked for (or
+    tuned on this machine, or the best), each provider of the automatic order, then the float
+    variants. A variant that failed its quality gate is only there when asked for by name.
+
+    Raises:
+        DeviceError: an unknown device.
+        BundleError: an unknown variant, or nothing in the bundle that could run.
+    """
+    asked = canonical(device)
+    forced = bundle.variant(variant) if variant != "auto" else None
+    wanted = _wanted(bundle, asked, forced)
+    if asked not in ("auto", "torch") and not any(c.provider == asked for c in wanted):
+        raise _nothing_for(bundle, asked, forced)
+    others: list[Candidate] = []
+    for provider in AUTO_ORDER:
+        found = _of_provider(bundle, provider)
+        if provider == "openvino":
+            # Its reader of ONNX graphs is for when ONNX Runtime is not there.
+            foreign = [c for c in found if c.variant.format != "openvino"]
+            found = [c for c in found if c.variant.format == "openvino"]
+        others += found
+    others += foreign
+    usable = [c for c in others if missing(c.provider) is None]
+    unique: dict[tuple[str, str], Candidate] = {}
+    for candidate in [*wanted, *usable]:
+        unique.setdefault((candidate.provider, candidate.variant.name), candidate)
+    ranked = list(unique.values()) or others
+    if not ranked:
+        raise BundleError(
+            f"bundle {bundle.path} has nothing to run", fix=f"run: memopt export {bundle.path}"
+        )
+    return ranked
+
+
+def _wanted(bundle: Bundle, asked: str, forced: Variant | None) -> list[Candidate]:
+    """Return what was asked for by name, or tuned here: told about even if it is not installed."""
+    if asked == "torch":
+        return [Candidate("torch", forced or _reference())]
+    if forced is not None:
+        able = [Candidate(p, forced) for p in _order(asked, forced) if runnable(forced, p)]
+        here = [c for c in able if c.provider == asked or missing(c.provider) is None]
+        return here or able[-1:]
+    tuned = _tuned(bundle, asked)
+    return ([tuned] if tuned else []) + (_of_provider(bundle, asked) if asked != "auto" else [])
+
+
+def runnable(variant: Variant, provider: str) -> bool:
+    """Return whether ``provider`` can read the graph of ``variant``.
+
+    >>> from memopt.bundle import Variant
+    >>> fused = Variant(name="f", format="onnx", precision="fp32", file="m.onnx", fused=True)
+    >>> runnable(fused, "cpu"), runnable(fused, "openvino")
+    (True, False)
+    """
+    row = PROVIDERS[provider]
+    if variant.format not in row.formats or variant.precision not in row.precisions:
+        return False
+    if variant.target in _TARGETS and provider not in _TARGETS[variant.target]:
+        return False
+    return row.fused or not variant.fused
+
+
+def _of_provider(bundle: Bundle, provider: str) -> list[Candidate]:
+    """Return the variants for one provider, best first: its own format, float, fused."""
+    row = PROVIDERS[provider]
+    usable = [v for v in bundle.manifest.variants.values() if v.passed and runnable(v, provider)]
+    # Quantized variants come after float ones until `memopt optimize` measured them here: without
+    # that nobody knows that they are faster on this processor.
+    usable.sort(
+        key=lambda v: (
+            row.formats.index(v.format),
+            row.precisions.index(v.precision),
+            not v.fused,
+            v.name,
+        )
+    )
+    return [Candidate(provider, v) for v in usable]
+
+
+def _order(asked: str, variant: Variant) -> list[str]:
+    # An ONNX variant belongs to ONNX Runtime first; OpenVINO's reader is the second choice for it.
+    rest = [p for p in AUTO_ORDER if p != "openvino" or variant.format == "openvino"]
+    rest += [] if "openvino" in rest else ["openvino"]
+    return rest if asked == "auto" else [asked, *(p for p in rest if p != asked)]
+
+
+def tuned_record(bundle: Bundle) -> dict[str, object]:
+    """Return what `memopt optimize` or tune_streams remembered for this machine, {} if nothing."""
+    record = bundle.manifest.chosen.get(machine_key())
+    return dict(record) if isinstance(record, dict) else {}
+
+
+def _tuned(bundle: Bundle, asked: str) -> Candidate | None:
+    """Return the choice of `memopt optimize` for this machine when it fits what was asked."""
+    record = tuned_record(bundle)
+    name, device = record.get("variant"), record.get("device")
+    if not isinstance(name, str) or not isinstance(device, str) or device not in PROVIDERS:
+        return None
+    variant = bundle.manifest.variants.get(name)
+    if variant is None or not variant.passed or not runnable(variant, device):
+        return None
+    return Candidate(device, variant) if asked in ("auto", device) else None
+
+
+def _reference() -> Variant:
+    return Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
+
+
+def _nothing_for(bundle: Bundle, asked: str, forced: Variant | None) -> DeviceError:
+    if forced is not None:
+        able = [p for p in PROVIDERS if runnable(forced, p)]
+        return DeviceError(
+            f"variant {forced.name!r} cannot run on {asked}", fix=nearest(asked, able)
+        )
+    names = ", ".join(bundle.manifest.variants)
+    return DeviceError(
+        f"no variant of {bundle.path} runs on {asked} (there are: {names})",
+        fix=f"run: memopt export {bundle.path}",
+    )

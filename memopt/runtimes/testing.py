@@ -1,0 +1,156 @@
+"""An engine in memory, so that tests of code that embeds need no model.
+
+The vectors depend on nothing but the input: equal inputs give equal vectors, different ones point
+elsewhere. Batching, order, threads, events and errors are those of the real engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.bundle import Bundle, Manifest, Variant
+from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.batching import Batch, FrontEnd
+from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.streams import Streams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from numpy.typing import NDArray
+
+    from memopt.runtimes.base import Feed, Rows
+
+_DIGEST = 32
+_CHUNK = 64
+
+
+class FakeBackend:
+    """Answers from memory; ``fail(n)`` may raise for the n-th run (counted from 1)."""
+
+    def __init__(
+        self, dimension: int = 8, streams: int = 1, fail: Callable[[int], None] | None = None
+    ) -> None:
+        self.inputs: tuple[str, ...] = ("digest",)
+        self.dimension: int | None = dimension
+        self.streams = streams
+        self.runs = 0
+        self._fail = fail
+        self._lock = threading.Lock()
+        self._pool = Streams(streams, "memopt-fake")
+
+    def run(self, feed: Feed) -> Rows:
+        """Return one seeded normal vector per digest."""
+        with self._lock:
+            self.runs += 1
+            run = self.runs
+        if self._fail is not None:
+            self._fail(run)
+        assert self.dimension is not None
+        seeds = [int.from_bytes(row.tobytes(), "little") for row in feed["digest"]]
+        rows = [np.random.default_rng(seed).standard_normal(self.dimension) for seed in seeds]
+        return np.asarray(rows, dtype=np.float32)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        """Run beside the caller."""
+        return self._pool.submit(self.run, feed)
+
+    def info(self) -> dict[str, Any]:
+        """Return what runs where."""
+        return {"runtime": "fake", "threads": 1, "streams": self.streams, "nodes": {}}
+
+    def close(self) -> None:
+        """Take no more work."""
+        self._pool.close()
+
+
+class FakeFrontEnd:
+    """Takes anything hashable to bytes: text, bytes, paths, arrays, (samples, rate) pairs."""
+
+    def __init__(self, modality: str) -> None:
+        self._text = modality == "text"
+
+    def check(self, item: object) -> str | None:
+        """Return why an item cannot be encoded, None when it can."""
+        if self._text and not isinstance(item, str):
+            return f"is {type(item).__name__}, not str"
+        return None
+
+    def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
+        """Return positions in chunks of 64."""
+        order = np.arange(len(items))
+        return [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
+
+    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+        """Hash every item."""
+        digests = np.array(
+            [np.frombuffer(hashlib.blake2b(_bytes(i), digest_size=_DIGEST).digest(), np.uint8)
+             for i in items]
+        )  # fmt: skip
+        size = batch_size or len(items)
+        starts = range(0, len(items), size)
+        rows = np.arange(len(items))
+        return [Batch(rows[s : s + size], {"digest": digests[s : s + size]}) for s in starts]
+
+
+class _FakeEngine(ArrowEngine):
+    def __init__(self, bundle: Bundle, open_backend: Callable[[Candidate], Backend]) -> None:
+        self._fake_open = open_backend
+        super().__init__(bundle, device="cpu")
+
+    def _open(self, candidate: Candidate) -> Backend:
+        return self._fake_open(candidate)
+
+    def _make_front(self) -> FrontEnd:
+        return FakeFrontEnd(self._bundle.manifest.modality)
+
+
+def fake_engine(
+    dimension: int = 384,
+    modality: str = "text",
+    open_backend: Callable[[Candidate], Backend] | None = None,
+) -> ArrowEngine:
+    """Return an ArrowEngine that needs no model, no file and no runtime.
+
+    Args:
+        dimension: length of the vectors.
+        modality: text, image or audio: what ``encode`` accepts.
+        open_backend: opens a candidate instead of a :class:`FakeBackend`; may raise.
+
+    >>> engine = fake_engine(dimension=4)
+    >>> a, b = engine.encode(["one", "two"]), engine.encode(["two"])
+    >>> bool((a[1] == b[0]).all()), engine.device_info()["runtime"]
+    (True, 'fake')
+    """
+    task = "embedding" if modality == "text" else f"{modality}-embedding"
+    manifest = Manifest(
+        name="fake",
+        task=task,
+        modality=modality,
+        architecture="Fake",
+        model_type="fake",
+        dimension=dimension,
+        variants={
+            "fake": Variant(name="fake", format="onnx", precision="fp32", file="fake"),
+            "fake-spare": Variant(name="fake-spare", format="onnx", precision="fp32", file="fake"),
+        },
+    )
+    return _FakeEngine(
+        Bundle(Path("fake"), manifest), open_backend or (lambda candidate: FakeBackend(dimension))
+    )
+
+
+def _bytes(item: Any) -> bytes:
+    if isinstance(item, bytes | bytearray):
+        return bytes(item)
+    if isinstance(item, tuple):
+        return b"|".join(_bytes(part) for part in item)
+    if isinstance(item, np.ndarray):
+        return str((item.dtype, item.shape)).encode() + item.tobytes()
+    return str(item).encode("utf-8", "surrogatepass")

@@ -1,0 +1,133 @@
+"""Text to token ids with ``tokenizers`` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.bundle import Bundle, read_json
+from memopt.errors import BundleError
+from memopt.runtimes.batching import Batch, by_budget
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# transformers writes 1e30 for "no limit"; no model has positions beyond this.
+_NO_LIMIT = 1_000_000
+# RoBERTa and its kin count positions from pad_id + 1: two of the position embeddings are unusable.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer")
+# Texts tokenized at once: enough for the tokenizer's own threads, small enough that the first batch
+# starts early and the next chunk is tokenized while this one runs.
+CHUNK = 512
+
+
+class TextFrontEnd:
+    """Turns texts into padded batches of ``input_ids`` and what else the graph wants.
+
+    Args:
+        bundle: where ``tokenizer.json`` lies and how long inputs may be.
+        inputs: the names of the graph's inputs.
+    """
+
+    def __init__(self, bundle: Bundle, inputs: Sequence[str]) -> None:
+        from tokenizers import Tokenizer
+
+        path = bundle.path / "tokenizer.json"
+        try:
+            # Read here: from_file reports a missing file and a damaged one alike.
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise BundleError(f"{path} is missing", fix="convert the model again") from error
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleError(f"{path} is not a tokenizer ({error})") from error
+        self._wants_mask = "attention_mask" in inputs
+        self._wants_types = "token_type_ids" in inputs
+        padding = self._tokenizer.padding
+        self._pad = padding["pad_id"] if padding else _pad_id(bundle, self._tokenizer)
+        self.max_length = _max_length(bundle)
+        self._tokenizer.no_padding()
+        if self.max_length is not None:
+            self._tokenizer.enable_truncation(self.max_length)
+        # Single sequences have type 0 in nearly every tokenizer; ask once instead of per text.
+        self._types = any(self._tokenizer.encode("a").type_ids)
+
+    def check(self, item: object) -> str | None:
+        """Return why ``item`` cannot be encoded, None when it can."""
+        if not isinstance(item, str):
+            return f"is {type(item).__name__}, not str"
+        try:
+            item.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"holds a lone surrogate at position {error.start}"
+        return None
+
+    def chunks(self, items: Sequence[str]) -> list[NDArray[np.intp]]:
+        """Return the positions of ``items`` in chunks of similar length, longest first.
+
+        Characters stand for tokens here, so that a chunk can be tokenized while another runs. The
+        longest come first: memory peaks at once, not at the end of an hour.
+        """
+        lengths = np.fromiter((len(text) for text in items), np.intp, len(items))
+        order = np.argsort(-lengths, kind="stable")
+        return [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+
+    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+        """Tokenize one chunk and cut it into batches of similar length."""
+        encodings = self._tokenizer.encode_batch_fast(list(items))
+        lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
+        return [
+            Batch(rows, self._feed([encodings[row] for row in rows], width))
+            for rows, width in by_budget(lengths, batch_size, self.max_length)
+        ]
+
+    def _feed(self, encodings: list[Any], width: int) -> dict[str, NDArray[np.int64]]:
+        shape = (len(encodings), width)
+        ids = np.full(shape, self._pad, np.int64)
+        mask = np.zeros(shape, np.int64)
+        for row, encoding in enumerate(encodings):
+            # A tokenizer without special tokens has none for "": the model then sees one padding
+            # token, because a row that is masked everywhere gives NaN in the softmax.
+            length = len(encoding) or 1
+            if len(encoding):
+                ids[row, :length] = encoding.ids
+            mask[row, :length] = 1
+        feed = {"input_ids": ids}
+        if self._wants_mask:
+            feed["attention_mask"] = mask
+        if self._wants_types:
+            types = np.zeros(shape, np.int64)
+            if self._types:
+                for row, encoding in enumerate(encodings):
+                    types[row, : len(encoding)] = encoding.type_ids
+            feed["token_type_ids"] = types
+        return feed
+
+
+def _max_length(bundle: Bundle) -> int | None:
+    """Return how many tokens the model takes, special tokens included."""
+    if bundle.manifest.max_length:
+        return bundle.manifest.max_length
+    path = bundle.path / "tokenizer_config.json"
+    if path.is_file():
+        limit = read_json(path).get("model_max_length")
+        if isinstance(limit, int | float) and limit < _NO_LIMIT:
+            return int(limit)
+    config = bundle.config()
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions > 0:
+        return positions - 2 if config.get("model_type") in _OFFSET_POSITIONS else positions
+    return None
+
+
+def _pad_id(bundle: Bundle, tokenizer: Any) -> int:
+    path = bundle.path / "tokenizer_config.json"
+    token = read_json(path).get("pad_token") if path.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None:
+        found = bundle.config().get("pad_token_id")
+    # Models without a padding token (GPT-2) mask the padding: any id will do.
+    return found if isinstance(found, int) else 0
