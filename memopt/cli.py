@@ -22,6 +22,7 @@ from memopt.errors import MemoptError
 # import typer only; the library behind a command is imported inside the command.
 COMMANDS: tuple[str, ...] = (
     "convert",
+    "export",
     "bench",
     "info",
     "config",

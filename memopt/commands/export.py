@@ -1,0 +1,77 @@
+"""``memopt export``: a bundle or source to a checked graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="Bundle folder, known name, or any SOURCE.")],
+    format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    task: Annotated[
+        str,
+        typer.Option(help="auto, embedding, image-embedding, audio-embedding or text-generation."),
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
+    weights: Annotated[
+        Path | None, typer.Option(help="Quantized V2 weights to run with exactly those integers.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the variants as JSON.")] = False,
+) -> None:
+    """Export weights to ONNX or OpenVINO and check the result against torch."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from memopt.exporters.base import export as run
+    from memopt.weights.convert import resolve
+
+    with Console(stderr=True).status("resolve") as status:
+        bundle = resolve(source, on_step=None)
+        if weights is not None:
+            from memopt.exporters.from_v2 import export_v2
+
+            variants: tuple[object, ...] = (export_v2(bundle, weights),)
+        else:
+            variants = run(
+                bundle,
+                format=format,
+                task=task,
+                precision=precision,
+                opset=opset,
+                on_step=status.update,
+            )
+    if as_json:
+        typer.echo(json.dumps([asdict(variant) for variant in variants], indent=1))
+    else:
+        _print(bundle.path, variants)
+
+
+def _print(folder: Path, variants: tuple[object, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    for variant in variants:
+        record = getattr(variant, "check", None) or {}
+        name, file = getattr(variant, "name", ""), getattr(variant, "file", "")
+        table = Table("batch", "size", "padded", "max abs error", "min cosine", title=name)
+        for shape in record.get("shapes", []):
+            table.add_row(
+                str(shape["batch"]),
+                str(shape["size"]),
+                "yes" if shape.get("padded") else "no",
+                f"{shape['max_abs_error']:.1e}",
+                f"{shape['min_cosine']:.7f}",
+            )
+        console.print(table)
+        fusion = record.get("fusion")
+        if fusion:
+            counts = {k: v for k, v in fusion.items() if isinstance(v, int) and v}
+            console.print("fused: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
+        console.print(f"wrote {folder / file}")

@@ -1,0 +1,129 @@
+"""Every export is checked: the graph's outputs against the torch reference on several shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from memopt.errors import ExportError
+
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What a graph of one precision may differ from the float32 reference.
+
+    ``max_abs_error`` is relative to the largest absolute reference value of the output, at least 1.
+    """
+
+    min_cosine: float
+    max_abs_error: float
+
+
+# fp32: only the order of sums differs. fp16 and bf16 keep 11 and 8 significant bits (IEEE 754,
+# bfloat16), and a transformer of tens of layers multiplies the rounding by a small factor.
+TOLERANCES = {
+    "fp32": Tolerance(min_cosine=0.99999, max_abs_error=1e-3),
+    "fp16": Tolerance(min_cosine=0.9995, max_abs_error=5e-2),
+    "bf16": Tolerance(min_cosine=0.995, max_abs_error=2e-1),
+}
+
+
+def compare(
+    run: Run,
+    cases: Sequence[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]],
+    tolerance: Tolerance,
+    *,
+    name: str,
+) -> dict[str, Any]:
+    """Run a graph on every case and return the record that goes into the manifest.
+
+    Args:
+        run: feeds -> outputs by name.
+        cases: (feeds, reference outputs) of at least four shapes; token outputs (batch, sequence,
+            width) are compared where ``attention_mask`` is 1, as padding has no meaning.
+        tolerance: past it the export is refused.
+        name: the variant, for the message.
+
+    Raises:
+        ExportError: an output is missing, has another shape, is not finite or differs too much.
+    """
+    shapes, worst_error, worst_cosine, problems = [], 0.0, 1.0, []
+    for feeds, expected in cases:
+        found = run(feeds)
+        error, relative, cosine = 0.0, 0.0, 1.0
+        for output, wanted in expected.items():
+            if output not in found:
+                raise ExportError(f"{name}: the graph has no output {output!r}")
+            got = np.asarray(found[output], dtype=np.float32)
+            if got.shape != wanted.shape:
+                raise ExportError(
+                    f"{name}: output {output!r} has shape {got.shape}, not {wanted.shape}"
+                )
+            got, wanted = _kept(got, wanted, feeds.get("attention_mask"))
+            if not np.isfinite(got).all():
+                raise ExportError(f"{name}: output {output!r} is not finite on {_shape(feeds)}")
+            difference = float(np.abs(got - wanted).max(initial=0.0))
+            error = max(error, difference)
+            relative = max(relative, difference / max(1.0, float(np.abs(wanted).max(initial=0.0))))
+            cosine = min(cosine, _min_cosine(got, wanted))
+        shapes.append({**_shape(feeds), "max_abs_error": error, "min_cosine": cosine})
+        worst_error, worst_cosine = max(worst_error, error), min(worst_cosine, cosine)
+        if cosine < tolerance.min_cosine or relative > tolerance.max_abs_error:
+            problems.append(f"{_shape(feeds)}: cosine {cosine:.6f}, max abs error {error:.2e}")
+    if problems:
+        raise ExportError(
+            f"{name}: the graph does not give the answers of torch (tolerance cosine "
+            f"{tolerance.min_cosine}, relative error {tolerance.max_abs_error}): "
+            + "; ".join(problems),
+            fix="nothing was written; please report the architecture",
+        )
+    return {
+        "reference": "torch fp32",
+        "shapes": shapes,
+        "max_abs_error": worst_error,
+        "min_cosine": worst_cosine,
+        "batch_invariance": _batch_invariance(run, cases),
+        "tolerance": {
+            "min_cosine": tolerance.min_cosine,
+            "max_abs_error": tolerance.max_abs_error,
+        },
+    }
+
+
+def _batch_invariance(
+    run: Run, cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> float:
+    """Return how much the first row of a batch changes when it is run alone (max abs error)."""
+    feeds, expected = max(cases, key=lambda case: len(next(iter(case[0].values()))))
+    output = "sentence_embedding" if "sentence_embedding" in expected else next(iter(expected))
+    together = np.asarray(run(feeds)[output])[:1]
+    alone = np.asarray(run({name: value[:1] for name, value in feeds.items()})[output])
+    return float(np.abs(together.astype(np.float32) - alone.astype(np.float32)).max())
+
+
+def _kept(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None) -> Any:
+    if wanted.ndim == 3 and mask is not None and mask.shape == wanted.shape[:2]:
+        keep = mask.astype(bool)
+        return got[keep], wanted[keep]
+    width = wanted.shape[-1]
+    return got.reshape(-1, width), wanted.reshape(-1, width)
+
+
+def _min_cosine(got: np.ndarray, wanted: np.ndarray) -> float:
+    a, b = got.astype(np.float64), wanted.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosines = (a * b).sum(-1) / np.maximum(norms, 1e-30)
+    return float(cosines.min(initial=1.0))
+
+
+def _shape(feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    shape = next(iter(feeds.values())).shape
+    found: dict[str, Any] = {"batch": shape[0], "size": list(shape[1:])}
+    if "attention_mask" in feeds:
+        found["padded"] = bool((feeds["attention_mask"] == 0).any())
+    return found

@@ -1,0 +1,246 @@
+"""Build the torch model that a bundle's ``config.json`` names, with the bundle's own weights.
+
+Nothing is initialised and the checkpoint is never opened: parameters are made on the meta device
+and replaced, one by one, by the tensors of the Parquet file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memopt.bundle import Bundle
+from memopt.errors import ExportError
+from memopt.extras import require
+from memopt.weights.reader import WeightLoader
+
+# Classes that differ from what AutoModel would pick; (model type, task) -> transformers class.
+CLASSES = {
+    ("t5", "embedding"): "T5EncoderModel",
+    ("clip", "embedding"): "CLIPTextModelWithProjection",
+    ("clip_text_model", "embedding"): "CLIPTextModelWithProjection",
+    ("clip", "image-embedding"): "CLIPVisionModelWithProjection",
+    ("clip_vision_model", "image-embedding"): "CLIPVisionModelWithProjection",
+    ("siglip", "embedding"): "SiglipTextModel",
+    ("siglip", "image-embedding"): "SiglipVisionModel",
+    ("siglip_vision_model", "image-embedding"): "SiglipVisionModel",
+    ("whisper", "audio-embedding"): "WhisperModel",
+}
+# Only the part below this attribute is exported.
+PARTS = {("whisper", "audio-embedding"): "encoder"}
+# Parts of a model that an embedding does not use, so a checkpoint may lack them.
+UNUSED = ("pooler.", "decoder.", "masked_spec_embed")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A torch module in float32, its config, and how its parameters are called in the file."""
+
+    module: Any
+    config: Any
+    names: dict[str, str]  # parameter name of the module -> weight name of the file
+
+
+def load_config(folder: Path) -> Any:
+    """Return the transformers config of a bundle.
+
+    Raises:
+        ExportError: transformers does not know the model type, or the config is unusable.
+    """
+    transformers = require("transformers", extra="export", why="build the model to export")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ExportError(
+            f"{folder / 'config.json'} is not a model config transformers knows: "
+            f"{_first_line(error)}",
+            fix="check model_type and architectures",
+        ) from error
+
+
+def load_model(bundle: Bundle, task: str, weights: Path | None = None) -> LoadedModel:
+    """Return the model for ``task`` with the weights of the bundle, in float32, eval mode.
+
+    Args:
+        bundle: a converted bundle.
+        task: one of ``memopt.bundle.TASKS``.
+        weights: the Parquet file; None takes the bundle's float weights.
+
+    Raises:
+        ExportError: the config is unusable, or a weight the architecture needs is missing or has
+            another shape; the message names it. Nothing is ever left at a random value.
+        WeightsError: the weight file is damaged.
+    """
+    require("torch", extra="export", why="export a model")
+    config = load_config(bundle.path)
+    module, config = _construct(config, task)
+    part = PARTS.get((config.model_type, task))
+    if part:
+        module = getattr(module, part)
+    with WeightLoader(weights or bundle.weights) as loader:
+        names = _match(module, set(loader.names()), prefix_hint=part)
+        _assign(module, names, loader)
+    return LoadedModel(module.eval(), config, names)
+
+
+def _construct(config: Any, task: str) -> tuple[Any, Any]:
+    import transformers
+
+    name = CLASSES.get((config.model_type, task))
+    # Eager attention is plain matrix products and a softmax: the graph stays regular and portable.
+    try:
+        with _meta_parameters():
+            if name:
+                cls = getattr(transformers, name)
+                wanted = cls.config_class
+                if not isinstance(config, wanted):
+                    config = _tower(config, wanted)
+                module = cls._from_config(config, attn_implementation="eager")
+            else:
+                auto = (
+                    transformers.AutoModelForCausalLM
+                    if task == "text-generation"
+                    else transformers.AutoModel
+                )
+                module = auto.from_config(config, attn_implementation="eager")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ExportError(
+            f"cannot build {config.model_type!r} for task {task!r}: {_first_line(error)}",
+            fix="choose another --task, or check config.json",
+        ) from error
+    return module, config
+
+
+def _tower(config: Any, wanted: type) -> Any:
+    for name in ("text_config", "vision_config"):
+        part = getattr(config, name, None)
+        if isinstance(part, wanted):
+            if getattr(config, "projection_dim", None):
+                part.projection_dim = config.projection_dim
+            return part
+    raise ValueError(f"the config has no {wanted.__name__}")
+
+
+@contextmanager
+def _meta_parameters() -> Iterator[None]:
+    """Make every parameter on the meta device, and every buffer for real.
+
+    Buffers such as rotary frequencies are computed in the constructor and are in no checkpoint.
+    """
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(self: Any, name: str, parameter: Any) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = torch.nn.Parameter(
+                torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"),
+                requires_grad=False,
+            )
+        register(self, name, parameter)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _match(module: Any, found: set[str], prefix_hint: str | None) -> dict[str, str]:
+    """Map each parameter to a weight: same name, or the same with one prefix added or removed."""
+    wanted = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    # Only heads a checkpoint can be wrapped in: all leading parts that weights in the file have.
+    prefixes = {""}
+    for name in found:
+        parts = name.split(".")
+        prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts)))}
+    removals = {"", *(name.split(".")[0] + "." for name in wanted)}
+
+    def mapped(name: str, add: str, remove: str) -> str:
+        return add + (name.removeprefix(remove) if remove else name)
+
+    best: tuple[int, int, str, str] | None = None
+    for remove in sorted(removals):
+        for add in sorted(prefixes):
+            hits = sum(mapped(name, add, remove) in found for name in wanted)
+            rank = (-hits, len(add) + len(remove), add, remove)
+            if best is None or rank < best:
+                best = rank
+    assert best is not None
+    _, _, add, remove = best
+    names = {}
+    for name in wanted:
+        options = (mapped(name, add, remove), name, add + name)
+        hit = next((option for option in options if option in found), None)
+        if hit is not None:
+            names[name] = hit
+    return names
+
+
+def _assign(module: Any, names: dict[str, str], loader: WeightLoader) -> None:
+    import torch
+
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    shared: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        shared.setdefault(id(parameter), []).append(name)
+    tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+    missing, wrong = [], []
+    for name, parameter in parameters.items():
+        if name not in names:
+            twins = [twin for twin in shared[id(parameter)] if twin in names]
+            if not twins and name not in tied and not any(part in name for part in UNUSED):
+                missing.append(name)
+            continue
+        info = loader.info(names[name])
+        if tuple(info.shape) != tuple(parameter.shape):
+            wrong.append(f"{names[name]} is {tuple(info.shape)}, not {tuple(parameter.shape)}")
+    if missing or wrong:
+        problems = [f"missing {name}" for name in missing[:5]] + wrong[:5]
+        more = len(missing) + len(wrong) - len(problems)
+        rest = f" and {more} more" if more > 0 else ""
+        raise ExportError(
+            f"the weights do not fit the architecture: {', '.join(problems)}{rest}",
+            fix="check that config.json and the weights are of the same model",
+        )
+    made: dict[str, Any] = {}
+    for name, weight in names.items():
+        if weight not in made:
+            values = np.asarray(loader.load(weight)).astype(np.float32)
+            made[weight] = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
+        _set(module, name, made[weight])
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta:
+            # An unused part: zeros keep the module whole, and the exporter drops what is not used.
+            zeros = torch.zeros(parameter.shape, dtype=torch.float32)
+            _set(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+    for weight in loader.names():
+        buffer = _buffer(module, weight)
+        if buffer is not None and buffer.is_floating_point():
+            buffer.copy_(torch.from_numpy(np.asarray(loader.load(weight)).astype(np.float32)))
+
+
+def _set(module: Any, name: str, parameter: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    module._parameters[last] = parameter
+
+
+def _buffer(module: Any, name: str) -> Any:
+    try:
+        found = module.get_buffer(name)
+    except AttributeError:
+        return None
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,257 @@
+"""What goes in and comes out for each task: heads, signatures, and inputs to trace and check with.
+
+A head follows sentence-transformers: pooling over the tokens the mask keeps, then normalise
+(Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084, section 3).
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from memopt.bundle import Manifest
+from memopt.errors import ExportError
+from memopt.exporters.model import LoadedModel
+
+# Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
+# stays finite, and unlike float32's lowest value it survives a conversion to float16.
+MASK_BIAS = -10_000.0
+# Encoders whose mask function hands a ready 4-D mask through unchanged.
+FOUR_D_MASK = frozenset(
+    {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "electra", "t5"}
+)
+CAUSAL_MASK = frozenset({"llama", "qwen2", "qwen3", "gpt2", "mistral"})
+OUTPUTS = ("last_hidden_state", "sentence_embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Names of a graph's inputs and outputs, and which axes of each input are dynamic."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic: dict[str, dict[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One check: ``batch`` rows of ``length`` tokens or samples, some of them padded."""
+
+    batch: int
+    length: int
+    padded: bool
+
+
+def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
+    """Return the graph signature of docs/architecture.md for this model and task."""
+    if task in ("embedding", "text-generation"):
+        names = ["input_ids", "attention_mask"]
+        forward = inspect.signature(loaded.module.forward).parameters
+        if (
+            task == "embedding"
+            and "token_type_ids" in forward
+            and getattr(loaded.config, "type_vocab_size", 0) > 1
+        ):
+            names.append("token_type_ids")
+        outputs = OUTPUTS if task == "embedding" else ("logits",)
+        axes = {0: "batch", 1: "sequence"}
+        return Signature(tuple(names), outputs, {name: dict(axes) for name in names})
+    if task == "image-embedding":
+        return Signature(("pixel_values",), OUTPUTS, {"pixel_values": {0: "batch"}})
+    if loaded.config.model_type == "whisper":
+        # The encoder's position table fixes 30 s of audio: only the batch is dynamic.
+        return Signature(("input_features",), OUTPUTS, {"input_features": {0: "batch"}})
+    axes = {0: "batch", 1: "samples"}
+    return Signature(("input_values",), OUTPUTS, {"input_values": axes})
+
+
+@cache
+def _module_classes() -> Any:
+    """Return the wrapper class; made on first use because it needs torch."""
+    import torch
+
+    class Headed(torch.nn.Module):
+        """The model, called with positional graph inputs, plus its pooling and normalise head."""
+
+        def __init__(
+            self, model: Any, config: Any, inputs: tuple[str, ...], pooling: str, normalize: bool
+        ) -> None:
+            super().__init__()
+            self.model = model
+            self.model_type = config.model_type
+            self.inputs = inputs
+            self.pooling = pooling
+            self.normalize = normalize
+
+        def forward(self, *values: Any) -> Any:
+            named = dict(zip(self.inputs, values, strict=True))
+            mask = named.get("attention_mask")
+            call = dict(named)
+            if mask is not None and self.model_type in FOUR_D_MASK:
+                call["attention_mask"] = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
+            elif mask is not None and self.model_type in CAUSAL_MASK:
+                call["attention_mask"] = _causal(mask)
+                call["use_cache"] = False
+            result = self.model(**call)
+            if self.pooling == "logits":
+                return (result.logits,)
+            hidden = result.last_hidden_state
+            pooled = _pool(result, hidden, mask, self.pooling)
+            if self.normalize:
+                pooled = torch.nn.functional.normalize(pooled, p=2.0, dim=-1)
+            return hidden, pooled
+
+    return Headed
+
+
+def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
+    """Return a torch module that maps the graph's inputs, in order, to its outputs."""
+    pooling = "logits" if task == "text-generation" else manifest.pooling
+    if pooling == "none":
+        pooling = "mean"
+    names = signature(loaded, manifest, task).inputs
+    made = _module_classes()(loaded.module, loaded.config, names, pooling, manifest.normalize)
+    return made.eval()
+
+
+def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[str, Any]) -> Any:
+    """Return the outputs of the untouched model on ``feeds``, with the head in numpy.
+
+    Independent of the graph on purpose: the model makes its own mask, and pooling is written a
+    second time.
+    """
+    import torch
+
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        if task == "text-generation":
+            return {"logits": loaded.module(**tensors, use_cache=False).logits.numpy()}
+        result = loaded.module(**tensors)
+    hidden = result.last_hidden_state.numpy()
+    mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
+    pooled = _numpy_pool(result, hidden, mask, manifest.pooling)
+    if manifest.normalize:
+        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+    return {"last_hidden_state": hidden, "sentence_embedding": pooled}
+
+
+def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int) -> dict[str, Any]:
+    """Return seeded inputs of one shape, each an array of its own; row 0 is never padded."""
+    generator = np.random.default_rng(seed)
+    config = loaded.config
+    feeds: dict[str, Any] = {}
+    if "input_ids" in names:
+        pad = getattr(config, "pad_token_id", None) or 0
+        ids = generator.integers(0, config.vocab_size, (shape.batch, shape.length))
+        ids[ids == pad] = (pad + 1) % config.vocab_size
+        mask = np.ones((shape.batch, shape.length), dtype=np.int64)
+        if shape.padded:
+            for row in range(1, shape.batch):
+                mask[row, max(1, shape.length - 1 - row * shape.length // (shape.batch + 1)) :] = 0
+        ids[mask == 0] = pad
+        eos = getattr(config, "eos_token_id", None)
+        if config.model_type in ("clip", "clip_text_model") and isinstance(eos, int):
+            # CLIP pools at the end-of-text token: every row has one, at its last kept place.
+            ids[ids == eos] = (eos + 1) % config.vocab_size
+            ids[np.arange(shape.batch), mask.sum(1) - 1] = eos
+        feeds["input_ids"] = ids.astype(np.int64)
+        feeds["attention_mask"] = mask
+        if "token_type_ids" in names:
+            types = np.zeros_like(mask)
+            types[:, shape.length // 2 :] = 1
+            feeds["token_type_ids"] = types * mask
+    elif "pixel_values" in names:
+        size = config.image_size
+        high, wide = (size, size) if isinstance(size, int) else size
+        channels = getattr(config, "num_channels", 3)
+        feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, channels, high, wide))
+    elif "input_features" in names:
+        frames = config.max_source_positions * 2
+        feeds["input_features"] = generator.normal(0, 1, (shape.batch, config.num_mel_bins, frames))
+    else:
+        feeds["input_values"] = generator.normal(0, 1, (shape.batch, shape.length))
+    return {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in feeds.items()}
+
+
+def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tuple[Shape, ...]:
+    """Return the shapes every export is checked on: at least four, with padding where it exists."""
+    if task in ("embedding", "text-generation"):
+        longest = min(max_length or 128, 128)
+        longest = min(longest, getattr(loaded.config, "max_position_embeddings", None) or longest)
+        lengths = (3, 8, 17, 33)
+        shapes = [
+            Shape(batch, min(length, longest), batch > 1)
+            for batch, length in zip((1, 2, 5, 4), lengths, strict=True)
+        ]
+        # Some position tables start behind the padding index (RoBERTa), hence the margin of 2.
+        return (*shapes, Shape(3, max(longest - 2, 2), True))
+    if task == "image-embedding" or loaded.config.model_type == "whisper":
+        return tuple(Shape(batch, 0, False) for batch in (1, 2, 3, 4))
+    return tuple(
+        Shape(batch, length, False)
+        for batch, length in ((1, 4_000), (2, 16_000), (3, 9_001), (1, 32_000))
+    )
+
+
+def trace_shape(loaded: LoadedModel) -> Shape:
+    """Return the shape to trace with: no dimension is 0 or 1, which would be taken as fixed."""
+    return Shape(2, 16_000 if loaded.config.model_type == "wav2vec2" else 8, True)
+
+
+def _causal(mask: Any) -> Any:
+    import torch
+
+    length = mask.shape[1]
+    positions = torch.arange(length, device=mask.device)
+    future = (positions[None, :] > positions[:, None]).float()
+    blocked = torch.maximum(future[None, None], 1.0 - mask[:, None, None, :].float())
+    return blocked * MASK_BIAS
+
+
+def _pool(result: Any, hidden: Any, mask: Any, pooling: str) -> Any:
+    import torch
+
+    if pooling == "model":
+        return _own(result)
+    if pooling == "cls":
+        # With left padding the first kept token is not the first one.
+        return hidden[:, 0] if mask is None else _at(hidden, mask.argmax(dim=1))
+    if mask is None:
+        return {"mean": hidden.mean(1), "max": hidden.amax(1), "last": hidden[:, -1]}[pooling]
+    kept = mask.unsqueeze(-1).to(hidden.dtype)
+    if pooling == "mean":
+        return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1e-9)
+    if pooling == "max":
+        return (hidden + (1.0 - kept) * MASK_BIAS).amax(1)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return _at(hidden, (mask * positions).argmax(dim=1))
+
+
+def _at(hidden: Any, index: Any) -> Any:
+    picked = index[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, picked).squeeze(1)
+
+
+def _own(result: Any) -> Any:
+    for name in ("image_embeds", "text_embeds", "pooler_output"):
+        value = getattr(result, name, None)
+        if value is not None:
+            return value
+    raise ExportError("the model has no pooled output", fix="set another pooling in memopt.json")
+
+
+def _numpy_pool(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
+    if pooling == "model":
+        return np.asarray(_own(result).numpy())
+    if hidden.shape[1] != mask.shape[1]:
+        mask = np.ones(hidden.shape[:2], dtype=np.int64)
+    rows = []
+    for tokens, keep in zip(hidden, mask.astype(bool), strict=True):
+        kept = tokens[keep] if keep.any() else tokens[:1]
+        picked = {"cls": kept[0], "last": kept[-1], "max": kept.max(0), "mean": kept.mean(0)}
+        rows.append(picked["mean" if pooling == "none" else pooling])
+    return np.stack(rows)
