@@ -1,0 +1,211 @@
+"""Sound to model inputs: Whisper's log-mel spectrogram, or wav2vec2's normalised samples."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.bundle import Bundle
+from memopt.errors import BundleError
+from memopt.extras import require
+from memopt.runtimes.batching import MEDIA_BATCH, Batch, UnusableItems
+from memopt.runtimes.image import processor_config
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_RATE = 16_000
+# Samples of raw waveform per batch: 30 s. wav2vec2's first layer keeps 512 floats per 5 samples,
+# 400 bytes a sample, so this is about 200 MB.
+_SAMPLE_BUDGET = 30 * _RATE
+# wav2vec2's convolutions see 400 samples at a time; anything shorter gives no frame at all.
+_FEWEST_SAMPLES = 400
+_FLOOR = 1e-10  # Whisper clips the mel power here before the logarithm
+
+
+class AudioFrontEnd:
+    """Turns paths, encoded bytes, (samples, rate) pairs and arrays into model inputs.
+
+    Args:
+        bundle: where the feature extractor's settings are.
+        inputs: the graph's input names; they decide the kind of features.
+    """
+
+    def __init__(self, bundle: Bundle, inputs: Sequence[str]) -> None:
+        config = processor_config(bundle, "feature_extractor")
+        self.rate = int(config.get("sampling_rate", _RATE))
+        self._mask = "attention_mask" in inputs
+        self._normalize = bool(config.get("do_normalize", "input_values" in inputs))
+        self._mel = "input_features" in inputs
+        if self._mel:
+            kind = str(config.get("feature_extractor_type", "Whisper"))
+            if not kind.startswith("Whisper"):
+                raise BundleError(f"{bundle.path}: features of {kind} are not supported")
+            self._fft = int(config.get("n_fft", 400))
+            self._hop = int(config.get("hop_length", 160))
+            self._samples = int(config.get("chunk_length", 30)) * self.rate
+            mels = int(config.get("feature_size", 80))
+            self._filters = mel_filters(mels, self._fft, self.rate)
+            self._window = np.hanning(self._fft + 1)[:-1].astype(np.float32)
+
+    def check(self, item: object) -> str | None:
+        """Return why ``item`` cannot be sound, None when it may."""
+        if isinstance(item, str | Path | bytes | bytearray | np.ndarray):
+            return None
+        if isinstance(item, tuple | list) and len(item) == 2:
+            samples, rate = item
+            if isinstance(samples, np.ndarray) and isinstance(rate, int | float) and rate > 0:
+                return None
+        return f"is {type(item).__name__}, not a path, bytes, array or (samples, rate)"
+
+    def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
+        """Return positions in chunks of one batch each."""
+        order = np.arange(len(items))
+        return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
+
+    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+        """Decode, resample and transform one chunk."""
+        waves, broken = [], {}
+        for index, item in enumerate(items):
+            try:
+                waves.append(self.waveform(item))
+            except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
+                name = f"({item}) " if isinstance(item, str | Path) else ""
+                broken[index] = f"{name}cannot be read as sound: {error}"
+        if broken:
+            raise UnusableItems(broken)
+        if self._mel:
+            size = batch_size or len(waves)
+            rows = np.arange(len(waves))
+            return [
+                Batch(
+                    rows[start : start + size],
+                    {"input_features": np.stack([self.log_mel(w) for w in waves[start:][:size]])},
+                )
+                for start in range(0, len(waves), size)
+            ]
+        return self._raw(waves, batch_size)
+
+    def waveform(self, item: Any) -> NDArray[np.float32]:
+        """Return mono float32 samples at the model's rate."""
+        samples, rate = self._decode(item)
+        samples = _as_float(samples)
+        if samples.ndim == 2:
+            # Channels are the short axis: soundfile has them last, torchaudio first.
+            samples = samples.mean(axis=int(np.argmin(samples.shape)))
+        if samples.ndim != 1 or not samples.size:
+            raise ValueError(f"samples of shape {samples.shape} are no waveform")
+        if not np.isfinite(samples).all():
+            raise ValueError("samples hold NaN or infinity")
+        if rate != self.rate:
+            signal = require("scipy.signal", extra="media", why="resample sound")
+            divisor = math.gcd(int(rate), self.rate)
+            samples = signal.resample_poly(samples, self.rate // divisor, int(rate) // divisor)
+        return np.asarray(samples, np.float32)
+
+    def log_mel(self, wave: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return Whisper's log-mel features float32 (mels, frames) of a mono waveform.
+
+        Padded with silence or cut to the model's 30 s. Radford et al. 2022, section 2.2; numbers
+        as in transformers' WhisperFeatureExtractor.
+        """
+        wave = wave[: self._samples]
+        if self._normalize:
+            wave = _standardize(wave)
+        padded = np.zeros(self._samples, np.float32)
+        padded[: len(wave)] = wave
+        half = self._fft // 2
+        reflected = np.pad(padded, half, mode="reflect")
+        frames = self._samples // self._hop
+        # Frames of pure silence have power 0: only those that touch the sound are computed, and
+        # the reflected tail when the sound reaches into it.
+        touched = min(frames, -(-(len(wave) + half) // self._hop) + 1)
+        windows = np.lib.stride_tricks.sliding_window_view(reflected, self._fft)
+        spectrum = np.fft.rfft(windows[:: self._hop][:touched] * self._window, axis=1)
+        power = spectrum.real**2 + spectrum.imag**2
+        features = np.full((len(self._filters), frames), np.log10(_FLOOR), np.float32)
+        features[:, :touched] = np.log10(np.maximum(self._filters @ power.T, _FLOOR))
+        np.maximum(features, features.max() - 8.0, out=features)
+        features += 4.0
+        features /= 4.0
+        return features
+
+    def _decode(self, item: Any) -> tuple[NDArray[Any], float]:
+        if isinstance(item, np.ndarray):
+            return item, self.rate
+        if isinstance(item, tuple | list):
+            return item[0], item[1]
+        soundfile = require("soundfile", extra="media", why="read sound files")
+        source = io.BytesIO(item) if isinstance(item, bytes | bytearray) else str(item)
+        samples, rate = soundfile.read(source, dtype="float32")
+        return samples, rate
+
+    def _raw(self, waves: list[NDArray[np.float32]], batch_size: int | None) -> list[Batch]:
+        if self._normalize:
+            waves = [_standardize(wave) for wave in waves]
+        lengths = np.array([max(len(wave), _FEWEST_SAMPLES) for wave in waves])
+        order = np.argsort(-lengths, kind="stable")
+        batches = []
+        start = 0
+        while start < len(order):
+            width = int(lengths[order[start]])
+            count = batch_size or max(1, _SAMPLE_BUDGET // width)
+            rows = order[start : start + count]
+            if not self._mask:
+                # Without a mask padding would change the answer: only equal lengths go together.
+                rows = rows[lengths[rows] == width]
+            values = np.zeros((len(rows), width), np.float32)
+            mask = np.zeros((len(rows), width), np.int64)
+            for line, row in enumerate(rows):
+                values[line, : len(waves[row])] = waves[row]
+                mask[line, : lengths[row]] = 1
+            feed: dict[str, NDArray[Any]] = {"input_values": values}
+            if self._mask:
+                feed["attention_mask"] = mask
+            batches.append(Batch(rows, feed))
+            start += len(rows)
+        return batches
+
+
+def mel_filters(mels: int, fft: int, rate: int) -> NDArray[np.float32]:
+    """Return float32 (mels, fft // 2 + 1) triangular filters on Slaney's mel scale, 0 to 8 kHz.
+
+    Slaney, Auditory Toolbox (1998): linear below 1 kHz, logarithmic above, each of unit area.
+
+    >>> mel_filters(80, 400, 16000).shape
+    (80, 201)
+    """
+    highest = 8000.0
+    step = math.log(6.4) / 27.0
+    top = 15.0 + math.log(highest / 1000.0) / step
+    points = np.linspace(0.0, top, mels + 2)
+    hertz = np.where(
+        points < 15.0, points * 200.0 / 3.0, 1000.0 * np.exp(step * np.maximum(points - 15.0, 0))
+    )
+    bins = np.linspace(0.0, rate // 2, fft // 2 + 1)
+    slopes = hertz[:, None] - bins[None, :]
+    widths = np.diff(hertz)
+    rising = -slopes[:-2] / widths[:-1, None]
+    falling = slopes[2:] / widths[1:, None]
+    triangles = np.maximum(0.0, np.minimum(rising, falling))
+    area = 2.0 / (hertz[2:] - hertz[:-2])
+    return (triangles * area[:, None]).astype(np.float32)
+
+
+def _standardize(wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    scaled: NDArray[np.float32] = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+    return scaled
+
+
+def _as_float(samples: NDArray[Any]) -> NDArray[np.float32]:
+    if np.issubdtype(samples.dtype, np.integer):
+        info = np.iinfo(samples.dtype)
+        middle = 0 if info.min < 0 else (info.max + 1) // 2  # 8-bit wav is unsigned around 128
+        scale = -info.min if info.min < 0 else middle
+        return (samples.astype(np.float32) - middle) / np.float32(scale)
+    return np.asarray(samples, np.float32)
