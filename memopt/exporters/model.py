@@ -6,6 +6,7 @@ and replaced, one by one, by the tensors of the Parquet file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +34,14 @@ CLASSES = {
 }
 # Only the part below this attribute is exported.
 PARTS = {("whisper", "audio-embedding"): "encoder"}
-# Parts of a model that an embedding does not use, so a checkpoint may lack them.
-UNUSED = ("pooler.", "decoder.", "masked_spec_embed")
+# wav2vec2's is for training. A pooler is left out of the checkpoints of models with another head;
+# it may only be missing where the embedding is pooled from the hidden states.
+TRAINING_ONLY = "masked_spec_embed"
+POOLER = "pooler."
+# Constants that older releases of transformers saved with the weights; the model computes them.
+COMPUTED = re.compile(
+    r"(position_ids|token_type_ids|inv_freq|masked_bias|\.attn\.bias|num_batches_tracked)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +79,41 @@ def load_model(bundle: Bundle, task: str, weights: Path | None = None) -> Loaded
         weights: the Parquet file; None takes the bundle's float weights.
 
     Raises:
-        ExportError: the config is unusable, or a weight the architecture needs is missing or has
-            another shape; the message names it. Nothing is ever left at a random value.
+        ExportError: the config is unusable, a weight the architecture needs is missing or has
+            another shape, or the file has one that the architecture has no place for (one layer
+            more than config.json says); the message names it. Weights of a part that is not
+            exported (a language model's head, the other tower) are left alone. Nothing is ever
+            left at a random value.
         WeightsError: the weight file is damaged.
     """
     require("torch", extra="export", why="export a model")
     config = load_config(bundle.path)
     module, config = _construct(config, task)
-    part = PARTS.get((config.model_type, task))
-    if part:
-        module = getattr(module, part)
     with WeightLoader(weights or bundle.weights) as loader:
-        names = _match(module, set(loader.names()), prefix_hint=part)
-        _assign(module, names, loader)
+        current = _current_names(module, loader.names())
+        part = PARTS.get((config.model_type, task))
+        if part:
+            module = getattr(module, part)
+        names = _match(module, current)
+        optional = (
+            (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
+        )
+        _assign(module, names, loader, optional)
     return LoadedModel(module.eval(), config, names)
+
+
+def _current_names(module: Any, stored: list[str]) -> dict[str, str]:
+    """Map what the installed transformers calls each weight to what the checkpoint calls it.
+
+    Modules get renamed between releases (ViT's ``attention.attention.query`` is ``attention.q_proj``
+    now, LayerNorm's ``gamma`` became ``weight``); transformers keeps the list of renamings.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    mapping = get_model_conversion_mapping(module)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    return {apply_renamings(name, renamings): name for name in stored}
 
 
 def _construct(config: Any, task: str) -> tuple[Any, Any]:
@@ -151,12 +179,16 @@ def _meta_parameters() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _match(module: Any, found: set[str], prefix_hint: str | None) -> dict[str, str]:
-    """Map each parameter to a weight: same name, or the same with one prefix added or removed."""
+def _match(module: Any, current: dict[str, str]) -> dict[str, str]:
+    """Map each parameter to a weight: same name, or the same with one prefix added or removed.
+
+    Raises:
+        ExportError: weights below one of the module's own parts that it has no parameter for.
+    """
     wanted = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     # Only heads a checkpoint can be wrapped in: all leading parts that weights in the file have.
     prefixes = {""}
-    for name in found:
+    for name in current:
         parts = name.split(".")
         prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts)))}
     removals = {"", *(name.split(".")[0] + "." for name in wanted)}
@@ -164,25 +196,48 @@ def _match(module: Any, found: set[str], prefix_hint: str | None) -> dict[str, s
     def mapped(name: str, add: str, remove: str) -> str:
         return add + (name.removeprefix(remove) if remove else name)
 
-    best: tuple[int, int, str, str] | None = None
-    for remove in sorted(removals):
-        for add in sorted(prefixes):
-            hits = sum(mapped(name, add, remove) in found for name in wanted)
-            rank = (-hits, len(add) + len(remove), add, remove)
-            if best is None or rank < best:
-                best = rank
-    assert best is not None
-    _, _, add, remove = best
+    ranks = []
+    for remove in removals:
+        for add in prefixes:
+            hits = sum(mapped(name, add, remove) in current for name in wanted)
+            ranks.append((-hits, len(add) + len(remove), add, remove))
+    _, _, add, remove = min(ranks)
     names = {}
     for name in wanted:
         options = (mapped(name, add, remove), name, add + name)
-        hit = next((option for option in options if option in found), None)
+        hit = next((option for option in options if option in current), None)
         if hit is not None:
-            names[name] = hit
+            names[name] = current[hit]
+    _refuse_unexpected(module, current, names, add, remove)
     return names
 
 
-def _assign(module: Any, names: dict[str, str], loader: WeightLoader) -> None:
+def _refuse_unexpected(
+    module: Any, current: dict[str, str], names: dict[str, str], add: str, remove: str
+) -> None:
+    used = set(names.values())
+    own = {name for name, _ in module.named_children()}
+    known = {name for name, _ in module.named_buffers()}
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    left = []
+    for name, stored in current.items():
+        inside = remove + name.removeprefix(add)
+        if stored in used or not name.startswith(add) or inside.split(".")[0] not in own:
+            continue
+        if inside in known or COMPUTED.search(name) or any(re.search(p, name) for p in ignored):
+            continue
+        left.append(stored)
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise ExportError(
+            f"the architecture has no place for the weights {', '.join(left[:5])}{more}",
+            fix="check that config.json (number of layers, say) and the weights are of one model",
+        )
+
+
+def _assign(
+    module: Any, names: dict[str, str], loader: WeightLoader, optional: tuple[str, ...]
+) -> None:
     import torch
 
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -194,7 +249,7 @@ def _assign(module: Any, names: dict[str, str], loader: WeightLoader) -> None:
     for name, parameter in parameters.items():
         if name not in names:
             twins = [twin for twin in shared[id(parameter)] if twin in names]
-            if not twins and name not in tied and not any(part in name for part in UNUSED):
+            if not twins and name not in tied and not any(part in name for part in optional):
                 missing.append(name)
             continue
         info = loader.info(names[name])
