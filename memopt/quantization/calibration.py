@@ -23,9 +23,9 @@ AUDIO_FILES = (".wav", ".flac")
 FEWEST = 8
 # Column names that tell a header from a first line of text.
 _HEADER = frozenset(
-    ("text", "sentence", "sentence1", "sentence2", "sentence_1", "sentence_2", "premise")
-    + ("hypothesis", "question", "query", "answer", "content", "document", "title", "body")
-    + ("caption", "label", "score", "similarity_score", "id", "index")
+    {"text", "sentence", "sentence1", "sentence2", "sentence_1", "sentence_2", "premise"}
+    | {"hypothesis", "question", "query", "answer", "content", "document", "title", "body"}
+    | {"caption", "label", "score", "similarity_score", "id", "index"}
 )
 _SCORES = ("score", "similarity_score", "similarity", "label", "labels")
 

@@ -17,7 +17,7 @@ Method = Literal["static", "dynamic", "weight-only", "nncf", "nncf-weights", "ar
 Target = Literal["auto", "cpu", "openvino", "gpu"]
 WeightType = Literal["int8", "int4", "int2", "nf4"]
 ActivationType = Literal["uint8", "int8"]
-Granularity = Literal["per-channel", "per-tensor", "per-group"]
+Granularity = Literal["auto", "per-channel", "per-tensor", "per-group"]
 Algorithm = Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"]
 Ranges = Literal["minmax", "entropy", "percentile", "mse"]
 Smooth = Literal["auto", "none"]
@@ -55,6 +55,19 @@ ALGORITHMS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     }
 )
 
+# int8 kernels multiply with symmetric weights that have one scale per output channel or tensor.
+GRANULARITIES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "static": ("per-channel", "per-tensor"),
+        "dynamic": ("per-channel", "per-tensor"),
+        "weight-only": ("per-group",),
+        "nncf": ("per-channel", "per-tensor"),
+        "nncf-weights": ("per-channel", "per-group"),
+        "arrow": ("per-channel", "per-tensor", "per-group"),
+    }
+)
+_ASYMMETRIC = ("weight-only", "nncf-weights", "arrow")
+
 
 # What each field says, for people: the command line shows these.
 HELP: Mapping[str, str] = types.MappingProxyType(
@@ -62,8 +75,8 @@ HELP: Mapping[str, str] = types.MappingProxyType(
         "method": "How to quantize.",
         "target": "Runtime to build for; auto is the method's best.",
         "weight_type": "Type of the stored weights.",
-        "activation_type": "Type of activations (static, nncf).",
-        "granularity": "What shares one scale of a weight.",
+        "activation_type": "Type of activations; int8 only with nncf.",
+        "granularity": "What shares one scale of a weight; auto is the method's best.",
         "group_size": "Weights per scale when granularity is per-group.",
         "symmetric": "Weights without a zero point.",
         "algorithm": "How weights are rounded.",
@@ -99,7 +112,7 @@ class Recipe:
     target: Target = "auto"
     weight_type: WeightType = "int8"
     activation_type: ActivationType = "uint8"
-    granularity: Granularity = "per-channel"
+    granularity: Granularity = "auto"
     group_size: int = 32
     symmetric: bool = True
     algorithm: Algorithm = "rtn"
@@ -119,6 +132,17 @@ class Recipe:
             _check_type(item.name, getattr(self, item.name), hints[item.name])
         _allowed("target", self.target, ("auto", *TARGETS[self.method]), self.method)
         _allowed("weight_type", self.weight_type, WEIGHT_TYPES[self.method], self.method)
+        grains = ("auto", *GRANULARITIES[self.method])
+        _allowed("granularity", self.granularity, grains, self.method)
+        if not self.symmetric and self.method not in _ASYMMETRIC:
+            raise ConfigurationError(
+                f"method {self.method!r} computes with symmetric weights", fix="leave symmetric on"
+            )
+        if self.activation_type != "uint8" and self.method != "nncf":
+            raise ConfigurationError(
+                f"activation_type {self.activation_type!r} does not go with method {self.method!r}",
+                fix="use uint8; nncf has both",
+            )
         _allowed("algorithm", self.algorithm, ALGORITHMS[self.method], self.method)
         if self.group_size < 1:
             raise ConfigurationError(f"group_size {self.group_size} is not positive", fix="use 32")
@@ -148,6 +172,15 @@ class Recipe:
     def runtime(self) -> str:
         """The target with "auto" resolved: openvino, cpu or gpu."""
         return TARGETS[self.method][0] if self.target == "auto" else self.target
+
+    @property
+    def grain(self) -> str:
+        """The granularity with "auto" resolved: blocks below eight bits, else channels."""
+        if self.granularity != "auto":
+            return self.granularity
+        allowed = GRANULARITIES[self.method]
+        narrow = self.weight_type != "int8" and "per-group" in allowed
+        return "per-group" if narrow else allowed[0]
 
     @property
     def format(self) -> str:

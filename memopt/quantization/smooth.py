@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.floating[Any]]
 
-# Above 0.85 every channel fills its seen range, which leaves no room for inputs not seen: on MiniLM
-# alpha 1 has less error on calibration data and cosine 0.83 instead of 0.98 on unusual inputs.
-ALPHAS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
+# Above 0.8 channels fill their seen ranges, which leaves no room for inputs not seen: on MiniLM the
+# error on calibration data falls further, and the least cosine on unusual texts falls with it:
+# 0.987 at 0.8, 0.976 at 0.85, 0.956 at 1.
+ALPHAS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.8)
 _TINY = 1e-8
 
 

@@ -189,11 +189,12 @@ def observe(
 
 def valid_rows(values: NDArray[Any], feed: Feed) -> Array:
     """Return an activation as (rows, channels) float32, rows of padding left out."""
-    array = np.asarray(values, np.float32)
-    flat = array.reshape(-1, array.shape[-1])
+    array: Array = np.asarray(values, np.float32)
+    flat: Array = array.reshape(-1, array.shape[-1])
     mask = feed.get("attention_mask")
     if mask is not None and array.shape[:-1] == mask.shape:
-        return flat[np.asarray(mask).ravel().astype(bool)]
+        kept: Array = flat[np.asarray(mask).ravel().astype(bool)]
+        return kept
     return flat
 
 

@@ -1,0 +1,321 @@
+"""Full int8 for OpenVINO: every weighted product in integers, attention products in float.
+
+The graph keeps its structure. Each activation that feeds weighted products gets a multiply and add
+(fused by the plugin into the LayerNorm or GELU before it) and one per-tensor FakeQuantize; each
+weight becomes an int8 constant with a scale per output channel; each large embedding table becomes
+int8 with a scale per row. Attention scores and their softmax stay float: they are 2 % of the work
+of a short text and the part that outliers hurt most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.errors import QuantizationError
+from memopt.extras import require
+from memopt.quantization.graph_runner import THREADS
+from memopt.quantization.recipe import Recipe, match_layers
+from memopt.quantization.static import (
+    Layer,
+    Quantized,
+    Rounded,
+    plan_activations,
+    round_layer,
+    round_table,
+)
+
+if TYPE_CHECKING:
+    from memopt.quantization.smooth import Plan
+    from memopt.quantization.static import Step
+    from memopt.quantization.statistics import Array, Feed, Observe
+
+# Between a constant and its use: what a converter puts there and constant folding removes.
+_PASSIVE = frozenset({"Convert", "Transpose", "Reshape", "Unsqueeze", "Squeeze"})
+# Tables below this many bytes stay float: position and type embeddings are not worth a Gather.
+SMALLEST_TABLE = 1 << 20
+_FLOAT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A matrix product with a constant weight (out, in)."""
+
+    name: str
+    node: Any
+    weight: Array
+
+    @property
+    def source(self) -> str:
+        """The activation it multiplies, as one string."""
+        output = self.node.input_value(0)
+        return f"{output.get_node().get_friendly_name()}:{output.get_index()}"
+
+
+def find_linears(model: Any) -> list[Linear]:
+    """Return the products of an OpenVINO model whose right side is a constant matrix, in order.
+
+    A layer is named after its weight where the graph knows that name, else after its node.
+    """
+    found = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        constant = _constant(node.input_value(1))
+        if constant is None or len(constant.get_output_shape(0)) != 2:
+            continue
+        weight = _folded(node.input_value(1))
+        if not node.get_attributes()["transpose_b"]:
+            weight = weight.T
+        label = constant.get_friendly_name()
+        name = label if "." in label else node.get_friendly_name()
+        found.append(Linear(name, node, np.ascontiguousarray(weight, np.float32)))
+    return found
+
+
+def quantize_openvino_static(
+    model: Any,
+    recipe: Recipe,
+    feeds: Callable[[], Iterable[Feed]],
+    probes: Sequence[Feed],
+    *,
+    keep: Collection[str] = (),
+    seed: int = 0,
+    step: Step = lambda _: None,
+) -> Quantized:
+    """Return an int8 copy of an OpenVINO float model.
+
+    Args:
+        model: an ``openvino.Model`` in float32; it is not changed.
+        recipe: method "static".
+        feeds: starts a pass over the calibration inputs.
+        probes: inputs that only widen activation ranges.
+        keep: names of layers to keep in float, beside ``recipe.keep_float``.
+
+    Raises:
+        QuantizationError: the graph has no weighted product.
+        ConfigurationError: a pattern of ``recipe.keep_float`` matches no layer.
+    """
+    made = model.clone()
+    linears = find_linears(made)
+    tables = _tables(made)
+    if not linears:
+        raise QuantizationError("this graph has no matrix product with a constant weight")
+    names = [linear.name for linear in linears] + [name for name, _, _ in tables]
+    kept = match_layers(recipe.keep_float, names) | set(keep)
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.name not in kept:
+            groups.setdefault(linear.source, []).append(linear)
+    weights = {source: [linear.weight for linear in group] for source, group in groups.items()}
+    plans = plan_activations(
+        weights, _observer(model, list(groups)), feeds, probes, recipe, seed=seed, step=step
+    )
+    layers = [
+        Layer(name=linear.name, kind="float", macs=linear.weight.size)
+        for linear in linears
+        if linear.name in kept
+    ]
+    for source, group in groups.items():
+        step(f"rounding {source}")
+        chosen, seen = plans[source]
+        activation = _fake_quantize(group[0].node.input_value(0), chosen)
+        for linear in group:
+            rounded = round_layer(linear.weight, chosen, seen, recipe)
+            _replace(linear.node, activation, rounded)
+            layers.append(
+                Layer(
+                    name=linear.name,
+                    kind="int8",
+                    error=rounded.error,
+                    alpha=chosen.alpha,
+                    macs=linear.weight.size,
+                )
+            )
+    if recipe.embeddings:
+        layers += [_quantize_table(*table) for table in tables if table[0] not in kept]
+    _fold_scalars(made)
+    made.validate_nodes_and_infer_types()
+    return Quantized(model=made, layers=tuple(layers))
+
+
+def _observer(model: Any, sources: Sequence[str]) -> Observe:
+    ov = require("openvino", extra="openvino", why="calibrate an OpenVINO model")
+    watched = model.clone()
+    ports = {}
+    for node in watched.get_ordered_ops():
+        for index, port in enumerate(node.outputs()):
+            ports[f"{node.get_friendly_name()}:{index}"] = port
+    before = len(watched.outputs)
+    watched.add_outputs([ports[source] for source in sources])
+    compiled = ov.Core().compile_model(watched, "CPU", _FLOAT)
+    wanted = {name for port in compiled.inputs for name in port.get_names()}
+    # One activation may be a result already; ask by position, which add_outputs keeps.
+    places = range(before, len(watched.outputs))
+    if len(places) != len(sources):
+        raise QuantizationError("an activation could not be observed", fix="report this graph")
+
+    def run(feed: Feed) -> list[Any]:
+        results = compiled({key: value for key, value in feed.items() if key in wanted})
+        return [results[place] for place in places]
+
+    return run
+
+
+def _constant(output: Any) -> Any:
+    node = output.get_node()
+    while node.get_type_name() in _PASSIVE:
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" else None
+
+
+def _folded(output: Any) -> Array:
+    """Return the value of a constant expression."""
+    import openvino as ov
+
+    folded = ov.Core().compile_model(ov.Model([output], []), "CPU", _FLOAT)({})[0]
+    return np.array(folded, np.float32)
+
+
+def _tables(model: Any) -> list[tuple[str, Any, Any]]:
+    """Return (name, Gather, constant) of every large float embedding table."""
+    found = []
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Gather":
+            continue
+        constant = _constant(node.input_value(0))
+        if constant is None or len(constant.get_output_shape(0)) != 2:
+            continue
+        size = int(np.prod(constant.get_output_shape(0))) * 4
+        is_float = constant.get_output_element_type(0).get_type_name() in ("f32", "f16", "bf16")
+        if size >= SMALLEST_TABLE and is_float:
+            label = constant.get_friendly_name()
+            found.append((label if "." in label else node.get_friendly_name(), node, constant))
+    return found
+
+
+def _quantize_table(name: str, gather: Any, constant: Any) -> Layer:
+    import openvino.opset13 as op
+
+    values = np.array(constant.get_data(), np.float32)
+    integers, scales = round_table(values)
+    stored = op.constant(integers)
+    stored.set_friendly_name(constant.get_friendly_name())
+    table = op.multiply(op.convert(stored, "f32"), op.constant(scales))
+    gather.input(0).replace_source_output(table.output(0))
+    error = float(((integers * scales - values) ** 2).sum() / max(float((values**2).sum()), 1e-12))
+    return Layer(name=name, kind="int8-table", error=error)
+
+
+def _fake_quantize(source: Any, chosen: Plan) -> Any:
+    import openvino.opset13 as op
+
+    rank = source.get_partial_shape().rank.get_length()
+    shape = [1] * (rank - 1) + [-1]
+    value = source
+    if np.any(chosen.divisor != 1):
+        value = op.multiply(value, op.constant((1 / chosen.divisor).reshape(shape))).output(0)
+    if np.any(chosen.low != 0):
+        shift = (-chosen.low / chosen.divisor).astype(np.float32)
+        value = op.add(value, op.constant(shift.reshape(shape))).output(0)
+    edges = [op.constant(np.full([1] * rank, e * chosen.scale, np.float32)) for e in (0, 255)]
+    made = op.fake_quantize(value, edges[0], edges[1], edges[0], edges[1], 256)
+    made.set_friendly_name(f"{source.get_node().get_friendly_name()}/uint8")
+    return made
+
+
+def _replace(node: Any, activation: Any, rounded: Rounded) -> None:
+    import openvino.opset13 as op
+
+    stored = op.constant(rounded.integers)
+    old = _constant(node.input_value(1))
+    stored.set_friendly_name(old.get_friendly_name())
+    weight = op.multiply(op.convert(stored, "f32"), op.constant(rounded.scales[:, None]))
+    product = op.matmul(activation, weight, False, True)
+    product.set_friendly_name(node.get_friendly_name())
+    users = list(node.output(0).get_target_inputs())
+    bias = _bias_of(users)
+    if bias is not None:
+        add, place, value = bias
+        moved = value + rounded.bias.reshape([1] * (value.ndim - 1) + [-1])
+        add.input(place).replace_source_output(op.constant(moved.astype(np.float32)).output(0))
+        users[0].replace_source_output(product.output(0))
+        return
+    rank = node.output(0).get_partial_shape().rank.get_length()
+    added = op.add(product, op.constant(rounded.bias.reshape([1] * (rank - 1) + [-1])))
+    for user in users:
+        user.replace_source_output(added.output(0))
+
+
+def _bias_of(users: Sequence[Any]) -> tuple[Any, int, Array] | None:
+    """Return (Add, input position of the bias, its value) when that is a product's only use."""
+    if len(users) != 1 or users[0].get_node().get_type_name() != "Add":
+        return None
+    add, place = users[0].get_node(), 1 - users[0].get_index()
+    constant = _constant(add.input_value(place))
+    if constant is None:
+        return None
+    value = _folded(add.input_value(place))
+    return add, place, value.reshape(1) if value.ndim == 0 else value
+
+
+def _fold_scalars(model: Any) -> int:
+    """Move a scalar factor behind a quantized product into its scales and bias; return how many.
+
+    Converters scale queries and keys by 1/sqrt(sqrt(d)) in passes of their own (4 % of MiniLM).
+    """
+    import openvino.opset13 as op
+
+    folded = 0
+    for node in list(model.get_ordered_ops()):
+        if node.get_type_name() != "Multiply":
+            continue
+        for place in (0, 1):
+            factor = _constant(node.input_value(1 - place))
+            if factor is None or int(np.prod(factor.get_output_shape(0))) != 1:
+                continue
+            found = _product_before(node.input_value(place))
+            if found is None:
+                continue
+            add, bias_place, scale = found
+            value = np.float32(np.asarray(factor.get_data()).reshape(-1)[0])
+            scales = np.array(scale.input_value(1).get_node().get_data(), np.float32) * value
+            scale.input(1).replace_source_output(op.constant(scales).output(0))
+            bias = _folded(add.input_value(bias_place)) * value
+            add.input(bias_place).replace_source_output(op.constant(bias).output(0))
+            before = node.input_value(place)
+            for user in list(node.output(0).get_target_inputs()):
+                user.replace_source_output(before)
+            folded += 1
+            break
+    return folded
+
+
+def _product_before(output: Any) -> tuple[Any, int, Any] | None:
+    """Follow reshapes back to a quantized product with bias that has no other use."""
+    while True:
+        node = output.get_node()
+        users = [t for t in output.get_target_inputs() if t.get_node().get_type_name() != "ShapeOf"]
+        if len(users) != 1:
+            return None
+        if node.get_type_name() not in ("Reshape", "Transpose"):
+            break
+        output = node.input_value(0)
+    if node.get_type_name() != "Add":
+        return None
+    for place in (0, 1):
+        product = node.input_value(1 - place).get_node()
+        if _constant(node.input_value(place)) is None or product.get_type_name() != "MatMul":
+            continue
+        scale = product.input_value(1).get_node()
+        alone = len(product.output(0).get_target_inputs()) == 1
+        if (
+            alone
+            and scale.get_type_name() == "Multiply"
+            and (scale.input_value(1).get_node().get_type_name() == "Constant")
+        ):
+            return node, place, scale
+    return None

@@ -1,0 +1,290 @@
+"""PrecisionValidator: a quantized graph beside its float graph, on inputs neither has seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.bundle import Bundle, Variant
+from memopt.errors import ConfigurationError, QuantizationError
+from memopt.quantization.calibration import CalibrationSet
+from memopt.quantization.graph_runner import feeds, open_graph
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memopt.quantization.graph_runner import Feed, Run
+
+    Rows = NDArray[np.floating[Any]]
+
+# The gates of the issue: what users of an index notice, and what GPTQ can be asked for.
+MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
+MAX_PERPLEXITY_INCREASE = 0.15
+# Neighbours compared for the retrieval overlap.
+NEIGHBOURS = 10
+# Timed passes of each side, in turn; the median is reported.
+ROUNDS = 3
+# Seconds of float work at most in one timed pass: speed here is an indication, `memopt bench`
+# measures.
+TIMED_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What a variant must reach to be written and picked.
+
+    >>> Gate(min_cosine=2)
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: min_cosine 2 is not in [-1, 1]; use 0.95
+    """
+
+    min_cosine: float = MIN_COSINE["rtn"]
+    max_perplexity_increase: float = MAX_PERPLEXITY_INCREASE
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.min_cosine <= 1:
+            raise ConfigurationError(
+                f"min_cosine {self.min_cosine} is not in [-1, 1]", fix="use 0.95"
+            )
+        if not self.max_perplexity_increase >= 0:
+            raise ConfigurationError(
+                f"max_perplexity_increase {self.max_perplexity_increase} is negative",
+                fix="use 0.15 for 15 %",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """How a quantized graph compares with the float one; embeddings or perplexity, not both."""
+
+    samples: int
+    cosine_min: float | None = None
+    cosine_p1: float | None = None
+    cosine_mean: float | None = None
+    overlap_at_10: float | None = None
+    spearman: float | None = None
+    spearman_float: float | None = None
+    perplexity: float | None = None
+    perplexity_float: float | None = None
+    perplexity_increase: float | None = None
+    speedup: float | None = None  # against the float variant of the same runtime
+    worst: tuple[tuple[str, float], ...] = ()
+    cosines: tuple[float, ...] = field(default=(), repr=False)
+
+    def failures(self, gate: Gate) -> list[str]:
+        """Return one line per number that misses the gate; empty means it passes."""
+        found = []
+        if self.cosine_min is not None and not self.cosine_min >= gate.min_cosine:
+            found.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
+        rise = self.perplexity_increase
+        if rise is not None and not rise <= gate.max_perplexity_increase:
+            found.append(
+                f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
+            )
+        return found
+
+    def record(self, gate: Gate) -> dict[str, Any]:
+        """Return what the manifest keeps: the numbers, the gate, no list of every cosine."""
+        numbers = {
+            key: round(value, 6) if isinstance(value, float) else value
+            for key, value in asdict(self).items()
+            if value is not None and key not in ("cosines", "worst")
+        }
+        return {**numbers, "gate": asdict(gate)}
+
+
+class PrecisionValidator:
+    """Runs the float graph once over a validation set, then any number of graphs against it.
+
+    Args:
+        bundle: for its tokenizer, modality and task.
+        reference: the float variant of the runtime the quantized graph is for.
+        data: inputs that were not used for calibration.
+        max_length: tokens at most, None for the bundle's own limit.
+
+    Raises:
+        QuantizationError: the float graph itself gives NaN.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        reference: Variant,
+        data: CalibrationSet,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        self._data = data
+        self._generates = bundle.manifest.task == "text-generation"
+        self._output = reference.output
+        self._batches = list(feeds(bundle, data.items, reference.inputs, max_length=max_length))
+        self._float = open_graph(
+            bundle.file(reference), reference.format, reference.output, reference.options
+        )
+        self._expected = self._measure(self._float)
+        if not np.isfinite(self._expected).all():
+            raise QuantizationError(f"the float variant {reference.name} gives NaN or infinity")
+
+    @property
+    def float_perplexity(self) -> float:
+        """Perplexity of the float model on the validation texts."""
+        return float(np.exp(self._expected[:, 0].sum() / self._expected[:, 1].sum()))
+
+    def cosine(self, run: Run, limit: int | None = None) -> float:
+        """Return the least cosine, or for a language model minus the relative perplexity rise.
+
+        ``limit`` uses only the first inputs, for a search that asks often. Higher is better.
+        """
+        result = self.validate(run, limit=limit, timed=False)
+        if result.perplexity_increase is not None:
+            return -result.perplexity_increase
+        assert result.cosine_min is not None
+        return result.cosine_min
+
+    def validate(self, run: Run, *, limit: int | None = None, timed: bool = True) -> Validation:
+        """Compare one graph with the float one.
+
+        Raises:
+            QuantizationError: the graph gives NaN or infinity, or rows of another width.
+        """
+        got = self._measure(run, limit)
+        expected = self._expected if limit is None else self._expected[:limit]
+        if got.shape != expected.shape:
+            raise QuantizationError(f"output {got.shape} beside float output {expected.shape}")
+        if not np.isfinite(got).all():
+            raise QuantizationError("the quantized graph gives NaN or infinity on validation data")
+        speedup = self._speedup(run) if timed else None
+        if self._generates:
+            return self._language(got, expected, speedup)
+        return self._embedding(got, expected, speedup)
+
+    def _embedding(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
+        cosines = _cosines(got, expected)
+        items = self._data.items
+        spearman = [
+            _spearman(_pair_cosines(rows, self._data.pairs), [p[2] for p in self._data.pairs])
+            if len(self._data.pairs) >= 10 and len(rows) == len(items)
+            else None
+            for rows in (got, expected)
+        ]
+        return Validation(
+            samples=len(got),
+            cosine_min=float(cosines.min()),
+            cosine_p1=float(np.percentile(cosines, 1)),
+            cosine_mean=float(cosines.mean()),
+            overlap_at_10=_overlap(got, expected),
+            spearman=spearman[0],
+            spearman_float=spearman[1],
+            speedup=speedup,
+            worst=tuple((str(items[i]), float(cosines[i])) for i in np.argsort(cosines)[:10]),
+            cosines=tuple(float(c) for c in cosines),
+        )
+
+    def _language(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
+        before, after = (float(np.exp(t[:, 0].sum() / t[:, 1].sum())) for t in (expected, got))
+        each = (got[:, 0] - expected[:, 0]) / np.maximum(expected[:, 1], 1)
+        worst = np.argsort(-each)[:10]
+        return Validation(
+            samples=len(got),
+            perplexity=after,
+            perplexity_float=before,
+            perplexity_increase=after / before - 1,
+            speedup=speedup,
+            worst=tuple((str(self._data.items[i]), float(each[i])) for i in worst),
+        )
+
+    def _measure(self, run: Run, limit: int | None = None) -> Rows:
+        """Return one row per input: its embedding, or (negative log likelihood, tokens)."""
+        rows: dict[int, Rows] = {}
+        for positions, feed in self._batches:
+            wanted = [p for p in positions if limit is None or p < limit]
+            if not wanted:
+                continue
+            output = run(feed)
+            made = _likelihood(output, feed) if self._generates else output
+            rows.update(zip(positions, made, strict=True))
+        count = len(self._data) if limit is None else min(limit, len(self._data))
+        return np.stack([rows[i] for i in range(count)])
+
+    def _speedup(self, run: Run) -> float:
+        sample = self._timing_sample()
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for quantized, side in ((False, self._float), (True, run)):
+                start = time.perf_counter()
+                for feed in sample:
+                    side(feed)
+                times[quantized].append(time.perf_counter() - start)
+        return median(times[False]) / max(median(times[True]), 1e-9)
+
+    def _timing_sample(self) -> list[Feed]:
+        sample: list[Feed] = []
+        start = time.perf_counter()
+        # Every batch size and length class of the set, until the time is spent.
+        step = max(1, len(self._batches) // 16)
+        for _, feed in self._batches[::step]:
+            self._float(feed)
+            sample.append(feed)
+            if time.perf_counter() - start > TIMED_SECONDS:
+                break
+        return sample
+
+
+def _cosines(got: Rows, expected: Rows) -> Rows:
+    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
+    return np.asarray((got * expected).sum(axis=1) / np.maximum(norms, 1e-12))
+
+
+def _overlap(got: Rows, expected: Rows) -> float | None:
+    """Return the mean share of the ten nearest neighbours that both graphs agree on."""
+    if len(got) <= NEIGHBOURS + 1:
+        return None
+    neighbours = []
+    for rows in (got, expected):
+        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        similar = unit @ unit.T
+        np.fill_diagonal(similar, -np.inf)
+        neighbours.append(np.argpartition(-similar, NEIGHBOURS, axis=1)[:, :NEIGHBOURS])
+    shared = [len(set(a) & set(b)) for a, b in zip(*neighbours, strict=True)]
+    return float(np.mean(shared)) / NEIGHBOURS
+
+
+def _pair_cosines(rows: Rows, pairs: Sequence[tuple[int, int, float]]) -> Rows:
+    left, right = rows[[p[0] for p in pairs]], rows[[p[1] for p in pairs]]
+    return _cosines(left, right)
+
+
+def _spearman(values: Rows, scores: Sequence[float]) -> float:
+    """Return the rank correlation, ties sharing their mean rank.
+
+    >>> _spearman(np.array([0.1, 0.2, 0.9]), [1, 2, 3])
+    1.0
+    """
+    a, b = (_ranks(np.asarray(x, np.float64)) for x in (values, scores))
+    a, b = a - a.mean(), b - b.mean()
+    power = float(np.sqrt((a**2).sum() * (b**2).sum()))
+    return float((a * b).sum() / power) if power > 0 else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[inverse], np.float64)
+
+
+def _likelihood(logits: Rows, feed: Mapping[str, NDArray[Any]]) -> Rows:
+    """Return (negative log likelihood, predicted tokens) per row of (batch, length, words)."""
+    ids = feed["input_ids"]
+    mask = feed.get("attention_mask", np.ones_like(ids))
+    ahead = logits[:, :-1].astype(np.float64)
+    ahead = ahead - ahead.max(axis=-1, keepdims=True)
+    normal = np.log(np.exp(ahead).sum(axis=-1))
+    chosen = np.take_along_axis(ahead, ids[:, 1:, None], axis=-1)[..., 0]
+    valid = mask[:, 1:].astype(bool)
+    return np.stack([((normal - chosen) * valid).sum(axis=1), valid.sum(axis=1)], axis=1)
