@@ -15,6 +15,7 @@ from memopt.exporters.fuse import fuse
 from memopt.exporters.model import LoadedModel, load_model
 from memopt.files import publish, staged_directory
 from memopt.registry import nearest
+from memopt.weights.reader import WeightLoader
 
 Step = Callable[[str], None]
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
@@ -58,6 +59,7 @@ def export(
     """
     task = _checked(format, task, precision, opset, bundle.manifest)
     say = on_step or (lambda line: None)
+    _check_weights(bundle.weights)
     say("build the model from weights.parquet")
     loaded = load_model(bundle, task)
     manifest = bundle.manifest
@@ -125,6 +127,13 @@ def _checked(format: str, task: str, precision: str, opset: int, manifest: Manif
             fix="use --format openvino --precision bf16, or --precision fp16",
         )
     return manifest.task if task == "auto" else task
+
+
+def _check_weights(path: Path) -> None:
+    # Views only, no data is read: a damaged file is found before torch takes seconds to import.
+    with WeightLoader(path) as loader:
+        for name in loader:
+            loader.load(name)
 
 
 def _cases(

@@ -83,7 +83,7 @@ def test_no_inputs_and_unknown_peers_are_refused(minilm: Bundle) -> None:
     with pytest.raises(InputError, match="empty"):
         run([contender(minilm, "auto", "x")], [])
     with pytest.raises(ConfigurationError, match="did you mean 'fastembed'"):
-        peer_contenders(["fastembed"], minilm, minilm.path, "python")
+        peer_contenders(["fastembd"], minilm, minilm.path, "python")
 
 
 def test_bench_of_a_missing_variant_says_which_there_are(minilm: Bundle) -> None:

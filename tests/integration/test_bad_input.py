@@ -86,7 +86,12 @@ def test_a_failed_convert_keeps_the_old_bundle(source: Path, tmp_path: Path) -> 
 def test_a_pickle_checkpoint_is_refused_with_the_way_out(source: Path, tmp_path: Path) -> None:
     """A .bin is never unpickled; the message says why and what to do instead."""
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refused(memopt("convert", source, "-o", tmp_path / "out"), "pytorch_model.bin", "safetensors")
+    refused(
+        memopt("convert", source, "-o", tmp_path / "out"),
+        "pytorch_model.bin",
+        "pickle",
+        "save_pretrained",
+    )
     assert files_below(tmp_path / "out") == []
 
 
