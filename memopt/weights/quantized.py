@@ -101,3 +101,20 @@ class QuantizedWeight:
             out -= self.spread(self.zero_points).astype(np.float32)
         out *= self.spread(self.scales)
         return out
+
+    def transposed(self) -> QuantizedWeight:
+        """Return the transpose of a matrix, the same integers and scales.
+
+        Raises:
+            WeightsError: not a matrix.
+        """
+        if self.integers.ndim != 2:
+            raise WeightsError(f"shape {list(self.shape)} has no transpose", fix="give a matrix")
+        return QuantizedWeight(
+            np.ascontiguousarray(self.integers.T),
+            np.ascontiguousarray(self.scales.T),
+            np.ascontiguousarray(self.zero_points.T),
+            self.axis if self.axis == -1 else 1 - self.axis,
+            self.group_size,
+            self.bits,
+        )

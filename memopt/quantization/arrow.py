@@ -1,0 +1,255 @@
+"""ArrowQuantizer: a float weight file (schema V1) into a quantized one (schema V2), streaming.
+
+PTQ (round to nearest) needs the weights alone; GPTQ takes a Hessian per layer from a callable, so
+that nothing here knows where activations come from (``memopt.quantization.activations`` is one).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memopt.bundle import Bundle
+from memopt.errors import QuantizationError
+from memopt.files import sha256_file
+from memopt.quantization.gptq import DAMPING, gptq_quantize, output_error
+from memopt.quantization.recipe import match_layers
+from memopt.quantization.rounding import rtn_quantize
+from memopt.weights.quantized import QuantizedWeight
+from memopt.weights.reader import WeightLoader
+from memopt.weights.schema import is_float, numpy_dtype
+from memopt.weights.writer import write_quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What GPTQ needs of one layer: the Hessian of its inputs, and which weight axis they are."""
+
+    hessian: np.ndarray
+    input_axis: int = 1  # 1 for a Linear's (out, in), 0 for GPT-2's Conv1D (in, out)
+
+
+# Weight name -> what calibration saw; None for a weight without activations (an embedding table).
+Calibration = Callable[[str], Calibrated | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What happened to one weight."""
+
+    name: str
+    kind: str  # rtn, gptq or kept
+    bits: int
+    bytes: int
+    error: float  # root mean square error / root mean square of the weight
+    output_error: float | None = None  # of the layer's outputs on the calibration inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrowReport:
+    """What a quantization changed, weight by weight."""
+
+    path: Path
+    float_bytes: int
+    layers: tuple[LayerReport, ...] = field(repr=False)
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The weights that became integers."""
+        return tuple(layer for layer in self.layers if layer.kind != "kept")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrowQuantizer:
+    """How to quantize a weight file.
+
+    Matrices (and convolution kernels) are quantized; vectors, scalars and integer buffers are kept:
+    they are little data, and norms and biases are where rounding hurts most.
+
+    Attributes:
+        bits: 8, 4 or 2.
+        axis: the axis with a scale per index, -1 for one per tensor; with ``group_size``, the axis
+            the groups run along (1 for the inputs of a Linear). None: 0, or 1 with groups.
+        group_size: 0, or weights per scale.
+        symmetric: no zero points.
+        algorithm: "rtn" or "gptq".
+        keep: shell patterns of weights kept in float16; a pattern that matches nothing is an error.
+        act_order, damping: see :func:`memopt.quantization.gptq.gptq_quantize`.
+
+    Raises:
+        QuantizationError: a value out of range, or GPTQ with an axis it does not have.
+    """
+
+    bits: int = 8
+    axis: int | None = None
+    group_size: int = 0
+    symmetric: bool = True
+    algorithm: str = "rtn"
+    keep: tuple[str, ...] = ()
+    act_order: bool = True
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("rtn", "gptq"):
+            raise QuantizationError(f"algorithm {self.algorithm!r}", fix="use rtn or gptq")
+        if self.bits not in (8, 4, 2):
+            raise QuantizationError(f"{self.bits} bits is not a weight width", fix="use 8, 4 or 2")
+        if self.group_size < 0:
+            raise QuantizationError(f"group size {self.group_size} is negative", fix="use 0 or 32")
+        if self.algorithm == "gptq" and self.axis is not None:
+            raise QuantizationError(
+                f"axis {self.axis} with gptq", fix="leave axis out: GPTQ scales outputs or groups"
+            )
+
+    def quantize(
+        self,
+        source: Path,
+        output: Path,
+        *,
+        calibration: Calibration | None = None,
+        on_step: Callable[[str, int, int], None] | None = None,
+    ) -> ArrowReport:
+        """Quantize ``source`` (V1) into ``output`` (V2), one weight in memory at a time.
+
+        Args:
+            source: the float weight file.
+            output: the file to write, whole or not at all.
+            calibration: weight name -> :class:`Calibrated`; required by gptq. Weights it returns
+                None for are rounded to nearest.
+            on_step: called with (weight, number done, number in all).
+
+        Raises:
+            QuantizationError: NaN weights (by name), gptq without calibration.
+            ConfigurationError: a ``keep`` pattern matches no weight; the nearest are named.
+            WeightsError: ``source`` is damaged or already quantized.
+        """
+        if self.algorithm == "gptq" and calibration is None:
+            raise QuantizationError("gptq without calibration", fix="give calibration inputs")
+        layers: list[LayerReport] = []
+        with WeightLoader(source) as loader:
+            if loader.version != 1:
+                raise QuantizationError(
+                    f"{source} is already quantized", fix="give the float weights (weights.parquet)"
+                )
+            names = loader.names()
+            kept = match_layers(self.keep, names)
+            infos = [loader.info(name) for name in names]
+
+            def stream() -> Iterator[tuple[str, QuantizedWeight | np.ndarray]]:
+                for name, weight in loader.items():
+                    seen = None
+                    if name in kept or weight.ndim < 2 or not is_float(weight.dtype):
+                        _refuse_nan(name, weight)
+                        yield name, weight
+                        made: QuantizedWeight | None = None
+                    else:
+                        seen = calibration(name) if calibration else None
+                        made = self.quantize_one(name, weight.astype(np.float32), seen)
+                        yield name, made
+                    layers.append(_report(name, weight, made, seen, self.algorithm))
+                    if on_step:
+                        on_step(name, len(layers), len(names))
+
+            write_quantized(
+                output,
+                stream(),
+                metadata={
+                    "memopt.source_sha256": sha256_file(source),
+                    "memopt.group_size": str(self.group_size),
+                    "memopt.quantizer": json.dumps(asdict(self), sort_keys=True),
+                },
+            )
+        size = sum(info.size * numpy_dtype(info.dtype).itemsize for info in infos)
+        return ArrowReport(path=output, float_bytes=size, layers=tuple(layers))
+
+    def quantize_one(
+        self, name: str, weight: np.ndarray, seen: Calibrated | None = None
+    ) -> QuantizedWeight:
+        """Quantize one weight; with ``seen`` and algorithm gptq by GPTQ, else to nearest."""
+        if self.algorithm == "gptq" and seen is not None:
+            made = gptq_quantize(
+                weight if seen.input_axis == 1 else weight.T,
+                seen.hessian,
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                act_order=self.act_order,
+                damping=self.damping,
+                name=name,
+            )
+            return made if seen.input_axis == 1 else made.transposed()
+        axis = self.axis if self.axis is not None else int(self.group_size > 0)
+        return rtn_quantize(
+            weight,
+            bits=self.bits,
+            axis=axis if axis < weight.ndim else 0,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            name=name,
+        )
+
+
+def quantize_weights(
+    bundle: Bundle,
+    quantizer: ArrowQuantizer,
+    *,
+    calibration: Calibration | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> ArrowReport:
+    """Quantize a bundle's weights into ``weights_<precision>[_gptq].parquet`` and record the file.
+
+    Returns:
+        The report; its ``path`` is the new file inside the bundle.
+
+    Raises:
+        QuantizationError, WeightsError, ConfigurationError: see :meth:`ArrowQuantizer.quantize`.
+    """
+    suffix = "_gptq" if quantizer.algorithm == "gptq" else ""
+    output = bundle.path / f"weights_int{quantizer.bits}{suffix}.parquet"
+    report = quantizer.quantize(bundle.weights, output, calibration=calibration, on_step=on_step)
+    event = {"event": "quantize", "method": "arrow", "file": output.name, **asdict(quantizer)}
+    bundle.add_files(output.name, event=event)
+    return report
+
+
+def _refuse_nan(name: str, weight: np.ndarray) -> None:
+    if is_float(weight.dtype) and not np.isfinite(weight).all():
+        raise QuantizationError(
+            f"{name!r} holds NaN or infinite values", fix="repair the checkpoint"
+        )
+
+
+def _report(
+    name: str,
+    weight: np.ndarray,
+    made: QuantizedWeight | None,
+    seen: Calibrated | None,
+    algorithm: str,
+) -> LayerReport:
+    if made is None:
+        return LayerReport(name=name, kind="kept", bits=16, bytes=weight.size * 2, error=0.0)
+    back, exact = made.dequantize(), weight.astype(np.float32)
+    power = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64)))) if exact.size else 0.0
+    noise = float(np.sqrt(np.mean(np.square(exact - back, dtype=np.float64)))) if exact.size else 0
+    output = None
+    if seen is not None:
+        turned = (exact, back) if seen.input_axis == 1 else (exact.T, back.T)
+        output = output_error(*turned, seen.hessian)
+    size = -(-made.integers.size * made.bits // 8) + made.scales.nbytes + made.zero_points.nbytes
+    return LayerReport(
+        name=name,
+        kind="gptq" if algorithm == "gptq" and seen is not None else "rtn",
+        bits=made.bits,
+        bytes=size,
+        error=noise / power if power else 0.0,
+        output_error=output,
+    )

@@ -1,0 +1,36 @@
+"""How a graph stores a checkpoint's weight: as it is, or transposed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memopt.errors import WeightsError
+
+
+def is_transposed(stored: np.ndarray, weight: np.ndarray, *, name: str) -> bool:
+    """Whether a graph's initializer is the transpose of the checkpoint's weight.
+
+    Square matrices make shapes useless here, so values decide; exporters write Linear weights
+    transposed for MatMul and GPT-2's Conv1D weights as they are.
+
+    Raises:
+        WeightsError: it is neither: the graph was not made from these weights.
+
+    >>> w = np.arange(4, dtype=np.float32).reshape(2, 2)
+    >>> is_transposed(w.T, w, name="w"), is_transposed(w, w, name="w")
+    (True, False)
+    """
+    if stored.shape == weight.shape and _equal(stored, weight):
+        return False
+    if weight.ndim == 2 and stored.shape == weight.shape[::-1] and _equal(stored, weight.T):
+        return True
+    raise WeightsError(
+        f"the graph's weight {name!r} {list(stored.shape)} is not the weight file's "
+        f"{list(weight.shape)}",
+        fix="export the model again, then repeat",
+    )
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    # A bfloat16 or float16 checkpoint is exact in the float32 graph.
+    return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
