@@ -23,8 +23,10 @@ from memopt.errors import MemoptError
 COMMANDS: tuple[str, ...] = (
     "convert",
     "export",
+    "embed",
     "bench",
     "info",
+    "doctor",
     "config",
 )
 

@@ -415,7 +415,7 @@ def _refusal(failures: dict[int, str]) -> InputError:
 
 
 @contextmanager
-def progress(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+def progress(total: int | None, wanted: bool) -> Iterator[Callable[[int], None]]:
     """Yield ``advance(n)`` of a bar on stderr, shown when wanted and stderr is a terminal."""
     if not wanted:
         yield lambda count: None

@@ -1,0 +1,79 @@
+"""``memopt embed``: encode a file or a folder into a file of vectors."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def embed(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input", "-i", help=".txt, .jsonl, .csv, .parquet, a folder of media, - for stdin."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".parquet, .npy or .jsonl.")],
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column to read; a number in a CSV without header, from 0."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cuda, openvino, cpu, ... [default: auto]")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Inputs per batch [default: by token budget].")
+    ] = None,
+    normalize: Annotated[bool, typer.Option(help="Make the vectors unit length.")] = True,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail instead of falling back to another provider.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run stopped.")
+    ] = False,
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="What to do with an unreadable input.")
+    ] = "fail",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
+) -> None:
+    """Encode texts, images or sounds into vectors; memory stays flat, a kill loses little."""
+    from memopt.config import load_config
+    from memopt.runtimes.embed import embed as embed_file
+    from memopt.runtimes.engine import ArrowEngine
+
+    settings = load_config().device
+    strict = strict or not settings.fallback_enabled
+    begin = time.perf_counter()
+    with ArrowEngine(bundle, device or settings.target, variant, strict) as engine:
+        done = embed_file(
+            engine,
+            source,
+            output,
+            column=column,
+            batch_size=batch_size,
+            normalize=normalize,
+            resume=resume,
+            on_error=on_error,
+            show_progress=True,
+        )
+        info = engine.device_info()
+        events = [str(event) for event in engine.events]
+    seconds = time.perf_counter() - begin
+    if as_json:
+        summary = {**asdict(done), "seconds": seconds, "device": info, "events": events}
+        typer.echo(json.dumps(summary, indent=1))
+        return
+    for entry in done.skipped:
+        typer.echo(f"skipped input {entry['index']} {entry['reason']}", err=True)
+    again = f" ({done.resumed} of them before)" if done.resumed else ""
+    typer.echo(
+        f"{done.vectors} vectors of {done.dimension} from {done.inputs} inputs{again} in "
+        f"{seconds:.1f} s on {info['device']} ({info['variant']}): {done.output}"
+    )

@@ -1,0 +1,281 @@
+"""Embed a file or folder of any size into a file, in parts that survive a kill.
+
+Each part is written beside the output and renamed into place; the output itself appears at the
+end, whole. A run that was killed goes on after its last whole part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from memopt.errors import ConfigurationError, InputError, MemoptError
+from memopt.files import atomic_path
+from memopt.runtimes.engine import ArrowEngine, progress, to_arrow
+from memopt.runtimes.inputs import Item, read_items
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OUTPUTS = (".parquet", ".npy", ".jsonl")
+# Inputs per part: a few seconds of work on a small CPU is what a kill may cost.
+PART = {"text": 4096, "image": 128, "audio": 32}
+_STATE = "state.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """What :func:`embed` did."""
+
+    output: str
+    inputs: int
+    vectors: int
+    dimension: int
+    resumed: int  # inputs that an earlier, killed run had done
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+
+def embed(
+    engine: ArrowEngine,
+    source: str,
+    output: str | Path,
+    *,
+    column: str | None = None,
+    batch_size: int | None = None,
+    normalize: bool = True,
+    resume: bool = False,
+    on_error: Literal["fail", "skip"] = "fail",
+    show_progress: bool = False,
+) -> Embedded:
+    """Encode every input of ``source`` into ``output``; memory does not grow with either.
+
+    Args:
+        engine: what encodes.
+        source, column: as for :func:`memopt.runtimes.inputs.read_items`.
+        output: ``.parquet`` or ``.jsonl`` with the columns ``index`` (position in the source),
+            ``input`` (text or path, null for bytes) and ``vector``; or ``.npy``, float32
+            (inputs, dimension).
+        resume: go on with what a killed run left, after checking that it had the same inputs
+            and the same variant.
+        on_error: ``skip`` leaves out inputs that cannot be read and reports them (in ``.npy``
+            their rows are NaN, so that rows still count inputs).
+
+    Raises:
+        InputError: an input that cannot be used, or what is there to resume differs.
+        ConfigurationError: an output ending that is not known.
+    """
+    target = Path(output)
+    if target.suffix not in OUTPUTS:
+        raise ConfigurationError(
+            f"output {target.name!r} has the ending {target.suffix!r}",
+            fix=f"choose one of {', '.join(OUTPUTS)}",
+        )
+    if on_error not in ("fail", "skip"):
+        raise ConfigurationError(
+            f"on_error is {on_error!r}", fix=nearest(on_error, ("fail", "skip"))
+        )
+    modality = engine.bundle.manifest.modality
+    items = read_items(source, modality, column)
+    parts = _Parts(target, engine, normalize, resume)
+    count = resumed = 0
+    skipped: list[dict[str, Any]] = []
+    try:
+        with progress(None, show_progress) as advance:
+            for number, chunk in enumerate(_chunks(items, PART[modality])):
+                done = parts.done(number, chunk)
+                if done is None:
+                    encoded = engine.encode_each(
+                        [item.value for item in chunk],
+                        normalize=normalize,
+                        batch_size=batch_size,
+                        fail=False,
+                    )
+                    if encoded.failures and on_error == "fail":
+                        raise _refusal(encoded.failures, count)
+                    done = [
+                        {"index": count + i, "input": chunk[i].label, "reason": why}
+                        for i, why in sorted(encoded.failures.items())
+                    ]
+                    parts.write(number, chunk, count, encoded.vectors, done)
+                else:
+                    resumed += len(chunk)
+                skipped += done
+                count += len(chunk)
+                advance(len(chunk))
+        if not count:
+            raise InputError(f"{source} holds nothing to embed")
+        parts.assemble(count)
+    except MemoptError:
+        # What failed will fail again: leave nothing, unless parts are what was asked for.
+        if not resume:
+            parts.remove()
+        raise
+    parts.remove()
+    return Embedded(
+        output=str(target),
+        inputs=count,
+        vectors=count - len(skipped),
+        dimension=engine.dimension,
+        resumed=resumed,
+        skipped=skipped,
+    )
+
+
+class _Parts:
+    """The finished parts of one output, in a hidden folder beside it."""
+
+    def __init__(self, target: Path, engine: ArrowEngine, normalize: bool, resume: bool) -> None:
+        self._target = target
+        self._folder = target.parent / f".{target.name}.parts"
+        self._dimension = engine.dimension
+        info = engine.device_info()
+        record = engine.bundle.manifest.files.get(
+            engine.bundle.manifest.variants[info["variant"]].file
+            if info["variant"] in engine.bundle.manifest.variants
+            else "weights.parquet",
+            {},
+        )
+        state = {
+            "variant": info["variant"],
+            "sha256": record.get("sha256"),
+            "dimension": self._dimension,
+            "normalize": normalize,
+        }
+        if not resume:
+            self.remove()
+        old = self._folder / _STATE
+        if old.is_file():
+            was = json.loads(old.read_text(encoding="utf-8"))
+            if was != state:
+                differs = ", ".join(key for key in state if was.get(key) != state[key])
+                raise InputError(
+                    f"the unfinished {target} was made with another {differs}",
+                    fix="run without --resume to start anew",
+                )
+        else:
+            with atomic_path(old) as path:
+                path.write_text(json.dumps(state), encoding="utf-8")
+
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        return self._folder / f"{number:08d}.parquet", self._folder / f"{number:08d}.json"
+
+    def done(self, number: int, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
+        """Return what part ``number`` skipped, None when it is still to be made."""
+        _, note = self._paths(number)
+        if not note.is_file():
+            return None
+        record: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        if record["inputs"] != _digest(chunk):
+            raise InputError(
+                f"the inputs of the unfinished {self._target} have changed",
+                fix="run without --resume to start anew",
+            )
+        skipped: list[dict[str, Any]] = record["skipped"]
+        return skipped
+
+    def write(
+        self,
+        number: int,
+        chunk: Sequence[Item],
+        first: int,
+        vectors: np.ndarray,
+        skipped: list[dict[str, Any]],
+    ) -> None:
+        """Write one part; its note comes last and makes it count."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        data, note = self._paths(number)
+        table = pa.table(
+            {
+                "index": pa.array(range(first, first + len(chunk)), pa.int64()),
+                "input": pa.array([item.label for item in chunk], pa.string()),
+                "vector": to_arrow(vectors),
+            }
+        )
+        with atomic_path(data) as path:
+            pq.write_table(table, path, compression="none", use_dictionary=False)
+        with atomic_path(note) as path:
+            record = {"inputs": _digest(chunk), "skipped": skipped}
+            path.write_text(json.dumps(record), encoding="utf-8")
+
+    def assemble(self, count: int) -> None:
+        """Write the output from the parts."""
+        write = {".parquet": self._parquet, ".npy": self._npy, ".jsonl": self._jsonl}
+        with atomic_path(self._target) as path:
+            write[self._target.suffix](path, count)
+
+    def remove(self) -> None:
+        """Remove the parts."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tables(self) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+        import pyarrow.parquet as pq
+
+        for note in sorted(self._folder.glob("[0-9]*.json")):
+            table = pq.read_table(note.with_suffix(".parquet"))
+            flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
+            keep = np.ones(len(table), bool)
+            record = json.loads(note.read_text(encoding="utf-8"))
+            first = table["index"][0].as_py()
+            keep[[entry["index"] - first for entry in record["skipped"]]] = False
+            yield table, flat.reshape(len(table), self._dimension), keep
+
+    def _parquet(self, path: Path, count: int) -> None:
+        import pyarrow.parquet as pq
+
+        writer = None
+        for table, _, keep in self._tables():
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table if keep.all() else table.filter(keep))
+        assert writer is not None
+        writer.close()
+
+    def _npy(self, path: Path, count: int) -> None:
+        with path.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, self._dimension)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _, vectors, _ in self._tables():
+                file.write(vectors.astype("<f4", copy=False).tobytes())
+
+    def _jsonl(self, path: Path, count: int) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for table, vectors, keep in self._tables():
+                labels, indexes = table["input"].to_pylist(), table["index"].to_pylist()
+                for row in np.flatnonzero(keep):
+                    line = {"index": indexes[row], "input": labels[row]}
+                    # A float32 prints exactly with 9 digits; float64's 17 would double the file.
+                    numbers = ", ".join(f"{value:.9g}" for value in vectors[row])
+                    text = json.dumps(line, ensure_ascii=False)
+                    file.write(f'{text[:-1]}, "vector": [{numbers}]}}\n')
+
+
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _digest(chunk: Sequence[Item]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for item in chunk:
+        value = item.value
+        if isinstance(value, Path):
+            value = f"{value} {value.stat().st_size if value.is_file() else None}"
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _refusal(failures: dict[int, str], first: int) -> InputError:
+    index = min(failures)
+    return InputError(
+        f"input {first + index} {failures[index]}", fix="leave it out, or use --on-error skip"
+    )

@@ -1,0 +1,176 @@
+"""The torch backend: the reference that every exported graph is compared with.
+
+The model is built by transformers from ``config.json`` and the weights come from
+``weights.parquet``, so a bundle runs here before anything was exported.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from memopt.bundle import Bundle, Manifest
+from memopt.errors import BundleError, DeviceError
+from memopt.extras import require
+from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.streams import Streams
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from memopt.runtimes.base import Feed, Rows
+
+# Where AutoModel would build more than the embedding needs, or leave the projection out.
+_CLASSES = {
+    ("clip", "text"): "CLIPTextModelWithProjection",
+    ("clip_text_model", "text"): "CLIPTextModelWithProjection",
+    ("clip", "image"): "CLIPVisionModelWithProjection",
+    ("clip_vision_model", "image"): "CLIPVisionModelWithProjection",
+    ("siglip", "text"): "SiglipTextModel",
+    ("siglip", "image"): "SiglipVisionModel",
+    ("siglip_vision_model", "image"): "SiglipVisionModel",
+    ("t5", "text"): "T5EncoderModel",
+}
+_POOLED = ("image_embeds", "text_embeds", "pooler_output")
+
+
+def open_torch(bundle: Bundle, candidate: Candidate, settings: Settings) -> TorchBackend:
+    """Build the bundle's model in torch, float32, on the CPU.
+
+    Raises:
+        MissingExtra: torch or transformers is not installed.
+        BundleError: the bundle has no weights, or they do not fit the architecture.
+    """
+    return TorchBackend(bundle, settings)
+
+
+def probe(name: str) -> str:
+    """Multiply two matrices; return what answered.
+
+    Raises:
+        Exception: torch does not work here.
+    """
+    torch = require("torch", extra="export", why="run the reference")
+    torch.eye(2) @ torch.eye(2)
+    return f"torch {torch.__version__}"
+
+
+class TorchBackend:
+    """One transformers model with the head the manifest declares."""
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        torch = require("torch", extra="export", why="run the reference")
+        self._torch = torch
+        self._manifest = bundle.manifest
+        self._threads = settings.threads or usable_cpus()
+        torch.set_num_threads(self._threads)
+        self._model: Any = _load(bundle)
+        self.inputs = _inputs(self._model.config, bundle.manifest)
+        self.dimension = bundle.manifest.dimension
+        self.streams = 1
+        if settings.use_compile:
+            self._model = torch.compile(self._model, dynamic=True)
+        self._compiled = settings.use_compile
+        self._pool = Streams(1, "memopt-torch")
+        # The modules are shared between threads; torch.compile is not safe to enter twice.
+        self._lock = threading.Lock()
+
+    def run(self, feed: Feed) -> Rows:
+        """Run one batch."""
+        import numpy as np
+
+        torch, model = self._torch, self._model
+        if model is None:
+            raise DeviceError("the model on torch is closed")
+        tensors = {name: torch.from_numpy(feed[name]) for name in self.inputs}
+        with self._lock, torch.inference_mode():
+            rows = _head(torch, model(**tensors), tensors.get("attention_mask"), self._manifest)
+        return np.asarray(rows.float().numpy(), dtype=np.float32)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        """Run one batch beside the caller."""
+        return self._pool.submit(self.run, feed)
+
+    def info(self) -> dict[str, Any]:
+        """Return what runs where."""
+        return {
+            "runtime": f"torch {self._torch.__version__}",
+            "threads": self._threads,
+            "streams": 1,
+            "nodes": {},
+            "compiled": self._compiled,
+        }
+
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+        self._pool.close()
+
+
+def _load(bundle: Bundle) -> Any:
+    transformers = require("transformers", extra="export", why="run the reference")
+    torch = require("torch", extra="export", why="run the reference")
+    import numpy as np
+
+    from memopt.weights.reader import WeightLoader
+
+    config = bundle.config()
+    key = (str(config.get("model_type")), bundle.manifest.modality)
+    cls = getattr(transformers, _CLASSES.get(key, "AutoModel"))
+    known = getattr(cls, "config_class", None) or transformers.AutoConfig
+    with WeightLoader(bundle.weights) as loader:
+        # float32 whatever is stored: numpy has no bfloat16 torch could take over.
+        state = {
+            name: torch.from_numpy(np.array(array, dtype=np.float32))
+            for name, array in loader.items()
+        }
+    try:
+        model, report = cls.from_pretrained(
+            None,
+            config=known.from_pretrained(bundle.path, local_files_only=True),
+            state_dict=state,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise BundleError(f"torch cannot build the model of {bundle.path}: {error}") from error
+    # Poolers that the head does not use may be absent; anything else absent would be random.
+    absent = [name for name in report["missing_keys"] if "pooler" not in name]
+    if absent or (report["missing_keys"] and bundle.manifest.pooling == "model"):
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise BundleError(f"{bundle.weights} lacks {missing}", fix="convert the model again")
+    if key[0] == "whisper":
+        model = model.get_encoder()
+    return model.eval()
+
+
+def _inputs(config: Any, manifest: Manifest) -> tuple[str, ...]:
+    if manifest.modality == "image":
+        return ("pixel_values",)
+    if manifest.modality == "audio":
+        return ("input_features",) if config.model_type == "whisper" else ("input_values",)
+    types = (getattr(config, "type_vocab_size", 0) or 0) > 1
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
+
+
+def _head(torch: Any, result: Any, mask: Any, manifest: Manifest) -> Any:
+    """Pool and normalise as sentence-transformers does (Reimers and Gurevych 2019)."""
+    if manifest.pooling == "model":
+        pooled = next(v for n in _POOLED if (v := getattr(result, n, None)) is not None)
+    else:
+        pooled = _pool(torch, result.last_hidden_state, mask, manifest.pooling)
+    return torch.nn.functional.normalize(pooled, dim=-1) if manifest.normalize else pooled
+
+
+def _pool(torch: Any, hidden: Any, mask: Any, pooling: str) -> Any:
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
+    kept = mask.bool().unsqueeze(-1)
+    rows = torch.arange(len(hidden))
+    if pooling == "cls":
+        return hidden[rows, mask.argmax(1)]
+    if pooling == "last":
+        return hidden[rows, (mask * torch.arange(mask.shape[1])).argmax(1)]
+    if pooling == "max":
+        return hidden.masked_fill(~kept, -torch.inf).amax(1)
+    return hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1)
