@@ -1,0 +1,112 @@
+"""Weights from where people keep them: a PEFT adapter folder, safetensors, Parquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from memopt.errors import SyncError
+from memopt.federation.arrays import Array, Weights, check_weights, dtype_name, raw
+from memopt.files import atomic_path
+from memopt.weights.reader import WeightLoader
+from memopt.weights.safetensors import open_safetensors
+from memopt.weights.writer import write_weights as write_parquet
+
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+# The adapter's config travels as one more tensor, so that it is hashed, signed and versioned too.
+CONFIG_TENSOR = "__adapter_config__"
+_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "uint16": "U16",
+    "int32": "I32",
+    "uint32": "U32",
+    "int64": "I64",
+    "uint64": "U64",
+    "bool": "BOOL",
+}
+
+
+def read_weights(path: str | Path) -> dict[str, Array]:
+    """Read a PEFT adapter folder, a .safetensors file or a .parquet weight file.
+
+    Raises:
+        SyncError: nothing at ``path`` that holds weights.
+        WeightsError: the file is damaged.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / ADAPTER_FILE).is_file():
+        weights = read_safetensors(path / ADAPTER_FILE)
+        config = path / CONFIG_FILE
+        if config.is_file():
+            weights[CONFIG_TENSOR] = np.frombuffer(config.read_bytes(), np.uint8)
+        return weights
+    if path.is_file() and path.suffix == ".safetensors":
+        return read_safetensors(path)
+    if path.is_file() and path.suffix == ".parquet":
+        with WeightLoader(path) as loader:
+            return check_weights({name: np.array(array) for name, array in loader.items()})
+    raise SyncError(
+        f"no weights at '{path}'",
+        fix=f"give a PEFT adapter folder (with {ADAPTER_FILE}), a .safetensors or a .parquet file",
+    )
+
+
+def write_weights(path: str | Path, weights: Weights) -> None:
+    """Write weights where :func:`read_weights` finds them: whole files, renamed into place.
+
+    ``path`` ending in .safetensors or .parquet is a file, anything else an adapter folder.
+    """
+    path = Path(path)
+    tensors = {name: array for name, array in weights.items() if name != CONFIG_TENSOR}
+    if path.suffix == ".parquet":
+        write_parquet(path, tensors)
+        return
+    if path.suffix == ".safetensors":
+        write_safetensors(path, tensors)
+        return
+    if CONFIG_TENSOR in weights:
+        text = raw(weights[CONFIG_TENSOR]).tobytes()
+        try:
+            json.loads(text)
+        except ValueError as error:
+            raise SyncError(f"the adapter's config is not JSON ({error})") from error
+        with atomic_path(path / CONFIG_FILE) as temporary:
+            temporary.write_bytes(text)
+    write_safetensors(path / ADAPTER_FILE, tensors)
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """Read every tensor of a safetensors file, dtypes kept (bfloat16 and float8 too)."""
+    opened = open_safetensors(path)
+    return check_weights({name: opened.read(name) for name in opened.tensors})
+
+
+def write_safetensors(path: Path, weights: Weights) -> None:
+    """Write a safetensors file, names in order: the same weights give the same bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in sorted(weights):
+        array = weights[name]
+        header[name] = {
+            "dtype": _CODES[dtype_name(array)],
+            "shape": list(array.shape),
+            "data_offsets": [start, start + array.nbytes],
+        }
+        start += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in sorted(weights):
+            file.write(raw(np.ascontiguousarray(weights[name])).data)

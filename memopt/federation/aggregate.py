@@ -1,0 +1,312 @@
+"""Averaging the adapters of several clients, LoRA's two factors taken together.
+
+The average of A and of B apart is not the average of the products B A: with clients that differ
+it is another model. ``product`` averages B A and brings it back to rank r with an SVD (FlexLoRA,
+Bai et al. 2024, arXiv:2402.11505); ``freeze-a`` needs the same A everywhere and averages B, which
+is exact (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313); ``naive`` averages both, for comparison
+(FedIT, Zhang et al. 2023, arXiv:2305.05644). Weights are the clients' sample counts (FedAvg,
+McMahan et al. 2017, arXiv:1602.05629); ``median`` and ``trimmed`` are coordinate-wise (Yin et al.
+2018, arXiv:1803.01498).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memopt.errors import ConfigurationError
+from memopt.federation.adapters import CONFIG_TENSOR
+from memopt.federation.arrays import DTYPES, FLOATS, Array, Weights, check_weights, dtype_name, raw
+from memopt.federation.failures import SyncFailure
+from memopt.registry import nearest
+
+METHODS = ("product", "freeze-a", "naive")
+ROBUST = ("mean", "median", "trimmed")
+_A = re.compile(r"(.*\blora_(?:embedding_)?)A(\b.*)\Z", re.DOTALL)
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregateSettings:
+    """How adapters are averaged.
+
+    ``max_norm`` bounds the Frobenius norm of a client's whole update (all B A together); a larger
+    one is scaled down to it. ``trim`` is the share cut off at each end. ``rank`` is the rank of the
+    result, the clients' largest by default.
+    """
+
+    method: str = "product"
+    robust: str = "mean"
+    trim: float = 0.2
+    max_norm: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("robust", self.robust, ROBUST),
+        ):
+            if value not in known:
+                raise ConfigurationError(
+                    f"unknown {name} {value!r}", fix=nearest(str(value), known)
+                )
+        if not 0 <= self.trim < 0.5:
+            raise ConfigurationError(f"trim={self.trim} is not in [0, 0.5)")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ConfigurationError(f"max_norm={self.max_norm} is not positive")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigurationError(f"rank={self.rank} is not positive")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AggregateSettings:
+        """Build from JSON; unknown keys and wrong types are refused."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigurationError(
+                f"unknown setting {unknown[0]!r}", fix=nearest(unknown[0], known)
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigurationError(f"a setting has a wrong type ({error})") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """The averaged weights and what it took.
+
+    ``error`` is the relative Frobenius error of the low-rank result against the exact average of
+    the products, over all layers; ``left_out`` and ``clipped`` are client numbers.
+    """
+
+    weights: dict[str, Array]
+    error: float
+    layer_errors: dict[str, float]
+    left_out: tuple[int, ...]
+    clipped: tuple[int, ...]
+
+
+def aggregate(
+    clients: Sequence[Weights],
+    weights: Sequence[float] | None = None,
+    settings: AggregateSettings | None = None,
+) -> Aggregate:
+    """Average the adapters of several clients.
+
+    Args:
+        clients: one mapping per client, same names; LoRA pairs are found by PEFT's names
+            (``...lora_A.weight`` of shape (r, in), ``...lora_B.weight`` of shape (out, r)).
+            Ranks may differ between clients with ``product``.
+        weights: sample counts; equal by default.
+        settings: method, robustness, bounds.
+
+    Raises:
+        SyncFailure: no usable client, names or shapes that do not match, unequal A for freeze-a.
+
+    >>> a = {"x.lora_A.weight": np.eye(1, 4), "x.lora_B.weight": np.ones((3, 1))}
+    >>> b = {"x.lora_A.weight": -np.eye(1, 4), "x.lora_B.weight": -np.ones((3, 1))}
+    >>> aggregate([a, b]).error < 1e-12  # both are the same update: A and B apart cancel out
+    True
+    """
+    settings = settings or AggregateSettings()
+    shares = _shares(len(clients), weights)
+    checked = [check_weights(c) for c in clients]
+    usable = [i for i, c in enumerate(checked) if _finite(c)]
+    if not usable:
+        raise SyncFailure("malformed", "no client has finite weights")
+    kept = [checked[i] for i in usable]
+    share = np.array([shares[i] for i in usable])
+    if not share.sum() > 0:
+        raise SyncFailure("malformed", "the clients that are left have no weight")
+    share = share / share.sum()
+    _check_alike(kept, settings)
+    pairs = _pairs(kept[0])
+    scales, clipped = _clip(kept, pairs, settings)
+    result: dict[str, Array] = {}
+    errors: dict[str, float] = {}
+    missed = wanted = 0.0
+    for name in kept[0]:
+        if name in pairs or name in pairs.values():
+            continue
+        result[name] = _plain([c[name] for c in kept], share, settings)
+    for a_name, b_name in pairs.items():
+        a, b = [c[a_name] for c in kept], [c[b_name] for c in kept]
+        new_a, new_b, gap, size = _pair(a, b, share, scales, settings, a_name)
+        result[a_name], result[b_name] = new_a, new_b
+        errors[a_name] = (gap / size) ** 0.5 if size > 0 else 0.0
+        missed, wanted = missed + gap, wanted + size
+    return Aggregate(
+        weights=result,
+        error=(missed / wanted) ** 0.5 if wanted > 0 else 0.0,
+        layer_errors=errors,
+        left_out=tuple(i for i in range(len(clients)) if i not in usable),
+        clipped=tuple(usable[i] for i in clipped),
+    )
+
+
+def _shares(number: int, weights: Sequence[float] | None) -> list[float]:
+    if not number:
+        raise SyncFailure("malformed", "there are no clients to average")
+    if weights is None:
+        return [1.0] * number
+    good = isinstance(weights, list | tuple) and len(weights) == number
+    if not good or not all(
+        isinstance(w, int | float) and np.isfinite(w) and w >= 0 for w in weights
+    ):
+        raise SyncFailure("malformed", f"weights are not {number} numbers of at least 0")
+    return [float(w) for w in weights]
+
+
+def _finite(client: Weights) -> bool:
+    return all(
+        bool(np.all(np.isfinite(array.astype("<f8"))))
+        for array in client.values()
+        if dtype_name(array) in FLOATS
+    )
+
+
+def _pairs(client: Weights) -> dict[str, str]:
+    pairs = {}
+    for name in client:
+        match = _A.match(name)
+        if match and f"{match[1]}B{match[2]}" in client:
+            pairs[name] = f"{match[1]}B{match[2]}"
+    return pairs
+
+
+def _check_alike(clients: Sequence[Weights], settings: AggregateSettings) -> None:
+    first = clients[0]
+    pairs = _pairs(first)
+    factors = set(pairs) | set(pairs.values())
+    for client in clients[1:]:
+        if set(client) != set(first):
+            odd = sorted(set(client) ^ set(first))[:3]
+            raise SyncFailure("malformed", f"clients hold different tensors: {odd}")
+        for name, array in client.items():
+            one, other = array.shape, first[name].shape
+            if name in factors and settings.method == "product" and settings.robust == "mean":
+                one, other = (one[1:], other[1:]) if name in pairs else (one[:1], other[:1])
+            if (one != other and name != CONFIG_TENSOR) or array.dtype != first[name].dtype:
+                raise SyncFailure(
+                    "malformed", f"{name}: clients differ in shape or dtype ({one} and {other})"
+                )
+
+
+def _flat(a: Array, b: Array) -> tuple[Matrix, Matrix]:
+    # A convolution's factors are (r, in, h, w) and (out, r, 1, 1): the product is that of matrices.
+    return a.astype("<f8").reshape(a.shape[0], -1), b.astype("<f8").reshape(b.shape[0], -1)
+
+
+def _clip(
+    clients: Sequence[Weights], pairs: Mapping[str, str], settings: AggregateSettings
+) -> tuple[list[float], list[int]]:
+    scales = [1.0] * len(clients)
+    if settings.max_norm is None:
+        return scales, []
+    for number, client in enumerate(clients):
+        square = 0.0
+        for a_name, b_name in pairs.items():
+            a, b = _flat(client[a_name], client[b_name])
+            # |B A|^2 = trace((B^T B)(A A^T)): r by r, never out by in.
+            square += float(np.sum((b.T @ b) * (a @ a.T)))
+        norm = max(square, 0.0) ** 0.5
+        if norm > settings.max_norm:
+            scales[number] = settings.max_norm / norm
+    return scales, [i for i, s in enumerate(scales) if s < 1]
+
+
+def _pair(
+    a: Sequence[Array],
+    b: Sequence[Array],
+    share: Matrix,
+    scales: Sequence[float],
+    settings: AggregateSettings,
+    name: str,
+) -> tuple[Array, Array, float, float]:
+    flat = [_flat(x, y) for x, y in zip(a, b, strict=True)]
+    scaled = [(x, y * s) for (x, y), s in zip(flat, scales, strict=True)]
+    if settings.method == "freeze-a":
+        if any(not np.array_equal(raw(x), raw(a[0])) for x in a[1:]):
+            raise SyncFailure(
+                "malformed",
+                f"{name}: the clients' A differ, so freeze-a cannot average them",
+                fix="train with A frozen, or use method product",
+            )
+        mean_b = _center([y for _, y in scaled], share, settings)
+        return a[0], _as(mean_b, b[0]), 0.0, _square(flat[0][0], mean_b)
+    if settings.method == "naive":
+        mean_a = _center([x for x, _ in flat], share, settings)
+        mean_b = _center([y for _, y in scaled], share, settings)
+        exact_b, exact_a = _stacked(scaled, share)
+        gap = _square(np.vstack([mean_a, exact_a]), np.hstack([mean_b, -exact_b]))
+        return _as(mean_a, a[0]), _as(mean_b, b[0]), gap, _square(exact_a, exact_b)
+    rank = settings.rank or max(x.shape[0] for x in a)
+    if settings.robust == "mean":
+        left, right = _stacked(scaled, share)
+    else:
+        # A median has no factors: the layer is built in full, one at a time.
+        dense = _center([y @ x for x, y in scaled], share, settings)
+        left, right = dense, np.eye(dense.shape[1])
+    new_a, new_b, tail, size = _low_rank(left, right, rank)
+    return _as(new_a, a[0]), _as(new_b, b[0]), tail, size
+
+
+def _stacked(pairs: Sequence[tuple[Matrix, Matrix]], share: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the average of the products exactly, as one product of rank sum(r)."""
+    left = np.hstack([y * s for (_, y), s in zip(pairs, share, strict=True)])
+    return left, np.vstack([x for x, _ in pairs])
+
+
+def _low_rank(left: Matrix, right: Matrix, rank: int) -> tuple[Matrix, Matrix, float, float]:
+    """Return the best A (rank, in) and B (out, rank) for left @ right (Eckart and Young 1936)."""
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T)
+    keep = min(rank, s.size)
+    # A sign for each singular pair, so that the same input gives the same factors.
+    signs = np.sign(vt[np.arange(s.size), np.argmax(np.abs(vt[: s.size]), axis=1)])
+    root = np.sqrt(s[:keep])
+    new_b = (q_left @ u[:, :keep]) * (root * signs[:keep])
+    new_a = (q_right @ vt[:keep].T).T * (root * signs[:keep])[:, None]
+    if keep < rank:
+        new_b = np.pad(new_b, ((0, 0), (0, rank - keep)))
+        new_a = np.pad(new_a, ((0, rank - keep), (0, 0)))
+    return new_a, new_b, float(np.sum(s[keep:] ** 2)), float(np.sum(s**2))
+
+
+def _square(a: Matrix, b: Matrix) -> float:
+    return max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0)
+
+
+def _center(values: Sequence[Matrix], share: Matrix, settings: AggregateSettings) -> Matrix:
+    if settings.robust == "mean":
+        mean: Matrix = np.sum([v * s for v, s in zip(values, share, strict=True)], axis=0)
+        return mean
+    stacked = np.sort(np.stack(values), axis=0)
+    if settings.robust == "median":
+        middle: Matrix = np.median(stacked, axis=0)
+        return middle
+    cut = int(np.floor(settings.trim * len(values)))
+    trimmed: Matrix = stacked[cut : len(values) - cut].mean(axis=0)
+    return trimmed
+
+
+def _plain(values: Sequence[Array], share: Matrix, settings: AggregateSettings) -> Array:
+    if dtype_name(values[0]) not in FLOATS:
+        return values[0]
+    return _as(_center([v.astype("<f8") for v in values], share, settings), values[0])
+
+
+def _as(value: Matrix, like: Array) -> Array:
+    """Return ``value`` in the dtype of ``like``, and its shape but for the rank."""
+    array = value.astype(DTYPES[dtype_name(like)])
+    if like.ndim <= 2:
+        return array
+    if array.shape[1] == int(np.prod(like.shape[1:])):
+        return array.reshape(array.shape[0], *like.shape[1:])
+    return array.reshape(array.shape[0], array.shape[1], *like.shape[2:])

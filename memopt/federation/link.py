@@ -1,0 +1,273 @@
+"""The client's connection: frames over one Flight exchange, with a deadline on every step."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from memopt.errors import ConfigurationError
+from memopt.federation import protocol
+from memopt.federation.failures import SyncFailure
+from memopt.federation.gate import TlsFiles
+from memopt.federation.limits import Limits
+
+BROKEN = (flight.FlightError, pa.ArrowException, OSError)
+
+
+class _Watchdog:
+    """Cancels a call that makes no step in time: Flight's own timeout covers a whole stream."""
+
+    def __init__(self, cancel: Any) -> None:
+        self._cancel = cancel
+        self._wake = threading.Condition()
+        self._deadline = float("inf")
+        self._closed = False
+        self.fired = False
+        self._thread = threading.Thread(target=self._run, name="sync-deadline", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        with self._wake:
+            self._deadline = time.monotonic() + seconds
+            self._wake.notify()
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._deadline = float("inf")
+
+    def close(self) -> None:
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        with self._wake:
+            while not self._closed:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    self.fired = True
+                    self._deadline = float("inf")
+                    self._cancel()
+                    continue
+                # Step ends do not notify: waking late at most repeats this check.
+                self._wake.wait(None if left == float("inf") else left)
+
+
+class Link:
+    """Where a server is and how to reach it; each call is a connection of its own.
+
+    Args:
+        host, port: the server.
+        tls: certificate files; None is a plain transport.
+        timeout: seconds that one step may take.
+        limits: what is believed of the server.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, tls: TlsFiles | None, timeout: float, limits: Limits
+    ) -> None:
+        self.host, self.port = host, port
+        self.timeout = timeout
+        self.limits = limits
+        self._tls = tls
+        self._context = tls.client_context() if tls else None
+
+    def probe(self) -> None:
+        """Open and close a connection, to fail early and with the real reason.
+
+        gRPC reports every failure to connect alike, an expired certificate as an unreachable
+        host, and would accept TLS 1.2 from the server.
+        """
+        try:
+            with socket.create_connection((self.host, self.port), timeout=self.timeout) as plain:
+                if self._context is None:
+                    return
+                with self._context.wrap_socket(plain, server_hostname=self.host) as secure:
+                    # In TLS 1.3 the server judges our certificate after our handshake is over:
+                    # its verdict, or its HTTP/2 settings, is the first thing it sends.
+                    secure.recv(1)
+        except ssl.SSLError as error:
+            raise _tls_failure(error, f"{self.host}:{self.port}") from error
+        except OSError as error:
+            reason = "no answer" if isinstance(error, TimeoutError) else str(error.strerror)
+            raise SyncFailure(
+                "unavailable",
+                f"cannot connect to {self.host}:{self.port} ({reason})",
+                fix="check that the server runs and the address is right",
+            ) from error
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        """Yield a Flight client on a fresh connection."""
+        self.probe()
+        options = [
+            # Without this, clients of one process share a connection, and a broken one its backoff.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", self.limits.message_bytes),
+        ]
+        try:
+            if self._tls:
+                client = flight.FlightClient(
+                    f"grpc+tls://{_bracket(self.host)}:{self.port}",
+                    tls_root_certs=self._tls.ca.read_bytes(),
+                    cert_chain=self._tls.certificate.read_bytes(),
+                    private_key=self._tls.key.read_bytes(),
+                    generic_options=options,
+                )
+            else:
+                client = flight.FlightClient(
+                    f"grpc://{_bracket(self.host)}:{self.port}", generic_options=options
+                )
+        except BROKEN as error:
+            raise translate(error) from error
+        try:
+            yield client
+        finally:
+            client.close()
+
+    @contextmanager
+    def exchange(self) -> Iterator[Exchange]:
+        """Open an exchange; whatever breaks inside becomes a SyncFailure."""
+        with self.client() as client:
+            try:
+                descriptor = flight.FlightDescriptor.for_command(protocol.COMMAND)
+                writer, reader = client.do_exchange(descriptor)
+            except BROKEN as error:
+                raise translate(error) from error
+            watchdog = _Watchdog(reader.cancel)
+            exchange = Exchange(reader, writer, watchdog, self.timeout, self.limits)
+            try:
+                yield exchange
+                exchange.finish()
+            except BROKEN as error:
+                if watchdog.fired:
+                    raise SyncFailure(
+                        "timeout", f"no step forward within {exchange.waiting:g} s"
+                    ) from error
+                raise translate(error) from error
+            finally:
+                watchdog.close()
+                reader.cancel()
+                # Closed here, or the destructor does it and prints that the call was cancelled.
+                with suppress(*BROKEN):
+                    writer.close()
+
+    def act(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Call a Flight action and return its JSON answer."""
+        with self.client() as client:
+            try:
+                results = list(
+                    client.do_action(
+                        flight.Action(name, json.dumps(request).encode()),
+                        flight.FlightCallOptions(timeout=self.timeout),
+                    )
+                )
+            except BROKEN as error:
+                raise translate(error) from error
+        if len(results) != 1:
+            raise SyncFailure("malformed", f"action {name} gave {len(results)} answers")
+        answer: dict[str, Any] = json.loads(results[0].body.to_pybytes())
+        return answer
+
+
+class Exchange:
+    """Frames of one exchange, each step under the deadline."""
+
+    def __init__(
+        self, reader: Any, writer: Any, watchdog: _Watchdog, timeout: float, limits: Limits
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._watchdog = watchdog
+        self._timeout = timeout
+        self._limits = limits
+        self.waiting = timeout
+
+    def send(self, kind: int, fields: Mapping[str, Any] | None = None, body: Any = b"") -> None:
+        """Write one message."""
+        data = pa.py_buffer(protocol.encode(kind, dict(fields or {}), body))
+        with self._watchdog.within(self._timeout):
+            self._writer.write_metadata(data)
+
+    def receive(self, *kinds: int, within: float | None = None) -> protocol.Frame:
+        """Read one message of these kinds; an ERROR message is raised.
+
+        Raises:
+            SyncFailure: the server's refusal, a message out of place, or the end of the exchange.
+        """
+        self.waiting = within or self._timeout
+        with self._watchdog.within(self.waiting):
+            try:
+                chunk = self._reader.read_chunk()
+            except StopIteration:
+                raise SyncFailure("unavailable", "the server ended the exchange") from None
+        if chunk.data is not None or chunk.app_metadata is None:
+            raise SyncFailure("corrupt", "the server sent a record batch")
+        frame = protocol.decode(memoryview(chunk.app_metadata), self._limits)
+        if frame.kind == protocol.ERROR:
+            raise protocol.decode_error(frame.fields)
+        if frame.kind not in kinds:
+            raise SyncFailure("malformed", f"message kind {frame.kind} is not expected here")
+        return frame
+
+    def finish(self) -> None:
+        """Say that nothing more is sent, and let the server end its side."""
+        with self._watchdog.within(self._timeout):
+            self._writer.done_writing()
+            with suppress(StopIteration):
+                while True:
+                    self._reader.read_chunk()
+
+
+def translate(error: BaseException) -> SyncFailure:
+    """Return the failure that a Flight error stands for."""
+    details = getattr(error, "extra_info", None)
+    if details:
+        try:
+            return protocol.decode_error(json.loads(details))
+        except (ValueError, AttributeError):
+            pass
+    if isinstance(error, flight.FlightTimedOutError):
+        return SyncFailure("timeout", "the server did not answer in time")
+    line = " ".join(str(error).split())
+    return SyncFailure("unavailable", f"the connection broke ({line[:160]})")
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split ``host:port`` (or ``[::1]:port``).
+
+    >>> parse_address("localhost:8815")
+    ('localhost', 8815)
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigurationError(f"{address!r} is not host:port", fix="like localhost:8815")
+    return host, int(port)
+
+
+def _bracket(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _tls_failure(error: ssl.SSLError, where: str) -> SyncFailure:
+    reason = (error.reason or str(error)).lower().replace("_", " ")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = f"its certificate: {error.verify_message}"
+    transient = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+    return SyncFailure(
+        "unavailable" if transient else "unauthenticated",
+        f"no trusted TLS 1.3 connection to {where} ({reason})",
+        fix="check both certificates and the authority: memopt sync issue makes new ones",
+    )

@@ -1,0 +1,120 @@
+"""The server's half of a pull: the signed chain the client lacks, or all of the newest version."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memopt.federation import protocol
+from memopt.federation.arrays import total_bytes
+from memopt.federation.failures import SyncFailure
+from memopt.federation.limits import check_count, check_hash
+from memopt.federation.signing import Signed
+from memopt.files import sha256_file
+
+if TYPE_CHECKING:
+    from memopt.federation.server import Channel
+    from memopt.federation.store import Store
+
+# A manifest is about 700 bytes of JSON: the plan stays far under the message limit.
+_MAX_CHAIN = 500
+Busy = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to send: a version, and the file that brings it."""
+
+    signed: Signed
+    file: Path
+    full: bool
+
+    def describe(self) -> dict[str, Any]:
+        """Return the item's row of the plan."""
+        known = self.signed.manifest.payload_sha256
+        return {
+            "signed": self.signed.to_json(),
+            "bytes": self.file.stat().st_size,
+            "sha256": sha256_file(self.file) if self.full else known,
+            "full": self.full,
+        }
+
+
+def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[Item]:
+    """Return what brings a client at ``sequence`` up to date.
+
+    Raises:
+        SyncFailure: there is no version yet.
+    """
+    with store.locked(adapter):
+        head = store.head(adapter)
+        if not head.sequence:
+            raise SyncFailure(
+                "not-found", f"adapter {adapter!r} has no version yet", fix="push one first"
+            )
+        if (head.sequence, head.weights_hash) == (sequence, weights_hash):
+            return []
+        chain = _chain(store, adapter, sequence, weights_hash, head.sequence)
+        if chain is not None:
+            size = sum(item.file.stat().st_size for item in chain)
+            if size <= total_bytes(store.weights(adapter, head.sequence)) // 2:
+                return chain
+        newest = store.signed(adapter, head.sequence)
+        return [Item(newest, store.snapshot(adapter, head.sequence), True)]
+
+
+def _chain(
+    store: Store, adapter: str, sequence: int, weights_hash: str, newest: int
+) -> list[Item] | None:
+    if not 0 < sequence < newest or newest - sequence > _MAX_CHAIN:
+        return None
+    if sequence not in store.sequences(adapter):
+        return None
+    if store.signed(adapter, sequence).manifest.new_hash != weights_hash:
+        return None
+    items = []
+    for number in range(sequence + 1, newest + 1):
+        signed, payload = store.signed(adapter, number), store.payload(adapter, number)
+        if payload is None or signed.manifest.kind != "delta":
+            return None
+        items.append(Item(signed, payload, False))
+    return items
+
+
+def send_versions(
+    store: Store, channel: Channel, adapter: str, hello: Mapping[str, Any], busy: Busy
+) -> None:
+    """Send the plan, then whatever the client gets of it, until it says BYE."""
+    sequence = check_count("sequence", hello["sequence"], 1 << 53)
+    weights_hash = check_hash("weights_hash", hello["weights_hash"])
+    with busy():
+        items = plan(store, adapter, sequence, weights_hash)
+        rows = [item.describe() for item in items]
+    channel.send(protocol.PLAN, {"items": rows})
+    while (frame := channel.receive(protocol.GET, protocol.BYE)).kind != protocol.BYE:
+        if not items:
+            raise SyncFailure("malformed", "there is nothing to get")
+        number = check_count("item", frame.fields.get("item"), len(items) - 1)
+        offset = check_count("offset", frame.fields.get("offset"), rows[number]["bytes"])
+        _send_file(channel, items[number].file, offset, rows[number]["bytes"])
+
+
+def _send_file(channel: Channel, path: Path, offset: int, total: int) -> None:
+    acknowledged = offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        while acknowledged < total:
+            while offset < total and offset - acknowledged < protocol.WINDOW_BYTES:
+                data = file.read(min(protocol.CHUNK_BYTES, total - offset))
+                if not data:
+                    raise SyncFailure("storage", "a payload on the server became shorter")
+                channel.send(protocol.CHUNK, {"offset": offset}, data)
+                offset += len(data)
+            frame = channel.receive(protocol.ACK)
+            reached = check_count("offset", frame.fields.get("offset"), offset)
+            if reached <= acknowledged:
+                raise SyncFailure("malformed", "an acknowledgement does not move on")
+            acknowledged = reached

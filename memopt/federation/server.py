@@ -1,0 +1,376 @@
+"""The sync server: an Arrow Flight service over a store of signed versions.
+
+``DoExchange`` carries pushes and pulls (:mod:`memopt.federation.protocol`); ``list_flights``,
+``get_flight_info``, ``do_get`` and ``do_action`` are plain Flight, so that any client can look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from memopt.errors import ConfigurationError, MemoptError
+from memopt.federation import protocol
+from memopt.federation.arrays import Weights, dtype_name, raw
+from memopt.federation.audit import AuditLog
+from memopt.federation.failures import SyncFailure
+from memopt.federation.gate import Gate, Identity, TlsFiles
+from memopt.federation.limits import Limits, check_adapter, check_count, check_keys, strict_json
+from memopt.federation.sending import send_versions
+from memopt.federation.signing import Trust
+from memopt.federation.store import Store
+from memopt.federation.taking import aggregate_version, rollback_version, take_push
+from memopt.federation.uploads import Uploads
+from memopt.metrics import count
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ACTIONS = (
+    ("status", "the newest version of every adapter, or of one: {adapter}"),
+    ("history", "the signed manifests of an adapter: {adapter}"),
+    ("rollback", "make an old version the newest: {signed} manifest of kind rollback"),
+    ("aggregate", "average adapters into one, signed by the server: {adapter, inputs, ...}"),
+)
+# Rows of do_get hold at most this much of a tensor, far from gRPC's message limit.
+_GET_BYTES = 2 << 20
+WEIGHTS_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("dtype", pa.string()),
+        ("shape", pa.list_(pa.int64())),
+        ("offset", pa.int64()),
+        ("data", pa.binary()),
+    ]
+)
+
+
+class Channel:
+    """One side of an exchange: frames out, frames in."""
+
+    def __init__(self, reader: Any, writer: Any, limits: Limits) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._limits = limits
+
+    def send(self, kind: int, fields: Mapping[str, Any] | None = None, body: Any = b"") -> None:
+        """Write one message; blocks while the peer does not read (backpressure)."""
+        self._writer.write_metadata(pa.py_buffer(protocol.encode(kind, dict(fields or {}), body)))
+
+    def receive(self, *kinds: int) -> protocol.Frame:
+        """Read one message of the given kinds.
+
+        Raises:
+            SyncFailure: the peer went away, or sent something else.
+        """
+        try:
+            chunk = self._reader.read_chunk()
+        except StopIteration:
+            raise SyncFailure("unavailable", "the peer ended the exchange") from None
+        if chunk.data is not None or chunk.app_metadata is None:
+            raise SyncFailure("malformed", "the peer sent a record batch")
+        frame = protocol.decode(memoryview(chunk.app_metadata), self._limits)
+        if frame.kind == protocol.ERROR:
+            raise protocol.decode_error(frame.fields)
+        if frame.kind not in kinds:
+            raise SyncFailure("malformed", f"message kind {frame.kind} is not expected here")
+        return frame
+
+
+class SyncServer:
+    """A running server; use it as a context manager or call :meth:`close`.
+
+    Args:
+        folder: the store.
+        trust: who may do what.
+        host, port: where to listen; port 0 takes a free one (see :attr:`port`).
+        tls: certificate files; None is a plain transport, which is refused off loopback unless
+            ``insecure`` is said.
+        limits: what is believed of clients.
+        idle_seconds: after which a silent connection is closed.
+        dictionaries: zstd dictionaries by SHA-256.
+        key: Ed25519 key that signs what the server makes itself (aggregation), and its node name.
+
+    Raises:
+        ConfigurationError: plain transport off loopback, unusable files or address.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        trust: Trust,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: TlsFiles | None = None,
+        insecure: bool = False,
+        limits: Limits | None = None,
+        idle_seconds: float = 60.0,
+        dictionaries: Mapping[str, bytes] | None = None,
+        keep: int = 200,
+        key: Any = None,
+        node: str = "server",
+    ) -> None:
+        if tls is None and host not in LOOPBACK and not insecure:
+            raise ConfigurationError(
+                f"a plain transport on {host} lets anyone read and listen",
+                fix="give --cert, --key and --ca, or say --insecure",
+            )
+        self.limits = limits or Limits()
+        self.trust = trust
+        self.key, self.node = key, node
+        context = tls.server_context() if tls else None
+        self.store = Store(folder, self.limits, dictionaries=dictionaries, keep=keep)
+        self.audit = AuditLog(self.store.folder / "audit.log")
+        self.uploads = Uploads(self.store.incoming, self.limits)
+        self._streams = threading.BoundedSemaphore(self.limits.streams)
+        self._flight = _Flight(self)
+        try:
+            self.gate = Gate(
+                host,
+                port,
+                inner=self._flight.port,
+                context=context,
+                limits=self.limits,
+                idle_seconds=idle_seconds,
+                on_refused=lambda line: self.audit.write("connection-refused", problem=line[:300]),
+            )
+        except BaseException:
+            self._flight.shutdown()
+            self.store.close()
+            raise
+        self.host, self.port = host, self.gate.port
+
+    def __enter__(self) -> SyncServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop: drop connections, end running calls, release the store."""
+        self.gate.close()
+        self._flight.shutdown()
+        self.audit.close()
+        self.store.close()
+
+    def wait(self) -> None:
+        """Block until the process is told to stop."""
+        self._flight.wait()
+
+    # ---------------------------------------------------------------------------- called by Flight
+
+    def caller(self, context: Any, role: str | None, adapter: str | None) -> Identity:
+        """Return who calls; with TLS the node must have ``role`` (any role for None)."""
+        identity = self.gate.identity(context.peer())
+        if identity.node is not None:
+            if role is not None:
+                self.trust.allow(identity.node, role, adapter)
+            elif identity.node not in self.trust.nodes():
+                self.trust.allow(identity.node, "pull", adapter)
+        return identity
+
+    @contextlib.contextmanager
+    def guarded(self, context: Any, event: str) -> Iterator[None]:
+        """Audit and translate failures; anything unforeseen becomes one error, not a crash."""
+        try:
+            yield
+        except SyncFailure as error:
+            self._refused(context, event, error)
+            raise _flight_error(error) from error
+        except MemoptError as error:
+            failure = SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
+            self._refused(context, event, failure)
+            raise _flight_error(failure) from error
+
+    def _refused(self, context: Any, event: str, error: SyncFailure) -> None:
+        count("memopt_sync_refusals_total", code=error.code)
+        node = None
+        with contextlib.suppress(SyncFailure):
+            node = self.gate.identity(context.peer()).node
+        self.audit.write(f"{event}-refused", node=node, code=error.code, problem=error.problem)
+
+    def exchange(self, context: Any, command: bytes, reader: Any, writer: Any) -> None:
+        """Serve one push or pull; a failure is told to the client in an ERROR message."""
+        channel = Channel(reader, writer, self.limits)
+        try:
+            if command != protocol.COMMAND:
+                raise SyncFailure("malformed", "the exchange is not for memopt-sync")
+            if not self._streams.acquire(blocking=False):
+                raise SyncFailure("busy", f"{self.limits.streams} transfers are running")
+            try:
+                self._exchange(context, channel)
+            finally:
+                self._streams.release()
+        except MemoptError as error:
+            failure = (
+                error
+                if isinstance(error, SyncFailure)
+                else SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
+            )
+            self._refused(context, "exchange", failure)
+            with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):
+                channel.send(protocol.ERROR, protocol.encode_error(failure))
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            # The client is gone: what it sent so far stays for it to resume.
+            self.audit.write("exchange-broken", problem=str(error)[:200])
+
+    def _exchange(self, context: Any, channel: Channel) -> None:
+        hello = channel.receive(protocol.HELLO).fields
+        operation = hello.get("operation")
+        if operation == "push":
+            check_keys("hello", hello, ("operation", "adapter"))
+            adapter = check_adapter(hello["adapter"])
+            identity = self.caller(context, "push", adapter)
+            take_push(self, channel, adapter, identity, self._busy(context))
+        elif operation == "pull":
+            check_keys("hello", hello, ("operation", "adapter", "sequence", "weights_hash"))
+            adapter = check_adapter(hello["adapter"])
+            self.caller(context, "pull", adapter)
+            send_versions(self.store, channel, adapter, hello, self._busy(context))
+            self.audit.write("pull", adapter=adapter, node=self.caller(context, None, None).node)
+        else:
+            raise SyncFailure("malformed", "hello asks neither for push nor pull")
+
+    def _busy(self, context: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        return lambda: self.gate.busy(context.peer())
+
+    def act(self, context: Any, name: str, body: bytes) -> dict[str, Any]:
+        """Answer one action."""
+        request = strict_json(body or b"{}", what=f"action {name}")
+        if len(body) > self.limits.message_bytes:
+            raise SyncFailure("too-large", "the action's body is over the message limit")
+        if name == "status":
+            adapter = request.get("adapter")
+            self.caller(context, None, None)
+            names = [check_adapter(adapter)] if adapter else self.store.adapters()
+            return {"adapters": [self._describe(n) for n in names]}
+        if name == "history":
+            adapter = check_adapter(request.get("adapter"))
+            self.caller(context, None, None)
+            signed = [self.store.signed(adapter, s) for s in self.store.sequences(adapter)]
+            return {
+                "adapter": adapter,
+                "versions": [s.to_json() | {"digest": s.manifest.digest()} for s in signed],
+            }
+        if name == "rollback":
+            check_keys("rollback", request, ("signed",))
+            return rollback_version(self, self.gate.identity(context.peer()), request["signed"])
+        if name == "aggregate":
+            adapter = check_adapter(request.get("adapter"))
+            identity = self.caller(context, "admin", adapter)
+            return aggregate_version(self, identity, request)
+        raise SyncFailure("malformed", f"unknown action {name[:40]!r}")
+
+    def _describe(self, adapter: str) -> dict[str, Any]:
+        head = self.store.head(adapter)
+        if not head.sequence:
+            return {"adapter": adapter, "sequence": 0}
+        manifest = self.store.signed(adapter, head.sequence).manifest
+        return {
+            "adapter": adapter,
+            "sequence": head.sequence,
+            "weights_hash": head.weights_hash,
+            "digest": head.digest,
+            "node": manifest.node,
+            "kind": manifest.kind,
+            "time": manifest.time,
+            "payload_bytes": manifest.payload_bytes,
+            "versions": len(self.store.sequences(adapter)),
+        }
+
+    def ticket(self, data: bytes) -> tuple[str, int]:
+        """Return adapter and sequence of a ticket: ``{"adapter"[, "sequence"]}``."""
+        request = strict_json(data, what="ticket")
+        adapter = check_adapter(request.get("adapter"))
+        newest = self.store.head(adapter).sequence
+        sequence = check_count("sequence", request.get("sequence", newest), 1 << 53)
+        if sequence == 0:
+            raise SyncFailure("not-found", f"adapter {adapter!r} has no version yet")
+        return adapter, sequence
+
+    def info(self, adapter: str) -> Any:
+        """Return the FlightInfo of an adapter's newest version."""
+        head = self.store.head(adapter)
+        if not head.sequence:
+            raise SyncFailure("not-found", f"adapter {adapter!r} has no version yet")
+        ticket = flight.Ticket(json.dumps({"adapter": adapter, "sequence": head.sequence}).encode())
+        return flight.FlightInfo(
+            WEIGHTS_SCHEMA,
+            flight.FlightDescriptor.for_path(adapter),
+            [flight.FlightEndpoint(ticket, [])],
+            -1,
+            -1,
+        )
+
+
+def weight_rows(weights: Weights) -> Iterator[Any]:
+    """Yield weights as record batches of :data:`WEIGHTS_SCHEMA`."""
+    for name, array in sorted(weights.items()):
+        data = raw(array)
+        for offset in range(0, max(data.size, 1), _GET_BYTES):
+            part = data[offset : offset + _GET_BYTES].tobytes()
+            row = ([name], [dtype_name(array)], [list(array.shape)], [offset], [part])
+            yield pa.record_batch(
+                [pa.array(v, f.type) for v, f in zip(row, WEIGHTS_SCHEMA, strict=True)],
+                schema=WEIGHTS_SCHEMA,
+            )
+
+
+class _Flight(flight.FlightServerBase):  # type: ignore[misc]
+    """The Flight methods; each hands over to the server at once."""
+
+    def __init__(self, server: SyncServer) -> None:
+        super().__init__(("127.0.0.1", 0))
+        self._server = server
+
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        with self._server.guarded(context, "exchange"):
+            self._server.gate.identity(context.peer())
+        self._server.exchange(context, descriptor.command or b"", reader, writer)
+
+    def do_action(self, context: Any, action: Any) -> Iterator[Any]:
+        with self._server.guarded(context, action.type[:40]):
+            result = self._server.act(context, action.type, action.body.to_pybytes())
+        return iter([flight.Result(json.dumps(result).encode())])
+
+    def list_actions(self, context: Any) -> list[tuple[str, str]]:
+        return list(ACTIONS)
+
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
+        with self._server.guarded(context, "list"):
+            self._server.caller(context, None, None)
+            infos = [self._server.info(name) for name in self._server.store.adapters()]
+        return iter(infos)
+
+    def get_flight_info(self, context: Any, descriptor: Any) -> Any:
+        with self._server.guarded(context, "info"):
+            path = descriptor.path or [b""]
+            adapter = check_adapter(path[0].decode("utf-8", "replace"))
+            self._server.caller(context, "pull", adapter)
+            return self._server.info(adapter)
+
+    def do_get(self, context: Any, ticket: Any) -> Any:
+        with self._server.guarded(context, "get"):
+            adapter, sequence = self._server.ticket(ticket.ticket)
+            self._server.caller(context, "pull", adapter)
+            weights = self._server.store.weights(adapter, sequence)
+            self._server.audit.write("get", adapter=adapter, sequence=sequence)
+        return flight.GeneratorStream(WEIGHTS_SCHEMA, weight_rows(weights))
+
+
+def _flight_error(error: SyncFailure) -> Exception:
+    details = json.dumps(protocol.encode_error(error)).encode()
+    kind = {
+        "unauthenticated": flight.FlightUnauthenticatedError,
+        "forbidden": flight.FlightUnauthorizedError,
+        "unavailable": flight.FlightUnavailableError,
+        "busy": flight.FlightUnavailableError,
+    }.get(error.code, flight.FlightServerError)
+    raised: Exception = kind(str(error), details)
+    return raised
