@@ -1,15 +1,16 @@
 """Turn a portable ONNX graph into the one ONNX Runtime runs fastest, with the same answers.
 
-``fuse`` replaces patterns of standard operators by the ``com.microsoft`` operators that ONNX Runtime
-implements in one kernel: Attention (query, key and value in one weight), SkipLayerNormalization
-(residual and linear bias folded in), BiasGelu/FastGelu/QuickGelu, EmbedLayerNormalization, and mean
-pooling as one product. A pattern that does not match stays as it is and the report says why.
+``fuse`` replaces patterns of standard operators by the ``com.microsoft`` operators that ONNX
+Runtime implements in one kernel: Attention (query, key and value in one weight),
+SkipLayerNormalization (residual and linear bias folded in), BiasGelu/FastGelu/QuickGelu,
+EmbedLayerNormalization, and mean pooling as one product. A pattern that does not match stays as it
+is and the report says why.
 
-Names: a merged weight is named after what its parts share: ``encoder.layer.0.attention.self.query.weight``,
-``...key.weight`` and ``...value.weight`` become ``encoder.layer.0.attention.self.qkv.weight`` (columns in
-this order), the biases ``...qkv.bias``; the part names are kept, comma-separated, in the node's metadata
-``memopt.weights``. Every other weight keeps its name; one that the exporter left without a name
-(``val_61``) is named after its bias.
+Names: a merged weight is named after what its parts share: ``layer.0.attention.self.query.weight``,
+``...key.weight`` and ``...value.weight`` become ``layer.0.attention.self.qkv.weight`` (columns in
+this order), the biases ``...qkv.bias``; the part names are kept, comma-separated, in the node's
+metadata ``memopt.weights``. Every other weight keeps its name; one that the exporter left without
+a name (``val_61``) is named after its bias.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.errors import ExportError
 from memopt.exporters.fuse_attention import AttentionFusion, Linear, weight_name
-from memopt.exporters.fuse_graph import MICROSOFT, add_initializer, constant, is_constant, with_constant
+from memopt.exporters.fuse_graph import (
+    MICROSOFT,
+    add_initializer,
+    constant,
+    is_constant,
+    with_constant,
+)
 from memopt.exporters.fuse_norm import (
     fuse_embeddings,
     fuse_gelu,
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     import onnx
 
 DEFAULT_POSITIONS = 512
+# A padding id below this may be an offset of the position table; above it is a plain token id.
+RESERVED_POSITIONS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +81,12 @@ def fuse(
     """Fuse ``model`` for ONNX Runtime.
 
     Args:
-        model: a float32 graph of standard operators, as memopt's ONNX exporter writes it. Not modified.
-        config: the model's ``config.json``; ``max_position_embeddings`` and ``vocab_size`` bound the
-            inputs on which mask subgraphs are tried out.
-        prune_token_types: make ``token_type_ids`` constant zero and drop it from the inputs, where the
-            embedding fuses. Right for one text at a time, wrong for pairs of texts.
+        model: a float32 graph of standard operators, as memopt's ONNX exporter writes it. It is
+            not modified.
+        config: the model's ``config.json``; ``max_position_embeddings`` and ``vocab_size`` bound
+            the inputs on which mask subgraphs are tried out.
+        prune_token_types: make ``token_type_ids`` constant zero and drop it from the inputs, where
+            the embedding fuses. Right for one text at a time, wrong for pairs of texts.
 
     Returns:
         the fused graph and the report. Inputs (but for a pruned ``token_type_ids``), outputs and
@@ -106,7 +116,12 @@ def fuse(
     if any(v.shape is None for node in graph for v in node.outputs):
         common.ShapeInferencePass()(target)
     positions = _positions(config)
-    probe = Probe(original, positions=positions, vocabulary=int(config.get("vocab_size") or 2))
+    probe = Probe(
+        original,
+        positions=positions,
+        vocabulary=int(config.get("vocab_size") or 2),
+        types=int(config.get("type_vocab_size") or 1),
+    )
     inputs = {v.name: v for v in graph.inputs}
     problems: list[str] = []
     name_weights(graph)
@@ -115,6 +130,7 @@ def fuse(
     common.RemoveUnusedNodesPass()(target)
     gelu = fuse_gelu(graph)
     embed = fuse_embeddings(graph, probe, inputs, problems, prune_token_types)
+    common.RemoveUnusedNodesPass()(target)
     skip = fuse_skip_layer_norm(graph, problems)
     pooling = fuse_mean_pooling(graph)
     common.RemoveUnusedNodesPass()(target)
@@ -145,10 +161,10 @@ def fuse(
 
 
 def _positions(config: Mapping[str, Any]) -> int:
-    """The longest sequence the position table takes; RoBERTa keeps two rows for padding."""
+    """The longest sequence: RoBERTa's table keeps rows for padding (514 for 512)."""
     rows = int(config.get("max_position_embeddings") or DEFAULT_POSITIONS)
-    padding = int(config.get("pad_token_id") or 0) if rows % 2 == 0 and rows % 128 == 2 else 0
-    return max(1, rows - padding - 1 if padding else rows)
+    padding = config.get("pad_token_id") or 0
+    return max(1, rows - padding - 1) if 0 < padding < RESERVED_POSITIONS else rows
 
 
 def name_weights(graph: Any) -> int:

@@ -81,7 +81,11 @@ def _scaled(value: Any) -> tuple[Any, float]:
             continue
         pair = with_constant(node)
         number = scalar(pair[1]) if pair is not None else None
-        if pair is None or number is None or (node.op_type == "Div" and pair[0] is not node.inputs[0]):
+        if (
+            pair is None
+            or number is None
+            or (node.op_type == "Div" and pair[0] is not node.inputs[0])
+        ):
             return value, scale
         scale = scale * number if node.op_type == "Mul" else scale / number
         value = pair[0]
@@ -239,6 +243,11 @@ def match(softmax: Any) -> Match:
 def _merged(context: Any) -> Any:
     """The (batch, sequence, heads * size) value made from (batch, heads, sequence, size)."""
     readers = [use.node for use in context.uses()]
+    while len(readers) == 1 and readers[0].op_type == "Reshape":
+        after_view = readers[0].outputs[0]
+        if dims(after_view) is None or dims(after_view) != dims(context):
+            break
+        context, readers = after_view, [use.node for use in after_view.uses()]
     if len(readers) == 1 and readers[0].op_type == "Transpose":
         transposed = readers[0].outputs[0]
         after = [use.node for use in transposed.uses()]

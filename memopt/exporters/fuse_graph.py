@@ -1,4 +1,4 @@
-"""Small questions about a graph that every fusion asks: who made this value, is it a constant, ..."""
+"""Small questions about a graph that every fusion asks: who made this value, is it constant, ..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MICROSOFT = "com.microsoft"
 
 
 def made_by(value: Any, *op_types: str) -> Any | None:
-    """The node that computes ``value`` if it is one of ``op_types`` of the standard domain, else None."""
+    """The node that computes ``value`` if it is a standard one of ``op_types``, else None."""
     node = value.producer() if value is not None else None
     if node is not None and node.domain == "" and node.op_type in op_types:
         return node
@@ -67,7 +67,7 @@ def dims(value: Any) -> tuple[int | str, ...] | None:
 
 
 def only_use(value: Any) -> Any | None:
-    """The single node that reads ``value``, or None when it has more readers or is a graph output."""
+    """The single node that reads ``value``; None when there are more or it is a graph output."""
     uses = value.uses()
     if len(uses) != 1 or value.is_graph_output():
         return None

@@ -8,7 +8,7 @@ candidates apart, and compared with each of them exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ MASKED = -1e4
 MAX_SLICE_ELEMENTS = 1 << 22
 # A window or bucket constant past this would need a probe too long to run at export.
 MAX_WINDOW = 2048
-HEAVY_OPS = frozenset({"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Gelu", "Attention"})
+HEAVY_OPS = frozenset(
+    {"MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Gelu", "Attention"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,7 @@ class MaskKind:
         causal: keys after the query are hidden.
         fill: the finite number added to hidden scores, float32.
         general: anything else: the bias must be kept as a tensor.
+        shape: what a general bias came out as on one of the inputs tried, () if it was not run.
         reason: why it is general, empty otherwise.
     """
 
@@ -65,6 +68,10 @@ def upstream(value: Any) -> tuple[list[Any], set[str]]:
     return list(nodes), inputs
 
 
+class ProbeError(Exception):
+    """A subgraph that does not run on the inputs chosen for it: nothing is known about it."""
+
+
 class Probe:
     """Runs cut-out subgraphs of one model on chosen inputs.
 
@@ -72,12 +79,14 @@ class Probe:
         model: an ``onnx_ir.Model`` of the portable graph. It is not modified.
         positions: the longest sequence the model takes.
         vocabulary: token ids are drawn below this number.
+        types: token type ids are drawn below this number.
     """
 
-    def __init__(self, model: Any, *, positions: int, vocabulary: int) -> None:
+    def __init__(self, model: Any, *, positions: int, vocabulary: int, types: int = 2) -> None:
         self._model = model
         self._positions = positions
         self._vocabulary = max(2, vocabulary)
+        self._types = max(1, types)
 
     def _blocked(self, value: Any) -> str:
         nodes, inputs = upstream(value)
@@ -109,10 +118,15 @@ class Probe:
         return None if longest > MAX_WINDOW else min(longest + 3, self._positions)
 
     def run(self, value: Any, feeds: list[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
-        """Compute ``value`` for each of ``feeds`` (graph inputs by name)."""
+        """Compute ``value`` for each of ``feeds`` (graph inputs by name).
+
+        Raises:
+            ProbeError: ONNX Runtime cannot run the subgraph on them.
+        """
         import onnx_ir as ir
 
         ort = require("onnxruntime", extra="cpu", why="fuse a graph")
+        errors = ort.capi.onnxruntime_pybind11_state
         names = sorted(upstream(value)[1])
         graph = ir.convenience.extract(self._model.graph, names, [value.name])
         cut = ir.Model(graph, ir_version=self._model.ir_version)
@@ -121,8 +135,11 @@ class Probe:
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         proto = ir.to_proto(cut).SerializeToString()
-        session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-        return [session.run(None, {n: feed[n] for n in names})[0] for feed in feeds]
+        try:
+            session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+            return [session.run(None, {n: feed[n] for n in names})[0] for feed in feeds]
+        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
+            raise ProbeError(str(error).splitlines()[0]) from error
 
     def _feeds(self, longest: int) -> list[dict[str, np.ndarray]]:
         rng = np.random.default_rng(0)
@@ -140,7 +157,7 @@ class Probe:
                 {
                     "attention_mask": mask.astype(np.int64),
                     "input_ids": rng.integers(0, self._vocabulary, (batch, length)),
-                    "token_type_ids": np.zeros((batch, length), np.int64),
+                    "token_type_ids": rng.integers(0, self._types, (batch, length)),
                 }
             )
         return feeds
@@ -154,31 +171,46 @@ class Probe:
         if longest is None:
             return MaskKind(general=True, reason=f"has a window wider than {MAX_WINDOW}")
         feeds = self._feeds(longest)
-        kinds = []
-        for feed, found in zip(feeds, self.run(bias, list(feeds)), strict=True):
-            kinds.append(_classify(found, feed["attention_mask"]))
+        masks = [feed["attention_mask"] for feed in feeds]
+        try:
+            results = self.run(bias, list(feeds))
+        except ProbeError as error:
+            return MaskKind(general=True, reason=f"cannot be tried out ({error})")
+        kinds = [_classify(found, mask) for found, mask in zip(results, masks, strict=True)]
         first = max(kinds, key=lambda k: (k.general, k.causal, k.padding))
         if first.general:
             return next(k for k in kinds if k.general)
         fill = min(k.fill for k in kinds)
-        for feed, found in zip(feeds, self.run(bias, list(feeds)), strict=True):
-            if not _agrees(found, feed["attention_mask"], first.padding, first.causal):
-                return MaskKind(general=True, shape=found.shape, reason="not one mask at all shapes")
+        for found, mask in zip(results, masks, strict=True):
+            if not _agrees(found, mask, first.padding, first.causal):
+                return MaskKind(
+                    general=True, shape=found.shape, reason="not one mask at all shapes"
+                )
         return MaskKind(padding=first.padding, causal=first.causal, fill=fill)
 
     def is_range(self, value: Any) -> bool:
         """Whether ``value`` counts 0, 1, 2, ... along the sequence, whatever the input."""
+        return self._always(value, lambda length: np.arange(length))
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether ``value`` is 0 for every token, whatever the input."""
+        return self._always(value, lambda length: np.zeros(length, np.int64))
+
+    def _always(self, value: Any, row: Callable[[int], np.ndarray]) -> bool:
         if self._blocked(value):
             return False
-        longest = self._positions if self._positions <= MAX_WINDOW else 64
-        feeds = self._feeds(longest)
-        for feed, found in zip(feeds, self.run(value, list(feeds)), strict=True):
-            length = feed["input_ids"].shape[1]
-            if found.shape not in {(1, length), (length,), feed["input_ids"].shape}:
+        feeds = self._feeds(min(self._positions, MAX_WINDOW))
+        try:
+            results = self.run(value, list(feeds))
+        except ProbeError:
+            return False
+        for feed, found in zip(feeds, results, strict=True):
+            shape = feed["input_ids"].shape
+            if found.shape not in {shape, (1, shape[1]), (shape[1],)}:
                 return False
-            if not np.array_equal(np.broadcast_to(found, (1, length)) if found.ndim < 2 or
-                                  found.shape[0] == 1 else found,
-                                  np.broadcast_to(np.arange(length), (found.shape[0] if found.ndim == 2 else 1, length))):
+            if not np.array_equal(
+                np.broadcast_to(found, shape), np.broadcast_to(row(shape[1]), shape)
+            ):
                 return False
         return True
 
@@ -210,4 +242,6 @@ def _classify(bias: np.ndarray, mask: np.ndarray) -> MaskKind:
     for padding, causal in ((False, False), (True, False), (False, True), (True, True)):
         if _agrees(bias, mask, padding, causal):
             return MaskKind(padding=padding, causal=causal, fill=fill)
-    return MaskKind(general=True, shape=bias.shape, reason="hides other keys than padding and future")
+    return MaskKind(
+        general=True, shape=bias.shape, reason="hides other keys than padding and future"
+    )
