@@ -59,6 +59,7 @@ def main() -> None:
     for format_, wanted in (("onnx", "onnx-fp32"), ("openvino", "openvino-fp32")):
         if wanted not in open_bundle(bundle.path).manifest.variants:
             export(open_bundle(bundle.path), format=format_)
+    bundle = open_bundle(bundle.path)
     python = peer_python()
     path = str(bundle.path.absolute())
     common = {"path": path, "dimension": bundle.manifest.dimension}

