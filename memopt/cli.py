@@ -23,9 +23,11 @@ from memopt.errors import MemoptError
 COMMANDS: tuple[str, ...] = (
     "convert",
     "export",
+    "quantize",
     "embed",
     "bench",
     "info",
+    "sync",
     "doctor",
     "config",
 )

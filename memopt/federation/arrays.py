@@ -63,8 +63,10 @@ def total_bytes(weights: Weights) -> int:
 
 
 def fp32_bytes(weights: Weights) -> int:
-    """Return what the tensors would weigh in float32: the yardstick savings are given against."""
-    return sum(array.size for array in weights.values()) * 4
+    """Return what the tensors weigh with floats in float32: what savings are given against."""
+    return sum(
+        array.size * 4 if array.dtype.name in FLOATS else array.nbytes for array in weights.values()
+    )
 
 
 def weights_hash(weights: Weights) -> str:

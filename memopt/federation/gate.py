@@ -212,8 +212,9 @@ class Gate:
             await self._relay(key, reader, writer, down, upstream)
         except SyncFailure as error:
             self._refuse(error.problem)
-        except (OSError, asyncio.IncompleteReadError) as error:
-            self._refuse(str(error))
+        except (OSError, asyncio.IncompleteReadError):
+            # A peer that went away was not refused; its upload, if any, stays for it to resume.
+            count("memopt_sync_broken_connections_total")
         finally:
             self._open -= 1
             with self._lock:

@@ -1,0 +1,141 @@
+"""A node's files in one folder, and what the command line does with them.
+
+<keys>/ca.pem              the authority
+<keys>/<node>.pem, .key    certificate and its key (memopt sync issue)
+<keys>/<node>.sign.key     Ed25519 signing key (memopt sync keygen)
+<keys>/trust.json          who may do what
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memopt.config import FederationSection, load_config
+from memopt.errors import ConfigurationError, SyncError
+from memopt.federation.client import SyncClient
+from memopt.federation.delta import DeltaSettings
+from memopt.federation.gate import TlsFiles
+from memopt.federation.link import parse_address
+from memopt.federation.manager import DeltaSyncManager
+from memopt.federation.signing import SigningKey, Trust, check_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFiles:
+    """Where a node's keys and certificates are."""
+
+    folder: Path
+    node: str
+
+    def __post_init__(self) -> None:
+        check_node(self.node)
+
+    def tls(self, *, plain: bool) -> TlsFiles | None:
+        """Return the TLS files, None for a plain transport.
+
+        Raises:
+            ConfigurationError: a file is missing and ``plain`` was not said.
+        """
+        if plain:
+            return None
+        files = TlsFiles(
+            ca=self.folder / "ca.pem",
+            certificate=self.folder / f"{self.node}.pem",
+            key=self.folder / f"{self.node}.key",
+        )
+        for path in (files.ca, files.certificate, files.key):
+            if not path.is_file():
+                raise ConfigurationError(
+                    f"{path} is missing",
+                    fix=f"run: memopt sync issue {self.node} --keys {self.folder}, or say --plain",
+                )
+        return files
+
+    def signing_key(self) -> SigningKey:
+        """Return the node's signing key."""
+        return SigningKey.load(self.folder / f"{self.node}.sign.key")
+
+    def trust(self) -> Trust:
+        """Return the trust file of the folder."""
+        return Trust(path=self.folder / "trust.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A client, its node's files and the settings in force."""
+
+    client: SyncClient
+    files: NodeFiles
+    config: FederationSection
+
+
+def connect(
+    server: str, *, node: str, keys: str | Path, plain: bool = False, insecure: bool = False
+) -> Session:
+    """Return a client for ``host:port``, with the retries and the timeout of the configuration."""
+    config = load_config().federation
+    files = NodeFiles(folder=Path(keys), node=node)
+    host, port = parse_address(server)
+    client = SyncClient(
+        host,
+        port,
+        tls=files.tls(plain=plain),
+        timeout=config.timeout_seconds,
+        max_retries=config.max_retries,
+        insecure=insecure,
+    )
+    return Session(client=client, files=files, config=config)
+
+
+def delta_settings(config: FederationSection, **chosen: Any) -> DeltaSettings:
+    """Return settings from the configuration, options that were given over it."""
+    values: dict[str, Any] = {"delta_threshold": config.delta_threshold}
+    if not config.compression_enabled:
+        # Bit-exact deltas at zstd's fastest: as near to uncompressed as a delta is of use.
+        values |= {"codec": "lossless", "level": -7}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if "codec" not in given and {"max_error", "max_bytes"} & set(given):
+        given["codec"] = "auto"
+    return DeltaSettings(**(values | given))
+
+
+@contextmanager
+def opened(
+    state: str | Path, adapter: str, settings: DeltaSettings, dictionary: bytes = b""
+) -> Iterator[DeltaSyncManager]:
+    """Open this node's state of an adapter; a damaged one names the folder to remove."""
+    import hashlib
+
+    known = {hashlib.sha256(dictionary).hexdigest(): dictionary} if dictionary else {}
+    with DeltaSyncManager(state, adapter, settings, dictionaries=known) as manager:
+        yield manager
+
+
+def read_dictionary(path: Path | None) -> bytes:
+    """Return a dictionary file's bytes, nothing for None."""
+    if path is None:
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SyncError(f"dictionary {path} cannot be read ({error.strerror})") from error
+
+
+def report_json(report: Any) -> dict[str, Any]:
+    """Return a report as plain JSON: arrays left out, infinities as null."""
+    document = {name: value for name, value in asdict_shallow(report).items() if name != "weights"}
+    if "tensors" in document:
+        document["tensors"] = [
+            {k: None if v == float("inf") else v for k, v in asdict(t).items()}
+            for t in document["tensors"]
+        ]
+    return document
+
+
+def asdict_shallow(value: Any) -> dict[str, Any]:
+    """Return a dataclass' fields without copying what they hold."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
