@@ -111,9 +111,9 @@ class QuantizedWeight:
         if self.integers.ndim != 2:
             raise WeightsError(f"shape {list(self.shape)} has no transpose", fix="give a matrix")
         return QuantizedWeight(
-            np.ascontiguousarray(self.integers.T),
-            np.ascontiguousarray(self.scales.T),
-            np.ascontiguousarray(self.zero_points.T),
+            self.integers.T.copy(),
+            self.scales.T.copy(),
+            self.zero_points.T.copy(),
             self.axis if self.axis == -1 else 1 - self.axis,
             self.group_size,
             self.bits,
