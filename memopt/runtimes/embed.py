@@ -79,9 +79,7 @@ def embed(
             fix=f"choose one of {', '.join(OUTPUTS)}",
         )
     if on_error not in ("fail", "skip"):
-        raise ConfigurationError(
-            f"on_error is {on_error!r}", fix=nearest(on_error, ("fail", "skip"))
-        )
+        raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
     modality = engine.bundle.manifest.modality
     items = read_items(source, modality, column)
     parts = _Parts(target, engine, normalize, resume)

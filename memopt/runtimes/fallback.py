@@ -36,18 +36,21 @@ _OUT_OF_MEMORY = (
 class FallbackEvent:
     """One hand-over: ``from_`` could not do it, ``to`` took over.
 
-    ``from_`` and ``to`` are provider names; where only the variant changed they are
-    ``provider:variant``. ``kind`` is ``unavailable``, ``open``, ``memory`` or ``run``; ``reason``
-    is what the provider said.
+    ``from_`` and ``to`` are providers; they are equal where only the variant had to change.
+    ``kind`` is ``unavailable``, ``open``, ``memory`` or ``run``; ``reason`` is what the provider
+    said.
     """
 
     from_: str
     to: str
     reason: str
     kind: str
+    from_variant: str
+    to_variant: str
 
     def __str__(self) -> str:
-        return f"{self.from_} -> {self.to} ({self.kind}): {self.reason}"
+        steps = f"{self.from_}:{self.from_variant} -> {self.to}:{self.to_variant}"
+        return f"{steps} ({self.kind}): {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +195,13 @@ class BackendChain:
         steps = [f.candidate for f in failures] + [winner]
         for failure, following in zip(failures, steps[1:], strict=True):
             from_, to = failure.candidate, following
-            same = from_.provider == to.provider
             event = FallbackEvent(
-                str(from_) if same else from_.provider,
-                str(to) if same else to.provider,
-                failure.reason,
-                failure.kind,
+                from_=from_.provider,
+                to=to.provider,
+                reason=failure.reason,
+                kind=failure.kind,
+                from_variant=from_.variant.name,
+                to_variant=to.variant.name,
             )
             self._events.append(event)
             labels = {"from": from_.provider, "to": to.provider, "reason": failure.kind}

@@ -62,7 +62,9 @@ def _wanted(bundle: Bundle, asked: str, forced: Variant | None) -> list[Candidat
     if forced is not None:
         able = [Candidate(p, forced) for p in _order(asked, forced) if runnable(forced, p)]
         here = [c for c in able if c.provider == asked or missing(c.provider) is None]
-        return here or able[-1:]
+        wanted = here or able[-1:]
+        # When its graph is what fails, a float one on the same provider is the nearest.
+        return [*wanted, *(_of_provider(bundle, wanted[-1].provider) if wanted else [])]
     tuned = _tuned(bundle, asked)
     return ([tuned] if tuned else []) + (_of_provider(bundle, asked) if asked != "auto" else [])
 
@@ -101,9 +103,9 @@ def _of_provider(bundle: Bundle, provider: str) -> list[Candidate]:
 
 
 def _order(asked: str, variant: Variant) -> list[str]:
-    # An ONNX variant belongs to ONNX Runtime first; OpenVINO's reader is the second choice for it.
-    rest = [p for p in AUTO_ORDER if p != "openvino" or variant.format == "openvino"]
-    rest += [] if "openvino" in rest else ["openvino"]
+    # An ONNX variant belongs to ONNX Runtime; OpenVINO's reader is for where that is not.
+    foreign = variant.format != "openvino" and missing("cpu") is None
+    rest = [p for p in AUTO_ORDER if p != "openvino" or not foreign]
     return rest if asked == "auto" else [asked, *(p for p in rest if p != asked)]
 
 

@@ -1,0 +1,232 @@
+"""A provider that fails hands the request on, says so, and the caller gets the right answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memopt import metrics
+from memopt.bundle import Bundle, Manifest, Variant
+from memopt.errors import BundleError, DeviceError
+from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.fallback import FALLBACK_EVENTS, BackendChain, FallbackEvent
+from memopt.runtimes.selection import candidates
+from memopt.runtimes.testing import FakeBackend
+
+FEED = {"digest": np.arange(64, dtype=np.uint8).reshape(2, 32)}
+
+
+def chain(
+    *plans: Callable[[int], None] | Exception, strict: bool = False
+) -> tuple[BackendChain, list[FallbackEvent], list[Backend]]:
+    """A chain of fake providers a, b, c ...; an exception fails at open, a function at run n."""
+    events: list[FallbackEvent] = []
+    opened: list[Backend] = []
+    variant = Variant(name="v", format="onnx", precision="fp32", file="f")
+    table = {chr(97 + i): plan for i, plan in enumerate(plans)}
+
+    def open_backend(candidate: Candidate) -> Backend:
+        plan = table[candidate.provider]
+        if isinstance(plan, Exception):
+            raise plan
+        backend = FakeBackend(8, fail=plan)
+        opened.append(backend)
+        return backend
+
+    rungs = [Candidate(name, variant) for name in table]
+    return BackendChain(rungs, open_backend, strict=strict, events=events), events, opened
+
+
+def fine(run: int) -> None:
+    """Never fail."""
+
+
+def from_run(first: int, error: Exception) -> Callable[[int], None]:
+    """Fail from run number ``first`` on, for good."""
+
+    def fail(run: int) -> None:
+        if run >= first:
+            raise error
+
+    return fail
+
+
+def test_a_provider_that_fails_at_open_is_passed_over() -> None:
+    """The next provider answers, and the event carries what the first one said."""
+    used, events, _ = chain(RuntimeError("driver too old"), fine)
+    assert used.run(FEED).shape == (2, 8)
+    assert [(e.from_, e.to, e.kind) for e in events] == [("a", "b", "open")]
+    assert "driver too old" in events[0].reason
+
+
+def test_out_of_memory_on_the_third_batch_hands_the_same_request_on() -> None:
+    """The answer to every request is that of a provider that never failed."""
+    error = RuntimeError("CUDA failure 2: out of memory")
+    used, events, _ = chain(from_run(3, error), fine)
+    right = FakeBackend(8).run(FEED)
+    for _ in range(5):
+        np.testing.assert_array_equal(used.run(FEED), right)
+    assert [(e.from_, e.to, e.kind) for e in events] == [("a", "b", "memory")]
+
+
+def test_a_provider_that_dies_for_good_is_never_asked_again() -> None:
+    """After the hand-over every request goes to the next provider, submitted ones too."""
+    used, events, opened = chain(from_run(2, RuntimeError("device lost")), fine)
+    pending = [used.submit(FEED) for _ in range(4)]
+    rows = [used.result(backend, future, FEED) for backend, future in pending]
+    for row in rows:
+        np.testing.assert_array_equal(row, rows[0])
+    dead = opened[0]
+    assert isinstance(dead, FakeBackend)
+    asked = dead.runs
+    used.run(FEED)
+    assert dead.runs == asked
+    assert [(e.from_, e.to, e.kind) for e in events] == [("a", "b", "run")]
+
+
+def test_fallbacks_chain_through_several_failures() -> None:
+    """Each hand-over is an event of its own, in order."""
+    used, events, _ = chain(from_run(1, RuntimeError("x")), MemoryError(), fine)
+    used.run(FEED)
+    assert [(e.from_, e.to, e.kind) for e in events] == [("a", "b", "run"), ("b", "c", "memory")]
+
+
+def test_when_nothing_is_left_the_error_names_the_last_reason() -> None:
+    """The caller gets a DeviceError, at open and while running."""
+    with pytest.raises(DeviceError, match=r"no provider can run this bundle.*one.*two"):
+        chain(RuntimeError("one"), RuntimeError("two"))
+    used, _, _ = chain(from_run(1, RuntimeError("gone")))
+    with pytest.raises(DeviceError, match=r"nothing is left to take over.*gone"):
+        used.run(FEED)
+
+
+def test_strict_raises_instead_of_falling_back() -> None:
+    """Neither a failure at open nor one while running is papered over."""
+    with pytest.raises(DeviceError, match="driver too old"):
+        chain(RuntimeError("driver too old"), fine, strict=True)
+    used, events, _ = chain(from_run(1, RuntimeError("device lost")), fine, strict=True)
+    with pytest.raises(DeviceError, match="device lost"):
+        used.run(FEED)
+    assert events == []
+
+
+def test_a_fallback_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """The metric memopt_fallback_events_total goes up and a warning names both sides."""
+    labels = {"from": "a", "to": "b", "reason": "open"}
+    before = metrics.value(FALLBACK_EVENTS, **labels)
+    with caplog.at_level(logging.WARNING, "memopt.runtimes"):
+        chain(RuntimeError("no"), fine)
+    assert metrics.value(FALLBACK_EVENTS, **labels) == before + 1
+    assert "a:v -> b:v" in caplog.text
+
+
+def test_asking_for_cuda_without_one_runs_on_the_cpu_and_says_why(minilm: Bundle) -> None:
+    """A real engine: the reason is that this onnxruntime has no CUDA."""
+    with ArrowEngine(minilm, device="cuda", variant="onnx-fp32") as engine:
+        if engine.device_info()["device"] == "cuda":
+            pytest.skip("this machine has CUDA")
+        assert engine.encode(["a cat"]).shape == (1, 384)
+        (event,) = engine.events
+        assert (event.from_, event.to) == ("cuda", "cpu")
+        assert event.reason
+    with pytest.raises(DeviceError, match="cuda"):
+        ArrowEngine(minilm, device="cuda", strict=True)
+
+
+def add_variant(bundle: Bundle, name: str, data: bytes, *, passed: bool = True) -> Bundle:
+    (bundle.path / "onnx" / f"{name}.onnx").write_bytes(data)
+    return bundle.add_variants(
+        Variant(
+            name=name,
+            format="onnx",
+            precision="int8",
+            file=f"onnx/{name}.onnx",
+            target="cpu",
+            passed=passed,
+        ),
+        event={"event": "test"},
+    )
+
+
+def test_a_corrupt_quantized_variant_falls_back_to_the_float_one(minilm_copy: Bundle) -> None:
+    """The vectors are the float variant's, and the event names both variants."""
+    bundle = add_variant(minilm_copy, "onnx-int8-static", b"not a model")
+    with ArrowEngine(bundle, device="cpu", variant="onnx-int8-static") as engine:
+        (event,) = engine.events
+        assert (event.from_, event.to, event.kind) == ("cpu", "cpu", "open")
+        assert event.from_variant == "onnx-int8-static"
+        assert event.to_variant == engine.device_info()["variant"] == "onnx-fp32-fused"
+        with ArrowEngine(bundle, device="cpu") as plain:
+            np.testing.assert_allclose(engine.encode(["a cat"]), plain.encode(["a cat"]), atol=1e-5)
+    with pytest.raises(DeviceError, match="onnx-int8-static"):
+        ArrowEngine(bundle, device="cpu", variant="onnx-int8-static", strict=True)
+
+
+def table(*variants: Variant, chosen: dict[str, object] | None = None) -> Bundle:
+    manifest = Manifest(
+        name="m",
+        task="embedding",
+        modality="text",
+        architecture="A",
+        model_type="a",
+        variants={v.name: v for v in variants},
+        chosen=chosen or {},
+    )
+    return Bundle(Path("nowhere"), manifest)
+
+
+FLOAT = Variant(name="onnx-fp32", format="onnx", precision="fp32", file="a.onnx")
+FUSED = Variant(name="onnx-fp32-fused", format="onnx", precision="fp32", file="b", fused=True)
+INT8 = Variant(name="onnx-int8-static", format="onnx", precision="int8", file="c", target="cpu")
+IR = Variant(name="openvino-fp32", format="openvino", precision="fp32", file="d.xml")
+
+
+def names(found: list[Candidate]) -> list[str]:
+    return [str(candidate) for candidate in found]
+
+
+def test_auto_prefers_the_fused_float_graph_on_onnxruntime() -> None:
+    """Without a measured choice, float comes before int8 and fused before portable."""
+    found = names(candidates(table(FLOAT, INT8, FUSED), "cpu", "auto"))
+    assert found[:3] == ["cpu:onnx-fp32-fused", "cpu:onnx-fp32", "cpu:onnx-int8-static"]
+    # OpenVINO's reader of ONNX is the last resort, and not for graphs with foreign operators.
+    assert found[3:] == ["openvino:onnx-fp32", "openvino:onnx-int8-static"]
+
+
+def test_the_tuned_choice_of_this_machine_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto opens what optimize chose here; another machine's choice is ignored."""
+    monkeypatch.setattr("memopt.runtimes.selection.machine_key", lambda: "here")
+    choice = {"variant": "onnx-int8-static", "device": "cpu"}
+    bundle = table(FLOAT, FUSED, INT8, IR, chosen={"here": choice})
+    assert names(candidates(bundle, "auto", "auto"))[0] == "cpu:onnx-int8-static"
+    elsewhere = table(FLOAT, FUSED, INT8, chosen={"there": choice})
+    assert names(candidates(elsewhere, "cpu", "auto"))[0] == "cpu:onnx-fp32-fused"
+
+
+def test_a_variant_that_failed_its_gate_is_never_picked_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not by auto and not even when it was tuned; only by name."""
+    monkeypatch.setattr("memopt.runtimes.selection.machine_key", lambda: "here")
+    bad = replace(INT8, passed=False)
+    bundle = table(FLOAT, bad, chosen={"here": {"variant": bad.name, "device": "cpu"}})
+    assert not any("int8" in name for name in names(candidates(bundle, "auto", "auto")))
+    assert names(candidates(bundle, "auto", bad.name))[0] == "cpu:onnx-int8-static"
+
+
+def test_names_that_do_not_exist_are_answered_with_the_nearest() -> None:
+    """Device and variant typos are one line with a suggestion."""
+    with pytest.raises(DeviceError, match=r"unknown device 'opnvino'.*openvino"):
+        candidates(table(FLOAT), "opnvino", "auto")
+    with pytest.raises(BundleError, match=r"onnx-fp23.*onnx-fp32"):
+        candidates(table(FLOAT), "auto", "onnx-fp23")
+    with pytest.raises(DeviceError, match=r"openvino-fp32.*cannot run on cuda"):
+        candidates(table(IR), "cuda", "openvino-fp32")
+    with pytest.raises(BundleError, match="memopt export"):
+        candidates(table(), "auto", "auto")
