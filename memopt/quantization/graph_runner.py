@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
-from memopt.runtimes.text import TextFrontEnd
+from memopt.runtimes.engine import make_front_end
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,7 @@ def feeds(
     """
     if max_length is not None:
         bundle = replace(bundle, manifest=replace(bundle.manifest, max_length=max_length))
-    front = _front_end(bundle, inputs)
+    front = make_front_end(bundle, inputs)
     for item in items:
         reason = front.check(item)
         if reason:
@@ -62,16 +62,6 @@ def feeds(
     for chunk in front.chunks(items):
         for made in front.prepare([items[i] for i in chunk], batch):
             yield [int(chunk[row]) for row in made.rows], made.feed
-
-
-def _front_end(bundle: Bundle, inputs: Sequence[str]) -> Any:
-    modality = bundle.manifest.modality
-    if modality == "text":
-        return TextFrontEnd(bundle, inputs)
-    import importlib
-
-    module = importlib.import_module(f"memopt.runtimes.{modality}")
-    return getattr(module, f"{modality.capitalize()}FrontEnd")(bundle, inputs)
 
 
 def _onnx(path: Path, output: str) -> Run:

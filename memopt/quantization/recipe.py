@@ -77,7 +77,7 @@ HELP: Mapping[str, str] = types.MappingProxyType(
         "weight_type": "Type of the stored weights.",
         "activation_type": "Type of activations; int8 only with nncf.",
         "granularity": "What shares one scale of a weight; auto is the method's best.",
-        "group_size": "Weights per scale when granularity is per-group.",
+        "group_size": "Weights per scale in per-group; 0 is 128 for int8, else 32.",
         "symmetric": "Weights without a zero point.",
         "algorithm": "How weights are rounded.",
         "ranges": "How activation ranges are chosen from their histogram.",
@@ -113,7 +113,7 @@ class Recipe:
     weight_type: WeightType = "int8"
     activation_type: ActivationType = "uint8"
     granularity: Granularity = "auto"
-    group_size: int = 32
+    group_size: int = 0
     symmetric: bool = True
     algorithm: Algorithm = "rtn"
     ranges: Ranges = "minmax"
@@ -144,11 +144,10 @@ class Recipe:
                 fix="use uint8; nncf has both",
             )
         _allowed("algorithm", self.algorithm, ALGORITHMS[self.method], self.method)
-        if self.group_size < 1:
-            raise ConfigurationError(f"group_size {self.group_size} is not positive", fix="use 32")
-        if self.method == "weight-only" and (
-            self.group_size & (self.group_size - 1) or self.group_size < 16
-        ):
+        if self.group_size < 0:
+            raise ConfigurationError(f"group_size {self.group_size} is negative", fix="use 32")
+        odd = self.group and (self.group & (self.group - 1) or self.group < 16)
+        if self.method == "weight-only" and odd:
             raise ConfigurationError(
                 f"group_size {self.group_size} does not fit MatMulNBits",
                 fix="use a power of two from 16 on: 16, 32, 64, 128",
@@ -172,6 +171,11 @@ class Recipe:
     def runtime(self) -> str:
         """The target with "auto" resolved: openvino, cpu or gpu."""
         return TARGETS[self.method][0] if self.target == "auto" else self.target
+
+    @property
+    def group(self) -> int:
+        """The group size with 0 resolved: larger where eight bits leave little to gain."""
+        return self.group_size or (128 if self.weight_type == "int8" else 32)
 
     @property
     def grain(self) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from memopt.bundle import Bundle, Variant
 from memopt.quantization.recipe import Recipe
 from memopt.quantization.smooth import Plan, plan, round_weight, with_range
 from memopt.quantization.statistics import Histogram, Observed, observe, valid_rows
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from memopt.quantization.statistics import Array, Feed, Observe
 
     Step = Callable[[str], None]
@@ -37,7 +38,36 @@ class Quantized:
 
     model: Any
     layers: tuple[Layer, ...]
+    options: Mapping[str, str] = field(default_factory=dict)  # how the runtime must open it
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Builds the quantized graph with these layers, beside the recipe's own, left in float.
+Make = Callable[[Collection[str]], Quantized]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What every method gets: the float graph, calibration inputs and the recipe.
+
+    ``feeds`` starts a new pass over the calibration inputs each time; ``name_of`` gives the
+    checkpoint's name of a weight matrix, in either orientation.
+    """
+
+    bundle: Bundle
+    base: Variant
+    recipe: Recipe
+    feeds: Callable[[], Iterable[Mapping[str, NDArray[Any]]]]
+    probes: Sequence[Mapping[str, NDArray[Any]]] = ()
+    name_of: Callable[[NDArray[Any]], str | None] = lambda _: None
+    seed: int = 0
+    samples: int = 0
+    step: Callable[[str], None] = lambda _: None
+
+    @property
+    def graph(self) -> Path:
+        """The float graph's file."""
+        return self.bundle.file(self.base)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

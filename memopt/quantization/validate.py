@@ -122,7 +122,7 @@ class PrecisionValidator:
     ) -> None:
         self._data = data
         self._generates = bundle.manifest.task == "text-generation"
-        self._output = reference.output
+        self.output = reference.output
         self._batches = list(feeds(bundle, data.items, reference.inputs, max_length=max_length))
         self._float = open_graph(
             bundle.file(reference), reference.format, reference.output, reference.options
@@ -135,17 +135,6 @@ class PrecisionValidator:
     def float_perplexity(self) -> float:
         """Perplexity of the float model on the validation texts."""
         return float(np.exp(self._expected[:, 0].sum() / self._expected[:, 1].sum()))
-
-    def cosine(self, run: Run, limit: int | None = None) -> float:
-        """Return the least cosine, or for a language model minus the relative perplexity rise.
-
-        ``limit`` uses only the first inputs, for a search that asks often. Higher is better.
-        """
-        result = self.validate(run, limit=limit, timed=False)
-        if result.perplexity_increase is not None:
-            return -result.perplexity_increase
-        assert result.cosine_min is not None
-        return result.cosine_min
 
     def validate(self, run: Run, *, limit: int | None = None, timed: bool = True) -> Validation:
         """Compare one graph with the float one.

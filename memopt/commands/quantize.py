@@ -1,0 +1,310 @@
+"""``memopt quantize``: a smaller, faster variant of a bundle, with the proof that it is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memopt.quantization.quantize import Result
+
+_RECIPE = "Recipe"
+_DATA = "Data"
+_PROOF = "Proof"
+
+
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
+    calibration: Annotated[
+        Path, typer.Option("--calibration", "-c", help=".txt .csv .tsv .jsonl .parquet, or folder.")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML recipe; flags win over it.", rich_help_panel=_RECIPE)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="static, dynamic, weight-only, nncf, nncf-weights or arrow [default: static].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cpu (ONNX Runtime), openvino or gpu [default: auto].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    weight_type: Annotated[
+        str | None,
+        typer.Option(help="int8, int4, int2 or nf4 [default: int8].", rich_help_panel=_RECIPE),
+    ] = None,
+    activation_type: Annotated[
+        str | None,
+        typer.Option(help="uint8, or int8 with nncf [default: uint8].", rich_help_panel=_RECIPE),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            help="What shares a scale: auto, per-channel, per-tensor, per-group [default: auto].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights per scale in per-group [default: 128 for int8, else 32].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Weights without a zero point [default: symmetric].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            help="rtn, gptq, awq, scale-estimation, awq+scale-estimation [default: rtn].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    ranges: Annotated[
+        str | None,
+        typer.Option(
+            help="Activation ranges: minmax, entropy, percentile, mse [default: minmax].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    percentile: Annotated[
+        float | None,
+        typer.Option(help="With --ranges percentile [default: 99.99].", rich_help_panel=_RECIPE),
+    ] = None,
+    smooth: Annotated[
+        str | None,
+        typer.Option(
+            help="SmoothQuant alpha 0..1, auto (per layer) or none [default: auto].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    range_margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Factor on seen ranges, for unseen inputs [default: 1.1].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    range_probes: Annotated[
+        bool | None,
+        typer.Option(
+            "--range-probes/--no-range-probes",
+            help="Widen ranges with random tokens [default: range-probes].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option(
+            "--bias-correction/--no-bias-correction",
+            help="Move the mean error into the bias [default: bias-correction].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Quantize embedding tables too [default: embeddings].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers kept in float, a shell pattern; repeatable [default: none].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Accuracy-aware nncf: largest drop of mean cosine [default: 0, off].",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Inputs to calibrate.", rich_help_panel=_DATA)] = 300,
+    validation_samples: Annotated[
+        int, typer.Option(help="Inputs to validate on.", rich_help_panel=_DATA)
+    ] = 512,
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Other data to validate on [default: split --calibration].", rich_help_panel=_DATA
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.", rich_help_panel=_DATA)] = 0,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens at most [default: the model's].", rich_help_panel=_DATA),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Text column [default: every text column].", rich_help_panel=_DATA),
+    ] = None,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate: least cosine to float [default: 0.95, gptq 0.98].", rich_help_panel=_PROOF
+        ),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float, typer.Option(help="Gate of language models.", rich_help_panel=_PROOF)
+    ] = 0.15,
+    keep_failing: Annotated[
+        bool,
+        typer.Option(
+            "--keep-failing", help="Write a variant that fails, marked.", rich_help_panel=_PROOF
+        ),
+    ] = False,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Keep the fewest layers in float that pass.", rich_help_panel=_PROOF
+        ),
+    ] = False,
+    budget: Annotated[
+        str, typer.Option(help="Time for --search: 90s, 10m, 1h.", rich_help_panel=_PROOF)
+    ] = "10m",
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML report.", rich_help_panel=_PROOF)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Quantize a bundle, prove the result on held-out inputs, and record it.
+
+    The default is full int8 on OpenVINO: every weighted product in integers.
+    """
+    from rich.console import Console
+
+    from memopt.quantization import quantize as library
+    from memopt.quantization.recipe import Recipe, load_recipe
+    from memopt.quantization.validate import Gate
+
+    given: dict[str, Any] = {
+        "method": method,
+        "target": target,
+        "weight_type": weight_type,
+        "activation_type": activation_type,
+        "granularity": granularity,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "algorithm": algorithm,
+        "ranges": ranges,
+        "percentile": percentile,
+        "smooth": _alpha(smooth),
+        "range_margin": range_margin,
+        "range_probes": range_probes,
+        "bias_correction": bias_correction,
+        "embeddings": embeddings,
+        "keep_float": keep_float or None,
+        "max_drop": max_drop,
+    }
+    base = load_recipe(recipe) if recipe else Recipe()
+    changed = {key: value for key, value in given.items() if value is not None}
+    chosen = Recipe.from_dict({**base.to_dict(), **changed})
+    data = library.Samples(
+        calibration=calibration,
+        validation=validation,
+        samples=samples,
+        validation_samples=validation_samples,
+        seed=seed,
+        max_length=max_length,
+        column=column,
+    )
+    gate = Gate(
+        min_cosine=library.least_cosine(chosen) if min_cosine is None else min_cosine,
+        max_perplexity_increase=max_perplexity_increase,
+    )
+    with Console(stderr=True).status("quantizing") as status:
+        result = library.quantize(
+            bundle,
+            data,
+            chosen,
+            gate=gate,
+            keep_failing=keep_failing,
+            budget=library.seconds(budget) if search else None,
+            step=status.update,
+        )
+    if report:
+        from memopt.quantization.report import write_report
+
+        write_report(result, report)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+        return
+    _print(result)
+    if report:
+        typer.echo(f"wrote {report}")
+
+
+def _alpha(text: str | None) -> str | float | None:
+    try:
+        return float(text) if text is not None else None
+    except ValueError:
+        return text
+
+
+def _print(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    proof = result.validation
+    table = Table("measure", result.variant.name, "gate")
+    rows: list[tuple[str, str, str]] = []
+    if proof.cosine_min is not None:
+        rows += [
+            ("cosine min", f"{proof.cosine_min:.4f}", f">= {result.gate.min_cosine}"),
+            ("cosine 1 %", f"{proof.cosine_p1:.4f}", ""),
+            ("cosine mean", f"{proof.cosine_mean:.4f}", ""),
+        ]
+    if proof.overlap_at_10 is not None:
+        rows.append(("overlap@10", f"{proof.overlap_at_10:.3f}", ""))
+    if proof.spearman is not None:
+        rows.append(("Spearman", f"{proof.spearman:.4f} (float {proof.spearman_float:.4f})", ""))
+    if proof.perplexity is not None:
+        rows += [
+            ("perplexity", f"{proof.perplexity:.3f} (float {proof.perplexity_float:.3f})", ""),
+            (
+                "increase",
+                f"{proof.perplexity_increase:+.2%}",
+                f"<= {result.gate.max_perplexity_increase:.0%}",
+            ),
+        ]
+    share = result.bytes / result.float_bytes
+    rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
+    if proof.speedup is not None:
+        rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))
+    if result.int8_macs is not None:
+        rows.append(("work in int8", f"{result.int8_macs:.1%} of multiply-adds", ""))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if result.tradeoff:
+        trade = Table("layers in float", "work in float", "quality", "passes")
+        for point in result.tradeoff:
+            trade.add_row(
+                str(len(point.kept)),
+                f"{point.float_macs:.1%}",
+                f"{point.quality:.4f}",
+                "yes" if point.passed else "no",
+            )
+        console.print(trade)
+    verdict = "passed its gate" if result.variant.passed else "FAILED its gate, kept as asked"
+    typer.echo(f"{result.variant.name} ({result.variant.file}) {verdict}")
