@@ -22,7 +22,7 @@ from memopt.quantization.recipe import match_layers
 from memopt.quantization.rounding import rtn_quantize
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
-from memopt.weights.schema import is_float, numpy_dtype
+from memopt.weights.schema import is_float, numpy_dtype, split_name
 from memopt.weights.writer import write_quantized
 
 
@@ -82,7 +82,7 @@ class ArrowQuantizer:
         group_size: 0, or weights per scale.
         symmetric: no zero points.
         algorithm: "rtn" or "gptq".
-        keep: shell patterns of weights kept in float16; a pattern that matches nothing is an error.
+        keep: shell patterns of weights or layers kept in float16; each must match something.
         act_order, damping: see :func:`memopt.quantization.gptq.gptq_quantize`.
 
     Raises:
@@ -141,7 +141,7 @@ class ArrowQuantizer:
                     f"{source} is already quantized", fix="give the float weights (weights.parquet)"
                 )
             names = loader.names()
-            kept = match_layers(self.keep, names)
+            kept = _kept(self.keep, names)
             infos = [loader.info(name) for name in names]
 
             def stream() -> Iterator[tuple[str, QuantizedWeight | np.ndarray]]:
@@ -219,6 +219,13 @@ def quantize_weights(
     event = {"event": "quantize", "method": "arrow", "file": output.name, **asdict(quantizer)}
     bundle.add_files(output.name, event=event)
     return report
+
+
+def _kept(patterns: tuple[str, ...], names: list[str]) -> set[str]:
+    """Return the weights whose own name or whose layer's name a pattern matches."""
+    layers = {name: split_name(name)[0] for name in names}
+    found = match_layers(patterns, {*names, *layers.values()} - {""})
+    return {name for name in names if name in found or layers[name] in found}
 
 
 def _refuse_nan(name: str, weight: np.ndarray) -> None:
