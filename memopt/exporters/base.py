@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
 from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
+from memopt.exporters.half import to_half
 from memopt.exporters.model import LoadedModel, load_model
-from memopt.files import publish, staged_directory
+from memopt.files import publish, sha256_file, staged_directory
 from memopt.registry import nearest
 from memopt.weights.reader import WeightLoader
 
@@ -65,10 +66,12 @@ def export(
     manifest = bundle.manifest
     signature = tasks.signature(loaded, manifest, task)
     with staged_directory(bundle.path) as folder:
-        module = tasks.wrap(loaded, manifest, task)
-        feeds = tasks.example(loaded, signature.inputs, tasks.trace_shape(loaded), seed=0)
-        say("trace and translate to ONNX")
-        graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
+        known = _portable(bundle, task, opset) if format == "openvino" else None
+        if known is None:
+            module = tasks.wrap(loaded, manifest, task)
+            feeds = tasks.example(loaded, signature.inputs, tasks.trace_shape(task), seed=0)
+            say("trace and translate to ONNX")
+            graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
         cases = _cases(loaded, manifest, task, signature)
         # A graph with two towers keeps the first one's plain names.
@@ -78,7 +81,7 @@ def export(
         made: list[Variant] = []
         if format == "onnx":
             if precision == "fp16":
-                graph = onnx.to_fp16(graph)
+                graph = to_half(graph)
             file = folder / "onnx" / f"{stem}{suffix}.onnx"
             say(f"write and check {file.name}")
             beside = onnx.save_onnx(graph, file, limit=external_data_bytes)
@@ -99,8 +102,9 @@ def export(
                     graph, loaded, folder, stem, name, external_data_bytes, cases, common, say
                 )
         else:
-            source = folder / "source" / "model.onnx"
-            onnx.save_onnx(graph, source, limit=external_data_bytes)
+            source = known or folder / "source" / "model.onnx"
+            if known is None:
+                onnx.save_onnx(graph, source, limit=external_data_bytes)
             made.append(
                 _openvino(source, folder, stem, precision, task, manifest, cases, common, say)
             )
@@ -221,6 +225,22 @@ def _name(format: str, precision: str, task: str, manifest: Manifest) -> str:
     return f"{format}-{precision}{tower}"
 
 
+def _portable(bundle: Bundle, task: str, opset: int) -> Path | None:
+    """Return the bundle's own portable graph if it is of these weights and still whole."""
+    manifest = bundle.manifest
+    variant = manifest.variants.get(_name("onnx", "fp32", task, manifest))
+    if variant is None or variant.check is None:
+        return None
+    weights = manifest.files["weights.parquet"]["sha256"]
+    if variant.check.get("made_of") != {"weights": weights, "opset": opset}:
+        return None
+    for name in (variant.file, *variant.companions):
+        path = bundle.path / name
+        if not path.is_file() or sha256_file(path) != manifest.files[name]["sha256"]:
+            return None
+    return bundle.file(variant)
+
+
 def _publish(
     bundle: Bundle,
     folder: Path,
@@ -230,6 +250,9 @@ def _publish(
     precision: str,
     opset: int,
 ) -> tuple[Variant, ...]:
+    weights = bundle.manifest.files["weights.parquet"]["sha256"]
+    made_of = {"weights": weights, "opset": opset}
+    made = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in made]
     for variant in made:
         # The graph last: a reader never sees a graph whose weights are not there yet.
         for name in (*variant.companions, variant.file):

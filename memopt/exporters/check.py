@@ -52,7 +52,8 @@ def compare(
     Raises:
         ExportError: an output is missing, has another shape, is not finite or differs too much.
     """
-    shapes, worst_error, worst_cosine, problems = [], 0.0, 1.0, []
+    shapes, worst_error, worst_cosine = [], 0.0, 1.0
+    problems: list[str] = []
     for feeds, expected in cases:
         found = run(feeds)
         error, relative, cosine = 0.0, 0.0, 1.0
@@ -75,6 +76,10 @@ def compare(
         worst_error, worst_cosine = max(worst_error, error), min(worst_cosine, cosine)
         if cosine < tolerance.min_cosine or relative > tolerance.max_abs_error:
             problems.append(f"{_shape(feeds)}: cosine {cosine:.6f}, max abs error {error:.2e}")
+    invariance = _batch_invariance(run, cases)
+    if invariance > tolerance.max_abs_error:
+        problems.append(f"a row alone and in a batch differ by {invariance:.2e}")
+    problems += _fully_padded(run, cases, tolerance)
     if problems:
         raise ExportError(
             f"{name}: the graph does not give the answers of torch (tolerance cosine "
@@ -87,7 +92,7 @@ def compare(
         "shapes": shapes,
         "max_abs_error": worst_error,
         "min_cosine": worst_cosine,
-        "batch_invariance": _batch_invariance(run, cases),
+        "batch_invariance": invariance,
         "tolerance": {
             "min_cosine": tolerance.min_cosine,
             "max_abs_error": tolerance.max_abs_error,
@@ -98,12 +103,59 @@ def compare(
 def _batch_invariance(
     run: Run, cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 ) -> float:
-    """Return how much the first row of a batch changes when it is run alone (max abs error)."""
+    """Return how much a row of a batch changes when it is run alone without its padding.
+
+    Every row of the largest batch that is padded on the right is tried; the result is the largest
+    absolute difference relative to the output's largest value, at least 1.
+    """
     feeds, expected = max(cases, key=lambda case: len(next(iter(case[0].values()))))
     output = "sentence_embedding" if "sentence_embedding" in expected else next(iter(expected))
-    together = np.asarray(run(feeds)[output])[:1]
-    alone = np.asarray(run({name: value[:1] for name, value in feeds.items()})[output])
-    return float(np.abs(together.astype(np.float32) - alone.astype(np.float32)).max())
+    together = np.asarray(run(feeds)[output], dtype=np.float32)
+    mask = feeds.get("attention_mask")
+    worst = 0.0
+    for row in range(len(together)):
+        kept = int(mask[row].sum()) if mask is not None else None
+        if mask is not None and not mask[row, :kept].all():
+            continue
+        single = {
+            name: value[row : row + 1, :kept] if mask is not None else value[row : row + 1]
+            for name, value in feeds.items()
+        }
+        alone = np.asarray(run(single)[output], dtype=np.float32)[0]
+        beside = together[row] if together.ndim == 2 else together[row, : len(alone)]
+        scale = max(1.0, float(np.abs(alone).max(initial=0.0)))
+        worst = max(worst, float(np.abs(beside - alone).max(initial=0.0)) / scale)
+    return worst
+
+
+def _fully_padded(
+    run: Run,
+    cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    tolerance: Tolerance,
+) -> list[str]:
+    """Check that a row of padding only is finite and leaves the row beside it as it was.
+
+    Servers fill a batch up with such rows; a softmax over nothing would turn them into NaN.
+    """
+    found = [
+        feeds for feeds, _ in cases if "attention_mask" in feeds and len(feeds["input_ids"]) > 1
+    ]
+    if not found:
+        return []
+    whole = {name: value[:2].copy() for name, value in found[0].items()}
+    empty = {name: value.copy() for name, value in whole.items()}
+    empty["attention_mask"][1] = 0
+    problems = []
+    before, after = run(whole), run(empty)
+    for output, values in after.items():
+        got = np.asarray(values, dtype=np.float32)
+        kept = np.asarray(before[output], dtype=np.float32)[0]
+        scale = max(1.0, float(np.abs(kept).max(initial=0.0)))
+        if not np.isfinite(got).all():
+            problems.append(f"{output} is not finite for a row of padding only")
+        elif float(np.abs(got[0] - kept).max()) > tolerance.max_abs_error * scale:
+            problems.append(f"{output} of a row changes beside a row of padding only")
+    return problems
 
 
 def _kept(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None) -> Any:
@@ -125,5 +177,8 @@ def _shape(feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     shape = next(iter(feeds.values())).shape
     found: dict[str, Any] = {"batch": shape[0], "size": list(shape[1:])}
     if "attention_mask" in feeds:
-        found["padded"] = bool((feeds["attention_mask"] == 0).any())
+        hidden = feeds["attention_mask"] == 0
+        found["padded"] = bool(hidden.any())
+        if hidden.any():
+            found["side"] = "left" if hidden[:, 0].any() else "right"
     return found

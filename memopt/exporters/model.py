@@ -99,14 +99,19 @@ def load_model(bundle: Bundle, task: str, weights: Path | None = None) -> Loaded
             (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
         )
         _assign(module, names, loader, optional)
+        # A tied parameter is one tensor under two names, of which a checkpoint has one.
+        stored = {id(module.get_parameter(name)): weight for name, weight in names.items()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in stored:
+                names.setdefault(name, stored[id(parameter)])
     return LoadedModel(module.eval(), config, names)
 
 
 def _current_names(module: Any, stored: list[str]) -> dict[str, str]:
     """Map what the installed transformers calls each weight to what the checkpoint calls it.
 
-    Modules get renamed between releases (ViT's ``attention.attention.query`` is ``attention.q_proj``
-    now, LayerNorm's ``gamma`` became ``weight``); transformers keeps the list of renamings.
+    Modules get renamed between releases (ViT's ``attention.attention.query`` became
+    ``attention.q_proj``, LayerNorm's ``gamma`` ``weight``); transformers keeps the renamings.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings

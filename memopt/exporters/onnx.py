@@ -2,8 +2,9 @@
 
 Naming rule: an initializer that holds a weight is called as in the checkpoint. The dynamo exporter
 stores a linear layer's matrix transposed, (in, out) instead of (out, in), under an invented name;
-it gets its weight's name back. Where the same weight is also used untransposed (tied embeddings),
-the transposed one is called ``<name>.transposed``.
+it gets its weight's name back, as does one that was only reshaped. Where the same weight is also
+used untransposed (tied embeddings), the transposed one is called ``<name>.transposed``. A weight
+that is computed once from others (weight normalisation) is called as the layer's plain weight.
 """
 
 from __future__ import annotations
@@ -128,22 +129,6 @@ def runner(path: Path, outputs: tuple[str, ...]) -> Any:
     return run
 
 
-def to_fp16(model: Any) -> Any:
-    """Return a copy with float16 weights and arithmetic, float32 inputs and outputs.
-
-    Uses onnxruntime's converter; constants past float16's range are clamped to its largest value.
-    """
-    require("onnxruntime", extra="cpu", why="convert a graph to float16")
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns about every clamped constant
-        return convert_float_to_float16(copy, keep_io_types=True, disable_shape_infer=False)
-
-
 def _contrib(model: Any) -> bool:
     return any(node.domain not in ("", "ai.onnx") for node in model.graph.node)
 
@@ -192,38 +177,67 @@ def _name_dimensions(model: Any, signature: Signature) -> None:
 
 def _name_weights(model: Any, loaded: LoadedModel, onnx: Any) -> None:
     own = {f"model.{name}": weight for name, weight in loaded.names.items()}
-    present = {tensor.name for tensor in model.graph.initializer}
+    unnamed = []
     renames: dict[str, str] = {}
     taken: set[str] = set()
-    for name in present & set(own):
-        if own[name] not in taken:
-            renames[name] = own[name]
-            taken.add(own[name])
-    transposed = {}
-    for name, parameter in loaded.module.named_parameters():
-        if parameter.ndim == 2 and name in loaded.names:
-            values = np.ascontiguousarray(parameter.detach().numpy().T)
-            transposed.setdefault(_digest(values), loaded.names[name])
     for tensor in model.graph.initializer:
-        if tensor.name in renames or len(tensor.dims) != 2:
-            continue
-        weight = transposed.get(_digest(onnx.numpy_helper.to_array(tensor)))
-        if weight is None:
-            continue
-        name = weight if weight not in taken else f"{weight}.transposed"
-        if name not in taken:
-            renames[tensor.name] = name
-            taken.add(name)
-    for name in present - set(renames):
-        if name.startswith("model."):
-            renames[name] = name.removeprefix("model.")
+        weight = own.get(tensor.name)
+        if weight is not None and weight not in taken:
+            renames[tensor.name] = weight
+            taken.add(weight)
+        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
+            unnamed.append(tensor)
+    known = _by_content(loaded) if unnamed else {}
+    for tensor in unnamed:
+        values = onnx.numpy_helper.to_array(tensor)
+        options = known.get(_digest(values)) or _computed(loaded, values)
+        names = [o for o in options if o not in taken] or [f"{o}.transposed" for o in options]
+        name = next((n for n in names if n not in taken), None)
+        if name is None:  # not a weight: a buffer, or a constant that was computed from weights
+            name = tensor.name.removeprefix("model.")
+        renames[tensor.name] = name
+        taken.add(name)
+    for tensor in model.graph.initializer:
+        if tensor.name not in renames and tensor.name.startswith("model."):
+            renames[tensor.name] = tensor.name.removeprefix("model.")
     inner = {name for node in model.graph.node for name in node.output}
     inner |= {value.name for value in model.graph.input}
     _rename(model, {old: new for old, new in renames.items() if new not in inner})
 
 
-def _digest(values: np.ndarray) -> tuple[tuple[int, ...], str]:
-    return values.shape, hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+def _by_content(loaded: LoadedModel) -> dict[str, list[str]]:
+    """Map the hash of each weight's values, as stored and transposed, to the names that have it."""
+    known: dict[str, list[str]] = {}
+
+    def add(values: np.ndarray, name: str) -> None:
+        for form in (values, values.T) if values.ndim == 2 else (values,):
+            names = known.setdefault(_digest(form), [])
+            if name not in names:
+                names.append(name)
+
+    for name, parameter in loaded.module.named_parameters():
+        if name in loaded.names:
+            add(parameter.detach().numpy(), loaded.names[name])
+    return known
+
+
+def _computed(loaded: LoadedModel, values: np.ndarray) -> list[str]:
+    import torch
+
+    return [
+        f"{path}.{name}"
+        for path, part in loaded.module.named_modules()
+        if torch.nn.utils.parametrize.is_parametrized(part)
+        for name in part.parametrizations
+        # The exporter folds with numpy, torch computes anew: the last bit may differ.
+        if getattr(part, name).shape == values.shape
+        and np.allclose(getattr(part, name).detach().numpy(), values, rtol=1e-5, atol=1e-7)
+    ]
+
+
+def _digest(values: np.ndarray) -> str:
+    """Hash the values in order; the shape is left out, as the exporter folds reshapes."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
 
 
 def _rename(model: Any, names: Mapping[str, str]) -> None:

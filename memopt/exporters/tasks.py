@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,11 +39,14 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One check: ``batch`` rows of ``length`` tokens or samples, some of them padded."""
+    """One check: ``batch`` rows of ``length`` tokens or samples; ``padding`` is where, if anywhere.
+
+    Of a padded batch the first row is whole and the others get shorter and shorter.
+    """
 
     batch: int
     length: int
-    padded: bool
+    padding: Literal["", "left", "right"] = ""
 
 
 def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
@@ -149,15 +152,18 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
         ids = generator.integers(0, config.vocab_size, (shape.batch, shape.length))
         ids[ids == pad] = (pad + 1) % config.vocab_size
         mask = np.ones((shape.batch, shape.length), dtype=np.int64)
-        if shape.padded:
+        if shape.padding:
             for row in range(1, shape.batch):
                 mask[row, max(1, shape.length - 1 - row * shape.length // (shape.batch + 1)) :] = 0
+        if shape.padding == "left":
+            mask = np.ascontiguousarray(mask[:, ::-1])
         ids[mask == 0] = pad
         eos = getattr(config, "eos_token_id", None)
         if config.model_type in ("clip", "clip_text_model") and isinstance(eos, int):
             # CLIP pools at the end-of-text token: every row has one, at its last kept place.
             ids[ids == eos] = (eos + 1) % config.vocab_size
-            ids[np.arange(shape.batch), mask.sum(1) - 1] = eos
+            last = shape.length - 1 - mask[:, ::-1].argmax(axis=1)
+            ids[np.arange(shape.batch), last] = eos
         feeds["input_ids"] = ids.astype(np.int64)
         feeds["attention_mask"] = mask
         if "token_type_ids" in names:
@@ -182,24 +188,26 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
     if task in ("embedding", "text-generation"):
         longest = min(max_length or 128, 128)
         longest = min(longest, getattr(loaded.config, "max_position_embeddings", None) or longest)
-        lengths = (3, 8, 17, 33)
-        shapes = [
-            Shape(batch, min(length, longest), batch > 1)
-            for batch, length in zip((1, 2, 5, 4), lengths, strict=True)
-        ]
         # Some position tables start behind the padding index (RoBERTa), hence the margin of 2.
-        return (*shapes, Shape(3, max(longest - 2, 2), True))
+        plan: tuple[tuple[int, int, Literal["", "left", "right"]], ...] = (
+            (1, 1, ""),
+            (1, 3, ""),
+            (2, 8, "right"),
+            (5, 17, "right"),
+            (4, 33, "left"),
+            (3, longest - 2, "right"),
+        )
+        return tuple(Shape(b, max(1, min(length, longest)), side) for b, length, side in plan)
     if task == "image-embedding" or loaded.config.model_type == "whisper":
-        return tuple(Shape(batch, 0, False) for batch in (1, 2, 3, 4))
+        return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))
     return tuple(
-        Shape(batch, length, False)
-        for batch, length in ((1, 4_000), (2, 16_000), (3, 9_001), (1, 32_000))
+        Shape(batch, length) for batch, length in ((1, 4_000), (2, 16_000), (3, 9_001), (1, 32_000))
     )
 
 
-def trace_shape(loaded: LoadedModel) -> Shape:
+def trace_shape(task: str) -> Shape:
     """Return the shape to trace with: no dimension is 0 or 1, which would be taken as fixed."""
-    return Shape(2, 16_000 if loaded.config.model_type == "wav2vec2" else 8, True)
+    return Shape(2, 16_000, "") if task == "audio-embedding" else Shape(2, 8, "right")
 
 
 def _causal(mask: Any) -> Any:
