@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from memopt.quantization.arrow_method import ArrowResult
     from memopt.quantization.quantize import Result
 
 _RECIPE = "Recipe"
@@ -192,7 +193,10 @@ def quantize(
     """
     from rich.console import Console
 
+    from memopt.bundle import open_bundle
+    from memopt.errors import ConfigurationError
     from memopt.quantization import quantize as library
+    from memopt.quantization.arrow_method import quantize_arrow
     from memopt.quantization.recipe import Recipe, load_recipe
     from memopt.quantization.validate import Gate
 
@@ -231,17 +235,33 @@ def quantize(
         min_cosine=library.least_cosine(chosen) if min_cosine is None else min_cosine,
         max_perplexity_increase=max_perplexity_increase,
     )
+    result: Result | ArrowResult
     with Console(stderr=True).status("quantizing") as status:
-        result = library.quantize(
-            bundle,
-            data,
-            chosen,
-            gate=gate,
-            keep_failing=keep_failing,
-            budget=library.seconds(budget) if search else None,
-            step=status.update,
-        )
-    if report:
+        if chosen.method == "arrow":
+            if search or report:
+                raise ConfigurationError(
+                    "method arrow writes weights, it has no --search and no --report",
+                    fix="leave them out, or use weight-only",
+                )
+            result = quantize_arrow(
+                open_bundle(bundle),
+                data,
+                chosen,
+                gate=gate,
+                keep_failing=keep_failing,
+                step=status.update,
+            )
+        else:
+            result = library.quantize(
+                bundle,
+                data,
+                chosen,
+                gate=gate,
+                keep_failing=keep_failing,
+                budget=library.seconds(budget) if search else None,
+                step=status.update,
+            )
+    if report and isinstance(result, library.Result):
         from memopt.quantization.report import write_report
 
         write_report(result, report)
@@ -260,43 +280,22 @@ def _alpha(text: str | None) -> str | float | None:
         return text
 
 
-def _print(result: Result) -> None:
+def _print(result: Result | ArrowResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from memopt.quantization.arrow_method import ArrowResult
+
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    proof = result.validation
-    table = Table("measure", result.variant.name, "gate")
-    rows: list[tuple[str, str, str]] = []
-    if proof.cosine_min is not None:
-        rows += [
-            ("cosine min", f"{proof.cosine_min:.4f}", f">= {result.gate.min_cosine}"),
-            ("cosine 1 %", f"{proof.cosine_p1:.4f}", ""),
-            ("cosine mean", f"{proof.cosine_mean:.4f}", ""),
-        ]
-    if proof.overlap_at_10 is not None:
-        rows.append(("overlap@10", f"{proof.overlap_at_10:.3f}", ""))
-    if proof.spearman is not None:
-        rows.append(("Spearman", f"{proof.spearman:.4f} (float {proof.spearman_float:.4f})", ""))
-    if proof.perplexity is not None:
-        rows += [
-            ("perplexity", f"{proof.perplexity:.3f} (float {proof.perplexity_float:.3f})", ""),
-            (
-                "increase",
-                f"{proof.perplexity_increase:+.2%}",
-                f"<= {result.gate.max_perplexity_increase:.0%}",
-            ),
-        ]
-    share = result.bytes / result.float_bytes
-    rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
-    if proof.speedup is not None:
-        rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))
-    if result.int8_macs is not None:
-        rows.append(("work in int8", f"{result.int8_macs:.1%} of multiply-adds", ""))
-    for row in rows:
+    if isinstance(result, ArrowResult):
+        name, passed, where = result.file, result.passed, "weights"
+    else:
+        name, passed, where = result.variant.name, result.variant.passed, result.variant.file
+    table = Table("measure", name, "gate")
+    for row in _rows(result):
         table.add_row(*row)
     console.print(table)
-    if result.tradeoff:
+    if not isinstance(result, ArrowResult) and result.tradeoff:
         trade = Table("layers in float", "work in float", "quality", "passes")
         for point in result.tradeoff:
             trade.add_row(
@@ -306,5 +305,35 @@ def _print(result: Result) -> None:
                 "yes" if point.passed else "no",
             )
         console.print(trade)
-    verdict = "passed its gate" if result.variant.passed else "FAILED its gate, kept as asked"
-    typer.echo(f"{result.variant.name} ({result.variant.file}) {verdict}")
+        kept = (result.variant.recipe or {}).get("keep_float") or ["none"]
+        typer.echo("kept in float: " + ", ".join(kept))
+    typer.echo(f"{name} ({where}) " + ("passed" if passed else "FAILED") + " its gate")
+
+
+def _rows(result: Result | ArrowResult) -> list[tuple[str, str, str]]:
+    proof, gate = result.validation, result.gate
+    rows: list[tuple[str, str, str]] = []
+    if proof.cosine_min is not None:
+        rows += [
+            ("cosine min", f"{proof.cosine_min:.4f}", f">= {gate.min_cosine}"),
+            ("cosine 1 %", f"{proof.cosine_p1:.4f}", ""),
+            ("cosine mean", f"{proof.cosine_mean:.4f}", ""),
+        ]
+    if proof.overlap_at_10 is not None:
+        rows.append(("overlap@10", f"{proof.overlap_at_10:.3f}", ""))
+    if proof.spearman is not None:
+        rows.append(("Spearman", f"{proof.spearman:.4f} (float {proof.spearman_float:.4f})", ""))
+    if proof.perplexity is not None:
+        most = f"<= {gate.max_perplexity_increase:.0%}"
+        rows += [
+            ("perplexity", f"{proof.perplexity:.3f} (float {proof.perplexity_float:.3f})", ""),
+            ("increase", f"{proof.perplexity_increase:+.2%}", most),
+        ]
+    share = result.bytes / result.float_bytes
+    rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
+    if proof.speedup is not None:
+        rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))
+    macs = getattr(result, "int8_macs", None)
+    if macs is not None:
+        rows.append(("work in int8", f"{macs:.1%} of multiply-adds", ""))
+    return rows

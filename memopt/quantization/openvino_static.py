@@ -358,29 +358,30 @@ def integer_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[st
         if name in feed
     }
     model.reshape(shapes)
-    macs = {node.get_friendly_name(): _macs(node) for node in model.get_ordered_ops()}
-    macs = {name: count for name, count in macs.items() if count}
+    whole = sum(_macs(node) for node in model.get_ordered_ops())
     compiled = ov.Core().compile_model(model, "CPU", dict(options))
     kernels: dict[str, int] = {}
     integer = 0
     for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        kernel = str(info["primitiveType"].astype(str) if "primitiveType" in info else "")
-        origins = str(
-            info["originalLayersNames"].astype(str) if "originalLayersNames" in info else ""
-        )
-        done = [name for name in origins.split(",") if name in macs]
-        if not done:
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        kind, kernel = info.get("layerType", ""), info.get("primitiveType", "")
+        if not kind.startswith(("FullyConnected", "MatMul", "Convolution")):
             continue
-        label = f"{info['layerType'].astype(str)} {kernel}"
+        label = f"{kind} {kernel}"
         kernels[label] = kernels.get(label, 0) + 1
-        if kernel.lower().endswith(("i8", "u8")):
-            integer += sum(macs[name] for name in done)
-    whole = sum(macs.values())
+        if kernel.lower().endswith(("_i8", "_u8")):
+            integer += _executed_macs(kind, node)
     return {
         "int8_macs": integer / whole if whole else 0.0,
         "kernels": dict(sorted(kernels.items())),
     }
+
+
+def _executed_macs(kind: str, node: Any) -> int:
+    """Return the multiply-accumulates of a node of a compiled graph."""
+    output = int(np.prod(list(node.output(0).get_shape())))
+    left, right = (list(node.input(place).get_shape()) for place in (0, 1))
+    return output * int(np.prod(right[1:])) if kind.startswith("Conv") else output * int(left[-1])
 
 
 def _macs(node: Any) -> int:

@@ -337,6 +337,8 @@ def size_of(bundle: Bundle, variant: Variant) -> int:
 def _share(
     path: Path, format: str, context: Context, made: Quantized, options: Mapping[str, str]
 ) -> dict[str, Any]:
+    if context.recipe.method in ("weight-only", "nncf-weights"):
+        return {}
     feed = next(iter(context.feeds()))
     if format == "onnx":
         from memopt.quantization.onnx_graph import integer_share
