@@ -35,10 +35,10 @@ def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any
     if manifest.modality == "text":
         return [_sentence(generator) for _ in range(count)]
     if manifest.modality == "image":
-        shape = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
-        return list(generator.integers(0, 256, shape, dtype=np.uint8))
-    shape = (count, AUDIO_SECONDS * AUDIO_RATE)
-    return list(generator.normal(0, 0.1, shape).astype(np.float32))
+        images = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+        return list(generator.integers(0, 256, images, dtype=np.uint8))
+    samples = (count, AUDIO_SECONDS * AUDIO_RATE)
+    return list(generator.normal(0, 0.1, samples).astype(np.float32))
 
 
 def read_texts(path: Path, limit: int | None = None) -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from memopt.bundle import Variant
 
 
 def export(
@@ -36,7 +39,7 @@ def export(
         if weights is not None:
             from memopt.exporters.from_v2 import export_v2
 
-            variants: tuple[object, ...] = (export_v2(bundle, weights),)
+            variants: tuple[Variant, ...] = (export_v2(bundle, weights),)
         else:
             variants = run(
                 bundle,
@@ -52,15 +55,14 @@ def export(
         _print(bundle.path, variants)
 
 
-def _print(folder: Path, variants: tuple[object, ...]) -> None:
+def _print(folder: Path, variants: tuple[Variant, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     for variant in variants:
-        record = getattr(variant, "check", None) or {}
-        name, file = getattr(variant, "name", ""), getattr(variant, "file", "")
-        table = Table("batch", "size", "padded", "max abs error", "min cosine", title=name)
+        record = variant.check or {}
+        table = Table("batch", "size", "padded", "max abs error", "min cosine", title=variant.name)
         for shape in record.get("shapes", []):
             table.add_row(
                 str(shape["batch"]),
@@ -74,4 +76,4 @@ def _print(folder: Path, variants: tuple[object, ...]) -> None:
         if fusion:
             counts = {k: v for k, v in fusion.items() if isinstance(v, int) and v}
             console.print("fused: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
-        console.print(f"wrote {folder / file}")
+        console.print(f"wrote {folder / variant.file}")

@@ -77,7 +77,10 @@ def export(
         # A graph with two towers keeps the first one's plain names.
         stem = "model" if task == manifest.task else f"{TOWERS.get(task, task)}_model"
         suffix = "" if precision == "fp32" else f"_{precision}"
-        common = {"inputs": signature.inputs, "output": signature.outputs[-1]}
+        common: dict[str, Any] = {
+            "inputs": signature.inputs,
+            "output": signature.outputs[-1],
+        }
         made: list[Variant] = []
         if format == "onnx":
             if precision == "fp16":
@@ -143,7 +146,7 @@ def _check_weights(path: Path) -> None:
 def _cases(
     loaded: LoadedModel, manifest: Manifest, task: str, signature: tasks.Signature
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    cases = []
+    cases: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     for seed, shape in enumerate(tasks.check_shapes(loaded, task, manifest.max_length), start=1):
         feeds = tasks.example(loaded, signature.inputs, shape, seed)
         cases.append((feeds, tasks.reference(loaded, manifest, task, feeds)))
