@@ -85,7 +85,7 @@ class GraphCalibration:
             for feed in self._feeds():
                 given = {name: feed[name] for name in wanted if name in feed}
                 found = session.run(list(group), given)
-                for (value, accumulator), activations in zip(made.items(), found, strict=True):
+                for accumulator, activations in zip(made.values(), found, strict=True):
                     accumulator.add(_rows(activations, feed.get("attention_mask")))
         return {value: accumulator.hessian for value, accumulator in made.items()}
 
