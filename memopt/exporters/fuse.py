@@ -186,7 +186,7 @@ def name_weights(graph: Any) -> int:
         pair = with_constant(reader)
         if pair is None or not weight.is_initializer():
             continue
-        name = weight_name(Linear(node.inputs[0], weight, pair[1]))
+        name = weight_name(Linear(node, weight, pair[1]))
         if name != weight.name and name not in graph.initializers:
             # A new value: renaming the old one would rename the tensor in the caller's model too.
             array = constant(weight)

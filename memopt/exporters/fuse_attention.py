@@ -9,6 +9,7 @@ Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperato
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,16 +31,23 @@ from memopt.exporters.fuse_graph import (
 )
 from memopt.exporters.fuse_probe import MaskKind, Probe
 
+# Where the dynamo exporter writes the modules that a node comes from, outermost first.
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 PASS_THROUGH = ("Identity", "Cast", "Dropout")
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``source @ weight + bias`` seen from its result; ``bias`` may be None."""
+    """``source @ weight + bias``, computed by ``product`` first; ``bias`` may be None."""
 
-    source: Any
+    product: Any
     weight: Any
     bias: Any
+
+    @property
+    def source(self) -> Any:
+        """The value that goes into the layer."""
+        return self.product.inputs[0]
 
 
 @dataclass(slots=True)
@@ -276,7 +284,7 @@ def linear(value: Any) -> Linear:
     product = made_by(value, "MatMul")
     if product is None or not is_constant(product.inputs[1]):
         raise NoMatch(f"query, key or value is {_describe(value)}, not a linear layer")
-    return Linear(product.inputs[0], product.inputs[1], bias)
+    return Linear(product, product.inputs[1], bias)
 
 
 class AttentionFusion:
@@ -408,8 +416,18 @@ class AttentionFusion:
 
 
 def weight_name(layer: Linear) -> str:
-    """The checkpoint name of a linear layer's weight, from the bias where the weight lost it."""
+    """The checkpoint name of a linear layer's weight.
+
+    A transposed weight may have lost it (``val_61``); then the module that torch recorded for the
+    product tells, or the bias, unless layers share it (equal initializers are merged by exporters).
+    """
     name = str(layer.weight.name)
-    if "." not in name and layer.bias is not None and str(layer.bias.name).endswith(".bias"):
-        return str(layer.bias.name)[: -len("bias")] + "weight"
+    if "." in name:
+        return name
+    scopes = re.findall(r"'([^']*)'", layer.product.metadata_props.get(NAME_SCOPES, ""))
+    if len(scopes) > 1 and "." in scopes[-2]:
+        return f"{scopes[-2]}.weight"
+    bias = layer.bias
+    if bias is not None and str(bias.name).endswith(".bias") and len(bias.uses()) == 1:
+        return str(bias.name)[: -len("bias")] + "weight"
     return name

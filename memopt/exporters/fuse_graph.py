@@ -110,9 +110,14 @@ def insert(
     name: str,
     **attributes: Any,
 ) -> Any:
-    """Create a node right before ``before`` and return it."""
+    """Create a node right before ``before`` and return it; ``name`` is made unique."""
     import onnx_ir as ir
 
+    taken: set[str] = graph.meta.setdefault("memopt.names", set())
+    wanted, n = name, 1
+    while name in taken:
+        name, n = f"{wanted}.{n}", n + 1
+    taken.add(name)
     node = ir.node(
         op_type, inputs, attributes or None, domain=domain, num_outputs=outputs, name=name
     )

@@ -239,6 +239,21 @@ def test_weights_keep_addressable_names() -> None:
     assert made_of == [f"{prefix}.attention.self.{x}.weight" for x in ("query", "key", "value")]
 
 
+def test_layers_that_share_a_bias_get_names_of_their_own() -> None:
+    """Exporters merge equal biases (all zero before training); that must not merge names."""
+    original, config = exported("bert")
+    model = onnx.ModelProto()
+    model.CopyFrom(original)
+    for node in model.graph.node:
+        del node.metadata_props[:]  # no module scopes to help
+        for i, name in enumerate(node.input):
+            if name.endswith(("query.bias", "key.bias", "value.bias")):
+                node.input[i] = "model.encoder.layer.0.attention.self.query.bias"
+    fused, report = fuse(model, config)
+    assert report.attention == 2
+    assert largest_difference(model, fused) < TOLERANCE
+
+
 def test_pruned_token_types_leave_the_inputs() -> None:
     """With token types constant the input is gone and type 0 still counts."""
     model, config = exported("bert")
