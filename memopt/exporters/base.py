@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,35 @@ from memopt.registry import nearest
 from memopt.weights.reader import WeightLoader
 
 Step = Callable[[str], None]
+Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
 # File and variant names of a second tower in one bundle (CLIP's text side, say).
 TOWERS = {"embedding": "text", "image-embedding": "vision", "audio-embedding": "audio"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every variant of one export shares."""
+
+    bundle: Bundle
+    task: str
+    precision: str
+    loaded: LoadedModel
+    signature: tasks.Signature
+    cases: list[Case]
+    folder: Path  # where files wait to be published
+    limit: int  # bytes of weights that stay inside an ONNX file
+    say: Step
+
+    @property
+    def stem(self) -> str:
+        """A bundle of two towers keeps the plain file names for the manifest's own task."""
+        own = self.task == self.bundle.manifest.task
+        return "model" if own else f"{TOWERS.get(self.task, self.task)}_model"
+
+    def name(self, format: str, precision: str) -> str:
+        return _name(format, precision, self.task, self.bundle.manifest)
 
 
 def export(
@@ -32,6 +57,7 @@ def export(
     task: str = "auto",
     precision: str = "fp32",
     opset: int = onnx.DEFAULT_OPSET,
+    fused: bool = True,
     external_data_bytes: int = onnx.EXTERNAL_DATA_BYTES,
     on_step: Step | None = None,
 ) -> tuple[Variant, ...]:
@@ -47,6 +73,7 @@ def export(
         task: ``auto`` (the manifest's) or one of ``memopt.bundle.TASKS``.
         precision: ``fp32``, ``fp16`` (onnx, openvino) or ``bf16`` (openvino).
         opset: ONNX operator set.
+        fused: also write the graph with ONNX Runtime's fused operators (onnx, fp32).
         external_data_bytes: weights past this size go into a file beside the graph.
         on_step: called with a line before each step.
 
@@ -57,61 +84,43 @@ def export(
         ExportError: the architecture does not export, or the graph gives other answers than torch;
             nothing is written then.
         ConfigurationError: an unknown format, task, precision or opset.
+
+    >>> from memopt.bundle import Manifest
+    >>> manifest = Manifest(
+    ...     name="m", task="embedding", modality="text", architecture="BertModel", model_type="bert"
+    ... )
+    >>> export(Bundle(Path("m"), manifest), opset=7)
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: opset 7 is not supported; choose 18 to 23
     """
     task = _checked(format, task, precision, opset, bundle.manifest)
     say = on_step or (lambda line: None)
     _check_weights(bundle.weights)
     say("build the model from weights.parquet")
     loaded = load_model(bundle, task)
-    manifest = bundle.manifest
-    signature = tasks.signature(loaded, manifest, task)
+    signature = tasks.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
         known = _portable(bundle, task, opset) if format == "openvino" else None
+        graph = None
         if known is None:
-            module = tasks.wrap(loaded, manifest, task)
+            module = tasks.wrap(loaded, bundle.manifest, task)
             feeds = tasks.example(loaded, signature.inputs, tasks.trace_shape(task), seed=0)
             say("trace and translate to ONNX")
             graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
-        cases = _cases(loaded, manifest, task, signature)
-        # A graph with two towers keeps the first one's plain names.
-        stem = "model" if task == manifest.task else f"{TOWERS.get(task, task)}_model"
-        suffix = "" if precision == "fp32" else f"_{precision}"
-        common: dict[str, Any] = {
-            "inputs": signature.inputs,
-            "output": signature.outputs[-1],
-        }
-        made: list[Variant] = []
+        cases = _cases(loaded, bundle.manifest, task, signature)
+        job = _Job(
+            bundle, task, precision, loaded, signature, cases, folder, external_data_bytes, say
+        )
         if format == "onnx":
-            if precision == "fp16":
-                graph = to_half(graph)
-            file = folder / "onnx" / f"{stem}{suffix}.onnx"
-            say(f"write and check {file.name}")
-            beside = onnx.save_onnx(graph, file, limit=external_data_bytes)
-            name = _name("onnx", precision, task, manifest)
-            made.append(
-                Variant(
-                    name=name,
-                    format="onnx",
-                    precision=precision,
-                    file=f"onnx/{file.name}",
-                    companions=tuple(f"onnx/{other}" for other in beside),
-                    check=_compare(onnx.runner(file, signature.outputs), cases, precision, name),
-                    **common,
-                )
-            )
-            if precision == "fp32":
-                made += _fused(
-                    graph, loaded, folder, stem, name, external_data_bytes, cases, common, say
-                )
+            made = _onnx(job, graph, fused=fused)
         else:
-            source = known or folder / "source" / "model.onnx"
             if known is None:
-                onnx.save_onnx(graph, source, limit=external_data_bytes)
-            made.append(
-                _openvino(source, folder, stem, precision, task, manifest, cases, common, say)
-            )
-        return _publish(bundle, folder, made, format, task, precision, opset)
+                known = folder / "source" / "model.onnx"
+                onnx.save_onnx(graph, known, limit=external_data_bytes)
+            made = _openvino(job, known)
+        return _publish(job, made, format, opset)
 
 
 def _checked(format: str, task: str, precision: str, opset: int, manifest: Manifest) -> str:
@@ -145,82 +154,80 @@ def _check_weights(path: Path) -> None:
 
 def _cases(
     loaded: LoadedModel, manifest: Manifest, task: str, signature: tasks.Signature
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    cases: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+) -> list[Case]:
+    cases: list[Case] = []
     for seed, shape in enumerate(tasks.check_shapes(loaded, task, manifest.max_length), start=1):
         feeds = tasks.example(loaded, signature.inputs, shape, seed)
         cases.append((feeds, tasks.reference(loaded, manifest, task, feeds)))
     return cases
 
 
-def _compare(run: Any, cases: Any, precision: str, name: str) -> dict[str, Any]:
-    return check.compare(run, cases, check.TOLERANCES[precision], name=name)
+def _onnx(job: _Job, graph: Any, *, fused: bool) -> list[Variant]:
+    suffix = "" if job.precision == "fp32" else f"_{job.precision}"
+    if job.precision == "fp16":
+        graph = to_half(graph)
+    name = job.name("onnx", job.precision)
+    made = [_save(job, graph, f"{job.stem}{suffix}.onnx", name)]
+    if fused and job.precision == "fp32":
+        faster, report = fuse(graph, job.loaded.config.to_dict())
+        if report.fused:
+            variant = _save(job, faster, f"{job.stem}_fused.onnx", f"{name}-fused")
+            record = {**(variant.check or {}), "fusion": asdict(report)}
+            made.append(replace(variant, target="cpu", fused=True, check=record))
+    return made
 
 
-def _fused(
-    graph: Any,
-    loaded: LoadedModel,
-    folder: Path,
-    stem: str,
-    name: str,
-    limit: int,
-    cases: Any,
-    common: dict[str, Any],
-    say: Step,
-) -> list[Variant]:
-    fused, report = fuse(graph, loaded.config.to_dict())
-    if not report.fused:
-        return []
-    file = folder / "onnx" / f"{stem}_fused.onnx"
-    say(f"write and check {file.name}")
-    beside = onnx.save_onnx(fused, file, limit=limit)
-    outputs = tuple(value.name for value in fused.graph.output)
-    record = _compare(onnx.runner(file, outputs), cases, "fp32", f"{name}-fused")
-    common = {**common, "inputs": tuple(value.name for value in fused.graph.input)}
-    return [
-        Variant(
-            name=f"{name}-fused",
-            format="onnx",
-            precision="fp32",
-            file=f"onnx/{file.name}",
-            companions=tuple(f"onnx/{other}" for other in beside),
-            target="cpu",
-            fused=True,
-            check={**record, "fusion": asdict(report)},
-            **common,
-        )
-    ]
-
-
-def _openvino(
-    source: Path,
-    folder: Path,
-    stem: str,
-    precision: str,
-    task: str,
-    manifest: Manifest,
-    cases: Any,
-    common: dict[str, Any],
-    say: Step,
-) -> Variant:
-    suffix = "_fp16" if precision == "fp16" else ""
-    file = folder / "openvino" / f"openvino_{stem}{suffix}.xml"
-    say(f"write and check {file.name}")
-    beside = openvino.to_openvino(source, file, half=precision == "fp16")
-    # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    name = _name("openvino", precision, task, manifest)
-    run = openvino.runner(file, tuple(cases[0][1]), options)
+def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
+    file = job.folder / "onnx" / file_name
+    job.say(f"write and check {file_name}")
+    beside = onnx.save_onnx(graph, file, limit=job.limit)
+    outputs = tuple(value.name for value in graph.graph.output)
+    tolerance = check.TOLERANCES[job.precision]
     return Variant(
         name=name,
-        format="openvino",
-        precision=precision,
-        file=f"openvino/{file.name}",
-        companions=tuple(f"openvino/{other}" for other in beside),
-        options=options,
-        check=_compare(run, cases, precision, name),
-        **common,
+        format="onnx",
+        precision=job.precision,
+        file=f"onnx/{file_name}",
+        companions=tuple(f"onnx/{other}" for other in beside),
+        inputs=tuple(value.name for value in graph.graph.input),
+        output=outputs[-1],
+        check=check.compare(onnx.runner(file, outputs), job.cases, tolerance, name=name),
     )
+
+
+def _openvino(job: _Job, source: Path) -> list[Variant]:
+    suffix = "_fp16" if job.precision == "fp16" else ""
+    file = job.folder / "openvino" / f"openvino_{job.stem}{suffix}.xml"
+    job.say(f"write and check {file.name}")
+    beside = openvino.to_openvino(source, file, half=job.precision == "fp16")
+    made = []
+    for precision in _sharing(job):
+        name = job.name("openvino", precision)
+        # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
+        options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+        run = openvino.runner(file, job.signature.outputs, options)
+        made.append(
+            Variant(
+                name=name,
+                format="openvino",
+                precision=precision,
+                file=f"openvino/{file.name}",
+                companions=tuple(f"openvino/{other}" for other in beside),
+                options=options,
+                inputs=job.signature.inputs,
+                output=job.signature.outputs[-1],
+                check=check.compare(run, job.cases, check.TOLERANCES[precision], name=name),
+            )
+        )
+    return made
+
+
+def _sharing(job: _Job) -> list[str]:
+    """Return the precisions to check: fp32 and bf16 share a file, so writing it renews both."""
+    shared = ("fp32", "bf16")
+    known = job.bundle.manifest.variants
+    twins = [p for p in shared if job.precision in shared and job.name("openvino", p) in known]
+    return [job.precision, *(p for p in twins if p != job.precision)]
 
 
 def _name(format: str, precision: str, task: str, manifest: Manifest) -> str:
@@ -244,30 +251,22 @@ def _portable(bundle: Bundle, task: str, opset: int) -> Path | None:
     return bundle.file(variant)
 
 
-def _publish(
-    bundle: Bundle,
-    folder: Path,
-    made: list[Variant],
-    format: str,
-    task: str,
-    precision: str,
-    opset: int,
-) -> tuple[Variant, ...]:
+def _publish(job: _Job, made: list[Variant], format: str, opset: int) -> tuple[Variant, ...]:
+    bundle = job.bundle
     weights = bundle.manifest.files["weights.parquet"]["sha256"]
     made_of = {"weights": weights, "opset": opset}
     made = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in made]
-    for variant in made:
-        # The graph last: a reader never sees a graph whose weights are not there yet.
-        for name in (*variant.companions, variant.file):
-            publish(folder / name, bundle.path / name)
+    # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
+    for name in dict.fromkeys(n for v in made for n in (*v.companions, v.file)):
+        publish(job.folder / name, bundle.path / name)
     versions = {package: _version(package) for package in PACKAGES}
     bundle.add_variants(
         *made,
         event={
             "event": "export",
             "format": format,
-            "task": task,
-            "precision": precision,
+            "task": job.task,
+            "precision": job.precision,
             "opset": opset,
             "variants": [variant.name for variant in made],
             "versions": {name: version for name, version in versions.items() if version},

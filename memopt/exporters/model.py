@@ -149,9 +149,9 @@ def _construct(config: Any, task: str) -> tuple[Any, Any]:
     return module, config
 
 
-def _tower(config: Any, wanted: type) -> Any:
+def _tower(config: Any, wanted: Any) -> Any:
     for name in ("text_config", "vision_config"):
-        part = getattr(config, name, None)
+        part: Any = getattr(config, name, None)
         if isinstance(part, wanted):
             if getattr(config, "projection_dim", None):
                 part.projection_dim = config.projection_dim
@@ -177,11 +177,11 @@ def _meta_parameters() -> Iterator[None]:
             )
         register(self, name, parameter)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = on_meta
     try:
         yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.nn.Module.register_parameter = register
 
 
 def _match(module: Any, current: dict[str, str]) -> dict[str, str]:

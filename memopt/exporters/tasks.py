@@ -77,7 +77,7 @@ def _module_classes() -> Any:
     """Return the wrapper class; made on first use because it needs torch."""
     import torch
 
-    class Headed(torch.nn.Module):
+    class Headed(torch.nn.Module):  # type: ignore[misc]
         """The model, called with positional graph inputs, plus its pooling and normalise head."""
 
         def __init__(
