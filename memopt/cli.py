@@ -24,6 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "convert",
     "export",
     "quantize",
+    "optimize",
     "embed",
     "bench",
     "info",

@@ -19,25 +19,26 @@ def candidates(
     """Return the candidates for these targets, the float reference of each target first.
 
     Args:
-        manifest: the bundle's; audio and image encoders have no dynamic-quantized attention path
-            difference, but a language model is not tried as an embedding.
+        manifest: the bundle's; only encoders are measured, so a language model has none.
         targets: any of ``memopt.optimize.plan.TARGETS``.
         features: CPU features as ``memopt doctor`` names them.
 
     >>> from types import SimpleNamespace as N
-    >>> [c.name for c in candidates(N(modality="text"), ["openvino"], {"avx512_bf16"})][:2]
+    >>> [c.name for c in candidates(N(task="embedding"), ["openvino"], {"avx512_bf16"})][:2]
     ['openvino-fp32', 'openvino-bf16']
     """
     have = set(features)
     int8 = bool(have & INT8_FEATURES)
-    int8_why = "int8 dot products in hardware" if int8 else "smaller; this CPU has no int8 dot"
+    int8_why = "int8 dot products in hardware" if int8 else "smaller; no int8 dot here"
     found: list[Candidate] = []
+    if manifest.task == "text-generation":
+        return ()
     if "cpu" in targets:
         found += [
             _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "fused float on ONNX Runtime"),
-            _quantize("onnx-int8-dynamic", "cpu", "dynamic", int8_why),
-            _quantize("onnx-int8-static", "cpu", "static", int8_why),
-            _quantize("onnx-int8-weight-only", "cpu", "weight-only", "small, nearly exact"),
+            _quantize("onnx-int8-dynamic", "cpu", int8_why, method="dynamic"),
+            _quantize("onnx-int8-static", "cpu", int8_why, method="static", target="cpu"),
+            _quantize("onnx-int8-weight-only", "cpu", "nearly exact", method="weight-only"),
         ]
     if "openvino" in targets:
         found.append(_export("openvino-fp32", "openvino", "openvino", "fp32", "float on OpenVINO"))
@@ -45,8 +46,10 @@ def candidates(
             why = "bf16 matrix products in hardware"
             found.append(_export("openvino-bf16", "openvino", "openvino", "bf16", why))
         found += [
-            _quantize("openvino-int8-nncf", "openvino", "nncf", int8_why),
-            _quantize("openvino-int8-weight-only", "openvino", "nncf-weights", "small, exact"),
+            _quantize("openvino-int8-static", "openvino", int8_why, method="static"),
+            _quantize(
+                "openvino-int8-weight-only", "openvino", "nearly exact", method="nncf-weights"
+            ),
         ]
     for device in ("cuda", "rocm", "coreml", "vulkan"):
         if device in targets:
@@ -62,7 +65,5 @@ def _export(name: str, device: str, format_: str, precision: str, why: str) -> C
     return Candidate(name=name, kind="export", device=device, settings=settings, why=why)
 
 
-def _quantize(name: str, device: str, method: str, why: str) -> Candidate:
-    return Candidate(
-        name=name, kind="quantize", device=device, settings={"method": method}, why=why
-    )
+def _quantize(name: str, device: str, why: str, **recipe: str) -> Candidate:
+    return Candidate(name=name, kind="quantize", device=device, settings=recipe, why=why)

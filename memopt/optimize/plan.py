@@ -48,6 +48,7 @@ class Plan:
     seed: int
     candidates: tuple[Candidate, ...]
     chosen: str | None = None
+    calibration: str = ""
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -64,22 +65,22 @@ class Plan:
         Raises:
             ConfigurationError: missing file, not a plan, unknown keys, or a newer version.
         """
+        fix = "memopt optimize writes one: plan.json in the bundle"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw["version"] > PLAN_VERSION:
-                raise ConfigurationError(
-                    f"{path} has plan version {raw['version']}, this memopt reads {PLAN_VERSION}",
-                    fix="upgrade memopt",
-                )
-            candidates = tuple(Candidate(**item) for item in raw.pop("candidates"))
-            return cls(**raw, candidates=candidates)
+            version = int(raw["version"])
+            items = list(raw.pop("candidates"))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, ConfigurationError):
-                raise
+            raise ConfigurationError(f"{path} is not an optimize plan: {error}", fix=fix) from error
+        if version > PLAN_VERSION:
             raise ConfigurationError(
-                f"{path} is not an optimize plan ({type(error).__name__}: {error})",
-                fix="memopt optimize writes one: plan.json in the bundle",
-            ) from error
+                f"{path} has plan version {version}, this memopt reads {PLAN_VERSION}",
+                fix="upgrade memopt",
+            )
+        try:
+            return cls(**raw, candidates=tuple(Candidate(**item) for item in items))
+        except TypeError as error:
+            raise ConfigurationError(f"{path} is not an optimize plan: {error}", fix=fix) from error
 
 
 def check_targets(text: str) -> tuple[str, ...]:

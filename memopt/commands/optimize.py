@@ -1,0 +1,80 @@
+"""``memopt optimize``: one command to the fastest right variant on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def optimize(
+    source: Annotated[
+        str | None, typer.Argument(help="Bundle, known name, or any SOURCE of convert.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Inputs: .csv .txt .jsonl .parquet, folder."),
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Worst cosine to float32 a variant may have. [0.98]")
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="cpu,openvino,cuda,rocm,coreml,vulkan [default: all usable here].")
+    ] = "",
+    budget: Annotated[str, typer.Option(help="Time for all: 90s, 15m, 1h.")] = "15m",
+    samples: Annotated[int | None, typer.Option(help="Calibration inputs. [300]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split. [0]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes per candidate.")] = 5,
+    plan: Annotated[
+        Path | None, typer.Option(help="Replay the candidates of an earlier plan.json.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+) -> None:
+    """Convert, export, quantize, prove and measure every sensible candidate; keep the best."""
+    from rich.console import Console
+
+    from memopt.errors import ConfigurationError
+    from memopt.optimize.plan import Plan, check_targets, parse_budget
+    from memopt.optimize.report import table
+    from memopt.optimize.run import PLAN_FILE, REPORT_FILE
+    from memopt.optimize.run import optimize as run
+
+    replayed = Plan.load(plan) if plan else None
+    source = source or (replayed.source if replayed else None)
+    if calibration is None and replayed and replayed.calibration:
+        calibration = Path(replayed.calibration)
+    if source is None or calibration is None:
+        missing = "SOURCE" if source is None else "--calibration"
+        raise ConfigurationError(
+            f"{missing} is missing", fix="memopt optimize SOURCE --calibration FILE"
+        )
+
+    def pick(given: float | None, name: str, default: float) -> float:
+        planned = getattr(replayed, name) if replayed else None
+        return next(v for v in (given, planned, default) if v is not None)
+
+    with Console(stderr=True).status("optimize") as status:
+        result = run(
+            source,
+            calibration,
+            min_cosine=pick(min_cosine, "min_cosine", 0.98),
+            targets=check_targets(targets) if targets else None,
+            budget=parse_budget(budget),
+            samples=int(pick(samples, "samples", 300)),
+            seed=int(pick(seed, "seed", 0)),
+            rounds=rounds,
+            plan=replayed,
+            step=status.update,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+        return
+    console = Console(width=None if Console().is_terminal else 170, highlight=False)
+    console.print(table(result))
+    chosen = result.plan.chosen
+    console.print(f"chosen: {chosen}" if chosen else "no candidate passed; auto stays as it was")
+    console.print(f"{result.seconds:.0f} s; ArrowEngine({str(result.bundle)!r}) now uses it")
+    for name in (REPORT_FILE, PLAN_FILE):
+        console.print(f"wrote {result.bundle / name}")
