@@ -13,6 +13,7 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import BundleError
 from memopt.extras import require
+from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.batching import MEDIA_BATCH, Batch, UnusableItems
 from memopt.runtimes.image import processor_config
 
@@ -68,7 +69,9 @@ class AudioFrontEnd:
         order = np.arange(len(items))
         return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
 
-    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+    def prepare(
+        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+    ) -> list[Batch]:
         """Decode, resample and transform one chunk."""
         waves, broken = [], {}
         for index, item in enumerate(items):

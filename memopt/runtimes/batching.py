@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from memopt.runtimes.base import TOKENS_ON_CPU
+from memopt.runtimes.vectors import refusal
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed
 
 T = TypeVar("T")
-# Tokens in one batch.
-TOKEN_BUDGET = 1024
 # Images or waveforms in one batch.
 MEDIA_BATCH = 8
 
@@ -38,8 +39,14 @@ class FrontEnd(Protocol):
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return the positions of the items, in the chunks they are prepared in."""
 
-    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
-        """Turn one chunk into batches; raises UnusableItems naming positions in the chunk."""
+    def prepare(
+        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+    ) -> list[Batch]:
+        """Turn one chunk into batches of ``batch_size``, or of at most ``tokens`` tokens.
+
+        Raises:
+            UnusableItems: naming positions in the chunk.
+        """
 
 
 class UnusableItems(Exception):
@@ -69,14 +76,15 @@ def bucket(length: int, limit: int | None) -> int:
 
 
 def by_budget(
-    lengths: NDArray[np.intp], batch_size: int | None, limit: int | None
+    lengths: NDArray[np.intp], batch_size: int | None, tokens: int, limit: int | None
 ) -> list[tuple[NDArray[np.intp], int]]:
     """Cut rows of these token lengths into batches; return (rows, padded width) of each.
 
     Sorted by length, longest first. With ``batch_size`` a batch has that many rows, else as many as
-    keep rows x width within TOKEN_BUDGET.
+    keep rows x width within ``tokens``.
 
-    >>> [(len(rows), width) for rows, width in by_budget(np.array([700, 3, 700, 4]), None, None)]
+    >>> lengths = np.array([700, 3, 700, 4])
+    >>> [(len(rows), width) for rows, width in by_budget(lengths, None, 800, None)]
     [(1, 704), (1, 704), (2, 4)]
     """
     order = np.argsort(-lengths, kind="stable")
@@ -84,7 +92,7 @@ def by_budget(
     start = 0
     while start < len(order):
         width = bucket(int(lengths[order[start]]), limit)
-        count = batch_size or max(1, TOKEN_BUDGET // width)
+        count = batch_size or max(1, tokens // width)
         batches.append((order[start : start + count], width))
         start += count
     return batches
@@ -117,3 +125,53 @@ def in_flight(
         if len(waiting) >= depth:
             yield waiting.popleft()
     yield from waiting
+
+
+def prepared_batches(
+    front: FrontEnd,
+    items: Sequence[Any],
+    chunks: list[NDArray[np.intp]],
+    cut: tuple[int | None, int],
+    failures: dict[int, str],
+    fail: bool,
+) -> Iterator[tuple[NDArray[np.intp], Feed]]:
+    """Yield each batch's rows in ``items`` and its model inputs, chunks prepared ahead."""
+
+    def job(chunk: NDArray[np.intp]) -> Callable[[], list[tuple[NDArray[np.intp], Feed]]]:
+        def work() -> list[tuple[NDArray[np.intp], Feed]]:
+            taken = [items[i] for i in chunk]
+            done = prepare_chunk(front, taken, chunk, cut, failures, fail)
+            return [(chunk[batch.rows], batch.feed) for batch in done]
+
+        return work
+
+    for prepared in ahead([job(chunk) for chunk in chunks]):
+        yield from prepared
+
+
+def prepare_chunk(
+    front: FrontEnd,
+    taken: Sequence[Any],
+    positions: NDArray[np.intp] | None,
+    cut: tuple[int | None, int],
+    failures: dict[int, str],
+    fail: bool,
+) -> list[Batch]:
+    """Prepare one chunk; unusable items raise InputError with ``fail``, else go to ``failures``."""
+    try:
+        return front.prepare(taken, *cut)
+    except UnusableItems as found:
+        reasons = {
+            (int(positions[i]) if positions is not None else i): why
+            for i, why in found.reasons.items()
+        }
+        if fail:
+            raise refusal(reasons) from found
+        failures.update(reasons)
+        keep = np.array([i for i in range(len(taken)) if i not in found.reasons], np.intp)
+        if not len(keep):
+            return []
+        return [
+            Batch(keep[batch.rows], batch.feed)
+            for batch in front.prepare([taken[i] for i in keep], *cut)
+        ]

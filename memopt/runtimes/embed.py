@@ -19,15 +19,16 @@ import numpy as np
 
 from memopt.errors import ConfigurationError, InputError, MemoptError
 from memopt.files import atomic_path
-from memopt.runtimes.engine import ArrowEngine, progress, to_arrow
+from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.inputs import Item, read_items
+from memopt.runtimes.vectors import progress, to_arrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 OUTPUTS = (".parquet", ".npy", ".jsonl")
 # Inputs per part: a few seconds of work on a small CPU is what a kill may cost.
-PART = {"text": 4096, "image": 128, "audio": 32}
+PART = {"text": 2048, "image": 128, "audio": 32}
 _STATE = "state.json"
 
 

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from memopt import metrics
 from memopt.bundle import Bundle, open_bundle
-from memopt.errors import BundleError, ConfigurationError, InputError
+from memopt.errors import BundleError, ConfigurationError
+from memopt.runtimes import limits
 from memopt.runtimes.base import Backend, Candidate, Settings
-from memopt.runtimes.batching import Batch, FrontEnd, UnusableItems, ahead, in_flight
+from memopt.runtimes.batching import FrontEnd, in_flight, prepare_chunk, prepared_batches
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.providers import opener
-from memopt.runtimes.selection import candidates
+from memopt.runtimes.selection import candidates, tuned_record
+from memopt.runtimes.vectors import Encoded, as_items, progress, refusal, to_arrow, unit_length
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed
-
-# Below this length a vector is numerically zero and stays as it is.
-_TINY = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Vectors, and the inputs that have none.
-
-    ``vectors`` is float32 (n, dimension); the row of an input that could not be used is NaN and
-    ``failures`` maps its position to the reason.
-    """
-
-    vectors: NDArray[np.float32]
-    failures: dict[int, str] = field(default_factory=dict)
+    from memopt.runtimes.coalesce import Coalescer
 
 
 class ArrowEngine:
@@ -57,6 +46,12 @@ class ArrowEngine:
         variant: the variant's name, or auto.
         strict: raise DeviceError instead of falling back.
         threads: threads of the CPU backends; None takes every core this process may use.
+        streams: batches that run at once, sharing the threads; None takes what
+            :func:`memopt.runtimes.tune.tune_streams` measured here, else the backend's default.
+        memory_limit_mb: resident memory this process may reach (on a GPU: of its memory); a
+            variant that would pass it is not opened and the next smaller one takes over.
+        vram_threshold: share of the GPU's memory that may be in use.
+        max_delay_ms: how long :meth:`aencode` waits for others to share a batch with.
 
     Raises:
         BundleError: no bundle there, no such variant, or nothing exported yet.
@@ -76,6 +71,10 @@ class ArrowEngine:
         strict: bool = False,
         *,
         threads: int | None = None,
+        streams: int | None = None,
+        memory_limit_mb: float | None = None,
+        vram_threshold: float = 0.9,
+        max_delay_ms: float = 2.0,
     ) -> None:
         bundle = (
             path_or_bundle if isinstance(path_or_bundle, Bundle) else open_bundle(path_or_bundle)
@@ -85,23 +84,44 @@ class ArrowEngine:
                 f"{bundle.path} is a language model (task text-generation), not an encoder",
                 fix="encode() needs a bundle of an embedding task",
             )
-        if threads is not None and threads < 1:
-            raise ConfigurationError(f"threads is {threads}", fix="give 1 or more, or leave it out")
         self._bundle = bundle
-        self._settings = Settings(threads=threads)
+        self._settings = Settings(
+            threads=threads,
+            streams=streams,
+            memory_limit_mb=memory_limit_mb,
+            vram_threshold=vram_threshold,
+        )
+        self._max_delay_ms = max_delay_ms
         self._events: list[FallbackEvent] = []
         self._lock = threading.Lock()
         self._front: FrontEnd | None = None
+        self._coalescer: Coalescer | None = None
         self._chain = BackendChain(
             candidates(bundle, device, variant),
             self._open,
             strict=strict,
             events=self._events,
         )
+        metrics.gauge("memory_usage_bytes", lambda: limits.resident_mb() * 2**20)
+        if self._chain.candidate.provider == "cuda":
+            metrics.gauge("vram_usage_bytes", _vram_bytes)
 
     # What a fake engine replaces.
     def _open(self, candidate: Candidate) -> Backend:
-        return opener(candidate.provider)(self._bundle, candidate, self._settings)
+        open_backend = opener(candidate.provider)
+        settings = self._settings
+        if candidate.provider == "cuda":
+            size = self._bundle.file(candidate.variant).stat().st_size / 2**20
+            allowed = limits.check_vram(settings.vram_threshold, size)
+            limit = min(x for x in (allowed, settings.memory_limit_mb, float("inf")) if x)
+            settings = replace(settings, memory_limit_mb=limit if limit < float("inf") else None)
+        elif settings.memory_limit_mb is not None:
+            limits.check_memory(self._bundle, candidate.variant, settings.memory_limit_mb)
+        if settings.streams is None:
+            tuned = tuned_record(self._bundle).get("streams")
+            known = tuned.get(str(candidate)) if isinstance(tuned, dict) else None
+            settings = replace(settings, streams=known if isinstance(known, int) else None)
+        return open_backend(self._bundle, candidate, settings)
 
     def _make_front(self) -> FrontEnd:
         return make_front_end(self._bundle, self._chain.backend.inputs)
@@ -150,6 +170,8 @@ class ArrowEngine:
 
     def close(self) -> None:
         """Free the session. Closing twice is fine; encoding afterwards raises DeviceError."""
+        if self._coalescer is not None:
+            self._coalescer.close()
         self._chain.close()
 
     @overload
@@ -210,9 +232,12 @@ class ArrowEngine:
         if on_error not in ("fail", "skip"):
             raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
         encoded = self.encode_each(
-            inputs, normalize=normalize, batch_size=batch_size, show_progress=show_progress,
+            inputs,
+            normalize=normalize,
+            batch_size=batch_size,
+            show_progress=show_progress,
             fail=on_error == "fail",
-        )  # fmt: skip
+        )
         return to_arrow(encoded.vectors) if output == "arrow" else encoded.vectors
 
     def encode_each(
@@ -229,20 +254,61 @@ class ArrowEngine:
         Raises:
             InputError: an unusable input, only with ``fail``.
         """
+        begin = time.perf_counter()
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size is {batch_size!r}", fix="give 1 or more, or None")
         front = self._front_end()
         items = as_items(inputs, self._bundle.manifest.modality)
         failures = {i: why for i, item in enumerate(items) if (why := front.check(item))}
         if failures and fail:
-            raise _refusal(failures)
+            raise refusal(failures)
         vectors = np.empty((len(items), self.dimension), np.float32)
         self._fill(front, items, vectors, failures, batch_size, show_progress, fail)
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:
             unit_length(vectors)
+        if len(items):
+            used = self._chain.candidate
+            metrics.observe(
+                time.perf_counter() - begin,
+                device=used.provider,
+                variant=used.variant.name,
+                batch_size=len(items),
+            )
         return Encoded(vectors, failures)
+
+    async def aencode(self, inputs: Any, normalize: bool = True) -> NDArray[np.float32]:
+        """Like :meth:`encode`, for event loops: callers at the same time share one batch.
+
+        A request waits up to ``max_delay_ms`` for others; an input that cannot be used fails its
+        own caller only.
+
+        Raises:
+            InputError, DeviceError: as :meth:`encode`.
+
+        >>> import asyncio
+        >>> from memopt.runtimes.testing import fake_engine
+        >>> engine = fake_engine(dimension=8)
+        >>> asyncio.run(engine.aencode(["a cat"])).shape
+        (1, 8)
+        """
+        import asyncio
+
+        items = as_items(inputs, self._bundle.manifest.modality)
+        if not len(items):
+            return np.empty((0, self.dimension), np.float32)
+        return await asyncio.wrap_future(self._shared().submit(items, normalize))
+
+    def _shared(self) -> Coalescer:
+        with self._lock:
+            if self._coalescer is None:
+                from memopt.runtimes.coalesce import Coalescer
+
+                self._coalescer = Coalescer(
+                    lambda items: self.encode_each(items, normalize=False), self._max_delay_ms
+                )
+            return self._coalescer
 
     def _fill(
         self,
@@ -254,9 +320,10 @@ class ArrowEngine:
         show_progress: bool,
         fail: bool,
     ) -> None:
+        cut = (batch_size, self._chain.backend.tokens)
         if len(items) == 1 and not failures:
             # The shortest way for the commonest request: no sorting, no threads.
-            for batch in _prepare(front, items, None, batch_size, failures, fail):
+            for batch in prepare_chunk(front, items, None, cut, failures, fail):
                 vectors[:] = self._chain.run(batch.feed)
             return
         if failures:
@@ -266,7 +333,7 @@ class ArrowEngine:
             chunks = front.chunks(items)
         if not chunks:
             return
-        batches = _batches(front, items, chunks, batch_size, failures, fail)
+        batches = prepared_batches(front, items, chunks, cut, failures, fail)
         with progress(len(items), show_progress) as advance:
             for rows, values in self._results(batches):
                 vectors[rows] = values
@@ -304,126 +371,6 @@ def make_front_end(bundle: Bundle, inputs: Sequence[str]) -> FrontEnd:
     return AudioFrontEnd(bundle, inputs)
 
 
-def as_items(inputs: Any, modality: str) -> Sequence[Any]:
-    """Return the inputs as a sequence; one bare item becomes a sequence of one.
-
-    >>> as_items("a cat", "text"), as_items(iter(["a", "b"]), "text")
-    (['a cat'], ['a', 'b'])
-    """
-    if isinstance(inputs, str | bytes | bytearray | Path):
-        return [inputs]
-    if isinstance(inputs, np.ndarray):
-        single = modality == "image" and (
-            inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[-1] in (1, 3, 4))
-        )
-        if single or (modality == "audio" and inputs.ndim == 1 and inputs.dtype != object):
-            return [inputs]
-        return inputs.tolist() if modality == "text" else list(inputs)
-    if isinstance(inputs, tuple) and len(inputs) == 2 and modality == "audio":
-        samples, rate = inputs
-        if isinstance(samples, np.ndarray) and isinstance(rate, int | float):
-            return [inputs]
-    if isinstance(inputs, list | tuple):
-        return inputs
-    try:
-        return list(inputs)
-    except TypeError as error:
-        if modality == "image" and hasattr(inputs, "convert"):
-            return [inputs]
-        raise InputError(
-            f"inputs is {type(inputs).__name__}, not a sequence", fix="pass a list"
-        ) from error
-
-
-def unit_length(vectors: NDArray[np.float32]) -> None:
-    """Scale every row of ``vectors`` (n, dim) to length 1 in place; zero rows stay zero."""
-    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    np.maximum(lengths, _TINY, out=lengths)
-    vectors /= lengths[:, None]
-
-
-def to_arrow(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
-    """Return rows as a FixedSizeListArray over the same memory.
-
-    >>> to_arrow(np.zeros((2, 3), np.float32)).type
-    FixedSizeListType(fixed_size_list<item: float>[3])
-    """
-    import pyarrow as pa
-
-    count, width = vectors.shape
-    values = pa.Array.from_buffers(
-        pa.float32(), count * width, [None, pa.py_buffer(vectors.reshape(-1))]
-    )
-    return pa.FixedSizeListArray.from_arrays(values, width)
-
-
-def _batches(
-    front: FrontEnd,
-    items: Sequence[Any],
-    chunks: list[NDArray[np.intp]],
-    batch_size: int | None,
-    failures: dict[int, str],
-    fail: bool,
-) -> Iterator[tuple[NDArray[np.intp], Feed]]:
-    """Yield each batch's rows in ``items`` and its model inputs, chunks prepared ahead."""
-
-    def job(chunk: NDArray[np.intp]) -> Callable[[], list[tuple[NDArray[np.intp], Feed]]]:
-        def work() -> list[tuple[NDArray[np.intp], Feed]]:
-            taken = [items[i] for i in chunk]
-            done = _prepare(front, taken, chunk, batch_size, failures, fail)
-            return [(chunk[batch.rows], batch.feed) for batch in done]
-
-        return work
-
-    for prepared in ahead([job(chunk) for chunk in chunks]):
-        yield from prepared
-
-
-def _prepare(
-    front: FrontEnd,
-    taken: Sequence[Any],
-    positions: NDArray[np.intp] | None,
-    batch_size: int | None,
-    failures: dict[int, str],
-    fail: bool,
-) -> list[Batch]:
-    try:
-        return front.prepare(taken, batch_size)
-    except UnusableItems as found:
-        reasons = {
-            (int(positions[i]) if positions is not None else i): why
-            for i, why in found.reasons.items()
-        }
-        if fail:
-            raise _refusal(reasons) from found
-        failures.update(reasons)
-        keep = np.array([i for i in range(len(taken)) if i not in found.reasons], np.intp)
-        if not len(keep):
-            return []
-        return [
-            Batch(keep[batch.rows], batch.feed)
-            for batch in front.prepare([taken[i] for i in keep], batch_size)
-        ]
-
-
-def _refusal(failures: dict[int, str]) -> InputError:
-    index = min(failures)
-    more = f" ({len(failures) - 1} more like it)" if len(failures) > 1 else ""
-    return InputError(
-        f"input {index} {failures[index]}{more}", fix="leave it out, or pass on_error='skip'"
-    )
-
-
-@contextmanager
-def progress(total: int | None, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(n)`` of a bar on stderr, shown when wanted and stderr is a terminal."""
-    if not wanted:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("encode", total=total)
-        yield lambda count: bar.advance(task, count)
+def _vram_bytes() -> float | None:
+    found = limits.vram()
+    return found.used_mb * 2**20 if found else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from memopt import metrics
 from memopt.errors import DeviceError
 from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.limits import OverLimit
 from memopt.runtimes.providers import Unavailable, one_line
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from memopt.runtimes.base import Feed, Rows
 
 log = logging.getLogger("memopt.runtimes")
-FALLBACK_EVENTS = "memopt_fallback_events_total"
 _OUT_OF_MEMORY = (
     "out of memory",
     "out_of_memory",
@@ -205,12 +205,12 @@ class BackendChain:
             )
             self._events.append(event)
             labels = {"from": from_.provider, "to": to.provider, "reason": failure.kind}
-            metrics.count(FALLBACK_EVENTS, 1, **labels)
+            metrics.count(metrics.FALLBACK_EVENTS, 1, **labels)
             log.warning("fallback %s", event)
 
 
 def _kind(error: Exception, otherwise: str) -> str:
     text = str(error).lower()
-    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+    if isinstance(error, MemoryError | OverLimit) or any(sign in text for sign in _OUT_OF_MEMORY):
         return "memory"
     return otherwise

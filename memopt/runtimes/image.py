@@ -16,6 +16,7 @@ import numpy as np
 from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.extras import require
+from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.batching import MEDIA_BATCH, Batch, UnusableItems
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ class ImageFrontEnd:
         order = np.arange(len(items))
         return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
 
-    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+    def prepare(
+        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+    ) -> list[Batch]:
         """Decode and transform one chunk."""
         pixels, broken = [], {}
         for index, item in enumerate(items):

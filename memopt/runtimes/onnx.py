@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.base import TOKENS_ON_CPU, TOKENS_ON_GPU, Candidate, Settings
 from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.graph_cache import open_cached
 from memopt.runtimes.providers import PROVIDERS
 from memopt.runtimes.streams import Streams
 
@@ -92,43 +94,73 @@ def session_options(threads: int) -> Any:
 
 
 class OnnxBackend:
-    """One ONNX Runtime session of a bundle's variant."""
+    """A variant in ONNX Runtime: one session for latency, and one for streams when batches come.
+
+    The first runs on all cores. With more than one stream, ``submit`` uses a second session whose
+    runs take ``threads / streams`` cores each; both map the same weights.
+    """
 
     def __init__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> None:
         variant = candidate.variant
         self._provider = candidate.provider
         self._variant = variant
+        self._settings = settings
         self._threads = settings.threads or usable_cpus()
         self.streams = settings.streams or 1
-        path = bundle.file(variant)
-        if not path.is_file():
-            raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
-        options = session_options(max(1, self._threads // self.streams))
-        for key, value in variant.options.items():
-            options.add_session_config_entry(key, value)
-        self._session: Any = _session(path, candidate.provider, options, settings)
-        self.inputs = tuple(i.name for i in self._session.get_inputs())
-        outputs = {o.name: o for o in self._session.get_outputs()}
+        self.tokens = TOKENS_ON_GPU if candidate.provider != "cpu" else TOKENS_ON_CPU
+        self._path = bundle.file(variant)
+        if not self._path.is_file():
+            raise DeviceError(f"{self._path} is missing", fix=f"run: memopt export {bundle.path}")
+        session = self._open(self._threads)
+        self.inputs = tuple(i.name for i in session.get_inputs())
+        outputs = {o.name: o for o in session.get_outputs()}
         if variant.output not in outputs:
-            raise DeviceError(f"{path} has no output {variant.output!r}", fix="export it again")
+            raise DeviceError(
+                f"{self._path} has no output {variant.output!r}", fix="export it again"
+            )
         width = outputs[variant.output].shape[-1]
         self.dimension = width if isinstance(width, int) else None
-        self._ran = _assignment(self._session)
+        self._ran = _assignment(session)
+        self._session: Any = session
+        self._many: Any = session if self.streams == 1 else None
+        self._lock = threading.Lock()
         self._pool = Streams(self.streams, f"memopt-{candidate.provider}")
 
+    def _open(self, threads: int) -> Any:
+        def options() -> Any:
+            made = session_options(threads)
+            for key, value in self._variant.options.items():
+                made.add_session_config_entry(key, value)
+            return made
+
+        if self._provider == "cpu":
+            version = _onnxruntime().__version__
+            cached = open_cached(self._path, self._variant, options, version)
+            if cached is not None:
+                return cached
+        return _session(self._path, self._provider, options(), self._settings)
+
     def run(self, feed: Feed) -> Rows:
-        """Run one batch in the calling thread."""
+        """Run one batch in the calling thread, on all cores."""
+        return self._infer(self._session, feed)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        """Run one batch on the next free stream; ONNX Runtime runs are concurrent."""
+        with self._lock:
+            if self._many is None and self._session is not None:
+                self._many = self._open(max(1, self._threads // self.streams))
+        return self._pool.submit(self._run_stream, feed)
+
+    def _run_stream(self, feed: Feed) -> Rows:
+        return self._infer(self._many, feed)
+
+    def _infer(self, session: Any, feed: Feed) -> Rows:
         import numpy as np
 
-        session = self._session
         if session is None:
             raise DeviceError(f"the session on {self._provider} is closed")
         (rows,) = session.run([self._variant.output], feed)
         return np.asarray(rows, dtype=np.float32)
-
-    def submit(self, feed: Feed) -> Future[Rows]:
-        """Run one batch in one of ``streams`` threads; ONNX Runtime runs are concurrent."""
-        return self._pool.submit(self.run, feed)
 
     def info(self) -> dict[str, Any]:
         """Return what runs where."""
@@ -141,8 +173,9 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Drop the session; a run that another thread is in ends first."""
-        self._session = None
         self._pool.close()
+        with self._lock:
+            self._session = self._many = None
 
 
 def _onnxruntime() -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.streams import Streams
 
@@ -64,6 +64,7 @@ class OpenvinoBackend:
         if not path.is_file():
             raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
         self._threads = settings.threads or usable_cpus()
+        self.tokens = TOKENS_ON_CPU
         self.streams = settings.streams or min(2, self._threads)
         options = {**_DEFAULTS, **candidate.variant.options}
         self._device = options.pop("DEVICE", "CPU")

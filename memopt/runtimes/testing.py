@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.bundle import Bundle, Manifest, Variant
-from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.base import TOKENS_ON_CPU, Backend, Candidate
 from memopt.runtimes.batching import Batch, FrontEnd
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.streams import Streams
@@ -40,6 +40,7 @@ class FakeBackend:
         self.inputs: tuple[str, ...] = ("digest",)
         self.dimension: int | None = dimension
         self.streams = streams
+        self.tokens = TOKENS_ON_CPU
         self.runs = 0
         self._fail = fail
         self._lock = threading.Lock()
@@ -87,7 +88,9 @@ class FakeFrontEnd:
         order = np.arange(len(items))
         return [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
 
-    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+    def prepare(
+        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+    ) -> list[Batch]:
         """Hash every item."""
         digests = np.array(
             [np.frombuffer(hashlib.blake2b(_bytes(i), digest_size=_DIGEST).digest(), np.uint8)

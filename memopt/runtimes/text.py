@@ -9,6 +9,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
+from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.batching import Batch, by_budget
 
 if TYPE_CHECKING:
@@ -73,13 +74,15 @@ class TextFrontEnd:
         order = np.argsort(-lengths, kind="stable")
         return [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
 
-    def prepare(self, items: Sequence[Any], batch_size: int | None) -> list[Batch]:
+    def prepare(
+        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+    ) -> list[Batch]:
         """Tokenize one chunk and cut it into batches of similar length."""
         encodings = self._tokenizer.encode_batch_fast(list(items))
         lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
         return [
             Batch(rows, self._feed([encodings[row] for row in rows], width))
-            for rows, width in by_budget(lengths, batch_size, self.max_length)
+            for rows, width in by_budget(lengths, batch_size, tokens, self.max_length)
         ]
 
     def _feed(self, encodings: list[Any], width: int) -> dict[str, NDArray[np.int64]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.streams import Streams
 
@@ -64,6 +64,7 @@ class TorchBackend:
         self._torch = torch
         self._manifest = bundle.manifest
         self._threads = settings.threads or usable_cpus()
+        self.tokens = TOKENS_ON_CPU
         torch.set_num_threads(self._threads)
         self._model: Any = _load(bundle)
         self.inputs = _inputs(self._model.config, bundle.manifest)

@@ -112,7 +112,7 @@ def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
     from memopt.runtimes.testing import FakeFrontEnd
 
     class Decoding(FakeFrontEnd):
-        def prepare(self, items: object, batch_size: int | None) -> list[Batch]:
+        def prepare(self, items: object, batch_size: int | None, tokens: int) -> list[Batch]:
             broken = {}
             for index, item in enumerate(items):  # type: ignore[var-annotated, arg-type]
                 try:
@@ -121,7 +121,7 @@ def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
                     broken[index] = f"({item}) {error}"
             if broken:
                 raise UnusableItems(broken)
-            return super().prepare(items, batch_size)  # type: ignore[arg-type]
+            return super().prepare(items, batch_size, tokens)  # type: ignore[arg-type]
 
     folder = tmp_path / "images"
     folder.mkdir()
@@ -177,7 +177,7 @@ def embed_parts(
 def test_a_killed_run_resumes_without_loss(minilm: Bundle, tmp_path: Path) -> None:
     """kill -9 in the middle, then --resume: the same bytes as an uninterrupted run."""
     path = tmp_path / "in.jsonl"
-    count = module.PART["text"] + 500
+    count = module.PART["text"] + 200
     path.write_text("".join(f'"text {i} of many"\n' for i in range(count)))
     command = [sys.executable, "-m", "memopt", "embed", str(minilm.path), "-i", str(path)]
     command += ["--device", "cpu", "--variant", "onnx-fp32-fused", "--json", "-o"]

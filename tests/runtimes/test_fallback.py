@@ -13,9 +13,10 @@ import pytest
 from memopt import metrics
 from memopt.bundle import Bundle, Manifest, Variant
 from memopt.errors import BundleError, DeviceError
+from memopt.metrics import FALLBACK_EVENTS
 from memopt.runtimes.base import Backend, Candidate
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.fallback import FALLBACK_EVENTS, BackendChain, FallbackEvent
+from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.selection import candidates
 from memopt.runtimes.testing import FakeBackend
 

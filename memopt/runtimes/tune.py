@@ -1,0 +1,90 @@
+"""Measure how many streams suit a variant on this machine, and remember it in the manifest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from memopt.bundle import Bundle, Manifest
+from memopt.errors import InputError
+from memopt.runtimes.cpu import machine_key, usable_cpus
+from memopt.runtimes.engine import ArrowEngine
+
+ROUNDS = 5
+# More streams must win by this much: within it the noise of a shared machine decides, and one
+# stream needs the least memory.
+_MARGIN = 1.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTuning:
+    """What was measured: inputs per second by number of streams, and the number chosen."""
+
+    device: str
+    variant: str
+    streams: int
+    items_per_second: dict[int, float]
+
+
+def tune_streams(
+    bundle: Bundle,
+    inputs: Sequence[Any],
+    *,
+    device: str = "auto",
+    variant: str = "auto",
+    threads: int | None = None,
+    remember: bool = True,
+) -> StreamTuning:
+    """Try 1, 2, 4 ... streams sharing the cores, in alternating rounds, and keep the fastest.
+
+    Args:
+        inputs: what to encode in each round; a few hundred of realistic length.
+        remember: record the number for this machine in ``manifest.chosen``, where every engine
+            finds it.
+
+    Raises:
+        InputError: no inputs.
+        DeviceError, BundleError: as for ArrowEngine.
+    """
+    if not inputs:
+        raise InputError("no inputs to measure with", fix="give a few hundred realistic ones")
+    cores = threads or usable_cpus()
+    counts = [1 << power for power in range(cores.bit_length()) if 1 << power <= cores]
+    engines = {
+        count: ArrowEngine(bundle, device, variant, threads=threads, streams=count)
+        for count in counts
+    }
+    try:
+        for engine in engines.values():
+            engine.encode(inputs)  # compiles, fills caches
+        rates: dict[int, list[float]] = {count: [] for count in counts}
+        for turn in range(ROUNDS):
+            for count in counts if turn % 2 == 0 else reversed(counts):
+                begin = time.perf_counter()
+                engines[count].encode(inputs)
+                rates[count].append(len(inputs) / (time.perf_counter() - begin))
+        info = engines[1].device_info()
+    finally:
+        for engine in engines.values():
+            engine.close()
+    median = {count: statistics.median(values) for count, values in rates.items()}
+    best = 1
+    for count in counts[1:]:
+        if median[count] > median[best] * (_MARGIN if best == 1 else 1.0):
+            best = count
+    tuning = StreamTuning(
+        device=info["device"], variant=info["variant"], streams=best, items_per_second=median
+    )
+    if remember:
+        bundle.update(lambda manifest: _remembered(manifest, tuning))
+    return tuning
+
+
+def _remembered(manifest: Manifest, tuning: StreamTuning) -> Manifest:
+    record = dict(manifest.chosen.get(machine_key()) or {})
+    streams = {**record.get("streams", {}), f"{tuning.device}:{tuning.variant}": tuning.streams}
+    record["streams"] = streams
+    return replace(manifest, chosen={**manifest.chosen, machine_key(): record})
