@@ -1,0 +1,177 @@
+"""optimize: candidates by machine, a replayable plan, and a choice that is measured and right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from memopt import ArrowEngine, Bundle, open_bundle
+from memopt.errors import ConfigurationError, InputError
+from memopt.optimize.candidates import candidates
+from memopt.optimize.plan import Candidate, Plan, check_targets, parse_budget
+from memopt.optimize.run import Optimized, Outcome, _choose, optimize
+
+WORDS = [
+    "rain",
+    "sun",
+    "boat",
+    "tree",
+    "stone",
+    "river",
+    "bread",
+    "night",
+    "train",
+    "music",
+    "market",
+    "garden",
+    "window",
+]
+
+
+def outcome(name: str, speed: float | None, cosine: float | None, size: int = 1) -> Outcome:
+    candidate = Candidate(name=name, kind="export", device="cpu")
+    status = "kept" if speed else "dropped"
+    return Outcome(
+        candidate=candidate,
+        status=status,
+        reason="",
+        bytes=size,
+        cosine_min=cosine,
+        items_per_second=speed,
+    )
+
+
+def chosen(outcomes: list[Outcome]) -> str | None:
+    return next((o.candidate.name for o in _choose(outcomes) if o.status == "chosen"), None)
+
+
+def test_candidates_follow_targets_and_instruction_sets() -> None:
+    """bf16 is tried where the CPU has it; only the asked targets have candidates."""
+    text: Any = SimpleNamespace(task="embedding")
+    with_bf16 = [c.name for c in candidates(text, ["openvino"], {"avx512_bf16"})]
+    without = [c.name for c in candidates(text, ["openvino"], {"avx2"})]
+    assert "openvino-bf16" in with_bf16
+    assert "openvino-bf16" not in without
+    assert all(name.startswith("openvino") for name in with_bf16)
+    assert {c.device for c in candidates(text, ["cuda"], set())} == {"cuda"}
+    assert candidates(SimpleNamespace(task="text-generation"), ["cpu"], set()) == ()  # type: ignore[arg-type]
+
+
+def test_the_fastest_wins_unless_speeds_are_the_same() -> None:
+    """Within the noise the better answers win; a dropped candidate never does."""
+    assert chosen([outcome("a", 100, 0.999), outcome("b", 200, 0.99)]) == "b"
+    assert chosen([outcome("a", 198, 0.999), outcome("b", 200, 0.99)]) == "a"
+    assert chosen([outcome("a", 198, 0.99, size=9), outcome("b", 200, 0.99, size=3)]) == "b"
+    assert chosen([outcome("a", None, None)]) is None
+
+
+def test_a_plan_reads_back_and_strangers_are_refused(tmp_path: Path) -> None:
+    """JSON and back is the identity; a newer version, foreign keys and garbage are named."""
+    plan = Plan(
+        source="minilm",
+        min_cosine=0.98,
+        samples=10,
+        seed=1,
+        candidates=(Candidate(name="x", kind="export", device="cpu", settings={"format": "onnx"}),),
+    )
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    for raw in (
+        {**asdict(plan), "version": 99},
+        {**asdict(plan), "colour": "red"},
+        {"version": 1},
+        [],
+    ):
+        path.write_text(json.dumps(raw))
+        with pytest.raises(ConfigurationError, match=r"plan\.json"):
+            Plan.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1m", "soon", "nan", "m"])
+def test_a_budget_must_be_a_duration(text: str) -> None:
+    """Anything that is not a positive time is refused with examples."""
+    with pytest.raises(ConfigurationError, match="write 90s"):
+        parse_budget(text)
+
+
+def test_an_unknown_target_names_the_nearest() -> None:
+    """A typo is answered with what there is."""
+    with pytest.raises(ConfigurationError, match="did you mean 'openvino'"):
+        check_targets("cpu,openvno")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    lines = [
+        f"the {WORDS[i % 13]} and the {WORDS[(i * 5 + 3) % 13]} number {i} " + "again " * (i % 7)
+        for i in range(90)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def run(bundle: Bundle, data: Path, **options: Any) -> Optimized:
+    return optimize(bundle.path, data, samples=40, rounds=1, **options)
+
+
+def test_optimize_leaves_a_bundle_whose_auto_is_the_choice(minilm_copy: Bundle, data: Path) -> None:
+    """The choice is the fastest that passes; auto opens it; a second call builds nothing anew."""
+    result = run(minilm_copy, data, min_cosine=0.9, targets=("openvino",))
+    best = next(o for o in result.outcomes if o.status == "chosen")
+    measured = [o for o in result.outcomes if o.items_per_second]
+    assert best.cosine_min is not None
+    assert best.cosine_min >= 0.9
+    fastest = max(o.items_per_second or 0 for o in measured if o.status != "dropped")
+    assert (best.items_per_second or 0) * 1.03 >= fastest
+    with ArrowEngine(minilm_copy.path) as engine:
+        assert engine.device_info()["variant"] == best.candidate.name
+        assert not engine.events
+    page = (minilm_copy.path / "optimize.html").read_text()
+    assert "<circle" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    plan = Plan.load(minilm_copy.path / "plan.json")
+    assert plan.chosen == best.candidate.name
+    manifest = open_bundle(minilm_copy.path).manifest
+    assert manifest.variants[best.candidate.name].benchmark is not None
+
+    again = run(minilm_copy, data, min_cosine=0.9, plan=plan)
+    assert [o.candidate for o in again.outcomes] == list(plan.candidates)
+    assert all(o.reused for o in again.outcomes if o.status in ("kept", "chosen"))
+
+
+def test_a_gate_nothing_quantized_passes_leaves_the_float_variant(
+    minilm_copy: Bundle, data: Path
+) -> None:
+    """With an impossible gate quantized candidates are dropped with the number that failed."""
+    result = run(minilm_copy, data, min_cosine=0.99999, targets=("openvino",))
+    statuses = {o.candidate.name: o for o in result.outcomes}
+    assert "min cosine" in statuses["openvino-int8-static"].reason
+    assert statuses["openvino-int8-static"].status == "dropped"
+    assert result.plan.chosen == "openvino-fp32"
+
+
+def test_what_is_not_usable_or_does_not_fit_the_budget_is_skipped_with_the_reason(
+    minilm_copy: Bundle, data: Path
+) -> None:
+    """A provider that is not there and a spent budget are both said, not silent."""
+    result = run(minilm_copy, data, targets=("cuda",))
+    assert {o.status for o in result.outcomes} == {"skipped"}
+    assert "CUDAExecutionProvider" in result.outcomes[0].reason
+    spent = run(minilm_copy, data, targets=("openvino",), budget=1e-6)
+    assert all("budget" in o.reason for o in spent.outcomes)
+    assert spent.plan.chosen is None
+
+
+def test_missing_calibration_and_a_bad_gate_are_refused(minilm_copy: Bundle) -> None:
+    """Both are found before any work."""
+    with pytest.raises(InputError, match="no calibration data"):
+        optimize(minilm_copy.path, Path("gone.csv"))
+    with pytest.raises(ConfigurationError, match="min_cosine 2"):
+        optimize(minilm_copy.path, Path("gone.csv"), min_cosine=2)
