@@ -130,6 +130,18 @@ def node_of(certificate: Mapping[str, Any]) -> str:
     return check_node(names[0])
 
 
+def expired(certificate: Path) -> str:
+    """Return why a PEM certificate is not valid now, nothing when it is."""
+    x509 = _modules()[0]
+    read = x509.load_pem_x509_certificate(certificate.read_bytes())
+    now = datetime.datetime.now(datetime.UTC)
+    if now > read.not_valid_after_utc:
+        return f"our certificate {certificate} expired on {read.not_valid_after_utc:%Y-%m-%d %H:%M}"
+    if now < read.not_valid_before_utc:
+        return f"our certificate {certificate} is not valid yet"
+    return ""
+
+
 def _modules() -> tuple[Any, Any, Any]:
     return (
         require("cryptography.x509", extra="federation", why=_WHY),

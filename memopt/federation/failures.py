@@ -8,6 +8,7 @@ from memopt.errors import SyncError
 CODES: dict[str, bool] = {
     "malformed": False,  # a message that is not what the protocol allows
     "corrupt": True,  # a checksum did not match: the wire or the disk changed a byte
+    "out-of-order": True,  # a message or chunk out of its turn: the wire lost or doubled one
     "too-large": False,  # a declared size is over a limit
     "unknown-codec": False,
     "unknown-version": False,

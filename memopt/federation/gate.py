@@ -181,8 +181,13 @@ class Gate:
             self._loop.run_forever()
         finally:
             server.close()
-            for task in asyncio.all_tasks(self._loop):
+            # Each relay must get to its end, where it drops its two connections: Flight's shutdown
+            # waits for the calls on them.
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
             self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 

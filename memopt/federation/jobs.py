@@ -133,7 +133,7 @@ class PushJob:
             frame = exchange.receive(protocol.ACK)
             reached = check_count("offset", frame.fields.get("offset"), sent)
             if reached <= acknowledged:
-                raise SyncFailure("corrupt", "an acknowledgement does not move on")
+                raise SyncFailure("out-of-order", "an acknowledgement does not move on")
             acknowledged = reached
             self.moved = max(self.moved, acknowledged)
             self._progress(acknowledged, total)
@@ -239,7 +239,7 @@ class PullJob:
             while offset < size:
                 frame = exchange.receive(protocol.CHUNK)
                 if frame.fields.get("offset") != offset or not len(frame.body):
-                    raise SyncFailure("corrupt", "a chunk is not the next one")
+                    raise SyncFailure("out-of-order", "a chunk is not the next one")
                 if offset + len(frame.body) > size:
                     raise SyncFailure("too-large", "the server sends more than it announced")
                 file.write(frame.body)

@@ -16,6 +16,7 @@ import pyarrow.flight as flight
 
 from memopt.errors import ConfigurationError
 from memopt.federation import protocol
+from memopt.federation.authority import expired
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import TlsFiles
 from memopt.federation.limits import Limits
@@ -96,7 +97,10 @@ class Link:
                 with self._context.wrap_socket(plain, server_hostname=self.host) as secure:
                     # In TLS 1.3 the server judges our certificate after our handshake is over:
                     # its verdict, or its HTTP/2 settings, is the first thing it sends.
-                    secure.recv(1)
+                    if not secure.recv(1):
+                        raise self._turned_away()
+        except ssl.SSLEOFError as error:
+            raise self._turned_away() from error
         except ssl.SSLError as error:
             raise _tls_failure(error, f"{self.host}:{self.port}") from error
         except OSError as error:
@@ -107,6 +111,16 @@ class Link:
                 fix="check that the server runs and the address is right",
             ) from error
 
+    def _turned_away(self) -> SyncFailure:
+        where = f"{self.host}:{self.port} closed the connection during the TLS handshake"
+        if self._tls and (problem := expired(self._tls.certificate)):
+            return SyncFailure(
+                "unauthenticated", f"{where}: {problem}", fix="run: memopt sync issue"
+            )
+        return SyncFailure(
+            "unavailable", where, fix="check that its authority issued our certificate"
+        )
+
     @contextmanager
     def client(self) -> Iterator[Any]:
         """Yield a Flight client on a fresh connection."""
@@ -115,6 +129,9 @@ class Link:
             # Without this, clients of one process share a connection, and a broken one its backoff.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.max_receive_message_length", self.limits.message_bytes),
+            # The time one attempt to connect may take (20 s otherwise): a peer that accepts and
+            # then is silent is given up in time.
+            ("grpc.min_reconnect_backoff_ms", max(1000, int(self.timeout * 1000))),
         ]
         try:
             if self._tls:
@@ -218,7 +235,7 @@ class Exchange:
         if frame.kind == protocol.ERROR:
             raise protocol.decode_error(frame.fields)
         if frame.kind not in kinds:
-            raise SyncFailure("malformed", f"message kind {frame.kind} is not expected here")
+            raise SyncFailure("out-of-order", f"message kind {frame.kind} is not expected here")
         return frame
 
     def finish(self) -> None:
@@ -265,9 +282,8 @@ def _tls_failure(error: ssl.SSLError, where: str) -> SyncFailure:
     reason = (error.reason or str(error)).lower().replace("_", " ")
     if isinstance(error, ssl.SSLCertVerificationError):
         reason = f"its certificate: {error.verify_message}"
-    transient = isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
     return SyncFailure(
-        "unavailable" if transient else "unauthenticated",
+        "unauthenticated",
         f"no trusted TLS 1.3 connection to {where} ({reason})",
         fix="check both certificates and the authority: memopt sync issue makes new ones",
     )

@@ -4,6 +4,7 @@
     <state>/<adapter>/pending.json        the same for a push that is not acknowledged yet
     <state>/<adapter>/<hash>.safetensors  weights the receivers hold
     <state>/<adapter>/<hash>.residual     what they still lack, as a lossless payload on top
+    <state>/<adapter>/<hash>.carry        what was unsent when another's version came
 
 A push writes its future state and ``pending.json`` first; the acknowledgement renames
 ``pending.json`` onto ``state.json``. After a crash in between the server's head tells which of
@@ -19,10 +20,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import numpy as np
 
 from memopt.errors import ConfigurationError, SyncError
 from memopt.federation.adapters import read_safetensors, write_safetensors
-from memopt.federation.arrays import FLOATS, Array, Weights, dtype_name, require_same, weights_hash
+from memopt.federation.arrays import (
+    FLOATS,
+    Array,
+    Weights,
+    check_weights,
+    dtype_name,
+    require_same,
+    weights_hash,
+)
 from memopt.federation.codecs import difference
 from memopt.federation.delta import Delta, DeltaSettings, apply_delta, compute_delta, full_payload
 from memopt.federation.limits import Limits, check_adapter, check_hash, check_keys, strict_json
@@ -41,6 +53,7 @@ class State:
     weights_hash: str = NO_HASH
     digest: str = NO_HASH
     residual_sha256: str = ""  # of the residual file; empty when nothing waits
+    carry_hash: str = ""  # weights hash of the carry file; empty when there is none
 
 
 class DeltaSyncManager:
@@ -114,10 +127,14 @@ class DeltaSyncManager:
     def delta(
         self, new: Weights, *, full: bool = False, settings: DeltaSettings | None = None
     ) -> Delta:
-        """Return the delta from what the receivers hold to ``new``; nothing is stored."""
-        settings = settings or self.settings
+        """Return the delta from what the receivers hold to ``new``; nothing is stored.
+
+        After another node's version was received, ``new`` continues from it; what this node had
+        not sent by then is added, so that nothing is lost.
+        """
+        settings, new = settings or self.settings, self._with_carry(new)
         if full:
-            return full_payload(_normal(new), settings, base=self.weights())
+            return full_payload(new, settings, base=self.weights())
         return compute_delta(self.weights(), new, settings)
 
     def begin(self, signed: Signed, delta: Delta, new: Weights) -> None:
@@ -127,8 +144,10 @@ class DeltaSyncManager:
             sequence=manifest.sequence,
             weights_hash=manifest.new_hash,
             digest=manifest.digest(),
+            carry_hash=self.state.carry_hash,
         )
-        self._save(_PENDING, self._with_residual(pending, delta.received, new), delta.received)
+        rest = self._with_residual(pending, delta.received, self._with_carry(new))
+        self._save(_PENDING, rest, delta.received)
 
     def confirm(self) -> None:
         """Make the pending state the state: one rename, after the acknowledgement."""
@@ -157,8 +176,9 @@ class DeltaSyncManager:
 
     def keep(self, new: Weights) -> None:
         """Record what the receivers lack of ``new`` without sending: nothing was over threshold."""
-        weights = self.weights()
-        self._save(_STATE, self._with_residual(self.state, weights, new), weights)
+        weights, state = self.weights(), replace(self.state, residual_sha256="")
+        rest = self._with_residual(state, weights, self._with_carry(new))
+        self._save(_STATE, rest, weights)
         self.state = self._read(_STATE) or self.state
         self._clean()
 
@@ -186,10 +206,17 @@ class DeltaSyncManager:
         return weights
 
     def adopt(self, signed: Signed, weights: dict[str, Array]) -> None:
-        """Make received, checked weights the state."""
+        """Make received, checked weights the state; what was not sent yet is carried on."""
         manifest = signed.manifest
+        carry = {n: a for n, a in self.residual().items() if np.any(a)}
+        carry_hash = weights_hash(carry) if carry else ""
+        if carry:
+            write_safetensors(self.folder / f"{carry_hash}.carry", carry)
         state = State(
-            sequence=manifest.sequence, weights_hash=manifest.new_hash, digest=manifest.digest()
+            sequence=manifest.sequence,
+            weights_hash=manifest.new_hash,
+            digest=manifest.digest(),
+            carry_hash=carry_hash,
         )
         self._save(_STATE, state, weights)
         (self.folder / _PENDING).unlink(missing_ok=True)
@@ -220,6 +247,21 @@ class DeltaSyncManager:
             and weights[name].dtype == target[name].dtype
             and dtype_name(target[name]) in FLOATS
         }
+
+    def _with_carry(self, new: Weights) -> dict[str, Array]:
+        result = check_weights(new)
+        if not self.state.carry_hash:
+            return result
+        carry = read_safetensors(self.folder / f"{self.state.carry_hash}.carry")
+        if weights_hash(carry) != self.state.carry_hash:
+            raise SyncError(f"a carry file in {self.folder} is damaged", fix="remove the folder")
+        for name, rest in carry.items():
+            array = result.get(name)
+            if array is not None and array.shape == rest.shape and array.dtype.name in FLOATS:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total: Any = np.add(array.astype(rest.dtype), rest)
+                result[name] = np.asarray(total).astype(array.dtype)
+        return result
 
     def _with_residual(self, state: State, received: Weights, new: Weights) -> State:
         rest = compute_delta(
@@ -274,12 +316,7 @@ class DeltaSyncManager:
             state = self._read(name)
             if state is not None:
                 used |= {f"{state.weights_hash}.safetensors", f"{state.residual_sha256}.residual"}
+                used.add(f"{state.carry_hash}.carry")
         for path in self.folder.iterdir():
-            if path.suffix in (".safetensors", ".residual") and path.name not in used:
+            if path.suffix in (".safetensors", ".residual", ".carry") and path.name not in used:
                 path.unlink(missing_ok=True)
-
-
-def _normal(new: Weights) -> dict[str, Array]:
-    from memopt.federation.arrays import check_weights
-
-    return check_weights(new)

@@ -116,5 +116,5 @@ def _send_file(channel: Channel, path: Path, offset: int, total: int) -> None:
             frame = channel.receive(protocol.ACK)
             reached = check_count("offset", frame.fields.get("offset"), offset)
             if reached <= acknowledged:
-                raise SyncFailure("malformed", "an acknowledgement does not move on")
+                raise SyncFailure("out-of-order", "an acknowledgement does not move on")
             acknowledged = reached

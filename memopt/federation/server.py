@@ -78,8 +78,16 @@ class Channel:
         if frame.kind == protocol.ERROR:
             raise protocol.decode_error(frame.fields)
         if frame.kind not in kinds:
-            raise SyncFailure("malformed", f"message kind {frame.kind} is not expected here")
+            raise SyncFailure("out-of-order", f"message kind {frame.kind} is not expected here")
         return frame
+
+
+    def drain(self, most: int) -> None:
+        """Read and drop what the peer still sends, until it ends its side."""
+        with contextlib.suppress(StopIteration):
+            while most > 0:
+                chunk = self._reader.read_chunk()
+                most -= len(chunk.app_metadata or b"") + 1
 
 
 class SyncServer:
@@ -216,6 +224,9 @@ class SyncServer:
             self._refused(context, "exchange", failure)
             with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):
                 channel.send(protocol.ERROR, protocol.encode_error(failure))
+                # Ending the call with the client's window still on the way would reset the stream,
+                # and the client might never read why.
+                channel.drain(2 * protocol.WINDOW_BYTES)
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             # The client is gone: what it sent so far stays for it to resume.
             self.audit.write("exchange-broken", problem=str(error)[:200])

@@ -44,7 +44,7 @@ class Upload:
         if self._owner.get(self.path) is not self._token:
             raise SyncFailure("conflict", "another connection resumed this upload")
         if offset != self.size:
-            raise SyncFailure("malformed", f"chunk at {offset}, expected {self.size}")
+            raise SyncFailure("out-of-order", f"chunk at {offset}, expected {self.size}")
         if not 0 < len(data) <= 2 * CHUNK_BYTES or self.size + len(data) > self._total:
             raise SyncFailure("too-large", f"chunk of {len(data)} bytes does not fit")
         try:

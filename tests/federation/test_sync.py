@@ -151,7 +151,7 @@ def test_256_mib_pass_without_deadlock(fleet, plain, tmp_path: Path) -> None:
 
 
 def test_a_hundred_clients_at_once(fleet, plain, tmp_path: Path) -> None:
-    """A hundred clients push and pull at the same moment, each its own adapter; all are right."""
+    """A hundred clients push at the same moment, some pull at once; every version is right."""
     trust, failed, start = fleet.trust, [], threading.Barrier(100)
 
     def work(number: int) -> None:
@@ -161,10 +161,12 @@ def test_a_hundred_clients_at_once(fleet, plain, tmp_path: Path) -> None:
             start.wait()
             with fleet.manager(tmp_path / "a", adapter) as sender:
                 client.push(sender, weights, key=fleet.keys["alice"], node="alice")
+            if number % 10:
+                return
             with fleet.manager(tmp_path / "b", adapter) as receiver:
                 pulled = client.pull(receiver, trust=trust)
                 assert weights_hash(pulled.weights) == weights_hash(weights)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - collected and asserted on below
             failed.append((number, error))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(100)]
@@ -173,7 +175,9 @@ def test_a_hundred_clients_at_once(fleet, plain, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failed
-    assert len(plain.store.adapters()) == 100
+    for number in range(100):
+        held = plain.store.weights(f"node-{number}", 1)
+        assert weights_hash(held) == weights_hash(lora(number, layers=2, size=16))
 
 
 def test_two_writers_of_one_adapter_never_mix(fleet, plain, tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ PULL = {"operation": "pull", "adapter": "lora", "sequence": 0, "weights_hash": "
         ([b"\0" * 40], "corrupt"),
         ([HELLO[:-1]], "corrupt"),
         ([b"MSY\2" + HELLO[4:]], "corrupt"),
-        ([protocol.encode(protocol.ACK, {"offset": 1})], "malformed"),
+        ([protocol.encode(protocol.ACK, {"offset": 1})], "out-of-order"),
         ([protocol.encode(protocol.HELLO, {"operation": "erase"})], "malformed"),
         ([protocol.encode(protocol.HELLO, {"operation": ["push"]})], "malformed"),
         ([protocol.encode(protocol.HELLO, {"operation": "push", "adapter": "../x"})], "malformed"),
@@ -237,8 +241,8 @@ PULL = {"operation": "pull", "adapter": "lora", "sequence": 0, "weights_hash": "
         ([protocol.encode(protocol.HELLO, PULL | {"weights_hash": "x"})], "malformed"),
         ([HELLO, protocol.encode(protocol.OFFER, {})], "malformed"),
         ([HELLO, protocol.encode(protocol.OFFER, {"signed": [1]})], "malformed"),
-        ([HELLO, protocol.encode(protocol.CHUNK, {"offset": 0}, b"x")], "malformed"),
-        ([HELLO, HELLO], "malformed"),
+        ([HELLO, protocol.encode(protocol.CHUNK, {"offset": 0}, b"x")], "out-of-order"),
+        ([HELLO, HELLO], "out-of-order"),
     ],
 )
 def test_malformed_messages_are_refused_and_the_server_stays(plain, messages, code) -> None:
@@ -273,13 +277,13 @@ def test_a_message_over_the_limit_never_reaches_the_server(fleet, tmp_path: Path
         with flight.FlightClient(("127.0.0.1", server.port)) as client:
             descriptor = flight.FlightDescriptor.for_command(protocol.COMMAND)
             writer, reader = client.do_exchange(descriptor)
-            with pytest.raises((flight.FlightError, pa.ArrowException)):
+            with pytest.raises((flight.FlightError, pa.ArrowException)):  # noqa: PT012
                 writer.write_metadata(pa.py_buffer(bytes(2 << 20)))
                 reader.read_chunk()
         with flight.FlightClient(("127.0.0.1", server.port)) as client:
             batch = pa.record_batch({"x": list(range(1000))})
             writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(b"x"))
-            with pytest.raises((flight.FlightError, pa.ArrowException)):
+            with pytest.raises((flight.FlightError, pa.ArrowException)):  # noqa: PT012
                 writer.begin(batch.schema)
                 writer.write_batch(batch)
                 reader.read_chunk()
