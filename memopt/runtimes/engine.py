@@ -51,6 +51,7 @@ class ArrowEngine:
         memory_limit_mb: resident memory this process may reach (on a GPU: of its memory); a
             variant that would pass it is not opened and the next smaller one takes over.
         vram_threshold: share of the GPU's memory that may be in use.
+        use_compile: run the torch backend through torch.compile.
         max_delay_ms: how long :meth:`aencode` waits for others to share a batch with.
 
     Raises:
@@ -74,6 +75,7 @@ class ArrowEngine:
         streams: int | None = None,
         memory_limit_mb: float | None = None,
         vram_threshold: float = 0.9,
+        use_compile: bool = False,
         max_delay_ms: float = 2.0,
     ) -> None:
         bundle = (
@@ -90,6 +92,7 @@ class ArrowEngine:
             streams=streams,
             memory_limit_mb=memory_limit_mb,
             vram_threshold=vram_threshold,
+            use_compile=use_compile,
         )
         self._max_delay_ms = max_delay_ms
         self._events: list[FallbackEvent] = []

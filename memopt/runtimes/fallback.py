@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt import metrics
-from memopt.errors import DeviceError
+from memopt.errors import DeviceError, InputError
 from memopt.runtimes.base import Backend, Candidate
 from memopt.runtimes.limits import OverLimit
 from memopt.runtimes.providers import Unavailable, one_line
@@ -141,6 +141,10 @@ class BackendChain:
     def _recover(self, backend: Backend, error: Exception, feed: Feed) -> Rows:
         while True:
             self._refuse_closed()
+            if type(error).__name__ == "InvalidArgument":
+                # ONNX Runtime says the request is wrong (a shape, a token id beyond the
+                # vocabulary): it would be wrong everywhere, and the provider is fine.
+                raise InputError(f"the graph refused the input: {one_line(error)}") from error
             with self._lock:
                 # Another thread may have moved on already: then only run again.
                 if backend is self._backend:

@@ -53,6 +53,9 @@ def as_items(inputs: Any, modality: str) -> Sequence[Any]:
             return [inputs]
     if isinstance(inputs, list | tuple):
         return inputs
+    if hasattr(inputs, "to_pylist"):  # an Arrow array iterates over scalars of its own
+        found: list[Any] = inputs.to_pylist()
+        return found
     try:
         return list(inputs)
     except TypeError as error:

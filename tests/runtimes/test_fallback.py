@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from memopt import metrics
 from memopt.bundle import Bundle, Manifest, Variant
-from memopt.errors import BundleError, DeviceError
+from memopt.errors import BundleError, DeviceError, InputError
 from memopt.metrics import FALLBACK_EVENTS
-from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes import providers
+from memopt.runtimes.base import Backend, Candidate, Opener, Settings
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.selection import candidates
+from memopt.runtimes.streams import Streams
 from memopt.runtimes.testing import FakeBackend
+
+if TYPE_CHECKING:
+    from memopt.runtimes.base import Feed, Rows
 
 FEED = {"digest": np.arange(64, dtype=np.uint8).reshape(2, 32)}
 
@@ -138,6 +145,82 @@ def test_asking_for_cuda_without_one_runs_on_the_cpu_and_says_why(minilm: Bundle
         assert event.reason
     with pytest.raises(DeviceError, match="cuda"):
         ArrowEngine(minilm, device="cuda", strict=True)
+
+
+class Failing:
+    """A real CPU session that plays a GPU: from run number ``first`` on it raises ``error``."""
+
+    def __init__(self, real: Backend, first: int, error: Exception) -> None:
+        self.real, self.first, self.error, self.runs = real, first, error, 0
+        self.inputs, self.dimension = real.inputs, real.dimension
+        self.streams, self.tokens = real.streams, real.tokens
+        self.pool = Streams(1, "failing")
+
+    def run(self, feed: Feed) -> Rows:
+        self.runs += 1
+        if self.runs >= self.first:
+            raise self.error
+        return self.real.run(feed)
+
+    def submit(self, feed: Feed) -> Future[Rows]:
+        return self.pool.submit(self.run, feed)
+
+    def info(self) -> dict[str, object]:
+        return self.real.info()
+
+    def close(self) -> None:
+        self.pool.close()
+        self.real.close()
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"), [("CUDA error: out of memory", "memory"), ("device lost", "run")]
+)
+def test_encode_survives_a_gpu_that_fails_on_its_third_batch(
+    minilm: Bundle, monkeypatch: pytest.MonkeyPatch, message: str, kind: str
+) -> None:
+    """All vectors are right and in order, one event tells, and the GPU is not asked again."""
+    failing: list[Failing] = []
+    real = providers.opener
+
+    def opener(name: str) -> Opener:
+        if name != "cuda":
+            return real(name)
+
+        def open_gpu(bundle: Bundle, candidate: Candidate, settings: Settings) -> Backend:
+            on_cpu = real("cpu")(bundle, replace(candidate, provider="cpu"), settings)
+            failing.append(Failing(on_cpu, 3, RuntimeError(message)))
+            return failing[0]
+
+        return open_gpu
+
+    monkeypatch.setattr("memopt.runtimes.engine.opener", opener)
+    texts = [f"sentence {i} " + "with words " * (i % 5) for i in range(60)]
+    with ArrowEngine(minilm, device="cpu", variant="onnx-fp32") as plain:
+        expected = plain.encode(texts)
+    with ArrowEngine(minilm, device="cuda", variant="onnx-fp32") as engine:
+        assert engine.events == ()
+        vectors = engine.encode(texts, batch_size=8)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        (event,) = engine.events
+        assert (event.from_, event.to, event.kind) == ("cuda", "cpu", kind)
+        assert message in event.reason
+        asked = failing[0].runs
+        engine.encode(texts)
+        assert failing[0].runs == asked
+
+
+def test_a_request_that_is_wrong_everywhere_costs_no_provider(
+    minilm: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token id beyond the vocabulary is the input's fault: InputError, and no fallback."""
+    with ArrowEngine(minilm, device="cpu", variant="onnx-fp32") as engine:
+        ids = np.full((1, 4), 10**6)
+        feed = dict.fromkeys(engine._chain.backend.inputs, np.ones_like(ids))
+        with pytest.raises(InputError, match="the graph refused the input"):
+            engine._chain.run({**feed, "input_ids": ids})
+        assert engine.events == ()
+        assert engine.encode(["still there"]).shape == (1, 384)
 
 
 def add_variant(bundle: Bundle, name: str, data: bytes, *, passed: bool = True) -> Bundle:
