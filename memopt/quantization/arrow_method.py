@@ -146,9 +146,9 @@ def _dequantized_graph(bundle: Bundle, base: Variant, weights: Path, target: Pat
     model = read_onnx(bundle.file(base))
     with WeightLoader(weights) as quantized, WeightLoader(bundle.weights) as original:
         for tensor in model.graph.initializer:
-            if tensor.name not in quantized:
-                continue
             stored = numpy_helper.to_array(tensor)
+            if tensor.name not in quantized or stored.dtype != np.float32:
+                continue
             turned = is_transposed(stored, original.load(tensor.name), name=tensor.name)
             value = np.asarray(quantized.load(tensor.name), np.float32)
             value = np.ascontiguousarray(value.T if turned else value)

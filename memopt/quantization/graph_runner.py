@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
+from memopt.runtimes.batching import UnusableItems
 from memopt.runtimes.engine import make_front_end
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 THREADS = 2
 # Rows of one calibration batch: its activations are what calibration memory is made of.
 BATCH = 8
+# Tokens at most in one, for a front end that asks.
+TOKENS = 1024
 
 
 def open_graph(
@@ -60,7 +63,13 @@ def feeds(
         if reason:
             raise InputError(f"calibration input {str(item)[:60]!r} {reason}")
     for chunk in front.chunks(items):
-        for made in front.prepare([items[i] for i in chunk], batch):
+        try:
+            batches = front.prepare([items[i] for i in chunk], batch, TOKENS)
+        except UnusableItems as error:
+            number, reason = next(iter(error.reasons.items()))
+            where = str(items[int(chunk[number])])[:120]
+            raise InputError(f"calibration input {where!r} {reason}") from error
+        for made in batches:
             yield [int(chunk[row]) for row in made.rows], made.feed
 
 

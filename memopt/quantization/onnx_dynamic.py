@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from memopt.extras import require
-from memopt.quantization.onnx_graph import drop_unused, find_tables, quantize_tables, read_onnx
+from memopt.quantization.onnx_graph import (
+    add_initializers,
+    drop_unused,
+    find_tables,
+    named,
+    quantize_tables,
+    read_onnx,
+    replace_node,
+)
 from memopt.quantization.recipe import match_layers
 from memopt.quantization.static import Context, Layer, Make, Quantized
 
@@ -26,14 +37,14 @@ def prepare(context: Context) -> Make:
         ConfigurationError: a pattern of ``recipe.keep_float`` matches no layer.
     """
     tools = require("onnxruntime.quantization", extra="cpu", why="quantize ONNX graphs")
-    original = read_onnx(context.graph)
+    original = _read(context)
     layers = _layers(original)
     names = [*layers, *(name for name, _ in find_tables(original))]
     patterns = match_layers(context.recipe.keep_float, names)
 
     def make(keep: Collection[str]) -> Quantized:
         kept = patterns | set(keep)
-        model = read_onnx(context.graph)
+        model = _read(context)
         # onnxruntime warns about preprocessing on every call, through the root logger.
         logging.disable(logging.WARNING)
         try:
@@ -61,6 +72,57 @@ def prepare(context: Context) -> Make:
         return Quantized(model=made, layers=tuple(found))
 
     return make
+
+
+def _read(context: Context) -> Any:
+    model = read_onnx(context.graph)
+    if context.recipe.embeddings:
+        expand_embeddings(model)
+    return model
+
+
+def expand_embeddings(model: Any) -> int:
+    """Write EmbedLayerNormalization as Gathers, so that its tables can be int8; return how many.
+
+    Its quantized twin has one scale for a whole table, where a row each costs nothing.
+    """
+    from onnx import helper
+
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    done = 0
+    for node in [n for n in model.graph.node if n.op_type == "EmbedLayerNormalization"]:
+        ids, types, words, positions, kinds, gamma, beta, *rest = node.input
+        if any(uses[name] for name in node.output[1:]) or any(rest):
+            continue
+        out = node.output[0]
+        values = {item.name: item.f for item in node.attribute}
+        add_initializers(
+            model, {f"{out}/zero": np.int64(0), f"{out}/one": np.int64(1), f"{out}/at": np.int64(1)}
+        )
+        parts = [
+            helper.make_node("Gather", [words, ids], [f"{out}/words"]),
+            helper.make_node("Shape", [ids], [f"{out}/shape"]),
+            helper.make_node("Gather", [f"{out}/shape", f"{out}/at"], [f"{out}/length"]),
+            helper.make_node(
+                "Range", [f"{out}/zero", f"{out}/length", f"{out}/one"], [f"{out}/range"]
+            ),
+            helper.make_node("Gather", [positions, f"{out}/range"], [f"{out}/positions"]),
+            helper.make_node("Add", [f"{out}/words", f"{out}/positions"], [f"{out}/placed"]),
+        ]
+        total = f"{out}/placed"
+        if types:
+            parts += [
+                helper.make_node("Gather", [kinds, types], [f"{out}/types"]),
+                helper.make_node("Add", [total, f"{out}/types"], [f"{out}/typed"]),
+            ]
+            total = f"{out}/typed"
+        epsilon = values.get("epsilon", 1e-12)
+        parts.append(
+            helper.make_node("LayerNormalization", [total, gamma, beta], [out], epsilon=epsilon)
+        )
+        replace_node(model, node, [named(part, part.output[0]) for part in parts])
+        done += 1
+    return done
 
 
 def _layers(model: Any) -> dict[str, str]:

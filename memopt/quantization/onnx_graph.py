@@ -227,7 +227,9 @@ def integer_share(path: Path, feed: Feed) -> dict[str, Any]:
         name = args.get("op_name")
         if name in INTEGER_OPS | FLOAT_OPS and "output_type_shape" in args:
             kernels[name] += 1
-            macs[name] += _macs(name, args)
+            product, scores = _macs(name, args)
+            macs[name] += product
+            macs["scores"] += scores
     whole = sum(macs.values())
     integer = sum(count for name, count in macs.items() if name in INTEGER_OPS)
     return {
@@ -236,23 +238,23 @@ def integer_share(path: Path, feed: Feed) -> dict[str, Any]:
     }
 
 
-def _macs(name: str, args: Mapping[str, Any]) -> int:
-    """Return the multiply-accumulates of one executed kernel from its shapes."""
+def _macs(name: str, args: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the multiply-accumulates of one executed kernel from its shapes.
+
+    The second number is attention's scores and their product with the values, which are float in
+    every kernel.
+    """
     inputs = [next(iter(item.values())) for item in args["input_type_shape"]]
     output = next(iter(args["output_type_shape"][0].values()))
-    if name in ("Attention", "QAttention"):
-        batch, length, width = inputs[0]
+    if name in ("Attention", "QAttention", "MultiHeadAttention"):
+        batch, length, width = inputs[0][:3]
         # The packed weight has no shape here: query, key and value are each as wide as the output.
-        projections = batch * length * width * 3 * output[-1]
-        # Scores and their product with the values, both length x length x hidden.
-        return int(projections + 2 * batch * length * length * output[-1])
-    if name == "MultiHeadAttention":
-        batch, length = inputs[0][:2]
-        return int(2 * batch * length * length * output[-1])
+        projections = 0 if name == "MultiHeadAttention" else batch * length * width * 3 * output[-1]
+        return int(projections), int(2 * batch * length * length * output[-1])
     if "Conv" in name:
         kernel = next(shape for shape in inputs[1:] if len(shape) == len(inputs[0]))
-        return int(np.prod(output) * np.prod(kernel[1:]))
-    return int(np.prod(output) * inputs[0][-1])
+        return int(np.prod(output) * np.prod(kernel[1:])), 0
+    return int(np.prod(output) * inputs[0][-1]), 0
 
 
 def named(node: Any, name: str) -> Any:
