@@ -207,13 +207,12 @@ class _Frame:
 
     def axes(self, x_label: str, y_label: str) -> list[str]:
         parts = []
-        for step in range(6):
-            value = self.left + (self.right - self.left) * step / 5
+        for value in self._ticks(self.left, self.right):
             parts.append(
                 f'<text class="soft" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" '
                 f'text-anchor="middle">{self._tick(value)}</text>'
             )
-            value = self.low + (self.high - self.low) * step / 5
+        for value in self._ticks(self.low, self.high):
             y = self.y(value)
             parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -227,6 +226,16 @@ class _Frame:
             f'transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
         )
         return parts
+
+    def _ticks(self, low: float, high: float) -> list[float]:
+        """Return four to eight round numbers inside the range; decades where the axis is log."""
+        span = (high - low) or 1.0
+        power = 10.0 ** math.floor(math.log10(span / 4))
+        step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 8)
+        if self.log and span >= 2:
+            step = max(1.0, round(step))
+        first = math.ceil(low / step - 1e-9)
+        return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
     def _tick(self, value: float) -> str:
         return f"{10**value if self.log else value:,.4g}"
