@@ -41,14 +41,13 @@ def bench(
     """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from memopt.benchmark import bench as measure
     from memopt.benchmark import report as reports
     from memopt.benchmark.runner import ratio
+    from memopt.commands.console import stderr, stdout
     from memopt.errors import ConfigurationError
 
-    console = Console(stderr=True)
+    console = stderr()
     with console.status("measuring") as status:
         if compare:
             records = measure.compare(
@@ -77,7 +76,7 @@ def bench(
             document["ratio"] = asdict(ratio(records[1], records[0]))
         typer.echo(json.dumps(document, indent=1))
         return
-    Console(width=None if Console().is_terminal else 170).print(reports.table(records))
+    stdout(170).print(reports.table(records))
     if compare:
         result = ratio(records[1], records[0])
         typer.echo(

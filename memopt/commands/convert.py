@@ -40,10 +40,10 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store a model's weights in Parquet with its config and tokenizer: a bundle."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from memopt.bundle import open_bundle
+    from memopt.commands.console import stderr
     from memopt.errors import ConfigurationError
     from memopt.weights.convert import convert, to_safetensors
 
@@ -60,7 +60,7 @@ def convert(
         raise ConfigurationError(
             f"--compression {compression!r} is not known", fix="use none or zstd"
         )
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = stderr()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
         work = bar.add_task("convert", total=None)

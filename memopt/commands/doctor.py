@@ -13,9 +13,9 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Try every provider and print what this machine offers; exit 1 when wheels are in conflict."""
-    from rich.console import Console
     from rich.table import Table
 
+    from memopt.commands.console import stdout
     from memopt.runtimes.cpu import NOTABLE
     from memopt.runtimes.doctor import diagnose
 
@@ -23,7 +23,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
         raise typer.Exit(1 if found.conflicts else 0)
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console = stdout(160)
     providers = Table("provider", "usable", "what answered, or why not", "runs on")
     for status in found.providers:
         usable = "yes" if status.usable else "no"

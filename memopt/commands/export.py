@@ -29,12 +29,11 @@ def export(
     """Export weights to ONNX or OpenVINO and check the result against torch."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
+    from memopt.commands.console import stderr
     from memopt.exporters.base import export as run
     from memopt.weights.convert import resolve
 
-    with Console(stderr=True).status("resolve") as status:
+    with stderr().status("resolve") as status:
         bundle = resolve(source, on_step=None)
         if weights is not None:
             from memopt.exporters.from_v2 import export_v2
@@ -56,10 +55,11 @@ def export(
 
 
 def _print(folder: Path, variants: tuple[Variant, ...]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    from memopt.commands.console import stdout
+
+    console = stdout(120)
     for variant in variants:
         record = variant.check or {}
         table = Table("batch", "size", "padded", "max abs error", "min cosine", title=variant.name)

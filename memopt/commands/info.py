@@ -41,11 +41,11 @@ def info(
 
 
 def _print(bundle: Bundle, *, verified: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    # Piped output keeps whole rows; a terminal wraps at its own width.
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    from memopt.commands.console import stdout
+
+    console = stdout(160)
     m = bundle.manifest
     console.print(
         f"{m.name}: {m.architecture} ({m.model_type}), {m.task}, dimension {m.dimension}, "

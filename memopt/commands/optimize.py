@@ -33,8 +33,7 @@ def optimize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:
     """Convert, export, quantize, prove and measure every sensible candidate; keep the best."""
-    from rich.console import Console
-
+    from memopt.commands.console import stderr, stdout
     from memopt.errors import ConfigurationError
     from memopt.optimize.plan import Plan, check_targets, parse_budget
     from memopt.optimize.report import table
@@ -55,7 +54,7 @@ def optimize(
         planned = getattr(replayed, name) if replayed else None
         return next(v for v in (given, planned, default) if v is not None)
 
-    with Console(stderr=True).status("optimize") as status:
+    with stderr().status("optimize") as status:
         result = run(
             source,
             calibration,
@@ -71,7 +70,7 @@ def optimize(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
         return
-    console = Console(width=None if Console().is_terminal else 170, highlight=False)
+    console = stdout(170)
     console.print(table(result))
     chosen = result.plan.chosen
     console.print(f"chosen: {chosen}" if chosen else "no candidate passed; auto stays as it was")

@@ -191,9 +191,8 @@ def quantize(
 
     The default is full int8 on OpenVINO: every weighted product in integers.
     """
-    from rich.console import Console
-
     from memopt.bundle import open_bundle
+    from memopt.commands.console import stderr
     from memopt.errors import ConfigurationError
     from memopt.quantization import quantize as library
     from memopt.quantization.arrow_method import quantize_arrow
@@ -236,7 +235,7 @@ def quantize(
         max_perplexity_increase=max_perplexity_increase,
     )
     result: Result | ArrowResult
-    with Console(stderr=True).status("quantizing") as status:
+    with stderr().status("quantizing") as status:
         if chosen.method == "arrow":
             if search or report:
                 raise ConfigurationError(
@@ -281,12 +280,12 @@ def _alpha(text: str | None) -> str | float | None:
 
 
 def _print(result: Result | ArrowResult) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from memopt.commands.console import stdout
     from memopt.quantization.arrow_method import ArrowResult
 
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console = stdout(120)
     if isinstance(result, ArrowResult):
         name, passed, where = result.file, result.passed, "weights"
     else:

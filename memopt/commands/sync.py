@@ -372,7 +372,6 @@ def _progress(what: str) -> Any:
 
     @contextmanager
     def bar() -> Iterator[Callable[[int, int], None]]:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -381,7 +380,9 @@ def _progress(what: str) -> Any:
             TransferSpeedColumn,
         )
 
-        console = Console(stderr=True)
+        from memopt.commands.console import stderr
+
+        console = stderr()
         columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(what, total=None)
@@ -396,10 +397,11 @@ def _table(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _rows(header: tuple[str, ...] | None, rows: list[tuple[Any, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    from memopt.commands.console import stdout
+
+    console = stdout(160)
     columns = header or ("",) * len(rows[0])
     table = Table(*columns, show_header=header is not None)
     for row in rows:
