@@ -152,11 +152,11 @@ def _split_shape(reshape: Any) -> tuple[int, int]:
         values = [constant(v) for v in concat.inputs] if concat is not None else []
         parts = [None if a is None else int(a.item()) for a in values]
     if len(parts) == 4 and width is not None and isinstance(width[-1], int):
-        heads, size = parts[2:]
-        if size is not None and size > 0:
-            return width[-1] // size, size
-        if heads is not None and heads > 0:
-            return heads, width[-1] // heads
+        count, per_head = parts[2:]
+        if per_head is not None and per_head > 0:
+            return width[-1] // per_head, per_head
+        if count is not None and count > 0:
+            return count, width[-1] // count
     raise NoMatch("the number of heads is not fixed in the graph")
 
 
@@ -347,11 +347,12 @@ class AttentionFusion:
         names = [weight_name(layer) for layer in layers]
         parent = shared_parent(names) or names[0].rsplit(".", 1)[0]
         before = found.output.producer()
-        weights = [constant(layer.weight) for layer in layers]
+        weights = [np.asarray(constant(layer.weight)) for layer in layers]
         biases = [
-            np.zeros(w.shape[1], w.dtype) if layer.bias is None else constant(layer.bias)
+            np.zeros(w.shape[1], w.dtype)
+            if layer.bias is None
+            else np.asarray(constant(layer.bias))
             for layer, w in zip(layers, weights, strict=True)
-            if w is not None
         ]
         weight = add_initializer(graph, f"{parent}.qkv.weight", np.concatenate(weights, axis=1))
         bias = add_initializer(graph, f"{parent}.qkv.bias", np.concatenate(biases))
