@@ -91,7 +91,7 @@ def run(*, rounds: int, seed: int, folder: Path, show: bool = False) -> Result:
     }
 
     def choose(number: int) -> Fault:
-        if number % 2 or chance.random() < 0.5:  # odd connections are the probes
+        if chance.random() < 0.4:
             return Fault()
         size = int(10 ** chance.uniform(1.5, 5))
         (kind,) = chance.choices(KINDS, WEIGHTS)

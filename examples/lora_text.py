@@ -47,9 +47,17 @@ def base_model(steps: int = 200) -> Any:
     """Train the base model on the English text."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=256, bos_token_id=0, eos_token_id=0, n_positions=CONTEXT, n_embd=96, n_layer=2, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        n_positions=CONTEXT,
+        n_embd=96,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(config)
     _train(model, english(), steps, seed=0, rate=2e-3)
     return model

@@ -232,8 +232,17 @@ class SyncClient:
         *,
         weights: list[float] | None = None,
         settings: dict[str, Any] | None = None,
+        codec: str = "int8",
     ) -> dict[str, Any]:
-        """Have the server average ``inputs`` into ``adapter`` (role admin)."""
+        """Have the server average ``inputs`` into ``adapter`` (role admin).
+
+        Args:
+            adapter: the adapter the result is a version of.
+            inputs: the adapters to average, their newest versions.
+            weights: sample counts, equal by default.
+            settings: fields of :class:`memopt.federation.aggregate.AggregateSettings`.
+            codec: how the result is sent to those who pull it.
+        """
         return self._link.act(
             "aggregate",
             {
@@ -241,6 +250,7 @@ class SyncClient:
                 "inputs": inputs,
                 "weights": weights,
                 "settings": settings or {},
+                "codec": codec,
             },
         )
 

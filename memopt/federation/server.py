@@ -81,7 +81,6 @@ class Channel:
             raise SyncFailure("out-of-order", f"message kind {frame.kind} is not expected here")
         return frame
 
-
     def drain(self, most: int) -> None:
         """Read and drop what the peer still sends, until it ends its side."""
         with contextlib.suppress(StopIteration):

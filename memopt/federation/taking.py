@@ -176,9 +176,11 @@ def aggregate_version(
 ) -> dict[str, Any]:
     """Average the newest versions of several adapters into one, signed by the server's key."""
     from memopt.federation.aggregate import AggregateSettings, aggregate
-    from memopt.federation.delta import full_payload
+    from memopt.federation.delta import CODEC_NAMES, DeltaSettings, compute_delta
 
-    check_keys("aggregate", request, ("adapter", "inputs", "weights", "settings"))
+    check_keys("aggregate", request, ("adapter", "inputs", "weights", "settings", "codec"))
+    if request["codec"] not in CODEC_NAMES[:-1]:
+        raise SyncFailure("unknown-codec", "the codec of the aggregate is unknown")
     if server.key is None:
         raise SyncFailure(
             "forbidden",
@@ -200,11 +202,14 @@ def aggregate_version(
     result = aggregate(clients, request["weights"], settings)
     with server.store.locked(adapter):
         head = server.store.head(adapter)
-        delta = full_payload(result.weights)
+        # Made anew from all clients each time: what this delta leaves out is in the next one.
+        held = server.store.weights(adapter, head.sequence)
+        chosen = DeltaSettings(codec=request["codec"], delta_threshold=0)
+        delta = compute_delta(held, result.weights, chosen)
         manifest = Manifest(
             adapter=adapter,
             node=server.node,
-            kind="full",
+            kind=delta.kind,
             sequence=head.sequence + 1,
             base_hash=head.weights_hash if head.sequence else NO_HASH,
             new_hash=delta.new_hash,

@@ -225,7 +225,7 @@ PULL = {"operation": "pull", "adapter": "lora", "sequence": 0, "weights_hash": "
 @pytest.mark.parametrize(
     ("messages", "code"),
     [
-        ([b""], "corrupt"),
+        ([b""], "malformed"),
         ([b"\0" * 40], "corrupt"),
         ([HELLO[:-1]], "corrupt"),
         ([b"MSY\2" + HELLO[4:]], "corrupt"),
@@ -351,7 +351,10 @@ def test_server_side_aggregation_is_signed_by_the_server(fleet, plain, tmp_path:
     answer = client.aggregate("global", ["alice", "carol"], weights=[1, 3])
     assert answer["sequence"] == 1
     assert 0 < answer["error"] < 1
-    pulled = client.pull(fleet.manager(tmp_path / "b", "global"), trust=fleet.trust)
+    receiver = fleet.manager(tmp_path / "b", "global")
+    pulled = client.pull(receiver, trust=fleet.trust)
     assert set(pulled.weights) == set(lora())
+    client.aggregate("global", ["alice", "carol"], weights=[2, 3], codec="int8")
+    assert client.pull(receiver, trust=fleet.trust).kind == "delta"
     with pytest.raises(SyncFailure, match="unknown setting"):
         client.aggregate("global", ["alice"], settings={"methd": "product"})
