@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = (".parquet", ".npy", ".jsonl")
 # Inputs per part: a few seconds of work on a small CPU is what a kill may cost.
-PART = {"text": 2048, "image": 128, "audio": 32}
+PART = {"text": 1024, "image": 128, "audio": 32}
 _STATE = "state.json"
 
 
