@@ -225,7 +225,7 @@ PULL = {"operation": "pull", "adapter": "lora", "sequence": 0, "weights_hash": "
 @pytest.mark.parametrize(
     ("messages", "code"),
     [
-        ([b""], "malformed"),
+        ([b""], "unavailable"),
         ([b"\0" * 40], "corrupt"),
         ([HELLO[:-1]], "corrupt"),
         ([b"MSY\2" + HELLO[4:]], "corrupt"),
