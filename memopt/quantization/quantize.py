@@ -296,7 +296,10 @@ def make_context(
     vocabulary = bundle.config().get("vocab_size")
     wanted = recipe.range_probes and recipe.method == "static"
     if wanted and bundle.manifest.modality == "text" and isinstance(vocabulary, int):
-        probes = token_probes(vocabulary, next(iter(start())), seed=samples.seed)
+        longest = samples.max_length or bundle.manifest.max_length or 128
+        probes = token_probes(
+            vocabulary, next(iter(start())), limit=min(longest, 128), seed=samples.seed
+        )
     return Context(
         bundle=bundle,
         base=base,
@@ -321,11 +324,20 @@ def write_graph(made: Quantized, format: str, folder: Path, stem: str) -> list[P
     if format == "openvino":
         ov = require("openvino", extra="openvino", why="write OpenVINO graphs")
         path = folder / f"{stem}.xml"
+        _number_nodes(made.model)
         ov.save_model(made.model, str(path), compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
     path = folder / f"{stem}.onnx"
     path.write_bytes(made.model.SerializeToString(deterministic=True))
     return [path]
+
+
+def _number_nodes(model: Any) -> None:
+    """Replace names that OpenVINO made from a process-wide counter by ones of this graph alone."""
+    for number, node in enumerate(model.get_ordered_ops()):
+        kind, _, counter = node.get_friendly_name().rpartition("_")
+        if counter.isdigit() and kind == node.get_type_name():
+            node.set_friendly_name(f"{kind}_n{number}")
 
 
 def size_of(bundle: Bundle, variant: Variant) -> int:

@@ -198,7 +198,9 @@ def valid_rows(values: NDArray[Any], feed: Feed) -> Array:
     return flat
 
 
-def token_probes(vocabulary: int, template: Feed, *, count: int = 192, seed: int = 0) -> list[Feed]:
+def token_probes(
+    vocabulary: int, template: Feed, *, limit: int = 128, count: int = 192, seed: int = 0
+) -> list[Feed]:
     """Return inputs of random and repeated tokens, up to 128 of them, for activation ranges.
 
     Real inputs of one kind leave most outlier channels untouched: on MiniLM a quantizer whose
@@ -207,6 +209,8 @@ def token_probes(vocabulary: int, template: Feed, *, count: int = 192, seed: int
     Args:
         vocabulary: number of token ids.
         template: a real input; its first and last token (such as [CLS], [SEP]) frame each probe.
+        limit: tokens at most, both of those included.
+        count: how many.
     """
     generator = np.random.default_rng(seed)
     lengths = (1, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 126)
@@ -215,7 +219,8 @@ def token_probes(vocabulary: int, template: Feed, *, count: int = 192, seed: int
         real = real[template["attention_mask"][0].astype(bool)]
     feeds: list[Feed] = []
     for number in range(count):
-        middle = generator.integers(0, vocabulary, int(generator.choice(lengths)))
+        length = min(int(generator.choice(lengths)), max(limit - 2, 1))
+        middle = generator.integers(0, vocabulary, length)
         if number % 4 == 3:
             middle[:] = middle[0]
         ids = np.concatenate([real[:1], middle, real[-1:]])[None].astype(np.int64)

@@ -1,4 +1,4 @@
-"""A small causal language model trained on this repository's own text, once and cached."""
+"""Perplexity of a small language model, trained here on the repository's own text, once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+
+import pytest
+
+from memopt.bundle import open_bundle
+from memopt.quantization.quantize import Samples, quantize
+from memopt.quantization.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 # Steps and sizes: some 15 s on two cores, far enough down the loss curve that the weights have
@@ -96,3 +102,47 @@ def language_bundle(home: Path) -> tuple[Path, Path]:
         building.rename(folder)
         shutil.rmtree(source)
     return folder, held
+
+
+@pytest.fixture(scope="module")
+def perplexities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Perplexity by name: float, int8, and int4 and int2 by rounding and by GPTQ."""
+    trained, texts = language_bundle(ROOT / ".cache" / "tests")
+    folder = tmp_path_factory.mktemp("language") / "model"
+    shutil.copytree(trained, folder)
+    bundle = open_bundle(folder)
+    samples = Samples(calibration=texts, samples=100, validation_samples=100)
+    found: dict[str, float] = {}
+    for weights, algorithm in (
+        ("int8", "rtn"),
+        ("int4", "rtn"),
+        ("int4", "gptq"),
+        ("int2", "rtn"),
+        ("int2", "gptq"),
+    ):
+        recipe = Recipe(
+            method="weight-only", weight_type=weights, algorithm=algorithm, group_size=32
+        )
+        proof = quantize(bundle, samples, recipe, keep_failing=True).validation
+        assert proof.perplexity is not None
+        assert proof.perplexity_float is not None
+        found["float"] = proof.perplexity_float
+        found[f"{weights} {algorithm}"] = proof.perplexity
+    assert not open_bundle(folder).variant("onnx-int2-weight-only").passed
+    return found
+
+
+def test_the_model_learned_something(perplexities: dict[str, float]) -> None:
+    """The float model is far better than guessing among 512 tokens."""
+    assert perplexities["float"] < 100
+
+
+def test_int8_costs_less_than_one_percent(perplexities: dict[str, float]) -> None:
+    """int8 weights raise perplexity by less than 1 %."""
+    assert perplexities["int8 rtn"] < 1.01 * perplexities["float"]
+
+
+@pytest.mark.parametrize("weights", ["int4", "int2"])
+def test_gptq_beats_rounding(perplexities: dict[str, float], weights: str) -> None:
+    """GPTQ loses less than rounding to nearest at four and at two bits."""
+    assert perplexities[f"{weights} gptq"] < perplexities[f"{weights} rtn"]
