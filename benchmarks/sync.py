@@ -50,6 +50,7 @@ class Line:
 
     codec: str
     sent: int = 0
+    packed: int = 0  # what sending everything with zstd would have cost
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -83,6 +84,7 @@ def training_rounds(
             line.errors.append(report.error)
             held = server.store.weights("lora", report.sequence)
             assert weights_hash(held) == weights_hash(managers[node].weights())
+            line.packed += len(full_payload(held).payload)
             lora_text.load_adapter(model, held)
             line.losses.append(lora_text.loss(model, text))
     return line
@@ -104,7 +106,6 @@ def part_one(console: Console, rounds: int, steps: int) -> bool:
     model = lora_text.with_adapter(lora_text.base_model())
     start = lora_text.adapter(model)
     size = fp32_bytes(start) * rounds
-    packed = len(full_payload(start).payload) * rounds
     before = lora_text.loss(model, lora_text.python_source())
     plain = plain_training(model, start, rounds, steps)
     lines = [training_rounds(c, model, start, rounds, steps) for c in (*CODECS, "int8+skip")]
@@ -123,7 +124,7 @@ def part_one(console: Console, rounds: int, steps: int) -> bool:
             line.codec,
             f"{line.sent:,}",
             f"{1 - line.sent / size:.1%}",
-            f"{1 - line.sent / packed:.1%}",
+            f"{1 - line.sent / line.packed:.1%}",
             f"{line.skipped}/{line.tensors}",
             f"{np.median(line.errors):.1e}",
             f"{line.losses[-1]:.4f}",

@@ -62,7 +62,7 @@ def test_what_must_not_reach_grpc_is_stopped(data: bytes, words: str) -> None:
     with pytest.raises(SyncFailure, match=words):
         StreamGuard(1000).feed(data)
     guard = StreamGuard(1000)
-    with pytest.raises(SyncFailure, match=words):
+    with pytest.raises(SyncFailure, match=words):  # noqa: PT012
         for byte in data:
             guard.feed(bytes([byte]))
 

@@ -253,7 +253,7 @@ def test_malformed_messages_are_refused_and_the_server_stays(plain, messages, co
 
 def test_other_commands_actions_and_tickets_are_refused(plain) -> None:
     """Unknown commands, actions and tickets are refused in the same typed way."""
-    assert exchange(plain.port, HELLO, command=b"other").code == "malformed"
+    assert exchange(plain.port, HELLO, command=b"other").code == "corrupt"
     with flight.FlightClient(("127.0.0.1", plain.port)) as client:
         for action in (
             flight.Action("format-disk", b"{}"),
