@@ -41,12 +41,16 @@ def minilm() -> Bundle:
         from memopt.weights.convert import convert
 
         shutil.rmtree(home, ignore_errors=True)
-        building = home / "building"
+        # Two test runs at once each build their own; the last one to finish is kept.
+        building = home / f"building-{os.getpid()}"
         bundle = convert(MINILM, building)
         export(bundle, format="onnx")
         export(open_bundle(building), format="openvino")
         export(open_bundle(building), format="openvino", precision="bf16")
-        building.rename(folder)
+        if (folder / MANIFEST).is_file():
+            shutil.rmtree(building)
+        else:
+            building.rename(folder)
     return open_bundle(folder)
 
 
@@ -54,7 +58,7 @@ def minilm() -> Bundle:
 def minilm_copy(minilm: Bundle, tmp_path: Path) -> Bundle:
     """A private copy of the MiniLM bundle that a test may change."""
     folder = tmp_path / "minilm"
-    shutil.copytree(minilm.path, folder)
+    shutil.copytree(minilm.path, folder, ignore=shutil.ignore_patterns(".ort-cache"))
     return open_bundle(folder)
 
 

@@ -23,6 +23,7 @@ from memopt.quantization.recipe import Recipe
 from memopt.quantization.validate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, missing
+from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
 
 Step = Callable[[str], None]
@@ -32,6 +33,7 @@ BUILD_SHARE = 0.7
 # Speeds closer than this are the same on a noisy machine: the better answers win then.
 SAME_SPEED = 1.03
 VALIDATION_SAMPLES = 512
+TUNING_SAMPLES = 256
 # The float graphs that quantization starts from and that quality is measured against.
 BASES = (("onnx", "fp32", "onnx-fp32"), ("openvino", "fp32", "openvino-fp32"))
 
@@ -165,6 +167,14 @@ def optimize(
         seconds=time.monotonic() - begin,
     )
     _record(result)
+    if chosen is not None:
+        say("choose the number of streams")
+        tune_streams(
+            open_bundle(bundle.path),
+            held_out.items[:TUNING_SAMPLES],
+            device=canonical(chosen.device),
+            variant=chosen.name,
+        )
     return result
 
 
