@@ -207,7 +207,7 @@ class SyncServer:
         channel = Channel(reader, writer, self.limits)
         try:
             if command != protocol.COMMAND:
-                # Flight's descriptor is outside our checksum: on a plain wire this is a flipped bit.
+                # Flight's descriptor is outside our checksum: on a plain wire, a flipped bit.
                 raise SyncFailure("corrupt", "the exchange is not for memopt-sync")
             if not self._streams.acquire(blocking=False):
                 raise SyncFailure("busy", f"{self.limits.streams} transfers are running")
