@@ -266,9 +266,8 @@ def _explain(
             fixes.append(nearest(location[-1], _known(location[:-1])))
         else:
             lines.append(f"{where}: {key} is {item['input']!r}")
-            fixes.append(
-                f"allowed: {item['msg'].removeprefix('Value error, ').removeprefix('Input should be ')}"
-            )
+            allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            fixes.append(f"allowed: {allowed}")
     fix = "; ".join(dict.fromkeys(fixes))
     return ConfigurationError("; ".join(lines), fix=fix)
 
