@@ -3,7 +3,7 @@
 PSS counts a page shared by n processes as 1/n, so the sum is what the machine really spends. Run
 with and without the graph cache: with it the weights are mapped, and shared.
 
-    python benchmarks/memory.py --bundle minilm
+    python benchmarks/rss.py --bundle minilm
 """
 
 from __future__ import annotations
