@@ -70,7 +70,11 @@ class AudioFrontEnd:
         return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
 
     def prepare(
-        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+        self,
+        items: Sequence[Any],
+        batch_size: int | None,
+        tokens: int = TOKENS_ON_CPU,
+        step: int = 1,
     ) -> list[Batch]:
         """Decode, resample and transform one chunk."""
         waves, broken = [], {}

@@ -72,6 +72,7 @@ class Backend(Protocol):
     dimension: int | None
     streams: int
     tokens: int  # per batch: what keeps this backend busy at the best speed
+    step: int  # the width of a single short text is rounded up to a multiple of this
 
     def run(self, feed: Feed) -> Rows: ...
 

@@ -40,7 +40,11 @@ class FrontEnd(Protocol):
         """Return the positions of the items, in the chunks they are prepared in."""
 
     def prepare(
-        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+        self,
+        items: Sequence[Any],
+        batch_size: int | None,
+        tokens: int = TOKENS_ON_CPU,
+        step: int = 1,
     ) -> list[Batch]:
         """Turn one chunk into batches of ``batch_size``, or of at most ``tokens`` tokens.
 
@@ -131,7 +135,7 @@ def prepared_batches(
     front: FrontEnd,
     items: Sequence[Any],
     chunks: list[NDArray[np.intp]],
-    cut: tuple[int | None, int],
+    cut: tuple[int | None, int, int],
     failures: dict[int, str],
     fail: bool,
 ) -> Iterator[tuple[NDArray[np.intp], Feed]]:
@@ -153,7 +157,7 @@ def prepare_chunk(
     front: FrontEnd,
     taken: Sequence[Any],
     positions: NDArray[np.intp] | None,
-    cut: tuple[int | None, int],
+    cut: tuple[int | None, int, int],
     failures: dict[int, str],
     fail: bool,
 ) -> list[Batch]:

@@ -323,7 +323,8 @@ class ArrowEngine:
         show_progress: bool,
         fail: bool,
     ) -> None:
-        cut = (batch_size, self._chain.backend.tokens)
+        backend = self._chain.backend
+        cut = (batch_size, backend.tokens, backend.step)
         if len(items) == 1 and not failures:
             # The shortest way for the commonest request: no sorting, no threads.
             for batch in prepare_chunk(front, items, None, cut, failures, fail):

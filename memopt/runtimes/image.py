@@ -88,7 +88,11 @@ class ImageFrontEnd:
         return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
 
     def prepare(
-        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+        self,
+        items: Sequence[Any],
+        batch_size: int | None,
+        tokens: int = TOKENS_ON_CPU,
+        step: int = 1,
     ) -> list[Batch]:
         """Decode and transform one chunk."""
         pixels, broken = [], {}

@@ -108,6 +108,7 @@ class OnnxBackend:
         self._threads = settings.threads or usable_cpus()
         self.streams = settings.streams or 1
         self.tokens = TOKENS_ON_GPU if candidate.provider != "cpu" else TOKENS_ON_CPU
+        self.step = 1
         self._path = bundle.file(variant)
         if not self._path.is_file():
             raise DeviceError(f"{self._path} is missing", fix=f"run: memopt export {bundle.path}")

@@ -41,6 +41,7 @@ class FakeBackend:
         self.dimension: int | None = dimension
         self.streams = streams
         self.tokens = TOKENS_ON_CPU
+        self.step = 1
         self.runs = 0
         self._fail = fail
         self._lock = threading.Lock()
@@ -89,7 +90,11 @@ class FakeFrontEnd:
         return [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
 
     def prepare(
-        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+        self,
+        items: Sequence[Any],
+        batch_size: int | None,
+        tokens: int = TOKENS_ON_CPU,
+        step: int = 1,
     ) -> list[Batch]:
         """Hash every item."""
         digests = np.array(

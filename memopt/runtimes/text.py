@@ -22,6 +22,8 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-robert
 # Texts tokenized at once: enough for the tokenizer's own threads, small enough that the first batch
 # starts early and the next chunk is tokenized while this one runs.
 CHUNK = 512
+# Longer texts already have few widths; every model has positions for this many tokens.
+LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
 
 
@@ -76,13 +78,20 @@ class TextFrontEnd:
         return [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
 
     def prepare(
-        self, items: Sequence[Any], batch_size: int | None, tokens: int = TOKENS_ON_CPU
+        self,
+        items: Sequence[Any],
+        batch_size: int | None,
+        tokens: int = TOKENS_ON_CPU,
+        step: int = 1,
     ) -> list[Batch]:
         """Tokenize one chunk and cut it into batches of similar length."""
         encodings = self._tokenizer.encode_batch_fast(list(items))
         if len(encodings) == 1:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
-            width = bucket(len(encodings[0]), self.max_length)
+            length = len(encodings[0])
+            if length <= LONGEST_ROUNDED:
+                length = min(-(-length // step) * step, self.max_length or LONGEST_ROUNDED)
+            width = bucket(length, self.max_length)
             return [Batch(_FIRST, self._feed(encodings, width))]
         lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
         return [

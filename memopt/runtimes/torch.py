@@ -65,6 +65,7 @@ class TorchBackend:
         self._manifest = bundle.manifest
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
+        self.step = 1
         torch.set_num_threads(self._threads)
         self._model: Any = _load(bundle)
         self.inputs = _inputs(self._model.config, bundle.manifest)

@@ -153,7 +153,7 @@ class Failing:
     def __init__(self, real: Backend, first: int, error: Exception) -> None:
         self.real, self.first, self.error, self.runs = real, first, error, 0
         self.inputs, self.dimension = real.inputs, real.dimension
-        self.streams, self.tokens = real.streams, real.tokens
+        self.streams, self.tokens, self.step = real.streams, real.tokens, real.step
         self.pool = Streams(1, "failing")
 
     def run(self, feed: Feed) -> Rows:
