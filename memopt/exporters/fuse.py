@@ -35,6 +35,7 @@ from memopt.exporters.fuse_norm import (
     fuse_skip_layer_norm,
 )
 from memopt.exporters.fuse_probe import Probe
+from memopt.exporters.onnx import EXTERNAL_DATA_BYTES, weight_bytes
 from memopt.extras import require
 
 if TYPE_CHECKING:
@@ -141,7 +142,9 @@ def fuse(
     common.RemoveUnusedOpsetsPass()(target)
     fused = ir.to_proto(target)
     try:
-        onnx.checker.check_model(fused)
+        # protobuf hands no more than 2 GiB to the checker; a larger graph is checked once on disk.
+        if weight_bytes(fused) <= EXTERNAL_DATA_BYTES:
+            onnx.checker.check_model(fused)
     except onnx.checker.ValidationError as error:
         raise ExportError(
             f"the fused graph is not valid: {str(error).splitlines()[0]}",

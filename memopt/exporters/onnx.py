@@ -27,6 +27,8 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 24)  # what torch's dynamo exporter writes
 # protobuf refuses messages past 2 GiB; the rest of the graph needs room too.
 EXTERNAL_DATA_BYTES = 1_900_000_000
+INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can see them
+PAGE = 4096
 
 
 def to_onnx(
@@ -98,13 +100,10 @@ def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> 
     onnx = require("onnx", extra="export", why="write an ONNX graph")
     target.parent.mkdir(parents=True, exist_ok=True)
     companions: tuple[str, ...] = ()
-    if model.ByteSize() > limit:
+    if weight_bytes(model) > limit:
         companions = (f"{target.name}.data",)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        onnx.save_model(
-            copy, target, save_as_external_data=True, location=companions[0], size_threshold=1024
-        )
+        light = _with_weights_beside(model, target.with_name(companions[0]), onnx)
+        target.write_bytes(light.SerializeToString(deterministic=True))
     else:
         target.write_bytes(model.SerializeToString(deterministic=True))
     try:
@@ -112,6 +111,54 @@ def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> 
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the ONNX checker refuses {target.name}: {_reason(error)}") from error
     return companions
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the size of a model's constants; protobuf cannot measure a message past 2 GiB."""
+    return sum(_tensor_bytes(tensor) for tensor in model.graph.initializer)
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    return len(tensor.raw_data) or tensor.ByteSize()
+
+
+def _with_weights_beside(model: Any, data: Path, onnx: Any) -> Any:
+    """Write the large constants to ``data`` and return a copy of the model that points there.
+
+    protobuf neither copies nor serialises more than 2 GiB, so the copy is made without them.
+    """
+    light = onnx.ModelProto()
+    for field, value in model.ListFields():
+        if field.name != "graph":
+            _copy_field(light, field, value)
+    for field, value in model.graph.ListFields():
+        if field.name != "initializer":
+            _copy_field(light.graph, field, value)
+    with data.open("wb") as file:
+        for tensor in model.graph.initializer:
+            made = light.graph.initializer.add()
+            if len(tensor.raw_data) < INLINE_BYTES:
+                made.CopyFrom(tensor)
+                continue
+            # Whole pages, so that a runtime can map a weight instead of reading it.
+            file.write(bytes(-file.tell() % PAGE))
+            place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
+            file.write(tensor.raw_data)
+            made.name, made.data_type = tensor.name, tensor.data_type
+            made.dims.extend(tensor.dims)
+            made.data_location = onnx.TensorProto.EXTERNAL
+            for key, entry in place.items():
+                made.external_data.add(key=key, value=str(entry))
+    return light
+
+
+def _copy_field(target: Any, field: Any, value: Any) -> None:
+    if field.is_repeated:
+        getattr(target, field.name).extend(value)
+    elif field.message_type is not None:
+        getattr(target, field.name).CopyFrom(value)
+    else:
+        setattr(target, field.name, value)
 
 
 def runner(path: Path, outputs: tuple[str, ...]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from memopt.errors import ExportError
 from memopt.extras import require
+from memopt.runtimes.openvino_file import save_openvino
 
 
 def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
@@ -28,10 +29,10 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         model = openvino.convert_model(source)
-    except (RuntimeError, openvino.frontend.GeneralFailure) as error:
+    except Exception as error:  # noqa: BLE001 - the converter raises Exception's own children
         line = (str(error).strip().splitlines() or ["no message"])[-1]
         raise ExportError(f"OpenVINO cannot read the graph: {line[:300]}") from error
-    openvino.save_model(model, target, compress_to_fp16=half)
+    save_openvino(model, target, half=half)
     return (target.with_suffix(".bin").name,)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import BundleError, ConfigurationError, QuantizationError, WeightsError
-from memopt.extras import require
 from memopt.files import publish, staged_directory
 from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split
 from memopt.quantization.graph_runner import feeds, open_graph
@@ -22,6 +21,7 @@ from memopt.quantization.static import Context, Layer, Make, Quantized
 from memopt.quantization.statistics import token_probes
 from memopt.quantization.validate import MIN_COSINE, Gate, PrecisionValidator, Validation
 from memopt.registry import Entry
+from memopt.runtimes.openvino_file import save_openvino
 
 if TYPE_CHECKING:
     from memopt.quantization.search import Tradeoff
@@ -322,22 +322,12 @@ def file_stem(recipe: Recipe) -> str:
 def write_graph(made: Quantized, format: str, folder: Path, stem: str) -> list[Path]:
     """Write a graph; return its files, the graph first. The same graph gives the same bytes."""
     if format == "openvino":
-        ov = require("openvino", extra="openvino", why="write OpenVINO graphs")
         path = folder / f"{stem}.xml"
-        _number_nodes(made.model)
-        ov.save_model(made.model, str(path), compress_to_fp16=False)
+        save_openvino(made.model, path)
         return [path, path.with_suffix(".bin")]
     path = folder / f"{stem}.onnx"
     path.write_bytes(made.model.SerializeToString(deterministic=True))
     return [path]
-
-
-def _number_nodes(model: Any) -> None:
-    """Replace names that OpenVINO made from a process-wide counter by ones of this graph alone."""
-    for number, node in enumerate(model.get_ordered_ops()):
-        kind, _, counter = node.get_friendly_name().rpartition("_")
-        if counter.isdigit() and kind == node.get_type_name():
-            node.set_friendly_name(f"{kind}_n{number}")
 
 
 def size_of(bundle: Bundle, variant: Variant) -> int:
