@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from memopt.config import QuantizationSection
     from memopt.quantization.arrow_method import ArrowResult
     from memopt.quantization.quantize import Result
 
@@ -165,8 +166,9 @@ def quantize(
         ),
     ] = None,
     max_perplexity_increase: Annotated[
-        float, typer.Option(help="Gate of language models.", rich_help_panel=_PROOF)
-    ] = 0.15,
+        float | None,
+        typer.Option(help="Gate of language models [default: 0.15].", rich_help_panel=_PROOF),
+    ] = None,
     keep_failing: Annotated[
         bool,
         typer.Option(
@@ -193,6 +195,7 @@ def quantize(
     """
     from memopt.bundle import open_bundle
     from memopt.commands.console import stderr
+    from memopt.config import load_config
     from memopt.errors import ConfigurationError
     from memopt.quantization import quantize as library
     from memopt.quantization.arrow_method import quantize_arrow
@@ -218,7 +221,8 @@ def quantize(
         "keep_float": keep_float or None,
         "max_drop": max_drop,
     }
-    base = load_recipe(recipe) if recipe else Recipe()
+    settings = load_config().quantization
+    base = load_recipe(recipe) if recipe else Recipe.from_dict(_recipe_fields(settings))
     changed = {key: value for key, value in given.items() if value is not None}
     chosen = Recipe.from_dict({**base.to_dict(), **changed})
     data = library.Samples(
@@ -230,9 +234,13 @@ def quantize(
         max_length=max_length,
         column=column,
     )
+    if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
+        min_cosine = settings.cosine_threshold
     gate = Gate(
         min_cosine=library.least_cosine(chosen) if min_cosine is None else min_cosine,
-        max_perplexity_increase=max_perplexity_increase,
+        max_perplexity_increase=(
+            settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
+        ),
     )
     result: Result | ArrowResult
     with stderr().status("quantizing") as status:
@@ -270,6 +278,29 @@ def quantize(
     _print(result)
     if report:
         typer.echo(f"wrote {report}")
+
+
+def _recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
+    """Return what the settings say of a recipe; what they leave out stays the recipe's own."""
+    from memopt.errors import ConfigurationError
+
+    given = settings.model_fields_set
+    if not settings.enabled:
+        raise ConfigurationError(
+            "quantization.enabled is false", fix="set it to true, or give --recipe"
+        )
+    fields: dict[str, Any] = {}
+    if "quant_type" in given:
+        fields["weight_type"] = settings.quant_type
+    if "calibration_method" in given:
+        fields["ranges"] = settings.calibration_method
+    if "per_channel" in given:
+        fields["granularity"] = "per-channel" if settings.per_channel else "per-tensor"
+    if "symmetric" in given:
+        fields["symmetric"] = settings.symmetric
+    if "mixed_precision_layers" in given:
+        fields["keep_float"] = list(settings.mixed_precision_layers)
+    return fields
 
 
 def _alpha(text: str | None) -> str | float | None:
