@@ -1,0 +1,194 @@
+"""What comes in is checked before anything is stored: sizes, decodability, identity."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memopt.errors import InputError
+from memopt.extras import require
+from memopt.memory.filters import utc
+from memopt.memory.schema import MODALITIES, Content, NewMemory
+
+# A text longer than a book belongs in a file or in several memories; an encoder reads its start.
+MAX_TEXT_BYTES = 8 << 20
+# A row is held in memory several times over while it is written.
+MAX_MEDIA_BYTES = 64 << 20
+MAX_ID_BYTES = 512
+_ID_BYTES = 16
+_WAV_HEADER = 12
+# Streamed WAV files do not know their length when the header is written.
+_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+
+
+def check(memory: NewMemory, position: int) -> None:
+    """Refuse a memory that cannot be stored as it is.
+
+    Args:
+        position: its place in what was given, for the message.
+
+    Raises:
+        InputError: empty, too large, not Unicode, or an image or sound that does not decode.
+    """
+    name = f"memory {position}"
+    if not isinstance(memory, NewMemory):
+        raise InputError(f"{name} is {type(memory).__name__}, not a NewMemory")
+    check_content(memory.content, name)
+    for label, value, limit in (
+        ("memory_id", memory.memory_id, MAX_ID_BYTES),
+        ("category", memory.category, MAX_ID_BYTES),
+    ):
+        if value is not None and len(encoded(value, f"{name}: {label}")) > limit:
+            raise InputError(f"{name}: {label} is longer than {limit} bytes")
+    if memory.memory_id == "":
+        raise InputError(f"{name}: memory_id is empty", fix="leave it out to get a content hash")
+    for label, moment in (("timestamp", memory.timestamp), ("expires_at", memory.expires_at)):
+        if moment is not None and not isinstance(moment, datetime):
+            raise InputError(f"{name}: {label} is {type(moment).__name__}, not a datetime")
+
+
+def check_content(content: Content, name: str = "content") -> None:
+    """Refuse content that cannot be stored or embedded; see :func:`check`.
+
+    >>> check_content(Content(text="a red door"))
+    """
+    if not content.modalities:
+        raise InputError(f"{name} is empty", fix="give text, vision or audio")
+    if content.text is not None:
+        size = len(encoded(content.text, f"{name}: text"))
+        if size > MAX_TEXT_BYTES:
+            raise InputError(
+                f"{name}: text has {size / 1e6:.0f} MB, the limit is {MAX_TEXT_BYTES / 1e6:.0f} MB",
+                fix="split it into several memories",
+            )
+        if not content.text.strip() and len(content.modalities) == 1:
+            raise InputError(f"{name}: text is empty")
+    for modality, decode in (("vision", _decode_image), ("audio", _decode_sound)):
+        data = getattr(content, modality)
+        if data is None:
+            continue
+        if not isinstance(data, bytes):
+            raise InputError(f"{name}: {modality} is {type(data).__name__}, not bytes of a file")
+        if len(data) > MAX_MEDIA_BYTES:
+            raise InputError(
+                f"{name}: {modality} has {len(data) / 1e6:.0f} MB, "
+                f"the limit is {MAX_MEDIA_BYTES / 1e6:.0f} MB"
+            )
+        decode(data, f"{name}: {modality}")
+
+
+def encoded(text: object, name: str) -> bytes:
+    """Return UTF-8 bytes, or say that it is no Unicode text."""
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {type(text).__name__}, not a string")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not valid Unicode: {error.reason}") from error
+
+
+def redacted(memory: NewMemory, redact: Callable[[str], str] | None) -> NewMemory:
+    """Return the memory with its text passed through ``redact``."""
+    text = memory.content.text if isinstance(memory, NewMemory) else None
+    if redact is None or not isinstance(text, str):
+        return memory
+    return replace(memory, content=replace(memory.content, text=redact(text)))
+
+
+def content_id(content: Content, category: str, key: bytes = b"") -> str:
+    """Return the 32 hex digits that name this content in this category (BLAKE2b, RFC 7693).
+
+    Args:
+        key: keyed in an encrypted store, so that the id does not betray a guessed text.
+
+    >>> content_id(Content(text="a"), "") == content_id(Content(text="a"), "")
+    True
+    >>> content_id(Content(text="a"), "") == content_id(Content(audio=b"a"), "")
+    False
+    """
+    digest = hashlib.blake2b(digest_size=_ID_BYTES, key=key)
+    for name in ("category", *MODALITIES):
+        value = category if name == "category" else getattr(content, name)
+        if value is None:
+            continue
+        data = value.encode() if isinstance(value, str) else value
+        digest.update(f"{name}:{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def columns(
+    ids: Sequence[str], memories: Sequence[NewMemory], now: datetime, model_id: str
+) -> dict[str, Any]:
+    """Return the columns of new rows, for :func:`memopt.memory.rows.new_rows`."""
+    contents = [memory.content for memory in memories]
+    return {
+        "memory_id": list(ids),
+        "text": [content.text for content in contents],
+        "vision_data": [content.vision for content in contents],
+        "audio_data": [content.audio for content in contents],
+        "timestamp": [utc(m.timestamp) if m.timestamp else now for m in memories],
+        "category": [memory.category for memory in memories],
+        "expires_at": [utc(m.expires_at) if m.expires_at else None for m in memories],
+        "model_id": model_id,
+        "has_text": [content.text is not None for content in contents],
+        "has_vision": [content.vision is not None for content in contents],
+        "has_audio": [content.audio is not None for content in contents],
+    }
+
+
+def given_vectors(memories: Sequence[NewMemory], dim: int) -> NDArray[Any]:
+    """Stack the embeddings of memories that all have one.
+
+    Raises:
+        InputError: one of them has another shape than (dim,), naming it.
+    """
+    arrays = [np.asarray(memory.embedding) for memory in memories]
+    for at, array in enumerate(arrays):
+        if array.shape != (dim,):
+            raise InputError(
+                f"embedding {at} has shape {array.shape}, this store has ({dim},)",
+                fix="use the model the store was made with, or reembed the store",
+            )
+    return np.stack(arrays) if arrays else np.empty((0, dim), np.float32)
+
+
+def _decode_image(data: bytes, name: str) -> None:
+    image_module = require("PIL.Image", extra="media", why="check images before they are stored")
+    try:
+        with warnings.catch_warnings():
+            # A picture of more than 89 Mpx is refused, not only warned of.
+            warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            image_module.open(io.BytesIO(data)).load()
+    except Exception as error:
+        raise InputError(
+            f"{name} is no image that can be decoded ({error})", fix="give a whole .png or .jpg"
+        ) from error
+
+
+def _decode_sound(data: bytes, name: str) -> None:
+    soundfile = require("soundfile", extra="media", why="check sounds before they are stored")
+    try:
+        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    except Exception as error:
+        raise InputError(
+            f"{name} is no sound that can be decoded ({error})", fix="give a whole .wav"
+        ) from error
+    if not len(samples):
+        raise InputError(f"{name} holds no sample")
+    # libsndfile reads what is there of a cut file and does not complain.
+    if data[:4] == b"RIFF" and len(data) >= _WAV_HEADER:
+        (declared,) = struct.unpack_from("<I", data, 4)
+        if declared not in _UNKNOWN_SIZES and declared + 8 > len(data):
+            raise InputError(
+                f"{name} is cut short: {len(data)} of {declared + 8} bytes", fix="give a whole .wav"
+            )

@@ -1,0 +1,104 @@
+"""One writer at a time on a local store, over processes and threads; readers never wait."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memopt.errors import ConsolidationError
+
+LOCK_FILE = ".lock"
+# A commit takes milliseconds, compaction seconds; a minute of waiting is a stuck process.
+PATIENCE = 120.0
+_FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02
+
+
+class WriterLock:
+    """A re-entrant lock held by one thread of one process at a time.
+
+    The operating system gives the lock back when its holder dies, so a crash never leaves it
+    behind.
+
+    >>> import tempfile
+    >>> lock = WriterLock(Path(tempfile.mkdtemp()))
+    >>> with lock.held(), lock.held():
+    ...     pass
+    """
+
+    def __init__(self, folder: Path, patience: float = PATIENCE) -> None:
+        self._path = folder / LOCK_FILE
+        self._patience = patience
+        self._thread = threading.RLock()
+        self._depth = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock for the length of the block.
+
+        Raises:
+            ConsolidationError: another process kept the lock longer than ``patience`` seconds.
+        """
+        if not self._thread.acquire(timeout=self._patience):
+            raise self._stuck()
+        try:
+            if self._depth:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+                return
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._wait(descriptor)
+                self._depth = 1
+                try:
+                    yield
+                finally:
+                    self._depth = 0
+            finally:
+                os.close(descriptor)
+        finally:
+            self._thread.release()
+
+    def _wait(self, descriptor: int) -> None:
+        deadline, pause = time.monotonic() + self._patience, _FIRST_WAIT
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise self._stuck()
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST_WAIT)
+
+    def _stuck(self) -> ConsolidationError:
+        return ConsolidationError(
+            f"{self._path} has been held by another writer for {self._patience:.0f} s",
+            fix="end the process that hangs; its lock is freed with it",
+        )
+
+
+if sys.platform == "win32":
+
+    def _try_lock(descriptor: int) -> bool:
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+
+    def _try_lock(descriptor: int) -> bool:
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,139 @@
+"""``memory.json``: what a store is, beside its tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from memopt.errors import ConsolidationError
+from memopt.files import atomic_path
+from memopt.memory.schema import FORMAT_VERSION
+
+META_FILE = "memory.json"
+TABLES = ("memories", "edges", "access_log", "events")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """The contents of ``memory.json``.
+
+    Attributes:
+        model_id: what made the vectors; '' while nobody said.
+        key_id: the key the content is encrypted with; None in a plain store.
+        id_key: base64 of the encrypted random key of the content hashes; opening it proves the
+            key, and without it nobody can test a guessed text against the memory ids.
+    """
+
+    format: int = FORMAT_VERSION
+    dim: int
+    model_id: str = ""
+    created_at: str = ""
+    key_id: str | None = None
+    id_key: str | None = None
+
+
+class Place:
+    """Where a store lies: a local folder, or the URI of an object store.
+
+    >>> Place("notes").local
+    PosixPath('notes')
+    >>> Place("s3://bucket/notes").local is None
+    True
+    """
+
+    def __init__(self, path_or_uri: str | Path) -> None:
+        self.uri = str(path_or_uri)
+        if self.uri.startswith("file://"):
+            self.uri = self.uri.removeprefix("file://")
+        self.local = None if "://" in self.uri else Path(self.uri)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def read(self) -> Meta | None:
+        """Return the store's meta, None where there is no ``memory.json``.
+
+        Raises:
+            ConsolidationError: the file is damaged or of a newer format.
+        """
+        if self.local is not None:
+            file = self.local / META_FILE
+            return parse_meta(file.read_bytes(), self) if file.is_file() else None
+        from pyarrow import fs
+
+        system, path = fs.FileSystem.from_uri(f"{self.uri.rstrip('/')}/{META_FILE}")
+        if system.get_file_info(path).type != fs.FileType.File:
+            return None
+        with system.open_input_stream(path) as stream:
+            return parse_meta(stream.read(), self)
+
+    def write(self, meta: Meta) -> None:
+        """Write ``memory.json``, whole or not at all."""
+        text = json.dumps(asdict(meta), indent=2, sort_keys=True) + "\n"
+        if self.local is not None:
+            with atomic_path(self.local / META_FILE) as path:
+                path.write_text(text)
+            return
+        from pyarrow import fs
+
+        # An object appears in an object store when its upload is complete, never in part.
+        system, path = fs.FileSystem.from_uri(f"{self.uri.rstrip('/')}/{META_FILE}")
+        with system.open_output_stream(path) as stream:
+            stream.write(text.encode())
+
+    def check_free(self) -> None:
+        """Make the folder of a new store.
+
+        Raises:
+            ConsolidationError: the path is a file or a folder with something else in it.
+        """
+        if self.local is None:
+            return
+        if self.local.is_file():
+            raise ConsolidationError(
+                f"{self.local} is a file, not a memory store", fix="give a folder"
+            )
+        self.local.mkdir(parents=True, exist_ok=True)
+        ours = {f"{name}.lance" for name in TABLES}
+        # Our own tables without memory.json are a creation that was cut short: it is finished.
+        other = sorted(
+            entry.name
+            for entry in self.local.iterdir()
+            if entry.name not in ours and not entry.name.startswith(".")
+        )
+        if other:
+            raise ConsolidationError(
+                f"{self.local} is no memory store: it has no {META_FILE} and holds {other[0]!r}",
+                fix="give the folder of a store, or a new or empty folder to make one",
+            )
+
+
+def parse_meta(data: bytes, where: Any = META_FILE) -> Meta:
+    """Read the bytes of a ``memory.json``.
+
+    Raises:
+        ConsolidationError: it is damaged, or of a format this memopt does not know.
+
+    >>> parse_meta(b'{"format": 1, "dim": 8}').dim
+    8
+    """
+    try:
+        values = json.loads(data)
+        version = int(values["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConsolidationError(
+            f"{where}: {META_FILE} is damaged ({type(error).__name__}: {error})",
+            fix="restore it from a copy of the store",
+        ) from error
+    if version > FORMAT_VERSION:
+        raise ConsolidationError(
+            f"{where} has store format {version}, this memopt reads up to {FORMAT_VERSION}",
+            fix="upgrade memopt: pip install -U memopt",
+        )
+    unknown = sorted(set(values) - {item.name for item in fields(Meta)})
+    if unknown or type(values.get("dim")) is not int or values["dim"] < 1:
+        problem = f"unknown key {unknown[0]!r}" if unknown else f"dim {values.get('dim')!r}"
+        raise ConsolidationError(f"{where}: {META_FILE} is damaged ({problem})")
+    return Meta(**values)

@@ -1,0 +1,190 @@
+"""The content of a row in one cell: zstd-compressed when archived, encrypted when a key is set.
+
+A payload is four fields in the order text, vision_data, audio_data, summary, each a presence byte
+and, when present, a little-endian uint64 length and the bytes. ``codec`` of the row says what was
+done to it, innermost first: 'zstd', 'aesgcm:KEY_ID', 'zstd+aesgcm:KEY_ID'. A compressed payload
+starts with its own length as uint64.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import pyarrow as pa
+
+from memopt.errors import ConsolidationError, MemoptError
+
+CONTENT = ("text", "vision_data", "audio_data", "summary")
+ZSTD = "zstd"
+# Archived rows are written once and rarely read: a level where zstd still unpacks at full speed.
+_LEVEL = 12
+_LENGTH = struct.Struct("<Q")
+
+
+class Cipher(Protocol):
+    """Authenticated encryption of a cell; memopt.memory.keys has AES-256-GCM."""
+
+    @property
+    def key_id(self) -> str:
+        """A public name of the key that encrypts."""
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return ``data`` sealed; two calls give two different results."""
+
+    def decrypt(self, data: bytes) -> bytes:
+        """Return what was sealed; any exception when the key or the data is wrong."""
+
+
+def encode_fields(values: Sequence[bytes | None]) -> bytes:
+    r"""Join optional byte strings into one.
+
+    >>> decode_fields(encode_fields([b"a", None, b""]))
+    [b'a', None, b'']
+    """
+    parts: list[bytes] = []
+    for value in values:
+        if value is None:
+            parts.append(b"\0")
+        else:
+            parts += [b"\1", _LENGTH.pack(len(value)), value]
+    return b"".join(parts)
+
+
+def decode_fields(data: bytes) -> list[bytes | None]:
+    """Split what :func:`encode_fields` joined.
+
+    Raises:
+        ConsolidationError: the bytes are cut short or are no payload.
+    """
+    values: list[bytes | None] = []
+    at = 0
+    while at < len(data):
+        if data[at] == 0:
+            values.append(None)
+            at += 1
+            continue
+        start = at + 1 + _LENGTH.size
+        if data[at] != 1 or start > len(data):
+            raise ConsolidationError("a packed memory is damaged: bad field mark")
+        (length,) = _LENGTH.unpack_from(data, at + 1)
+        at = start + length
+        if at > len(data):
+            raise ConsolidationError("a packed memory is damaged: it is cut short")
+        values.append(data[start:at])
+    return values
+
+
+def codec_name(*, compress: bool, cipher: Cipher | None) -> str:
+    """Return the ``codec`` of a row; '' when its content stays in the plain columns."""
+    names = ([ZSTD] if compress else []) + ([f"aesgcm:{cipher.key_id}"] if cipher else [])
+    return "+".join(names)
+
+
+def seal(rows: pa.Table, *, compress: bool, cipher: Cipher | None) -> pa.Table:
+    """Move the content of every row into ``packed``.
+
+    ``summary`` moves along only under a cipher: it stays readable in an archive, and must not in
+    an encrypted store. Rows that are packed already must be opened first (:func:`unseal`).
+    """
+    codec = codec_name(compress=compress, cipher=cipher)
+    if not codec or not rows.num_rows:
+        return rows
+    if any(rows["codec"].to_pylist()):
+        raise ConsolidationError("rows are packed already", fix="unpack them first")
+    fields = CONTENT if cipher else CONTENT[:3]
+    columns = [rows[name].to_pylist() for name in fields]
+    packed = [
+        _wrap(encode_fields([_as_bytes(value) for value in values]), compress, cipher)
+        for values in zip(*columns, strict=True)
+    ]
+    for name in fields:
+        rows = _set(rows, name, pa.nulls(rows.num_rows, rows.schema.field(name).type))
+    rows = _set(rows, "codec", pa.repeat(pa.scalar(codec), rows.num_rows))
+    return _set(rows, "packed", pa.array(packed, pa.large_binary()))
+
+
+def unseal(rows: pa.Table, cipher: Cipher | None) -> pa.Table:
+    """Return ``rows`` with the content back in its columns; plain rows pass as they are.
+
+    Raises:
+        ConsolidationError: a row is encrypted and the key is absent or wrong, or it is damaged.
+    """
+    codecs = rows["codec"].to_pylist()
+    if not any(codecs):
+        return rows
+    ids = rows["memory_id"].to_pylist()
+    packed = rows["packed"].to_pylist()
+    columns = {name: rows[name].to_pylist() for name in CONTENT if name in rows.column_names}
+    for at, codec in enumerate(codecs):
+        if not codec:
+            continue
+        values = decode_fields(_unwrap(packed[at], codec, ids[at], cipher))
+        for name, value in zip(CONTENT, values, strict=False):
+            if name in columns:
+                text = name in ("text", "summary") and value is not None
+                columns[name][at] = value.decode() if text and value is not None else value
+    for name, values in columns.items():
+        rows = _set(rows, name, pa.array(values, rows.schema.field(name).type))
+    rows = _set(rows, "codec", pa.repeat(pa.scalar(""), rows.num_rows))
+    return _set(rows, "packed", pa.nulls(rows.num_rows, pa.large_binary()))
+
+
+def open_secret(cipher: Cipher, data: bytes, key_id: str | None) -> bytes:
+    """Decrypt ``data``, which was encrypted under ``key_id``.
+
+    Raises:
+        ConsolidationError: the key does not open it.
+    """
+    try:
+        return cipher.decrypt(data)
+    except Exception as error:
+        if isinstance(error, MemoptError):
+            raise
+        raise ConsolidationError(
+            f"the key {cipher.key_id!r} does not open what key {key_id!r} encrypted",
+            fix="give the key this store was written with",
+        ) from error
+
+
+def _wrap(data: bytes, compress: bool, cipher: Cipher | None) -> bytes:
+    if compress:
+        codec = pa.Codec(ZSTD, compression_level=_LEVEL)
+        data = _LENGTH.pack(len(data)) + cast("bytes", codec.compress(data, asbytes=True))
+    return cipher.encrypt(data) if cipher else data
+
+
+def _unwrap(data: bytes | None, codec: str, memory_id: str, cipher: Cipher | None) -> bytes:
+    if data is None:
+        raise ConsolidationError(f"memory {memory_id} is damaged: packed content is missing")
+    *rest, last = codec.split("+")
+    if last.startswith("aesgcm:"):
+        key_id = last.removeprefix("aesgcm:")
+        if cipher is None:
+            raise ConsolidationError(
+                f"memory {memory_id} is encrypted with key {key_id!r} and no key was given",
+                fix="open the store with its key",
+            )
+        data = open_secret(cipher, data, key_id)
+    else:
+        rest.append(last)
+    if rest not in ([], [ZSTD]):
+        raise ConsolidationError(
+            f"memory {memory_id} has the unknown codec {codec!r}", fix="upgrade memopt"
+        )
+    if rest:
+        try:
+            (length,) = _LENGTH.unpack_from(data)
+            return cast("bytes", pa.decompress(data[_LENGTH.size :], length, ZSTD, asbytes=True))
+        except (struct.error, pa.ArrowException, OSError, MemoryError) as error:
+            raise ConsolidationError(f"memory {memory_id} is damaged: {error}") from error
+    return data
+
+
+def _as_bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _set(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return rows.set_column(rows.column_names.index(name), rows.schema.field(name), values)

@@ -1,0 +1,185 @@
+"""Search by vector, by words, and by both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from memopt.errors import ConsolidationError, InputError
+from memopt.memory import payload, rows
+from memopt.memory.filters import expression, utc
+from memopt.memory.schema import Filter, Hit
+
+if TYPE_CHECKING:
+    from memopt.memory.store import MemoryStore
+
+MAX_TOP_K = 10_000
+# Reciprocal rank fusion: Cormack, Clarke, Buettcher, SIGIR 2009, whose k is 60.
+_RRF_K = 60
+# Each list is read deeper than asked, so that what is second in both can win.
+_FUSION_DEPTH = 4
+_TEXT_COLUMNS = ("text", "summary")
+
+
+def create_indices(database: Any) -> None:
+    """Give a new store its id and word indices; they are empty and grow with optimize()."""
+    from lancedb.index import FTS, BTree
+
+    memories = database.open_table("memories")
+    present = {column for index in memories.list_indices() for column in index.columns}
+    configs = {"memory_id": BTree()}
+    for column in _TEXT_COLUMNS:
+        # Memories come in any language: no English stemming or stop words; ICU splits scripts
+        # that have no spaces.
+        configs[column] = FTS(
+            base_tokenizer="icu", stem=False, remove_stop_words=False, ascii_folding=True
+        )
+    for column, config in configs.items():
+        if column not in present:
+            memories.create_index(column, config=config)
+    edges = database.open_table("edges")
+    if not edges.list_indices():
+        edges.create_index("source", config=BTree())
+        edges.create_index("target", config=BTree())
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse a number of results that makes no sense.
+
+    Raises:
+        InputError: it is not between 1 and MAX_TOP_K.
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+        raise InputError(f"top_k is {top_k!r}", fix=f"give a whole number from 1 to {MAX_TOP_K}")
+
+
+def search(
+    store: MemoryStore,
+    vector: NDArray[Any] | Sequence[float] | None,
+    *,
+    text: str | None,
+    where: Filter,
+    top_k: int,
+) -> list[Hit]:
+    """Do what :meth:`MemoryStore.search` says, without counting the access."""
+    check_top_k(top_k)
+    if text is not None and not text.strip():
+        text = None
+    if vector is None and text is None:
+        raise InputError("the query is empty", fix="give a vector or some words")
+    query = None if vector is None else query_vector(store, vector)
+    if text is not None and store.cipher is not None:
+        if query is None:
+            raise ConsolidationError(
+                "an encrypted store has no word index", fix="search by meaning, with a vector"
+            )
+        text = None
+    if text is None:
+        assert query is not None
+        found = _vector_rows(store, query, where, top_k)
+        return _hits(store, found, np.clip(1 - found["_distance"].to_numpy(), 0, 1), top_k)
+    if query is None:
+        found = _text_rows(store, text, where, top_k)
+        scores = found["_score"].to_numpy()
+        return _hits(store, found, scores / max(scores.max(initial=0), 1e-9), top_k)
+    depth = min(MAX_TOP_K, top_k * _FUSION_DEPTH)
+    return _fuse(
+        store,
+        _vector_rows(store, query, where, depth, light=True),
+        _text_rows(store, text, where, depth, light=True),
+        top_k,
+    )
+
+
+def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
+    """Return a query of length 1, float32 (dim,).
+
+    Raises:
+        InputError: another shape, NaN, infinity or all zeros.
+    """
+    try:
+        array = np.asarray(vector)
+    except ValueError as error:
+        raise InputError(f"the query vector is no vector: {error}") from error
+    if array.ndim != 1:
+        raise InputError(f"the query vector has shape {array.shape}, not ({store.dim},)")
+    return rows.unit(array[None, :], store.dim, "query vector")[0]
+
+
+def _vector_rows(
+    store: MemoryStore,
+    query: NDArray[np.float32],
+    where: Filter,
+    top_k: int,
+    *,
+    light: bool = False,
+) -> pa.Table:
+    def run(count: int) -> pa.Table:
+        search = store.memories.search(query, vector_column_name="joint_embedding")
+        search = search.distance_type("cosine")
+        return _run(store, store.tune(search, count), where, count, "_distance", light)
+
+    return _living(store, run, top_k)
+
+
+def _text_rows(
+    store: MemoryStore, text: str, where: Filter, top_k: int, *, light: bool = False
+) -> pa.Table:
+    from lancedb.query import MultiMatchQuery
+
+    def run(count: int) -> pa.Table:
+        # A match query takes the words as they are: there is no query language to break out of.
+        search = store.memories.search(MultiMatchQuery(text, list(_TEXT_COLUMNS)))
+        return _run(store, search, where, count, "_score", light)
+
+    return _living(store, run, top_k)
+
+
+def _run(
+    store: MemoryStore, search: Any, where: Filter, count: int, score: str, light: bool
+) -> pa.Table:
+    condition = expression(where)
+    if condition is not None:
+        search = search.where(condition, prefilter=True)
+    names = ["memory_id", "expires_at"] if light else [*store.memories.schema.names]
+    return search.select([*names, score]).limit(count).to_arrow()
+
+
+def _living(store: MemoryStore, run: Any, top_k: int) -> pa.Table:
+    """Leave out what has expired and is not erased yet.
+
+    Done after the search: expired rows are few, and a filter would cost every query a scan.
+    """
+    now = utc(store.clock())
+    count = top_k
+    while True:
+        found = run(count)
+        alive = [at is None or at > now for at in found["expires_at"].to_pylist()]
+        if sum(alive) >= top_k or found.num_rows < count:
+            return found.filter(pa.array(alive, pa.bool_())).slice(0, top_k)
+        count *= 2
+
+
+def _fuse(store: MemoryStore, by_vector: pa.Table, by_text: pa.Table, top_k: int) -> list[Hit]:
+    scores: dict[str, float] = {}
+    for found in (by_vector, by_text):
+        for rank, memory_id in enumerate(found["memory_id"].to_pylist()):
+            scores[memory_id] = scores.get(memory_id, 0.0) + 1 / (_RRF_K + 1 + rank)
+    best = sorted(scores, key=lambda memory_id: (-scores[memory_id], memory_id))[:top_k]
+    table = store.rows(best)
+    first_in_both = 2 / (_RRF_K + 1)
+    values = [scores[key] / first_in_both for key in table["memory_id"].to_pylist()]
+    return _hits(store, table, np.array(values), top_k)
+
+
+def _hits(store: MemoryStore, found: pa.Table, scores: NDArray[Any], top_k: int) -> list[Hit]:
+    memories = rows.memories(
+        payload.unseal(found, store.cipher), store.dim, extra_accesses=store.pending_touches()
+    )
+    hits = [Hit(memory, float(score)) for memory, score in zip(memories, scores, strict=True)]
+    hits.sort(key=lambda hit: (-hit.score, hit.memory.memory_id))
+    return hits[:top_k]

@@ -1,0 +1,99 @@
+"""Access counts: kept in memory by the reader, written now and then in the background.
+
+A write per read would cost a commit each. Only the two small columns are written (Lance replaces
+columns of a fragment without rewriting the others), so media and vectors are never moved.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from memopt.memory.schema import TIMESTAMP
+
+if TYPE_CHECKING:
+    from memopt.memory.store import MemoryStore
+
+# What a crash may forget: this many accesses, or those of this many seconds of steady reading.
+MOST_PENDING = 2048
+LONGEST_PENDING = 30.0
+_SCHEMA = pa.schema(
+    [
+        pa.field("memory_id", pa.string(), nullable=False),
+        pa.field("access_count", pa.int64(), nullable=False),
+        pa.field("last_access", TIMESTAMP),
+    ]
+)
+
+
+class Touches:
+    """The accesses of one open store that are not in the table yet."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._guard = threading.Lock()
+        self._pending: dict[str, tuple[int, datetime]] = {}
+        self._since = time.monotonic()
+        self._writer: threading.Thread | None = None
+
+    def count(self, ids: Sequence[str], now: datetime) -> None:
+        """Count one access of each id; starts a background write when enough are waiting."""
+        with self._guard:
+            if not self._pending:
+                self._since = time.monotonic()
+            for memory_id in ids:
+                self._pending[memory_id] = (self._pending.get(memory_id, (0, now))[0] + 1, now)
+            due = (
+                len(self._pending) >= MOST_PENDING
+                or time.monotonic() - self._since > LONGEST_PENDING
+            )
+            if due and (self._writer is None or not self._writer.is_alive()):
+                self._writer = threading.Thread(target=self._write, name="memopt-touches")
+                self._writer.start()
+
+    def pending(self) -> dict[str, tuple[int, datetime]]:
+        """Return id -> (accesses, last) that are not written yet."""
+        with self._guard:
+            return dict(self._pending)
+
+    def flush(self) -> None:
+        """Wait for a background write, then write the rest."""
+        writer = self._writer
+        if writer is not None and writer is not threading.current_thread():
+            writer.join()
+        self._write()
+
+    def _write(self) -> None:
+        store = self._store
+        if not self._pending:
+            return
+        with store.exclusive():
+            taken = self.pending()
+            current = store.light(list(taken), _SCHEMA.names).to_pylist()
+            if current:
+                source = [
+                    {
+                        "memory_id": row["memory_id"],
+                        "access_count": row["access_count"] + taken[row["memory_id"]][0],
+                        "last_access": max(
+                            filter(None, (row["last_access"], taken[row["memory_id"]][1]))
+                        ),
+                    }
+                    for row in current
+                ]
+                merge = store.memories.merge_insert("memory_id").when_matched_update_all()
+                merge.execute(pa.Table.from_pylist(source, schema=_SCHEMA))
+        with self._guard:
+            # A failed write leaves everything pending; what came in meanwhile stays pending too.
+            for memory_id, (count, _) in taken.items():
+                left, last = self._pending[memory_id]
+                if left == count:
+                    del self._pending[memory_id]
+                else:
+                    self._pending[memory_id] = (left - count, last)
+            self._since = time.monotonic()
