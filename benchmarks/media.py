@@ -1,0 +1,171 @@
+"""CLIP ViT-B/32 images and Whisper-tiny sound: cosine and speed beside torch float32, in one run.
+
+    python benchmarks/media.py [--rounds 5] [--work .cache/media] [--json]
+
+The weights are seeded noise on the real configurations, so speed and parity are real and meaning
+is not. Two speeds: the graph alone on the same tensors, and items per second from PIL image or
+waveform to vector, where torch is given what transformers' own processor makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import transformers
+from make_models import make
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from memopt import ArrowEngine, open_bundle
+from memopt.benchmark.workload import default_inputs
+from memopt.bundle import MANIFEST, Bundle
+from memopt.exporters.base import export
+from memopt.quantization.quantize import Samples, quantize
+from memopt.quantization.recipe import Recipe
+from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.engine import make_front_end
+from memopt.runtimes.onnx import open_onnx
+from memopt.runtimes.openvino import open_openvino
+from memopt.weights.convert import convert
+
+MODELS = {"clip-vit-base-patch32": 8, "whisper-tiny": 2}  # items in a batch
+CALIBRATION = 32
+
+
+def prepare(name: str, work: Path) -> tuple[Path, Bundle]:
+    """Return the Hugging Face folder and the bundle with every variant, made once."""
+    source, home = work / name, work / f"{name}-bundle"
+    if not (source / "config.json").is_file():
+        make(name, work)
+    if not (home / MANIFEST).is_file():
+        convert(str(source), home)
+    bundle = open_bundle(home)
+    for format_, precision, variant in (
+        ("onnx", "fp32", "onnx-fp32"),
+        ("openvino", "fp32", "openvino-fp32"),
+        ("openvino", "bf16", "openvino-bf16"),
+    ):
+        if variant not in bundle.manifest.variants:
+            export(bundle, format=format_, precision=precision)
+            bundle = open_bundle(home)
+    if "openvino-int8-static" not in bundle.manifest.variants:
+        data = Samples(
+            calibration=_files(bundle, work / f"{name}-calibration"),
+            samples=CALIBRATION // 2,
+            validation_samples=CALIBRATION // 2,
+        )
+        quantize(home, data, Recipe(), keep_failing=True)
+    return source, open_bundle(home)
+
+
+def _files(bundle: Bundle, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, item in enumerate(default_inputs(bundle.manifest, CALIBRATION)):
+        if bundle.manifest.modality == "image":
+            Image.fromarray(item).save(folder / f"{index:03}.png")
+        else:
+            soundfile.write(folder / f"{index:03}.wav", item, 16_000)
+    return folder
+
+
+def torch_runner(name: str, source: Path) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Return (items -> tensors, tensors -> vectors) of transformers."""
+    if name.startswith("clip"):
+        clip = transformers.CLIPVisionModelWithProjection.from_pretrained(source).eval()
+        images = transformers.CLIPImageProcessor.from_pretrained(source)
+
+        def see(items: Any) -> Any:
+            return images([Image.fromarray(i) for i in items], return_tensors="pt")["pixel_values"]
+
+        return see, lambda x: clip(pixel_values=x).image_embeds
+    whisper = transformers.WhisperForConditionalGeneration.from_pretrained(source).eval()
+    extractor = transformers.WhisperFeatureExtractor.from_pretrained(source)
+
+    def hear(items: Any) -> Any:
+        return extractor(items, sampling_rate=16_000, return_tensors="pt")["input_features"]
+
+    return hear, lambda x: whisper.model.encoder(x).last_hidden_state.mean(1)
+
+
+def measure(name: str, batch: int, work: Path, rounds: int) -> list[dict[str, Any]]:
+    """Time torch and every variant in turn, round by round."""
+    source, bundle = prepare(name, work)
+    items = default_inputs(bundle.manifest, batch)
+    process, model = torch_runner(name, source)
+    graphs: dict[str, Callable[[], Any]] = {}
+    whole: dict[str, Callable[[], Any]] = {}
+    with torch.inference_mode():
+        tensors = process(items)
+    graphs["torch float32"] = lambda: torch.nn.functional.normalize(model(tensors)).numpy()
+    whole["torch float32"] = lambda: model(process(items)).numpy()
+    for variant in bundle.manifest.variants.values():
+        opener = open_openvino if variant.format == "openvino" else open_onnx
+        provider = "openvino" if variant.format == "openvino" else "cpu"
+        backend = opener(bundle, Candidate(provider, variant), Settings())
+        feed = make_front_end(bundle, backend.inputs).prepare(items, None)[0].feed
+        graphs[variant.name] = lambda backend=backend, feed=feed: backend.run(feed)  # type: ignore[misc]
+        engine = ArrowEngine(str(bundle.path), variant=variant.name)
+        whole[variant.name] = lambda engine=engine: engine.encode(items)  # type: ignore[misc]
+    answers = {}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for kind, contenders in (("graph", graphs), ("whole", whole)):
+                for label, work_ in contenders.items():
+                    start = time.perf_counter()
+                    answer = work_()
+                    if turn:  # the first round warms up
+                        seconds.setdefault((kind, label), []).append(time.perf_counter() - start)
+                    if kind == "graph":
+                        answers[label] = answer / np.linalg.norm(answer, axis=1, keepdims=True)
+    reference = answers["torch float32"]
+    rows = []
+    for label in graphs:
+        row: dict[str, Any] = {"model": name, "variant": label, "batch": batch}
+        row["cosine_min"] = float((answers[label] * reference).sum(1).min())
+        for kind in ("graph", "whole"):
+            mine, torchs = seconds[kind, label], seconds[kind, "torch float32"]
+            row[f"{kind}_per_second"] = batch / median(mine)
+            row[f"{kind}_vs_torch"] = median(t / m for t, m in zip(torchs, mine, strict=True))
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure both models and print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path(".cache/media"))
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = []
+    with Console(stderr=True).status("measuring") as status:
+        for name, batch in MODELS.items():
+            status.update(name)
+            rows += measure(name, batch, options.work, options.rounds)
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("model", "variant", "cosine min", "graph/s", "vs torch", "whole/s", "vs torch")
+    for row in rows:
+        speeds = [row["graph_per_second"], row["graph_vs_torch"]]
+        speeds += [row["whole_per_second"], row["whole_vs_torch"]]
+        formats = (f"{speeds[0]:.1f}", f"{speeds[1]:.2f}x", f"{speeds[2]:.1f}", f"{speeds[3]:.2f}x")
+        table.add_row(row["model"], row["variant"], f"{row['cosine_min']:.5f}", *formats)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
