@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,14 +31,16 @@ _WAV_HEADER = 12
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 
 
-def check(memory: NewMemory, position: int) -> None:
+def check(memory: NewMemory, position: int, dim: int) -> None:
     """Refuse a memory that cannot be stored as it is.
 
     Args:
         position: its place in what was given, for the message.
+        dim: length of a vector of this store.
 
     Raises:
-        InputError: empty, too large, not Unicode, or an image or sound that does not decode.
+        InputError: empty, too large, not Unicode, an image or sound that does not decode, or an
+            embedding of another shape, all zeros, or with NaN.
     """
     name = f"memory {position}"
     if not isinstance(memory, NewMemory):
@@ -54,6 +57,8 @@ def check(memory: NewMemory, position: int) -> None:
     for label, moment in (("timestamp", memory.timestamp), ("expires_at", memory.expires_at)):
         if moment is not None and not isinstance(moment, datetime):
             raise InputError(f"{name}: {label} is {type(moment).__name__}, not a datetime")
+    if memory.embedding is not None:
+        _check_embedding(np.asarray(memory.embedding), dim, name)
 
 
 def check_content(content: Content, name: str = "content") -> None:
@@ -146,20 +151,20 @@ def columns(
     }
 
 
-def given_vectors(memories: Sequence[NewMemory], dim: int) -> NDArray[Any]:
-    """Stack the embeddings of memories that all have one.
-
-    Raises:
-        InputError: one of them has another shape than (dim,), naming it.
-    """
-    arrays = [np.asarray(memory.embedding) for memory in memories]
-    for at, array in enumerate(arrays):
-        if array.shape != (dim,):
-            raise InputError(
-                f"embedding {at} has shape {array.shape}, this store has ({dim},)",
-                fix="use the model the store was made with, or reembed the store",
-            )
-    return np.stack(arrays) if arrays else np.empty((0, dim), np.float32)
+def _check_embedding(vector: NDArray[Any], dim: int, name: str) -> None:
+    if vector.shape != (dim,):
+        raise InputError(
+            f"{name}: embedding has shape {vector.shape}, this store has ({dim},)",
+            fix="use the model the store was made with, or reembed the store",
+        )
+    if vector.dtype.kind not in "fiu":
+        raise InputError(f"{name}: embedding has dtype {vector.dtype}, not a float")
+    # Half precision would overflow in the square.
+    vector = vector.astype(np.float32, copy=False)
+    square = float(np.dot(vector, vector))
+    if not math.isfinite(square) or square == 0:
+        kind = "is all zeros" if square == 0 else "holds NaN or infinity"
+        raise InputError(f"{name}: embedding {kind}", fix="check the model that made it")
 
 
 def _decode_image(data: bytes, name: str) -> None:

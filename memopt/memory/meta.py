@@ -83,19 +83,29 @@ class Place:
         with system.open_output_stream(path) as stream:
             stream.write(text.encode())
 
-    def check_free(self) -> None:
-        """Make the folder of a new store.
+    def check_free(self, *, create: bool) -> None:
+        """Make the folder of a new store, where there is none yet.
 
         Raises:
-            ConsolidationError: the path is a file or a folder with something else in it.
+            ConsolidationError: the path is a file or a folder with something else in it, or a
+                store may not be made here.
         """
-        if self.local is None:
-            return
-        if self.local.is_file():
+        if self.local is not None and self.local.is_file():
             raise ConsolidationError(
                 f"{self.local} is a file, not a memory store", fix="give a folder"
             )
-        self.local.mkdir(parents=True, exist_ok=True)
+        if not create:
+            raise ConsolidationError(
+                f"{self} is no memory store", fix="check the path, or add a memory to make one"
+            )
+        if self.local is None:
+            return
+        try:
+            self.local.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConsolidationError(
+                f"{self.local} cannot be made ({error.strerror})", fix="give another folder"
+            ) from error
         ours = {f"{name}.lance" for name in TABLES}
         # Our own tables without memory.json are a creation that was cut short: it is finished.
         other = sorted(

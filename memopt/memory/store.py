@@ -1,56 +1,37 @@
-"""The memory store: a LanceDB database that several processes write and read at once."""
+"""The memory store: a LanceDB database that several processes write and read at once.
+
+Here is what a store can do; how is in writing, reading, searching, touches, events and stats.
+"""
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 
-from memopt.errors import ConsolidationError, InputError
+from memopt.errors import InputError
 from memopt.extras import require
-from memopt.memory import incoming, payload, rows, searching
-from memopt.memory.filters import EVERYTHING, expression, one_of, utc
+from memopt.memory import events, incoming, opening, payload, reading, rows, searching, writing
+from memopt.memory.filters import EVERYTHING, utc
 from memopt.memory.locking import WriterLock
 from memopt.memory.meta import Meta, Place
-from memopt.memory.schema import (
-    ACCESS_LOG,
-    DEFAULT_DIM,
-    EDGES,
-    EVENTS,
-    AddResult,
-    Content,
-    Embedder,
-    Filter,
-    Hit,
-    Link,
-    Memory,
-    NewMemory,
-    memories_schema,
-)
+from memopt.memory.schema import AddResult, Content, Embedder, Filter, Hit, Link, Memory, NewMemory
+from memopt.memory.stats import Stats, stats
 from memopt.memory.touches import Touches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Rows of one commit of a long stream: each commit costs milliseconds and a version, and a crash
-# loses at most one unacknowledged chunk.
-ROWS_PER_COMMIT = 8192
-BYTES_PER_COMMIT = 256 << 20
-# How many ids go into one IN list: Lance takes 10k in under 0.1 s, parsing grows with it.
-_IDS_PER_QUERY = 10_000
-
 
 class Listener(Protocol):
-    """What wants to know of every new and every vanishing memory: the graph, the index, a log."""
+    """What follows every new and every vanishing memory, as the graph does."""
 
     def added(
         self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
@@ -73,6 +54,13 @@ class MemoryStore:
         actor: who reads and writes, for the access log.
         clock: the current time, UTC.
         create: make the store when it is absent; False raises instead.
+
+    Attributes:
+        meta: dimension, model and format.
+        memories: the LanceDB table.
+        listeners: called on every add and delete.
+        observers: called with (action, ids) on every 'read', 'write' and 'delete'.
+        tune: (vector query, top_k) -> query; sets how many partitions of the index are probed.
 
     Raises:
         ConsolidationError: the path is no store, the store is of a newer format, or the key is
@@ -106,30 +94,28 @@ class MemoryStore:
         self.embedder, self.cipher, self.redact, self.clock = embedder, cipher, redact, clock
         self.actor = actor or os.environ.get("USER", "")
         self.listeners: list[Listener] = []
-        # Sets how hard a vector query looks: query, top_k -> query. The index knows.
+        self.observers: list[Callable[[str, Sequence[str]], None]] = []
         self.tune: Callable[[Any, int], Any] = lambda query, top_k: query
         self._touches = Touches(self)
+        self._tables: dict[str, Any] = {}
         meta = self.place.read()
-        if meta is None and not create:
-            raise ConsolidationError(
-                f"{self.place} is no memory store", fix="check the path, or add a memory to make it"
-            )
         if meta is None:
-            self.place.check_free()
+            self.place.check_free(create=create)
         self._lock = WriterLock(self.place.local) if self.place.local else None
         # Zero: a read sees every commit that was acknowledged before it, of other processes too.
         self.database = lancedb.connect(self.place.uri, read_consistency_interval=timedelta(0))
         if meta is None:
             with self.exclusive():
-                meta = self.place.read() or self._make(dim)
+                meta = self.place.read() or opening.make(
+                    self.place, self.database, dim, embedder, cipher, utc(clock())
+                )
         self.meta: Meta = meta
         if dim is not None and dim != meta.dim:
             raise InputError(
                 f"{self.place} holds vectors of {meta.dim} dimensions, not {dim}",
                 fix="leave dim out, or reembed the store",
             )
-        self._id_key = self._open_key()
-        self._tables: dict[str, Any] = {}
+        self._id_key = opening.id_key(self.place, meta, cipher)
         self.memories = self.table("memories")
 
     # --- life -------------------------------------------------------------------------------
@@ -150,7 +136,7 @@ class MemoryStore:
         return self.meta.dim
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the writer lock of a local store; re-entrant. Keep it short, readers never wait.
+        """Hold the writer lock of a local store; re-entrant. Keep it short; readers never wait.
 
         An object store has none: there Lance's own optimistic commits retry on a conflict.
         """
@@ -159,20 +145,13 @@ class MemoryStore:
     def table(self, name: str) -> Any:
         """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
         if name not in self._tables:
-            try:
-                self._tables[name] = self.database.open_table(name)
-            except ValueError as error:
-                raise ConsolidationError(
-                    f"{self.place} is damaged: its table {name!r} cannot be opened ({error})",
-                    fix="restore it from a copy",
-                ) from error
+            self._tables[name] = opening.table(self.place, self.database, name)
         return self._tables[name]
 
     def write_meta(self, **changes: Any) -> None:
-        """Change ``memory.json`` (model_id, key_id, id_key, dim), atomically."""
+        """Change fields of ``memory.json``, atomically."""
         with self.exclusive():
-            current = self.place.read() or self.meta
-            self.meta = replace(current, **changes)
+            self.meta = replace(self.place.read() or self.meta, **changes)
             self.place.write(self.meta)
 
     # --- writing ----------------------------------------------------------------------------
@@ -181,31 +160,27 @@ class MemoryStore:
         """Store memories; one that is there already (same id) is left as it is.
 
         A sequence is checked whole before anything is stored; an iterator is stored in chunks of
-        ROWS_PER_COMMIT, each one atomic commit, so after an error or a crash the same call can be
-        repeated and completes what is missing.
+        ``writing.ROWS_PER_COMMIT``, each one atomic commit, so that after an error or a crash the
+        same call can be repeated and completes what is missing.
 
         Raises:
             InputError: a memory is empty, too large, damaged, or its vector does not fit; no
                 memory of its chunk was stored.
         """
-        if isinstance(memories, NewMemory):
-            memories = [memories]
-        checked = isinstance(memories, Sequence)
-        if isinstance(memories, Sequence):
-            memories = [incoming.redacted(memory, self.redact) for memory in memories]
-            for at, memory in enumerate(memories):
-                incoming.check(memory, at)
-        ids: list[str] = []
-        added = 0
-        for chunk in _chunks(memories):
-            if not checked:
-                chunk = [incoming.redacted(memory, self.redact) for memory in chunk]
-                for at, memory in enumerate(chunk, start=len(ids)):
-                    incoming.check(memory, at)
-            chunk_ids, new = self._add_chunk(chunk)
-            ids += chunk_ids
-            added += new
-        return AddResult(tuple(ids), added, len(ids) - added)
+        return writing.add(self, memories)
+
+    def add_arrow(self, batches: pa.Table | Iterable[pa.RecordBatch]) -> AddResult:
+        """Store a stream of Arrow batches, in chunks; see :meth:`add`.
+
+        Args:
+            batches: any of the columns memory_id, text, vision_data, audio_data, timestamp,
+                category, expires_at, and joint_embedding (list of float16/32/64, dim long).
+
+        Raises:
+            InputError: an unknown column, a type that does not fit, or a bad row.
+        """
+        stream = batches.to_batches() if isinstance(batches, pa.Table) else batches
+        return writing.add(self, writing.arrow_memories(self, stream))
 
     def commit(
         self,
@@ -224,59 +199,28 @@ class MemoryStore:
             ConsolidationError: an id to update or delete is gone, or one to insert is there: what
                 the change was computed from is no longer true. Nothing was changed.
         """
-        empty = memories_schema(self.dim).empty_table()
-        inserts, updates = (self._sealed(t) if t is not None else empty for t in (inserts, updates))
-        old, new = updates["memory_id"].to_pylist(), inserts["memory_id"].to_pylist()
-        gone = list(deletes)
-        if len(set(old + new + gone)) != len(old) + len(new) + len(gone):
-            raise InputError("one commit names a memory twice")
-        with self.exclusive():
-            current = self.light(old + gone, ("memory_id", "access_count", "last_access"))
-            missing = sorted(set(old + gone) - set(current["memory_id"].to_pylist()))
-            if missing:
-                raise ConsolidationError(
-                    f"{len(missing)} memories changed meanwhile are gone, first {missing[0]}",
-                    fix="read them again and repeat",
-                )
-            clash = self._existing(new)
-            if clash:
-                raise ConsolidationError(
-                    f"{len(clash)} memories to insert exist already, first {min(clash)}",
-                    fix="read them again and repeat",
-                )
-            if gone:
-                for listener in self.listeners:
-                    listener.deleting(gone)
-            source = pa.concat_tables([inserts, keep_counts(updates, current)])
-            if source.num_rows:
-                merge = (
-                    self.memories.merge_insert("memory_id")
-                    .when_matched_update_all()
-                    .when_not_matched_insert_all()
-                )
-                if gone:
-                    merge = merge.when_not_matched_by_source_delete(one_of("memory_id", gone))
-                merge.execute(source)
-            elif gone:
-                self.memories.delete(one_of("memory_id", gone))
-        if new:
-            self._announce(inserts)
+        writing.commit(self, inserts, updates, deletes)
+
+    def update(self, memory_id: str, **fields: Any) -> None:
+        """Change fields of one memory: text, vision_data, audio_data, category, timestamp,
+        expires_at, summary, tier, joint_embedding.
+
+        New content is embedded again, unless ``joint_embedding`` comes with it.
+
+        Raises:
+            InputError: an unknown id or field, or a value :meth:`add` would refuse.
+        """
+        writing.update(self, memory_id, fields)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete memories with their links in one commit; unknown ids are passed over.
 
-        The bytes leave the disk with :func:`memopt.memory.erase.erase`.
+        The bytes leave the disk when old versions are dropped.
 
         Returns:
             How many there were.
         """
-        with self.exclusive():
-            present = sorted(self._existing(list(dict.fromkeys(ids))))
-            if present:
-                for listener in self.listeners:
-                    listener.deleting(present)
-                self.memories.delete(one_of("memory_id", present))
-        return len(present)
+        return writing.delete(self, ids)
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""
@@ -293,7 +237,7 @@ class MemoryStore:
     # --- reading ----------------------------------------------------------------------------
 
     def get(self, memory_id: str, *, links: bool = True) -> Memory:
-        """Return one memory; looking at it by id does not count as an access.
+        """Return one memory; looking at it by id does not raise its access count.
 
         Raises:
             InputError: there is none of that id.
@@ -301,56 +245,27 @@ class MemoryStore:
         return self.get_many([memory_id], links=links)[0]
 
     def get_many(self, ids: Sequence[str], *, links: bool = True) -> list[Memory]:
-        """Return memories in the order of ``ids``.
+        """Return memories in the order of ``ids``, with their links unless told not to.
 
         Raises:
             InputError: one is unknown (or expired), naming it.
         """
-        found = payload.unseal(self.rows(ids), self.cipher)
-        linked = self.links(ids) if links else {}
-        pending = self.pending_touches()
-        now = utc(self.clock())
-        by_id = {
-            memory.memory_id: memory
-            for memory in rows.memories(found, self.dim, linked, pending)
-            if memory.expires_at is None or memory.expires_at > now
-        }
-        missing = [memory_id for memory_id in ids if memory_id not in by_id]
-        if missing:
-            raise InputError(
-                f"{self.place} has no memory {missing[0]!r}", fix="search for it, ids are exact"
-            )
-        return [by_id[memory_id] for memory_id in ids]
+        return reading.get_many(self, ids, links=links)
 
     def rows(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the raw rows of those ``ids`` that exist, in any order.
+        """Return the raw rows (packed content stays packed) of those ``ids`` that exist.
 
-        Ids are first looked up alone (through their index), so that only the rows asked for are
-        read: media stay on disk for all others.
+        Any order; all columns by default. Only the rows asked for are read from disk.
         """
-        names = list(columns or memories_schema(self.dim).names)
-        tables = []
-        for part in _parts(list(dict.fromkeys(ids)), _IDS_PER_QUERY):
-            tables.append(self._take(part, names))
-        return pa.concat_tables(tables) if tables else self._schema(names).empty_table()
+        return reading.raw_rows(self, ids, columns)
+
+    def light(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Return small columns of those ``ids`` that exist, in any order, by one filtered scan."""
+        return reading.light(self, ids, columns)
 
     def links(self, ids: Sequence[str]) -> dict[str, list[Link]]:
         """Return the associations of each memory that has any, strongest first."""
-        found: dict[str, list[Link]] = {}
-        for part in _parts(list(ids), _IDS_PER_QUERY):
-            edges = (
-                self.table("edges")
-                .search()
-                .where(one_of("source", part))
-                .select(["source", "target", "weight"])
-                .limit(None)
-                .to_arrow()
-            )
-            for edge in edges.to_pylist():
-                found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
-        for links in found.values():
-            links.sort(key=lambda link: (-link.weight, link.linked_id))
-        return found
+        return reading.links_of(self, ids)
 
     def scan(
         self,
@@ -361,16 +276,10 @@ class MemoryStore:
         """Yield raw rows (packed content stays packed) in batches, from one consistent version.
 
         Args:
+            where: expired rows count too.
             columns: by default all; name few, media are large.
         """
-        if columns is None or "access_count" in columns or "last_access" in columns:
-            self.flush()
-        query = self.memories.search()
-        condition = expression(where)
-        if condition is not None:
-            query = query.where(condition)
-        names = list(columns or memories_schema(self.dim).names)
-        yield from query.select(names).limit(None).to_batches(batch_size)
+        return reading.scan(self, where, columns, batch_size)
 
     def vectors(
         self, ids: Sequence[str] | None = None, where: Filter = EVERYTHING
@@ -380,19 +289,7 @@ class MemoryStore:
         Raises:
             InputError: one of ``ids`` is unknown.
         """
-        names = ["memory_id", "joint_embedding"]
-        if ids is None:
-            batches = list(self.scan(where, names))
-            table = pa.Table.from_batches(batches, schema=self._schema(names))
-            found = table["memory_id"].to_pylist()
-            return found, rows.vectors_array(table["joint_embedding"], self.dim)
-        table = self.rows(ids, names)
-        at = {memory_id: row for row, memory_id in enumerate(table["memory_id"].to_pylist())}
-        missing = [memory_id for memory_id in ids if memory_id not in at]
-        if missing:
-            raise InputError(f"{self.place} has no memory {missing[0]!r}")
-        vectors = rows.vectors_array(table["joint_embedding"], self.dim)
-        return list(ids), vectors[[at[memory_id] for memory_id in ids]]
+        return reading.vectors(self, ids, where)
 
     def count(self, where: Filter = EVERYTHING) -> int:
         """Return how many memories pass the filter."""
@@ -414,23 +311,27 @@ class MemoryStore:
 
         Args:
             vector: (dim,), of the model the store was made with.
-            text: words; full-text search of the plain texts and summaries (BM25).
+            text: words; full-text search of the plain texts and summaries (BM25). In an encrypted
+                store, which has no word index, a vector beside it decides alone.
             where: only these.
             touch: count the results as accessed.
             model_id: what made ``vector``; refused when it is not what made the store's vectors.
 
         Returns:
-            At most ``top_k`` hits, best first. The score is the cosine similarity for a vector,
-            BM25 relative to the best hit for words, relative rank score for both; 0..1.
+            At most ``top_k`` hits, best first, without links. The score is the cosine similarity
+            for a vector, BM25 relative to the best hit for words, the relative rank score for
+            both; 0..1.
 
         Raises:
             InputError: no query at all, a vector that does not fit, top_k below 1.
             ConsolidationError: search by words alone in an encrypted store.
         """
-        self._check_model(model_id)
+        self.check_model(model_id)
         found = searching.search(self, vector, text=text, where=where, top_k=top_k)
-        if touch and found:
-            self.touch([hit.memory.memory_id for hit in found])
+        ids = [hit.memory.memory_id for hit in found]
+        if touch:
+            self.touch(ids)
+        self.observe("read", ids)
         return found
 
     def find(
@@ -448,10 +349,33 @@ class MemoryStore:
         """
         incoming.check_content(content, "query")
         searching.check_top_k(top_k)
-        vector = self.embed([content])[0]
-        return self.search(vector, where=where, top_k=top_k, touch=touch)
+        return self.search(self.embed([content])[0], where=where, top_k=top_k, touch=touch)
 
-    # --- parts ------------------------------------------------------------------------------
+    def stats(self) -> Stats:
+        """Count what is there, by tier, modality and category, and measure the folder."""
+        return stats(self)
+
+    # --- events and what others build on ----------------------------------------------------
+
+    def event(
+        self,
+        kind: str,
+        detail: str,
+        ids: Sequence[str] = (),
+        retry_at: datetime | None = None,
+    ) -> None:
+        """Record that something failed, was put off or went another way."""
+        events.record(self, kind, detail, ids, retry_at)
+
+    def events(self, kind: str | None = None) -> list[events.Event]:
+        """Return events, oldest first."""
+        return events.read(self, kind)
+
+    def observe(self, action: str, ids: Sequence[str]) -> None:
+        """Tell the observers who was read, written or deleted."""
+        if ids:
+            for observer in self.observers:
+                observer(action, ids)
 
     def embed(self, contents: Sequence[Content]) -> NDArray[np.float32]:
         """Return unit vectors, float32 (n, dim), by the store's embedder.
@@ -460,198 +384,42 @@ class MemoryStore:
             InputError: there is no embedder, or it is not the one that made the store's vectors.
         """
         if self.embedder is None:
-            raise InputError("no embedding was given and the store has no embedder")
-        self._check_model(self.embedder.model_id)
+            raise InputError(
+                "no embedding was given and the store has no embedder",
+                fix="give embedding=, or open the store with embedder=",
+            )
+        self.check_model(self.embedder.model_id)
         return rows.unit(np.asarray(self.embedder.embed(contents)), self.dim)
 
+    def check_model(self, model_id: str | None) -> None:
+        """Refuse vectors of another model than the store's; an empty store takes the first.
+
+        Raises:
+            InputError: the store holds vectors of another model, or of one nobody named.
+        """
+        if not model_id or model_id == self.meta.model_id:
+            return
+        with self.exclusive():
+            self.meta = self.place.read() or self.meta
+            if model_id == self.meta.model_id:
+                return
+            if not self.meta.model_id and not self.count():
+                self.write_meta(model_id=model_id)
+                return
+        raise InputError(
+            f"{self.place} holds vectors of {self.meta.model_id or 'an unnamed model'!r}, "
+            f"not of {model_id!r}",
+            fix="use that model, or move the store: memopt memory reembed",
+        )
+
+    def content_id(self, content: Content, category: str = "") -> str:
+        """Return the id this content gets when none is chosen (keyed in an encrypted store)."""
+        return incoming.content_id(content, category, self._id_key)
+
     def pack(self, table: pa.Table) -> pa.Table:
-        """Return rows with their content compressed (and encrypted where the store is)."""
-        return payload.seal(payload.unseal(table, self.cipher), compress=True, cipher=self.cipher)
+        """Return whole rows with their content compressed (and encrypted where the store is)."""
+        return payload.seal(self.unpack(table), compress=True, cipher=self.cipher)
 
     def unpack(self, table: pa.Table) -> pa.Table:
         """Return rows with their content back in the plain columns."""
         return payload.unseal(table, self.cipher)
-
-    def _sealed(self, table: pa.Table) -> pa.Table:
-        """Encrypt the rows that are plain, where the store is encrypted."""
-        table = table.select(memories_schema(self.dim).names).cast(memories_schema(self.dim))
-        if self.cipher is None or not table.num_rows:
-            return table
-        plain = np.array([not codec for codec in table["codec"].to_pylist()])
-        return pa.concat_tables(
-            [
-                table.filter(pa.array(~plain)),
-                payload.seal(table.filter(pa.array(plain)), compress=False, cipher=self.cipher),
-            ]
-        )
-
-    def _add_chunk(self, chunk: Sequence[NewMemory]) -> tuple[list[str], int]:
-        ids = [
-            m.memory_id or incoming.content_id(m.content, m.category, self._id_key) for m in chunk
-        ]
-        unique = dict(zip(reversed(ids), reversed(chunk), strict=True))
-        unique = {memory_id: unique[memory_id] for memory_id in ids}
-        if any(memory.embedding is None for memory in unique.values()):
-            known = self._existing(list(unique))
-            unique = {key: memory for key, memory in unique.items() if key not in known}
-        if not unique:
-            return ids, 0
-        new_ids, new = list(unique), list(unique.values())
-        vectors = self._vectors_of(new)
-        columns = incoming.columns(new_ids, new, utc(self.clock()), self.meta.model_id)
-        table = self._sealed(rows.new_rows(vectors, columns))
-        if self._lock is None:
-            merge = self.memories.merge_insert("memory_id").when_not_matched_insert_all()
-            added = merge.execute(table).num_inserted_rows
-            self._announce(table)
-            return ids, added
-        with self.exclusive():
-            known = self._existing(new_ids)
-            if known:
-                absent = [key not in known for key in table["memory_id"].to_pylist()]
-                table = table.filter(pa.array(absent))
-            if table.num_rows:
-                self.memories.add(table)
-        if table.num_rows:
-            self._announce(table)
-        return ids, table.num_rows
-
-    def _vectors_of(self, memories: Sequence[NewMemory]) -> NDArray[np.float32]:
-        vectors = np.empty((len(memories), self.dim), np.float32)
-        given = [at for at, memory in enumerate(memories) if memory.embedding is not None]
-        absent = [at for at, memory in enumerate(memories) if memory.embedding is None]
-        if given:
-            stacked = incoming.given_vectors([memories[at] for at in given], self.dim)
-            vectors[given] = rows.unit(stacked, self.dim)
-        if absent:
-            vectors[absent] = self.embed([memories[at].content for at in absent])
-        return vectors
-
-    def _announce(self, table: pa.Table) -> None:
-        if not self.listeners:
-            return
-        ids = table["memory_id"].to_pylist()
-        vectors = rows.vectors_array(table["joint_embedding"], self.dim)
-        timestamps = table["timestamp"].to_pylist()
-        for listener in self.listeners:
-            listener.added(ids, vectors, timestamps)
-
-    def _existing(self, ids: Sequence[str]) -> set[str]:
-        return set(self.light(ids, ("memory_id",))["memory_id"].to_pylist())
-
-    def light(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Return small columns of those ``ids`` that exist, in any order."""
-        tables = [
-            self.memories.search()
-            .where(one_of("memory_id", part))
-            .select(list(columns))
-            .limit(None)
-            .to_arrow()
-            for part in _parts(ids, _IDS_PER_QUERY)
-        ]
-        return pa.concat_tables(tables) if tables else self._schema(columns).empty_table()
-
-    def _take(self, ids: Sequence[str], names: list[str]) -> pa.Table:
-        where = one_of("memory_id", ids)
-        query = self.memories.search().where(where).select(["memory_id"]).limit(None)
-        found = query.with_row_id(True).to_arrow()
-        if not found.num_rows:
-            return self._schema(names).empty_table()
-        wanted = [*names, "memory_id"] if "memory_id" not in names else names
-        try:
-            taken = self.memories.take_row_ids(found["_rowid"].to_pylist()).select(wanted)
-            table = taken.to_arrow()
-            if sorted(table["memory_id"].to_pylist()) == sorted(found["memory_id"].to_pylist()):
-                return table.select(names)
-        except (ValueError, RuntimeError, OSError):
-            pass
-        # Compaction moved the rows between the two reads: one query sees one version.
-        return self.memories.search().where(where).select(names).limit(None).to_arrow()
-
-    def _schema(self, names: Sequence[str]) -> pa.Schema:
-        schema = memories_schema(self.dim)
-        return pa.schema([schema.field(name) for name in names])
-
-    def _check_model(self, model_id: str | None) -> None:
-        if not model_id or model_id == self.meta.model_id:
-            return
-        if not self.meta.model_id and not self.count():
-            self.write_meta(model_id=model_id)
-            return
-        raise InputError(
-            f"{self.place} holds vectors of {self.meta.model_id or 'an unnamed model'!r}, "
-            f"not of {model_id!r}",
-            fix="open it with that model, or move it: memopt memory reembed",
-        )
-
-    def _make(self, dim: int | None) -> Meta:
-        embedder, cipher = self.embedder, self.cipher
-        dim = dim or (embedder.dim if embedder else DEFAULT_DIM)
-        meta = Meta(
-            dim=dim,
-            model_id=embedder.model_id if embedder else "",
-            created_at=utc(self.clock()).isoformat(),
-            key_id=cipher.key_id if cipher else None,
-            id_key=base64.b64encode(cipher.encrypt(os.urandom(32))).decode() if cipher else None,
-        )
-        schemas = (memories_schema(dim), EDGES, ACCESS_LOG, EVENTS)
-        for name, schema in zip(
-            ("memories", "edges", "access_log", "events"), schemas, strict=True
-        ):
-            self.database.create_table(name, schema=schema, exist_ok=True)
-        searching.create_indices(self.database)
-        self.place.write(meta)
-        return meta
-
-    def _open_key(self) -> bytes:
-        meta, cipher = self.meta, self.cipher
-        if meta.id_key is None:
-            if cipher is not None:
-                raise ConsolidationError(
-                    f"{self.place} is not encrypted, and a key was given",
-                    fix="open it without a key, or import its export into a new encrypted store",
-                )
-            return b""
-        if cipher is None:
-            raise ConsolidationError(
-                f"{self.place} is encrypted with key {meta.key_id!r} and no key was given",
-                fix="open the store with its key",
-            )
-        return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
-
-
-def keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:
-    """Return ``updates`` with access counts and times no older than those of ``current``."""
-    known = {row["memory_id"]: row for row in current.to_pylist()}
-    counts, lasts = [], []
-    for row in updates.select(["memory_id", "access_count", "last_access"]).to_pylist():
-        now = known[row["memory_id"]]
-        counts.append(max(row["access_count"], now["access_count"]))
-        lasts.append(max(filter(None, (row["last_access"], now["last_access"])), default=None))
-    for name, values in (("access_count", counts), ("last_access", lasts)):
-        field = updates.schema.field(name)
-        at = updates.column_names.index(name)
-        updates = updates.set_column(at, field, pa.array(values, field.type))
-    return updates
-
-
-def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
-    """Cut a stream into commits by rows and by bytes of content."""
-    iterator = iter(memories)
-    while part := list(islice(iterator, ROWS_PER_COMMIT)):
-        chunk: list[NewMemory] = []
-        size = 0
-        for memory in part:
-            content = getattr(memory, "content", Content())
-            new = sum(len(getattr(content, name) or b"") for name in ("text", "vision", "audio"))
-            if chunk and size + new > BYTES_PER_COMMIT:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(memory)
-            size += new
-        yield chunk
-
-
-def _parts(ids: Sequence[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(ids), size):
-        yield list(ids[start : start + size])

@@ -1,0 +1,54 @@
+"""Events: what went wrong or another way, and when to try again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from memopt.memory.filters import one_of, utc
+from memopt.memory.schema import EVENTS
+
+if TYPE_CHECKING:
+    from memopt.memory.store import MemoryStore
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of the ``events`` table."""
+
+    at: datetime
+    kind: str
+    detail: str
+    memory_ids: tuple[str, ...] = ()
+    retry_at: datetime | None = None
+
+
+def record(
+    store: MemoryStore, kind: str, detail: str, ids: Sequence[str], retry_at: datetime | None
+) -> None:
+    """Do what :meth:`MemoryStore.event` says."""
+    row = {
+        "at": utc(store.clock()),
+        "kind": kind,
+        "detail": detail,
+        "memory_ids": list(ids),
+        "retry_at": utc(retry_at) if retry_at else None,
+    }
+    with store.exclusive():
+        store.table("events").add(pa.Table.from_pylist([row], schema=EVENTS))
+
+
+def read(store: MemoryStore, kind: str | None) -> list[Event]:
+    """Do what :meth:`MemoryStore.events` says."""
+    query = store.table("events").search()
+    if kind is not None:
+        query = query.where(one_of("kind", [kind]))
+    found = [
+        Event(**{**row, "memory_ids": tuple(row["memory_ids"])})
+        for row in query.limit(None).to_arrow().to_pylist()
+    ]
+    return sorted(found, key=lambda event: event.at)

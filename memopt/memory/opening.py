@@ -1,0 +1,100 @@
+"""Making a store, and checking that what is opened is whole and ours."""
+
+from __future__ import annotations
+
+import base64
+import os
+from datetime import datetime
+from typing import Any
+
+from memopt.errors import ConsolidationError
+from memopt.memory import payload, searching
+from memopt.memory.meta import TABLES, Meta, Place
+from memopt.memory.schema import (
+    ACCESS_LOG,
+    DEFAULT_DIM,
+    EDGES,
+    EVENTS,
+    Embedder,
+    memories_schema,
+)
+
+_ID_KEY_BYTES = 32
+
+
+def make(
+    place: Place,
+    database: Any,
+    dim: int | None,
+    embedder: Embedder | None,
+    cipher: payload.Cipher | None,
+    now: datetime,
+) -> Meta:
+    """Create the tables, then ``memory.json``: only with it is there a store.
+
+    A creation that was cut short is finished by the next one.
+    """
+    dim = dim or (embedder.dim if embedder else DEFAULT_DIM)
+    schemas = (memories_schema(dim), EDGES, ACCESS_LOG, EVENTS)
+    for name, schema in zip(TABLES, schemas, strict=True):
+        table = database.create_table(name, schema=schema, exist_ok=True)
+        if table.count_rows():
+            raise ConsolidationError(
+                f"{place} has a table {name!r} with rows and no memory.json",
+                fix="restore memory.json from a copy, or choose another folder",
+            )
+        if table.schema != schema:
+            database.create_table(name, schema=schema, mode="overwrite")
+    searching.create_indices(database)
+    id_key = None
+    if cipher is not None:
+        id_key = base64.b64encode(cipher.encrypt(os.urandom(_ID_KEY_BYTES))).decode()
+    meta = Meta(
+        dim=dim,
+        model_id=embedder.model_id if embedder else "",
+        created_at=now.isoformat(),
+        key_id=cipher.key_id if cipher else None,
+        id_key=id_key,
+    )
+    place.write(meta)
+    return meta
+
+
+def table(place: Place, database: Any, name: str) -> Any:
+    """Open one table.
+
+    Raises:
+        ConsolidationError: it is missing or damaged.
+    """
+    try:
+        return database.open_table(name)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConsolidationError(
+            f"{place} is damaged: its table {name!r} cannot be opened ({_first_line(error)})",
+            fix="restore it from a copy",
+        ) from error
+
+
+def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
+    """Return the key of the content hashes; opening it proves the encryption key.
+
+    Raises:
+        ConsolidationError: no key or a wrong one for an encrypted store, or a key for a plain one.
+    """
+    if meta.id_key is None:
+        if cipher is None:
+            return b""
+        raise ConsolidationError(
+            f"{place} is not encrypted, and a key was given",
+            fix="open it without a key, or import its export into a new encrypted store",
+        )
+    if cipher is None:
+        raise ConsolidationError(
+            f"{place} is encrypted with key {meta.key_id!r} and no key was given",
+            fix="open the store with its key",
+        )
+    return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,133 @@
+"""Reads: ids are looked up alone first, so that media of other rows stay on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from memopt.errors import InputError
+from memopt.memory import payload, rows
+from memopt.memory.filters import expression, one_of, utc
+from memopt.memory.schema import Filter, Link, Memory, memories_schema
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memopt.memory.store import MemoryStore
+
+# How many ids go into one IN list: Lance takes 10k in under 0.1 s, parsing grows with it.
+_IDS_PER_QUERY = 10_000
+
+
+def get_many(store: MemoryStore, ids: Sequence[str], *, links: bool) -> list[Memory]:
+    """Do what :meth:`MemoryStore.get_many` says."""
+    found = payload.unseal(raw_rows(store, ids, None), store.cipher)
+    linked = links_of(store, ids) if links else {}
+    now = utc(store.clock())
+    by_id = {
+        memory.memory_id: memory
+        for memory in rows.memories(found, store.dim, linked, store.pending_touches())
+        if memory.expires_at is None or memory.expires_at > now
+    }
+    _all_known(store, ids, by_id)
+    store.observe("read", ids)
+    return [by_id[memory_id] for memory_id in ids]
+
+
+def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
+    """Do what :meth:`MemoryStore.rows` says."""
+    names = list(columns or memories_schema(store.dim).names)
+    tables = [_take(store, part, names) for part in _parts(list(dict.fromkeys(ids)))]
+    return pa.concat_tables(tables) if tables else _schema(store, names).empty_table()
+
+
+def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+    """Do what :meth:`MemoryStore.light` says."""
+    tables = [
+        _where(store.memories, one_of("memory_id", part), columns).to_arrow()
+        for part in _parts(ids)
+    ]
+    return pa.concat_tables(tables) if tables else _schema(store, columns).empty_table()
+
+
+def links_of(store: MemoryStore, ids: Sequence[str]) -> dict[str, list[Link]]:
+    """Do what :meth:`MemoryStore.links` says."""
+    found: dict[str, list[Link]] = {}
+    for part in _parts(ids):
+        query = _where(store.table("edges"), one_of("source", part), ("source", "target", "weight"))
+        for edge in query.to_arrow().to_pylist():
+            found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
+    for links in found.values():
+        links.sort(key=lambda link: (-link.weight, link.linked_id))
+    return found
+
+
+def scan(
+    store: MemoryStore, where: Filter, columns: Sequence[str] | None, batch_size: int
+) -> Iterator[pa.RecordBatch]:
+    """Do what :meth:`MemoryStore.scan` says."""
+    if columns is None or "access_count" in columns or "last_access" in columns:
+        store.flush()
+    names = list(columns or memories_schema(store.dim).names)
+    yield from _where(store.memories, expression(where), names).to_batches(batch_size)
+
+
+def vectors(
+    store: MemoryStore, ids: Sequence[str] | None, where: Filter
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Do what :meth:`MemoryStore.vectors` says."""
+    names = ["memory_id", "joint_embedding"]
+    if ids is None:
+        batches = scan(store, where, names, 4096)
+        table = pa.Table.from_batches(list(batches), schema=_schema(store, names))
+        found = table["memory_id"].to_pylist()
+        return found, rows.vectors_array(table["joint_embedding"], store.dim)
+    table = raw_rows(store, ids, names)
+    at = {memory_id: row for row, memory_id in enumerate(table["memory_id"].to_pylist())}
+    _all_known(store, ids, at)
+    array = rows.vectors_array(table["joint_embedding"], store.dim)
+    return list(ids), array[[at[memory_id] for memory_id in ids]]
+
+
+def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
+    where = one_of("memory_id", ids)
+    found = _where(store.memories, where, ["memory_id"]).with_row_id(True).to_arrow()
+    if not found.num_rows:
+        return _schema(store, names).empty_table()
+    wanted = list(dict.fromkeys(["memory_id", *names]))
+    try:
+        taken = store.memories.take_row_ids(found["_rowid"].to_pylist()).select(wanted).to_arrow()
+    except (ValueError, RuntimeError, OSError):
+        taken = None
+    if taken is None or set(taken["memory_id"].to_pylist()) != set(found["memory_id"].to_pylist()):
+        # Rows moved (update, compaction) between the two reads; one query sees one version.
+        taken = _where(store.memories, where, wanted).to_arrow()
+    return taken.select(names)
+
+
+def _where(table: Any, condition: Any | None, columns: Sequence[str]) -> Any:
+    query = table.search()
+    if condition is not None:
+        query = query.where(condition)
+    return query.select(list(columns)).limit(None)
+
+
+def _all_known(store: MemoryStore, ids: Sequence[str], known: Any) -> None:
+    missing = [memory_id for memory_id in ids if memory_id not in known]
+    if missing:
+        raise InputError(
+            f"{store.place} has no memory {missing[0]!r}", fix="search for it, ids are exact"
+        )
+
+
+def _schema(store: MemoryStore, names: Sequence[str]) -> pa.Schema:
+    schema = memories_schema(store.dim)
+    return pa.schema([schema.field(name) for name in names])
+
+
+def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(ids), _IDS_PER_QUERY):
+        yield list(ids[start : start + _IDS_PER_QUERY])

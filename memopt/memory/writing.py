@@ -1,0 +1,353 @@
+"""Writes: every call is one atomic commit on ``memories``, or one per chunk of a long stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from memopt.errors import ConsolidationError, InputError
+from memopt.memory import incoming, payload, rows
+from memopt.memory.filters import one_of, utc
+from memopt.memory.schema import (
+    SHORT_TERM,
+    TIERS,
+    AddResult,
+    Content,
+    NewMemory,
+    memories_schema,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memopt.memory.store import MemoryStore
+
+# Rows of one commit of a long stream: each commit costs milliseconds and a version, and a crash
+# loses at most one unacknowledged chunk.
+ROWS_PER_COMMIT = 8192
+BYTES_PER_COMMIT = 256 << 20
+_CONTENT = {"text": "text", "vision_data": "vision", "audio_data": "audio"}
+_UPDATABLE = (
+    *_CONTENT,
+    "joint_embedding",
+    "category",
+    "timestamp",
+    "expires_at",
+    "summary",
+    "tier",
+)
+
+
+def add(store: MemoryStore, memories: NewMemory | Iterable[NewMemory]) -> AddResult:
+    """Do what :meth:`MemoryStore.add` says."""
+    if isinstance(memories, NewMemory):
+        memories = [memories]
+    checked = isinstance(memories, Sequence)
+    if isinstance(memories, Sequence):
+        memories = _checked(store, memories, 0)
+    ids: list[str] = []
+    added = 0
+    for chunk in _chunks(memories):
+        if not checked:
+            chunk = _checked(store, chunk, len(ids))
+        chunk_ids, new = _add_chunk(store, chunk)
+        ids += chunk_ids
+        added += new
+    return AddResult(tuple(ids), added, len(ids) - added)
+
+
+def commit(
+    store: MemoryStore,
+    inserts: pa.Table | None,
+    updates: pa.Table | None,
+    deletes: Sequence[str],
+) -> None:
+    """Do what :meth:`MemoryStore.commit` says."""
+    empty = memories_schema(store.dim).empty_table()
+    inserts = empty if inserts is None else sealed(store, inserts)
+    updates = empty if updates is None else sealed(store, updates)
+    old, new, gone = _ids(updates), _ids(inserts), list(deletes)
+    if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
+        raise InputError("one commit names a memory twice")
+    with store.exclusive():
+        current = store.light(old + gone, ("memory_id", "access_count", "last_access"))
+        missing = sorted({*old, *gone} - set(_ids(current)))
+        if missing:
+            raise ConsolidationError(
+                f"{len(missing)} memories of this commit are gone, first {missing[0]}",
+                fix="read them again and repeat",
+            )
+        clash = sorted(_ids(store.light(new, ("memory_id",))))
+        if clash:
+            raise ConsolidationError(
+                f"{len(clash)} memories to insert exist already, first {clash[0]}",
+                fix="read them again and repeat",
+            )
+        if gone:
+            _deleting(store, gone)
+        source = pa.concat_tables([inserts, _keep_counts(updates, current)])
+        if source.num_rows:
+            merge = store.memories.merge_insert("memory_id")
+            merge = merge.when_matched_update_all().when_not_matched_insert_all()
+            if gone:
+                merge = merge.when_not_matched_by_source_delete(one_of("memory_id", gone))
+            merge.execute(source)
+        elif gone:
+            store.memories.delete(one_of("memory_id", gone))
+    store.observe("write", new + old)
+    store.observe("delete", gone)
+    announce(store, inserts)
+
+
+def delete(store: MemoryStore, ids: Sequence[str]) -> int:
+    """Do what :meth:`MemoryStore.delete` says."""
+    with store.exclusive():
+        present = sorted(_ids(store.light(list(dict.fromkeys(ids)), ("memory_id",))))
+        if present:
+            _deleting(store, present)
+            store.memories.delete(one_of("memory_id", present))
+    store.observe("delete", present)
+    return len(present)
+
+
+def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
+    """Do what :meth:`MemoryStore.update` says."""
+    unknown = sorted(set(fields) - set(_UPDATABLE))
+    if unknown:
+        raise InputError(f"{unknown[0]!r} cannot be updated", fix=f"one of {', '.join(_UPDATABLE)}")
+    if not fields:
+        raise InputError(f"nothing to update in {memory_id!r}", fix="give at least one field")
+    if fields.get("tier", SHORT_TERM) not in TIERS:
+        raise InputError(f"unknown tier {fields['tier']!r}", fix=f"one of {', '.join(TIERS)}")
+    for name in ("timestamp", "expires_at"):
+        if fields.get(name) is not None:
+            fields[name] = utc(fields[name])
+    if store.redact and isinstance(fields.get("summary"), str):
+        fields["summary"] = store.redact(fields["summary"])
+    with store.exclusive():
+        table = store.unpack(store.rows([memory_id]))
+        if not table.num_rows:
+            raise InputError(f"{store.place} has no memory {memory_id!r}")
+        row = table.to_pylist()[0]
+        new_content = any(name in fields for name in _CONTENT)
+        vector = fields.get("joint_embedding")
+        row.update({name: value for name, value in fields.items() if name != "joint_embedding"})
+        content = Content(**{short: row[name] for name, short in _CONTENT.items()})
+        # A summary may stand alone; everything else needs content, as it did when it was added.
+        if new_content or not row["summary"]:
+            new = _checked(
+                store,
+                [
+                    NewMemory(
+                        content=content,
+                        category=row["category"],
+                        timestamp=row["timestamp"],
+                        expires_at=row["expires_at"],
+                        embedding=vector,
+                    )
+                ],
+                0,
+            )[0]
+            content = new.content
+        if vector is None and new_content:
+            vectors = store.embed([content])
+        elif vector is None:
+            vectors = rows.vectors_array(table["joint_embedding"], store.dim)
+        else:
+            vectors = rows.unit(np.asarray(vector)[None, :], store.dim)
+        del row["joint_embedding"]
+        row["text"] = content.text
+        row.update({f"has_{name}": name in content.modalities for name in _CONTENT.values()})
+        changed = rows.new_rows(vectors, {name: [value] for name, value in row.items()})
+        if row["tier"] == "archived":
+            changed = store.pack(changed)
+        moved = vector is not None or new_content
+        if moved:
+            _deleting(store, [memory_id])
+        commit(store, None, changed, ())
+    if moved:
+        announce(store, changed)
+
+
+def arrow_memories(store: MemoryStore, batches: Iterable[pa.RecordBatch]) -> Iterator[NewMemory]:
+    """Turn Arrow batches into memories; see :meth:`MemoryStore.add_arrow`.
+
+    Raises:
+        InputError: an unknown column, or one of a type that does not fit.
+    """
+    known = ("memory_id", *_CONTENT, "joint_embedding", "timestamp", "category", "expires_at")
+    schema = memories_schema(store.dim)
+    for batch in batches:
+        unknown = sorted(set(batch.schema.names) - set(known))
+        if unknown:
+            raise InputError(f"unknown column {unknown[0]!r}", fix=f"use {', '.join(known)}")
+        columns: dict[str, list[Any]] = {}
+        for name in batch.schema.names:
+            if name == "joint_embedding":
+                columns[name] = _embeddings(batch[name], store.dim)
+                continue
+            try:
+                # Nanoseconds and float dates lose what the table cannot hold.
+                columns[name] = batch[name].cast(schema.field(name).type, safe=False).to_pylist()
+            except pa.ArrowInvalid as error:
+                raise InputError(f"column {name!r} does not fit: {error}") from error
+            except pa.ArrowNotImplementedError as error:
+                raise InputError(
+                    f"column {name!r} is {batch[name].type}, not {schema.field(name).type}"
+                ) from error
+        nothing = [None] * batch.num_rows
+        get = columns.get
+        for at in range(batch.num_rows):
+            yield NewMemory(
+                content=Content(
+                    **{short: get(name, nothing)[at] for name, short in _CONTENT.items()}
+                ),
+                category=get("category", nothing)[at] or "",
+                timestamp=get("timestamp", nothing)[at],
+                embedding=get("joint_embedding", nothing)[at],
+                expires_at=get("expires_at", nothing)[at],
+                memory_id=get("memory_id", nothing)[at],
+            )
+
+
+def sealed(store: MemoryStore, table: pa.Table) -> pa.Table:
+    """Return whole rows in the table's types; plain ones encrypted where the store is."""
+    schema = memories_schema(store.dim)
+    table = table.select(schema.names).cast(schema)
+    if store.cipher is None or not table.num_rows:
+        return table
+    plain = np.array([not codec for codec in table["codec"].to_pylist()])
+    return pa.concat_tables(
+        [
+            table.filter(pa.array(~plain)),
+            payload.seal(table.filter(pa.array(plain)), compress=False, cipher=store.cipher),
+        ]
+    )
+
+
+def announce(store: MemoryStore, table: pa.Table) -> None:
+    """Tell the listeners of new rows."""
+    if not table.num_rows or not store.listeners:
+        return
+    ids = _ids(table)
+    vectors = rows.vectors_array(table["joint_embedding"], store.dim)
+    timestamps: list[datetime] = table["timestamp"].to_pylist()
+    for listener in store.listeners:
+        listener.added(ids, vectors, timestamps)
+
+
+def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str], int]:
+    ids = [m.memory_id or store.content_id(m.content, m.category) for m in chunk]
+    unique: dict[str, NewMemory] = {}
+    for memory_id, memory in zip(ids, chunk, strict=True):
+        unique.setdefault(memory_id, memory)
+    if any(memory.embedding is None for memory in unique.values()):
+        # An embedding costs a hundred times the look-up: what is there is not embedded again.
+        known = set(_ids(store.light(list(unique), ("memory_id",))))
+        unique = {key: memory for key, memory in unique.items() if key not in known}
+    if not unique:
+        return ids, 0
+    new_ids, new = list(unique), list(unique.values())
+    vectors = _vectors_of(store, new)
+    columns = incoming.columns(new_ids, new, utc(store.clock()), store.meta.model_id)
+    table = sealed(store, rows.new_rows(vectors, columns))
+    if store.place.local is None:
+        merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
+        added = int(merge.execute(table).num_inserted_rows)
+    else:
+        # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
+        with store.exclusive():
+            known = set(_ids(store.light(new_ids, ("memory_id",))))
+            if known:
+                table = table.filter(pa.array([key not in known for key in _ids(table)]))
+            if table.num_rows:
+                store.memories.add(table)
+        added = table.num_rows
+    store.observe("write", _ids(table))
+    announce(store, table)
+    return ids, added
+
+
+def _checked(store: MemoryStore, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:
+    memories = [incoming.redacted(memory, store.redact) for memory in memories]
+    for at, memory in enumerate(memories, start=start):
+        incoming.check(memory, at, store.dim)
+    return memories
+
+
+def _vectors_of(store: MemoryStore, memories: Sequence[NewMemory]) -> NDArray[np.float32]:
+    vectors = np.empty((len(memories), store.dim), np.float32)
+    given = [at for at, memory in enumerate(memories) if memory.embedding is not None]
+    absent = [at for at, memory in enumerate(memories) if memory.embedding is None]
+    if given:
+        stacked = np.stack([np.asarray(memories[at].embedding) for at in given])
+        vectors[given] = rows.unit(stacked, store.dim)
+    if absent:
+        vectors[absent] = store.embed([memories[at].content for at in absent])
+    return vectors
+
+
+def _deleting(store: MemoryStore, ids: Sequence[str]) -> None:
+    for listener in store.listeners:
+        listener.deleting(ids)
+
+
+def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:
+    """Return ``updates`` with access counts and times no older than those of ``current``."""
+    known = {row["memory_id"]: row for row in current.to_pylist()}
+    counts, lasts = [], []
+    for row in updates.select(["memory_id", "access_count", "last_access"]).to_pylist():
+        now = known[row["memory_id"]]
+        counts.append(max(row["access_count"], now["access_count"]))
+        lasts.append(max(filter(None, (row["last_access"], now["last_access"])), default=None))
+    for name, values in (("access_count", counts), ("last_access", lasts)):
+        field = updates.schema.field(name)
+        at = updates.column_names.index(name)
+        updates = updates.set_column(at, field, pa.array(values, field.type))
+    return updates
+
+
+def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
+    """Cut a stream into commits, by rows and by bytes of content."""
+    iterator = iter(memories)
+    while part := list(islice(iterator, ROWS_PER_COMMIT)):
+        chunk: list[NewMemory] = []
+        size = 0
+        for memory in part:
+            content = getattr(memory, "content", Content())
+            new = sum(len(getattr(content, name) or b"") for name in _CONTENT.values())
+            if chunk and size + new > BYTES_PER_COMMIT:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(memory)
+            size += new
+        yield chunk
+
+
+def _embeddings(column: pa.Array, dim: int) -> list[Any]:
+    """Return one float array per row, None for null."""
+    kind = column.type
+    if not (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    ) or not pa.types.is_floating(kind.value_type):
+        raise InputError(f"joint_embedding is {kind}, not a list of floats")
+    present = column.drop_null()
+    lengths = set(present.value_lengths().to_pylist()) if len(present) else set()
+    wrong = sorted(lengths - {dim})
+    if wrong:
+        raise InputError(
+            f"joint_embedding has {wrong[0]} dimensions, this store has {dim}",
+            fix="use the model the store was made with, or reembed the store",
+        )
+    values = iter(present.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim))
+    return [next(values) if there else None for there in column.is_valid().to_pylist()]
+
+
+def _ids(table: pa.Table) -> list[str]:
+    found: list[str] = table["memory_id"].to_pylist()
+    return found
