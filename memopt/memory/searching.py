@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import payload, rows
 from memopt.memory.filters import expression, utc
-from memopt.memory.schema import Filter, Hit
+from memopt.memory.schema import Filter, Hit, memories_schema
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -145,7 +145,7 @@ def _run(
     condition = expression(where)
     if condition is not None:
         search = search.where(condition, prefilter=True)
-    names = ["memory_id", "expires_at"] if light else [*store.memories.schema.names]
+    names = ["memory_id", "expires_at"] if light else memories_schema(store.dim).names
     return search.select([*names, score]).limit(count).to_arrow()
 
 

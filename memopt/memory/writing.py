@@ -281,14 +281,18 @@ def _checked(store: MemoryStore, memories: Sequence[NewMemory], start: int) -> l
 
 
 def _vectors_of(store: MemoryStore, memories: Sequence[NewMemory]) -> NDArray[np.float32]:
-    vectors = np.empty((len(memories), store.dim), np.float32)
     given = [at for at, memory in enumerate(memories) if memory.embedding is not None]
     absent = [at for at, memory in enumerate(memories) if memory.embedding is None]
+    parts = []
     if given:
         stacked = np.stack([np.asarray(memories[at].embedding) for at in given])
-        vectors[given] = rows.unit(stacked, store.dim)
+        parts.append(rows.unit(stacked, store.dim))
     if absent:
-        vectors[absent] = store.embed([memories[at].content for at in absent])
+        parts.append(store.embed([memories[at].content for at in absent]))
+    if len(parts) == 1:
+        return parts[0]
+    vectors = np.empty((len(memories), store.dim), np.float32)
+    vectors[given], vectors[absent] = parts
     return vectors
 
 
