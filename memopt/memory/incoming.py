@@ -50,7 +50,9 @@ def check(memory: NewMemory, position: int, dim: int) -> None:
         ("memory_id", memory.memory_id, MAX_ID_BYTES),
         ("category", memory.category, MAX_ID_BYTES),
     ):
-        if value is not None and len(encoded(value, f"{name}: {label}")) > limit:
+        if value is None and label == "memory_id":
+            continue
+        if len(encoded(value, f"{name}: {label}")) > limit:
             raise InputError(f"{name}: {label} is longer than {limit} bytes")
     if memory.memory_id == "":
         raise InputError(f"{name}: memory_id is empty", fix="leave it out to get a content hash")
@@ -72,7 +74,7 @@ def check_content(content: Content, name: str = "content") -> None:
         size = len(encoded(content.text, f"{name}: text"))
         if size > MAX_TEXT_BYTES:
             raise InputError(
-                f"{name}: text has {size / 1e6:.0f} MB, the limit is {MAX_TEXT_BYTES / 1e6:.0f} MB",
+                f"{name}: text has {_mebibytes(size)}, the limit is {_mebibytes(MAX_TEXT_BYTES)}",
                 fix="split it into several memories",
             )
         if not content.text.strip() and len(content.modalities) == 1:
@@ -85,8 +87,8 @@ def check_content(content: Content, name: str = "content") -> None:
             raise InputError(f"{name}: {modality} is {type(data).__name__}, not bytes of a file")
         if len(data) > MAX_MEDIA_BYTES:
             raise InputError(
-                f"{name}: {modality} has {len(data) / 1e6:.0f} MB, "
-                f"the limit is {MAX_MEDIA_BYTES / 1e6:.0f} MB"
+                f"{name}: {modality} has {_mebibytes(len(data))}, "
+                f"the limit is {_mebibytes(MAX_MEDIA_BYTES)}"
             )
         decode(data, f"{name}: {modality}")
 
@@ -197,3 +199,7 @@ def _decode_sound(data: bytes, name: str) -> None:
             raise InputError(
                 f"{name} is cut short: {len(data)} of {declared + 8} bytes", fix="give a whole .wav"
             )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"

@@ -37,14 +37,12 @@ def make(
     dim = dim or (embedder.dim if embedder else DEFAULT_DIM)
     schemas = (memories_schema(dim), EDGES, ACCESS_LOG, EVENTS)
     for name, schema in zip(TABLES, schemas, strict=True):
-        table = database.create_table(name, schema=schema, exist_ok=True)
-        if table.count_rows():
+        if _row_count(database, name):
             raise ConsolidationError(
                 f"{place} has a table {name!r} with rows and no memory.json",
                 fix="restore memory.json from a copy, or choose another folder",
             )
-        if table.schema != schema:
-            database.create_table(name, schema=schema, mode="overwrite")
+        database.create_table(name, schema=schema, mode="overwrite")
     searching.create_indices(database)
     id_key = None
     if cipher is not None:
@@ -94,6 +92,14 @@ def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
             fix="open the store with its key",
         )
     return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
+
+
+def _row_count(database: Any, name: str) -> int:
+    try:
+        return int(database.open_table(name).count_rows())
+    except ValueError:
+        # Not there, or cut short before its first version: nothing was acknowledged in it.
+        return 0
 
 
 def _first_line(error: Exception) -> str:

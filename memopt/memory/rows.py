@@ -79,7 +79,10 @@ def new_rows(vectors: NDArray[np.float32], columns: Mapping[str, Any]) -> pa.Tab
         else:
             array = pa.repeat(pa.scalar(value, field.type), count)
         if len(array) != count or (array.null_count and not field.nullable):
-            raise InputError(f"column {field.name!r} needs {count} values, got {len(array)}")
+            raise InputError(
+                f"column {field.name!r} needs {count} values, "
+                f"got {len(array)} of which {array.null_count} are null"
+            )
         arrays.append(array)
     return pa.table(arrays, schema=schema)
 
@@ -174,5 +177,6 @@ def unit(vectors: NDArray[Any], dim: int, what: str = "embedding") -> NDArray[np
     bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
     if len(bad):
         kind = "is all zeros" if squares[bad[0]] == 0 else "holds NaN or infinity"
-        raise InputError(f"{what} {bad[0]} {kind}", fix="check the model that made it")
+        which = f"{what} {bad[0]}" if len(vectors) > 1 else what
+        raise InputError(f"{which} {kind}", fix="check the model that made it")
     return cast("NDArray[np.float32]", (vectors / np.sqrt(squares)[:, None].astype(np.float32)))
