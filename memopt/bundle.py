@@ -22,8 +22,14 @@ from memopt.registry import nearest
 
 MANIFEST = "memopt.json"
 FORMAT_VERSION = 1
-TASKS = ("embedding", "image-embedding", "audio-embedding", "text-generation")
-MODALITIES = ("text", "image", "audio")
+TASKS = (
+    "embedding",
+    "image-embedding",
+    "audio-embedding",
+    "text-generation",
+    "joint-embedding",
+)
+MODALITIES = ("text", "image", "audio", "joint")
 POOLINGS = ("mean", "cls", "max", "last", "model", "none")
 FORMATS = ("onnx", "openvino")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "nf4")

@@ -29,6 +29,7 @@ COMMANDS: tuple[str, ...] = (
     "bench",
     "info",
     "sync",
+    "memory",
     "doctor",
     "config",
 )

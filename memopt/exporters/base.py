@@ -10,12 +10,13 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
 from memopt.errors import ConfigurationError, ExportError
-from memopt.exporters import check, onnx, openvino, tasks
+from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
 from memopt.exporters.model import LoadedModel, load_model
 from memopt.files import publish, sha256_file, staged_directory
 from memopt.registry import nearest
+from memopt.runtimes.joint import JOINT_TASK
 from memopt.weights.reader import WeightLoader
 
 Step = Callable[[str], None]
@@ -98,14 +99,15 @@ def export(
     say = on_step or (lambda line: None)
     _check_weights(bundle.weights)
     say("build the model from weights.parquet")
-    loaded = load_model(bundle, task)
-    signature = tasks.signature(loaded, bundle.manifest, task)
+    kind = _kind(task)
+    loaded = joint.load_model(bundle) if kind is joint else load_model(bundle, task)
+    signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
         known = _portable(bundle, task, opset) if format == "openvino" else None
         graph = None
         if known is None:
-            module = tasks.wrap(loaded, bundle.manifest, task)
-            feeds = tasks.example(loaded, signature.inputs, tasks.trace_shape(task), seed=0)
+            module = kind.wrap(loaded, bundle.manifest, task)
+            feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
             say("trace and translate to ONNX")
             graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
@@ -114,7 +116,7 @@ def export(
             bundle, task, precision, loaded, signature, cases, folder, external_data_bytes, say
         )
         if format == "onnx":
-            made = _onnx(job, graph, fused=fused)
+            made = _onnx(job, graph, fused=fused and task != JOINT_TASK)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
@@ -152,13 +154,19 @@ def _check_weights(path: Path) -> None:
             loader.load(name)
 
 
+def _kind(task: str) -> Any:
+    """Return the module that knows how this family of models is loaded, called and checked."""
+    return joint if task == JOINT_TASK else tasks
+
+
 def _cases(
     loaded: LoadedModel, manifest: Manifest, task: str, signature: tasks.Signature
 ) -> list[Case]:
     cases: list[Case] = []
-    for seed, shape in enumerate(tasks.check_shapes(loaded, task, manifest.max_length), start=1):
-        feeds = tasks.example(loaded, signature.inputs, shape, seed)
-        cases.append((feeds, tasks.reference(loaded, manifest, task, feeds)))
+    kind = _kind(task)
+    for seed, shape in enumerate(kind.check_shapes(loaded, task, manifest.max_length), start=1):
+        feeds = kind.example(loaded, signature.inputs, shape, seed)
+        cases.append((feeds, kind.reference(loaded, manifest, task, feeds)))
     return cases
 
 

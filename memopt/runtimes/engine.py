@@ -86,6 +86,11 @@ class ArrowEngine:
                 f"{bundle.path} is a language model (task text-generation), not an encoder",
                 fix="encode() needs a bundle of an embedding task",
             )
+        if bundle.manifest.task == "joint-embedding":
+            raise BundleError(
+                f"{bundle.path} is a joint layer: it takes vectors, not text, images or sound",
+                fix="open it with memopt.memory.joint.JointEmbeddingLayer",
+            )
         self._bundle = bundle
         self._settings = Settings(
             threads=threads,

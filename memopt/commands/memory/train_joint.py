@@ -1,0 +1,157 @@
+"""``memopt memory train-joint``: pairs of pictures, sounds and texts to a joint layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from memopt.bundle import Bundle
+    from memopt.memory.encoders import Encoder
+    from memopt.memory.joint_pairs import Pairs
+    from memopt.memory.joint_train import JointRecipe, Progress
+    from memopt.runtimes.joint import JointConfig
+
+
+def train_joint(
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help="Parquet: vision_embedding or vision_data, audio_embedding or audio_data, "
+            "text_embedding or text; optionally group."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="New folder for the bundle.")],
+    vision: Annotated[str | None, typer.Option(help="Bundle that encodes vision_data.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Bundle that encodes audio_data.")] = None,
+    text: Annotated[str | None, typer.Option(help="Bundle that encodes text.")] = None,
+    dim: Annotated[int, typer.Option(help="Length of the joint vector.")] = 768,
+    hidden: Annotated[int, typer.Option(help="Width of the fusion MLP.")] = 1024,
+    attention: Annotated[bool, typer.Option(help="Modalities attend to each other.")] = True,
+    epochs: Annotated[int, typer.Option(help="Passes over the pairs, at most.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a joint layer, write it as a bundle, export it and check the graph against torch."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from memopt.commands.console import stderr
+    from memopt.memory.encoders import AudioEncoder, TextEncoder, VisionEncoder
+    from memopt.memory.joint import JointConfig
+    from memopt.memory.joint_bundle import check_free
+    from memopt.memory.joint_pairs import read_pairs
+    from memopt.memory.joint_train import JointRecipe
+    from memopt.runtimes.engine import ArrowEngine
+
+    check_free(output)
+    recipe = JointRecipe(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
+    encoders: dict[str, Encoder] = {}
+    for name, kind, bundle in (
+        ("vision", VisionEncoder, vision),
+        ("audio", AudioEncoder, audio),
+        ("text", TextEncoder, text),
+    ):
+        if bundle is not None:
+            engine = ArrowEngine(bundle)
+            encoders[name] = kind(engine, dim=engine.dimension)
+    console = stderr()
+    with console.status("read the pairs"):
+        rows = read_pairs(pairs, encoders)
+    # Eight heads as in Vaswani et al., or the most that divide an unusual width.
+    heads = next(heads for heads in range(8, 0, -1) if dim % heads == 0)
+    config = JointConfig.from_dict(
+        {**rows.dims, "joint": dim, "hidden": hidden, "attention": attention, "heads": heads}
+    )
+    with Progress(
+        TextColumn("train"),
+        BarColumn(),
+        TextColumn("epoch {task.completed}, held-out loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("train", total=epochs, loss=float("nan"))
+        made = make_joint_bundle(
+            rows,
+            output,
+            config=config,
+            recipe=recipe,
+            encoders={name: encoder.model_id for name, encoder in encoders.items()},
+            source=pairs,
+            on_epoch=lambda epoch, _, loss: bar.update(task, completed=epoch, loss=loss),
+        )
+    report = made.manifest.history[0]
+    if as_json:
+        typer.echo(json.dumps({"bundle": str(made.path), **report}, indent=1))
+    else:
+        _print(made, report)
+
+
+def make_joint_bundle(
+    pairs: Pairs,
+    folder: Path,
+    *,
+    config: JointConfig | None = None,
+    recipe: JointRecipe | None = None,
+    encoders: dict[str, str] | None = None,
+    source: Path | None = None,
+    on_epoch: Progress | None = None,
+) -> Bundle:
+    """Train, write and export a joint layer: memory and exporters, joined one floor up.
+
+    Raises:
+        InputError: what :func:`memopt.memory.joint_train.train_joint` refuses.
+        ExportError: the graph does not give torch's answers; the folder then has no bundle.
+    """
+    import shutil
+
+    from memopt.bundle import open_bundle
+    from memopt.errors import MemoptError
+    from memopt.exporters.base import export
+    from memopt.files import staged_directory
+    from memopt.memory.joint_bundle import check_free, write_joint_bundle
+    from memopt.memory.joint_train import train_joint as train
+
+    check_free(folder)
+    trained = train(pairs, config, recipe, on_epoch)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with staged_directory(folder.parent) as stage:
+        bundle = write_joint_bundle(
+            trained, stage / "bundle", name=folder.resolve().name, encoders=encoders, source=source
+        )
+        export(bundle)
+        # Whole or not at all: the folder appears when the graph has passed its check.
+        if folder.exists():
+            shutil.rmtree(folder)
+        try:
+            (stage / "bundle").rename(folder)
+        except OSError as error:
+            raise MemoptError(f"cannot write {folder}: {error}") from error
+    return open_bundle(folder)
+
+
+def _print(bundle: Bundle, report: Any) -> None:
+    from rich.table import Table
+
+    from memopt.commands.console import stdout
+
+    console = stdout(100)
+    table = Table("direction", "rows", "recall@1", "chance", title="held-out rows")
+    for direction, found in report["recall_at_1"].items():
+        table.add_row(
+            direction, str(found["rows"]), f"{found['recall']:.3f}", f"{found['chance']:.3f}"
+        )
+    console.print(table)
+    console.print(
+        f"{report['rows']} rows ({report['rows_held_out']} held out, {report['rows_skipped']} "
+        f"skipped), best epoch {report['best_epoch']} of {report['epochs']}, held-out loss "
+        f"{report['held_out_loss_before']:.3f} -> {report['held_out_loss']:.3f}"
+    )
+    console.print(f"wrote {bundle.path}")
