@@ -44,11 +44,11 @@ def record(
 
 def read(store: MemoryStore, kind: str | None) -> list[Event]:
     """Do what :meth:`MemoryStore.events` says."""
-    query = store.table("events").search()
+    query = store.query("events")
     if kind is not None:
         query = query.where(one_of("kind", [kind]))
     found = [
         Event(**{**row, "memory_ids": tuple(row["memory_ids"])})
-        for row in query.limit(None).to_arrow().to_pylist()
+        for row in store.fetch(query).to_pylist()
     ]
     return sorted(found, key=lambda event: event.at)

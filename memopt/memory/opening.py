@@ -37,12 +37,13 @@ def make(
     dim = dim or (embedder.dim if embedder else DEFAULT_DIM)
     schemas = (memories_schema(dim), EDGES, ACCESS_LOG, EVENTS)
     for name, schema in zip(TABLES, schemas, strict=True):
-        if _row_count(database, name):
+        count = _row_count(database, name)
+        if count:
             raise ConsolidationError(
                 f"{place} has a table {name!r} with rows and no memory.json",
                 fix="restore memory.json from a copy, or choose another folder",
             )
-        database.create_table(name, schema=schema, mode="overwrite")
+        database.create_table(name, schema=schema, mode="create" if count is None else "overwrite")
     searching.create_indices(database)
     id_key = None
     if cipher is not None:
@@ -67,10 +68,26 @@ def table(place: Place, database: Any, name: str) -> Any:
     try:
         return database.open_table(name)
     except (ValueError, RuntimeError, OSError) as error:
-        raise ConsolidationError(
-            f"{place} is damaged: its table {name!r} cannot be opened ({_first_line(error)})",
-            fix="restore it from a copy",
-        ) from error
+        raise _unreadable(place, name, error) from error
+
+
+def reader(place: Place, name: str, options: dict[str, Any]) -> Any:
+    """Open one table for asynchronous queries.
+
+    Raises:
+        ConsolidationError: it is missing or damaged.
+    """
+    import lancedb
+    from lancedb.background_loop import LOOP
+
+    async def open_table() -> Any:
+        database = await lancedb.connect_async(place.uri, **options)
+        return await database.open_table(name)
+
+    try:
+        return LOOP.run(open_table())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise _unreadable(place, name, error) from error
 
 
 def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
@@ -94,13 +111,17 @@ def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
     return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
 
 
-def _row_count(database: Any, name: str) -> int:
+def _row_count(database: Any, name: str) -> int | None:
     try:
         return int(database.open_table(name).count_rows())
     except ValueError:
         # Not there, or cut short before its first version: nothing was acknowledged in it.
-        return 0
+        return None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _unreadable(place: Place, name: str, error: Exception) -> ConsolidationError:
+    reason = str(error).partition("\n")[0]
+    return ConsolidationError(
+        f"{place} is damaged: its table {name!r} cannot be opened ({reason})",
+        fix="restore it from a copy",
+    )

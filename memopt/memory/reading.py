@@ -47,7 +47,7 @@ def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | No
 def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
     """Do what :meth:`MemoryStore.light` says."""
     tables = [
-        _where(store.memories, one_of("memory_id", part), columns).to_arrow()
+        store.fetch(_where(store.query(), one_of("memory_id", part), columns))
         for part in _parts(ids)
     ]
     return pa.concat_tables(tables) if tables else _schema(store, columns).empty_table()
@@ -57,8 +57,8 @@ def links_of(store: MemoryStore, ids: Sequence[str]) -> dict[str, list[Link]]:
     """Do what :meth:`MemoryStore.links` says."""
     found: dict[str, list[Link]] = {}
     for part in _parts(ids):
-        query = _where(store.table("edges"), one_of("source", part), ("source", "target", "weight"))
-        for edge in query.to_arrow().to_pylist():
+        query = store.query("edges").where(one_of("source", part))
+        for edge in store.fetch(query.select(["source", "target", "weight"])).to_pylist():
             found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
     for links in found.values():
         links.sort(key=lambda link: (-link.weight, link.linked_id))
@@ -72,7 +72,8 @@ def scan(
     if columns is None or "access_count" in columns or "last_access" in columns:
         store.flush()
     names = list(columns or memories_schema(store.dim).names)
-    yield from _where(store.memories, expression(where), names).to_batches(batch_size)
+    query = _where(store.memories.search(), expression(where), names)
+    yield from query.limit(None).to_batches(batch_size)
 
 
 def vectors(
@@ -94,25 +95,24 @@ def vectors(
 
 def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
     where = one_of("memory_id", ids)
-    found = _where(store.memories, where, ["memory_id"]).with_row_id(True).to_arrow()
+    found = store.fetch(_where(store.query(), where, ["memory_id"]).with_row_id())
     if not found.num_rows:
         return _schema(store, names).empty_table()
     wanted = list(dict.fromkeys(["memory_id", *names]))
     try:
-        taken = store.memories.take_row_ids(found["_rowid"].to_pylist()).select(wanted).to_arrow()
+        taken = store.fetch(store.take(found["_rowid"].to_pylist()).select(wanted))
     except (ValueError, RuntimeError, OSError):
         taken = None
     if taken is None or set(taken["memory_id"].to_pylist()) != set(found["memory_id"].to_pylist()):
         # Rows moved (update, compaction) between the two reads; one query sees one version.
-        taken = _where(store.memories, where, wanted).to_arrow()
+        taken = store.fetch(_where(store.query(), where, wanted))
     return taken.select(names)
 
 
-def _where(table: Any, condition: Any | None, columns: Sequence[str]) -> Any:
-    query = table.search()
+def _where(query: Any, condition: Any | None, columns: Sequence[str]) -> Any:
     if condition is not None:
         query = query.where(condition)
-    return query.select(list(columns)).limit(None)
+    return query.select(list(columns))
 
 
 def _all_known(store: MemoryStore, ids: Sequence[str], known: Any) -> None:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import payload, rows
 from memopt.memory.filters import expression, utc
-from memopt.memory.schema import Filter, Hit, memories_schema
+from memopt.memory.schema import SHORT_TERM, Filter, Hit, memories_schema
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -23,6 +24,16 @@ _RRF_K = 60
 # Each list is read deeper than asked, so that what is second in both can win.
 _FUSION_DEPTH = 4
 _TEXT_COLUMNS = ("text", "summary")
+_SELDOM = (
+    "vision_data",
+    "audio_data",
+    "packed",
+    "summary",
+    "source_memory_ids",
+    "source_count",
+    "consolidated_at",
+)
+_ALWAYS = tuple(name for name in memories_schema(1).names if name not in _SELDOM)
 
 
 def create_indices(database: Any) -> None:
@@ -95,6 +106,16 @@ def search(
     )
 
 
+def candidates(
+    store: MemoryStore, vector: NDArray[Any] | Sequence[float], *, where: Filter, top_k: int
+) -> list[tuple[str, float]]:
+    """Do what :meth:`MemoryStore.candidates` says."""
+    check_top_k(top_k)
+    found = _vector_rows(store, query_vector(store, vector), where, top_k, light=True)
+    scores = np.clip(1 - found["_distance"].to_numpy(), 0, 1).tolist()
+    return list(zip(found["memory_id"].to_pylist(), scores, strict=True))
+
+
 def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
     """Return a query of length 1, float32 (dim,).
 
@@ -119,8 +140,7 @@ def _vector_rows(
     light: bool = False,
 ) -> pa.Table:
     def run(count: int) -> pa.Table:
-        search = store.memories.search(query, vector_column_name="joint_embedding")
-        search = search.distance_type("cosine")
+        search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
         return _run(store, store.tune(search, count), where, count, "_distance", light)
 
     return _living(store, run, top_k)
@@ -133,7 +153,7 @@ def _text_rows(
 
     def run(count: int) -> pa.Table:
         # A match query takes the words as they are: there is no query language to break out of.
-        search = store.memories.search(MultiMatchQuery(text, list(_TEXT_COLUMNS)))
+        search = store.query().nearest_to_text(MultiMatchQuery(text, list(_TEXT_COLUMNS)))
         return _run(store, search, where, count, "_score", light)
 
     return _living(store, run, top_k)
@@ -144,9 +164,33 @@ def _run(
 ) -> pa.Table:
     condition = expression(where)
     if condition is not None:
-        search = search.where(condition, prefilter=True)
-    names = ["memory_id", "expires_at"] if light else memories_schema(store.dim).names
-    return search.select([*names, score]).limit(count).to_arrow()
+        search = search.where(condition)
+    names = ["memory_id", "expires_at"] if light else [*_ALWAYS, *sorted(store.wanted_columns)]
+    found = store.fetch(search.select([*names, score]).limit(count))
+    missing = set() if light else needed_columns(found) - store.wanted_columns
+    if not missing:
+        return found
+    # The first row that uses a column is met: it is read from now on. One query sees one version,
+    # so the search is repeated rather than completed.
+    store.wanted_columns |= missing
+    return _run(store, search, where, count, score, light)
+
+
+def needed_columns(found: pa.Table) -> set[str]:
+    """Return the seldom used columns that hold something in these rows.
+
+    Every column read costs a search about 0.3 ms, and most stores use only some of them.
+    """
+    needed = set()
+    if pc.any(found["has_vision"]).as_py():
+        needed.add("vision_data")
+    if pc.any(found["has_audio"]).as_py():
+        needed.add("audio_data")
+    if any(found["codec"].to_pylist()):
+        needed |= {"packed", "vision_data", "audio_data", "summary"}
+    if any(tier != SHORT_TERM for tier in found["tier"].to_pylist()):
+        needed |= {"summary", "source_memory_ids", "source_count", "consolidated_at"}
+    return needed
 
 
 def _living(store: MemoryStore, run: Any, top_k: int) -> pa.Table:

@@ -97,13 +97,19 @@ class MemoryStore:
         self.observers: list[Callable[[str, Sequence[str]], None]] = []
         self.tune: Callable[[Any, int], Any] = lambda query, top_k: query
         self._touches = Touches(self)
+        self.wanted_columns: set[str] = set()
         self._tables: dict[str, Any] = {}
+        self._readers: dict[str, Any] = {}
         meta = self.place.read()
         if meta is None:
             self.place.check_free(create=create)
         self._lock = WriterLock(self.place.local) if self.place.local else None
         # Zero: a read sees every commit that was acknowledged before it, of other processes too.
-        self.database = lancedb.connect(self.place.uri, read_consistency_interval=timedelta(0))
+        self._options = {
+            "read_consistency_interval": timedelta(0),
+            "session": lancedb.Session(),
+        }
+        self.database = lancedb.connect(self.place.uri, **self._options)
         if meta is None:
             with self.exclusive():
                 meta = self.place.read() or opening.make(
@@ -147,6 +153,28 @@ class MemoryStore:
         if name not in self._tables:
             self._tables[name] = opening.table(self.place, self.database, name)
         return self._tables[name]
+
+    def query(self, name: str = "memories") -> Any:
+        """Return a new asynchronous query of a table, to be run by :meth:`fetch`.
+
+        The blocking query builder asks for the schema several times, 2 ms of each search.
+        """
+        return self._reader(name).query()
+
+    def take(self, row_ids: Sequence[int]) -> Any:
+        """Return a query of rows of ``memories`` by Lance's row ids, for :meth:`fetch`."""
+        return self._reader("memories").take_row_ids(list(row_ids))
+
+    def fetch(self, query: Any) -> pa.Table:
+        """Run a query of :meth:`query` and return all its rows."""
+        from lancedb.background_loop import LOOP
+
+        return LOOP.run(query.to_arrow())
+
+    def _reader(self, name: str) -> Any:
+        if name not in self._readers:
+            self._readers[name] = opening.reader(self.place, name, self._options)
+        return self._readers[name]
 
     def write_meta(self, **changes: Any) -> None:
         """Change fields of ``memory.json``, atomically."""
@@ -202,10 +230,12 @@ class MemoryStore:
         writing.commit(self, inserts, updates, deletes)
 
     def update(self, memory_id: str, **fields: Any) -> None:
-        """Change fields of one memory: text, vision_data, audio_data, category, timestamp,
-        expires_at, summary, tier, joint_embedding.
+        """Change fields of one memory.
 
-        New content is embedded again, unless ``joint_embedding`` comes with it.
+        Args:
+            fields: any of text, vision_data, audio_data, category, timestamp, expires_at,
+                joint_embedding, and summary of a memory that is not short-term. New content is
+                embedded again, unless ``joint_embedding`` comes with it.
 
         Raises:
             InputError: an unknown id or field, or a value :meth:`add` would refuse.
@@ -333,6 +363,22 @@ class MemoryStore:
             self.touch(ids)
         self.observe("read", ids)
         return found
+
+    def candidates(
+        self,
+        vector: NDArray[Any] | Sequence[float],
+        *,
+        where: Filter = EVERYTHING,
+        top_k: int = 10,
+    ) -> list[tuple[str, float]]:
+        """Return (id, cosine similarity), best first, without reading the memories.
+
+        The first step of a longer retrieval: not counted as accesses, not observed.
+
+        Raises:
+            InputError: as :meth:`search`.
+        """
+        return searching.candidates(self, vector, where=where, top_k=top_k)
 
     def find(
         self,

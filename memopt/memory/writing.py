@@ -15,7 +15,6 @@ from memopt.memory import incoming, payload, rows
 from memopt.memory.filters import one_of, utc
 from memopt.memory.schema import (
     SHORT_TERM,
-    TIERS,
     AddResult,
     Content,
     NewMemory,
@@ -32,15 +31,8 @@ if TYPE_CHECKING:
 ROWS_PER_COMMIT = 8192
 BYTES_PER_COMMIT = 256 << 20
 _CONTENT = {"text": "text", "vision_data": "vision", "audio_data": "audio"}
-_UPDATABLE = (
-    *_CONTENT,
-    "joint_embedding",
-    "category",
-    "timestamp",
-    "expires_at",
-    "summary",
-    "tier",
-)
+_OTHERS = ("joint_embedding", "category", "timestamp", "expires_at", "summary")
+_UPDATABLE = (*_CONTENT, *_OTHERS)
 
 
 def add(store: MemoryStore, memories: NewMemory | Iterable[NewMemory]) -> AddResult:
@@ -122,8 +114,6 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
         raise InputError(f"{unknown[0]!r} cannot be updated", fix=f"one of {', '.join(_UPDATABLE)}")
     if not fields:
         raise InputError(f"nothing to update in {memory_id!r}", fix="give at least one field")
-    if fields.get("tier", SHORT_TERM) not in TIERS:
-        raise InputError(f"unknown tier {fields['tier']!r}", fix=f"one of {', '.join(TIERS)}")
     for name in ("timestamp", "expires_at"):
         if fields.get(name) is not None:
             fields[name] = utc(fields[name])
@@ -132,9 +122,13 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
     with store.exclusive():
         table = store.unpack(store.rows([memory_id]))
         if not table.num_rows:
-            raise InputError(f"{store.place} has no memory {memory_id!r}")
+            raise InputError(
+                f"{store.place} has no memory {memory_id!r}", fix="search for it, ids are exact"
+            )
         row = table.to_pylist()[0]
         new_content = any(name in fields for name in _CONTENT)
+        if "summary" in fields and row["tier"] == SHORT_TERM:
+            raise InputError(f"{memory_id!r} is a short-term memory, it has no summary")
         vector = fields.get("joint_embedding")
         row.update({name: value for name, value in fields.items() if name != "joint_embedding"})
         content = Content(**{short: row[name] for name, short in _CONTENT.items()})

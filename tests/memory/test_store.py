@@ -269,6 +269,29 @@ def test_words_and_both_find(store: MemoryStore) -> None:
     assert both[0].score > both[1].score > 0
 
 
+def test_hits_are_whole_whatever_they_hold(store: MemoryStore) -> None:
+    """Media, summaries and archived content are read with a hit as soon as one has them."""
+    store.add(new("a", 1, memory_id="a"))
+    assert store.search(vector(1))[0].memory.text == "a"
+    store.add(NewMemory(content=Content(vision=png(7)), embedding=vector(0, 1), memory_id="v"))
+    store.add(NewMemory(content=Content(audio=wav()), embedding=vector(0, 0, 1), memory_id="s"))
+    store.commit(summary_row("sum", ["a"]), with_tier(store.pack(store.rows(["v"])), "archived"))
+    hits = {hit.memory.memory_id: hit.memory for hit in store.search(vector(1, 1, 1))}
+    assert (hits["v"].vision_data, hits["s"].audio_data) == (png(7), wav())
+    assert (hits["sum"].summary, hits["sum"].source_memory_ids) == ("in short", ("a",))
+    fresh = MemoryStore(store.place.uri).search(vector(0, 1), text="short")
+    assert {hit.memory.memory_id for hit in fresh} == set(hits)
+
+
+def test_candidates_are_ids_and_scores(store: MemoryStore) -> None:
+    """The light search agrees with the whole one and counts no access."""
+    store.add([new("same", 5), new("near", 1, 1), new("other", 0, 0, 1, category="c")])
+    light = store.candidates(vector(2), top_k=2)
+    assert light == [(hit.memory.memory_id, hit.score) for hit in store.search(vector(2), top_k=2)]
+    assert len(store.candidates(vector(2), where=Filter(categories=("c",)))) == 1
+    assert store.get(light[0][0]).access_count == 1
+
+
 def test_expired_memories_are_not_found(tmp_path: Path) -> None:
     """From its expiry on a memory is gone for readers, and enough others are still returned."""
     now = [NOW]
@@ -341,7 +364,8 @@ def test_update_changes_fields_and_keeps_the_rest(store: MemoryStore) -> None:
         ({}, "nothing to update"),
         ({"vision_data": b"no image", "joint_embedding": vector(1)}, "no image"),
         ({"vision_data": None, "joint_embedding": vector(1)}, "is empty"),
-        ({"tier": "hot"}, "unknown tier"),
+        ({"tier": "archived"}, "'tier' cannot be updated"),
+        ({"summary": "short"}, "it has no summary"),
     ):
         with pytest.raises(InputError, match=problem):
             store.update(memory_id, **fields)
@@ -377,12 +401,15 @@ def summary_row(memory_id: str, sources: Sequence[str]) -> pa.Table:
     return rows.new_rows(vector(1)[None], columns)
 
 
+def with_tier(table: pa.Table, tier: str) -> pa.Table:
+    at = table.column_names.index("tier")
+    return table.set_column(at, table.schema.field(at), pa.array([tier] * table.num_rows))
+
+
 def test_one_commit_inserts_updates_and_deletes(store: MemoryStore) -> None:
     """A lifecycle step is one version of the table, whatever it does."""
     ids = store.add([new(f"text {n}", 1, n, memory_id=str(n)) for n in range(5)]).ids
-    packed = store.pack(store.rows(["0"]))
-    at = packed.column_names.index("tier")
-    packed = packed.set_column(at, packed.schema.field(at), pa.array(["archived"]))
+    packed = with_tier(store.pack(store.rows(["0"])), "archived")
     store.touch(["0"])
     store.flush()
     version = store.memories.version
