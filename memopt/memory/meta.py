@@ -7,11 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from memopt.errors import ConsolidationError
 from memopt.files import atomic_path
 from memopt.memory.schema import FORMAT_VERSION
 
 META_FILE = "memory.json"
+META_TABLE = "meta"
 TABLES = ("memories", "edges", "access_log", "events")
 
 
@@ -37,6 +40,10 @@ class Meta:
 class Place:
     """Where a store lies: a local folder, or the URI of an object store.
 
+    On an object store the meta is a table of one row, so that whoever can reach the tables (by
+    whatever credentials) can reach it, and so that it is replaced in one commit; ``database`` must
+    be set there before it is read.
+
     >>> Place("notes").local
     PosixPath('notes')
     >>> Place("s3://bucket/notes").local is None
@@ -48,6 +55,7 @@ class Place:
         if self.uri.startswith("file://"):
             self.uri = self.uri.removeprefix("file://")
         self.local = None if "://" in self.uri else Path(self.uri)
+        self.database: Any = None
 
     def __str__(self) -> str:
         return self.uri
@@ -61,13 +69,25 @@ class Place:
         if self.local is not None:
             file = self.local / META_FILE
             return parse_meta(file.read_bytes(), self) if file.is_file() else None
-        from pyarrow import fs
-
-        system, path = fs.FileSystem.from_uri(f"{self.uri.rstrip('/')}/{META_FILE}")
-        if system.get_file_info(path).type != fs.FileType.File:
+        try:
+            rows = self.database.open_table(META_TABLE).search().limit(None).to_list()
+        except ValueError:
             return None
-        with system.open_input_stream(path) as stream:
-            return parse_meta(stream.read(), self)
+        return parse_meta(rows[0]["json"].encode(), self) if rows else None
+
+    def stamp(self) -> object:
+        """Return a value that changes whenever ``memory.json`` is written; None on object stores.
+
+        >>> Place("no/such/folder").stamp() is None
+        True
+        """
+        if self.local is None:
+            return None
+        try:
+            status = (self.local / META_FILE).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
 
     def write(self, meta: Meta) -> None:
         """Write ``memory.json``, whole or not at all."""
@@ -76,12 +96,8 @@ class Place:
             with atomic_path(self.local / META_FILE) as path:
                 path.write_text(text)
             return
-        from pyarrow import fs
-
-        # An object appears in an object store when its upload is complete, never in part.
-        system, path = fs.FileSystem.from_uri(f"{self.uri.rstrip('/')}/{META_FILE}")
-        with system.open_output_stream(path) as stream:
-            stream.write(text.encode())
+        row = pa.table({"json": [text]})
+        self.database.create_table(META_TABLE, row, mode="overwrite")
 
     def check_free(self, *, create: bool) -> None:
         """Make the folder of a new store, where there is none yet.

@@ -45,15 +45,12 @@ def make(
             )
         database.create_table(name, schema=schema, mode="create" if count is None else "overwrite")
     searching.create_indices(database)
-    id_key = None
-    if cipher is not None:
-        id_key = base64.b64encode(cipher.encrypt(os.urandom(_ID_KEY_BYTES))).decode()
     meta = Meta(
         dim=dim,
         model_id=embedder.model_id if embedder else "",
         created_at=now.isoformat(),
         key_id=cipher.key_id if cipher else None,
-        id_key=id_key,
+        id_key=seal_id_key(os.urandom(_ID_KEY_BYTES), cipher) if cipher else None,
     )
     place.write(meta)
     return meta
@@ -69,6 +66,11 @@ def table(place: Place, database: Any, name: str) -> Any:
         return database.open_table(name)
     except (ValueError, RuntimeError, OSError) as error:
         raise _unreadable(place, name, error) from error
+
+
+def seal_id_key(key: bytes, cipher: payload.Cipher) -> str:
+    """Return ``key``, as :func:`id_key` gave it, encrypted for ``memory.json``; base64."""
+    return base64.b64encode(cipher.encrypt(key)).decode()
 
 
 def reader(place: Place, name: str, options: dict[str, Any]) -> Any:

@@ -56,7 +56,6 @@ class MemoryStore:
         create: make the store when it is absent; False raises instead.
 
     Attributes:
-        meta: dimension, model and format.
         memories: the LanceDB table.
         listeners: called on every add and delete.
         observers: called with (action, ids) on every 'read', 'write' and 'delete'.
@@ -100,22 +99,25 @@ class MemoryStore:
         self.wanted_columns: set[str] = set()
         self._tables: dict[str, Any] = {}
         self._readers: dict[str, Any] = {}
-        meta = self.place.read()
-        if meta is None:
-            self.place.check_free(create=create)
-        self._lock = WriterLock(self.place.local) if self.place.local else None
         # Zero: a read sees every commit that was acknowledged before it, of other processes too.
         self._options = {
             "read_consistency_interval": timedelta(0),
             "session": lancedb.Session(),
         }
-        self.database = lancedb.connect(self.place.uri, **self._options)
+        if self.place.local is None:
+            self.place.database = lancedb.connect(self.place.uri, **self._options)
+        self._stamp = self.place.stamp()
+        meta = self.place.read()
+        if meta is None:
+            self.place.check_free(create=create)
+        self._lock = WriterLock(self.place.local) if self.place.local else None
+        self.database = self.place.database or lancedb.connect(self.place.uri, **self._options)
         if meta is None:
             with self.exclusive():
                 meta = self.place.read() or opening.make(
                     self.place, self.database, dim, embedder, cipher, utc(clock())
                 )
-        self.meta: Meta = meta
+        self._meta: Meta = meta
         if dim is not None and dim != meta.dim:
             raise InputError(
                 f"{self.place} holds vectors of {meta.dim} dimensions, not {dim}",
@@ -135,6 +137,15 @@ class MemoryStore:
     def close(self) -> None:
         """Write what is buffered (access counts). The store can still be used afterwards."""
         self.flush()
+
+    @property
+    def meta(self) -> Meta:
+        """Dimension, model and format, as they are now: another process may reembed the store."""
+        stamp = self.place.stamp()
+        if stamp != self._stamp:
+            self._meta = self.place.read() or self._meta
+            self._stamp = stamp
+        return self._meta
 
     @property
     def dim(self) -> int:
@@ -179,8 +190,8 @@ class MemoryStore:
     def write_meta(self, **changes: Any) -> None:
         """Change fields of ``memory.json``, atomically."""
         with self.exclusive():
-            self.meta = replace(self.place.read() or self.meta, **changes)
-            self.place.write(self.meta)
+            self._meta = replace(self.place.read() or self._meta, **changes)
+            self.place.write(self._meta)
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -446,10 +457,9 @@ class MemoryStore:
         if not model_id or model_id == self.meta.model_id:
             return
         with self.exclusive():
-            self.meta = self.place.read() or self.meta
             if model_id == self.meta.model_id:
                 return
-            if not self.meta.model_id and not self.count():
+            if not self.count():
                 self.write_meta(model_id=model_id)
                 return
         raise InputError(

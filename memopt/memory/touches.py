@@ -6,6 +6,7 @@ columns of a fragment without rewriting the others), so media and vectors are ne
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from memopt.memory.schema import TIMESTAMP
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
 
+_LOG = logging.getLogger(__name__)
 # What a crash may forget: this many accesses, or those of this many seconds of steady reading.
 MOST_PENDING = 2048
 LONGEST_PENDING = 30.0
@@ -56,7 +58,7 @@ class Touches:
                 or time.monotonic() - self._since > LONGEST_PENDING
             )
             if due and (self._writer is None or not self._writer.is_alive()):
-                self._writer = threading.Thread(target=self._write, name="memopt-touches")
+                self._writer = threading.Thread(target=self._write_quietly, name="memopt-touches")
                 self._writer.start()
 
     def pending(self) -> dict[str, tuple[int, datetime]]:
@@ -70,6 +72,13 @@ class Touches:
         if writer is not None and writer is not threading.current_thread():
             writer.join()
         self._write()
+
+    def _write_quietly(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the reader must not fail by it
+            # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
+            _LOG.warning("access counts could not be written yet: %s", error)
 
     def _write(self) -> None:
         store = self._store

@@ -248,6 +248,7 @@ def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str
         return ids, 0
     new_ids, new = list(unique), list(unique.values())
     vectors = _vectors_of(store, new)
+    embedder = store.embedder if any(memory.embedding is None for memory in new) else None
     columns = incoming.columns(new_ids, new, utc(store.clock()), store.meta.model_id)
     table = sealed(store, rows.new_rows(vectors, columns))
     if store.place.local is None:
@@ -256,6 +257,9 @@ def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str
     else:
         # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
         with store.exclusive():
+            if embedder:
+                # While the vectors were made, another process may have moved the store.
+                store.check_model(embedder.model_id)
             known = set(_ids(store.light(new_ids, ("memory_id",))))
             if known:
                 table = table.filter(pa.array([key not in known for key in _ids(table)]))

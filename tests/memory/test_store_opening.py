@@ -131,6 +131,37 @@ def test_an_empty_store_takes_the_first_model(tmp_path: Path) -> None:
         MemoryStore(tmp_path / "b", embedder=Named("m")).find(Content(text="a"))
 
 
+def test_a_store_at_a_uri_works_the_same(tmp_path: Path) -> None:
+    """Without a folder there is no lock file: merges keep adds idempotent, meta is a table."""
+    uri = f"shared-memory://{tmp_path.name}"
+    with pytest.raises(ConsolidationError, match="is no memory store"):
+        MemoryStore(uri, create=False)
+    with MemoryStore(uri, embedder=Named("m")) as store:
+        ids = store.add([NewMemory(content=Content(text=text)) for text in "ab"]).ids
+        again = MemoryStore(uri, create=False)
+        assert (again.dim, again.meta.model_id) == (4, "m")
+        assert again.add([memory("a"), memory("c")]).added == 1
+        store.search(np.ones(4), top_k=3)
+    assert again.get(ids[0]).access_count == 1
+    with pytest.raises(ConsolidationError, match="are gone"):
+        again.commit(deletes=[ids[0], "nobody"])
+    again.commit(deletes=[ids[0]])
+    assert (store.count(), store.search(text="c")[0].memory.text) == (2, "c")
+    with pytest.raises(InputError, match="holds vectors of 'm', not of 'other'"):
+        MemoryStore(uri, embedder=Named("other")).find(Content(text="a"))
+
+
+def test_an_open_store_notices_that_the_model_changed(tmp_path: Path) -> None:
+    """After another process moved the store, an old query vector is refused, not compared."""
+    store = MemoryStore(tmp_path, embedder=Named("old"))
+    store.add(NewMemory(content=Content(text="a")))
+    MemoryStore(tmp_path).write_meta(model_id="new")
+    with pytest.raises(InputError, match="holds vectors of 'new', not of 'old'"):
+        store.find(Content(text="a"))
+    with pytest.raises(InputError, match="holds vectors of 'new', not of 'old'"):
+        store.add(NewMemory(content=Content(text="b")))
+
+
 _ADD = """
 import sys, numpy as np
 from memopt.memory.schema import Content, NewMemory
