@@ -12,6 +12,8 @@ from memopt.errors import InputError
 from memopt.memory.schema import MODALITIES, TIERS, Filter
 
 EVERYTHING = Filter()
+# The tier of a row that a commit deleted and that is not swept away yet; no reader sees it.
+DELETED = "deleted"
 
 
 def utc(moment: datetime) -> datetime:
@@ -79,6 +81,13 @@ def one_of(column: str, values: Sequence[str]) -> Any:
     if len(values) == 1:
         return col(column) == lit(values[0])
     return col(column).isin(list(values))
+
+
+def present(condition: Any | None = None) -> Any:
+    """Return ``condition`` without the rows that a commit deleted."""
+    from lancedb.expr import col, lit
+
+    return all_of([condition, col("tier") != lit(DELETED)])
 
 
 def all_of(parts: Iterable[Any | None]) -> Any | None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from memopt.errors import InputError
 from memopt.memory import payload, rows
-from memopt.memory.filters import expression, one_of, utc
+from memopt.memory.filters import DELETED, EVERYTHING, expression, one_of, present, utc
 from memopt.memory.schema import Filter, Link, Memory, memories_schema
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | No
 def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
     """Do what :meth:`MemoryStore.light` says."""
     tables = [
-        store.fetch(_where(store.query(), one_of("memory_id", part), columns))
+        store.fetch(_where(store.query(), present(one_of("memory_id", part)), columns))
         for part in _parts(ids)
     ]
     return pa.concat_tables(tables) if tables else _schema(store, columns).empty_table()
@@ -72,7 +72,7 @@ def scan(
     if columns is None or "access_count" in columns or "last_access" in columns:
         store.flush()
     names = list(columns or memories_schema(store.dim).names)
-    query = _where(store.memories.search(), expression(where), names)
+    query = _where(store.memories.search(), present(expression(where)), names)
     yield from query.limit(None).to_batches(batch_size)
 
 
@@ -93,8 +93,15 @@ def vectors(
     return list(ids), array[[at[memory_id] for memory_id in ids]]
 
 
+def count(store: MemoryStore, where: Filter) -> int:
+    """Do what :meth:`MemoryStore.count` says."""
+    if where == EVERYTHING:
+        return int(store.memories.count_rows(f"tier != '{DELETED}'"))
+    return sum(batch.num_rows for batch in scan(store, where, ["memory_id"], 8192))
+
+
 def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
-    where = one_of("memory_id", ids)
+    where = present(one_of("memory_id", ids))
     found = store.fetch(_where(store.query(), where, ["memory_id"]).with_row_id())
     if not found.num_rows:
         return _schema(store, names).empty_table()
@@ -109,10 +116,8 @@ def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
     return taken.select(names)
 
 
-def _where(query: Any, condition: Any | None, columns: Sequence[str]) -> Any:
-    if condition is not None:
-        query = query.where(condition)
-    return query.select(list(columns))
+def _where(query: Any, condition: Any, columns: Sequence[str]) -> Any:
+    return query.where(condition).select(list(columns))
 
 
 def _all_known(store: MemoryStore, ids: Sequence[str], known: Any) -> None:

@@ -334,9 +334,7 @@ class MemoryStore:
 
     def count(self, where: Filter = EVERYTHING) -> int:
         """Return how many memories pass the filter."""
-        if where == EVERYTHING:
-            return int(self.memories.count_rows())
-        return sum(batch.num_rows for batch in self.scan(where, ["memory_id"]))
+        return reading.count(self, where)
 
     def search(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import incoming, payload, rows
-from memopt.memory.filters import one_of, utc
+from memopt.memory.filters import DELETED, one_of, utc
 from memopt.memory.schema import (
     SHORT_TERM,
     AddResult,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # loses at most one unacknowledged chunk.
 ROWS_PER_COMMIT = 8192
 BYTES_PER_COMMIT = 256 << 20
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CONTENT = {"text": "text", "vision_data": "vision", "audio_data": "audio"}
 _OTHERS = ("joint_embedding", "category", "timestamp", "expires_at", "summary")
 _UPDATABLE = (*_CONTENT, *_OTHERS)
@@ -67,6 +68,7 @@ def commit(
     if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
         raise InputError("one commit names a memory twice")
     with store.exclusive():
+        sweep(store)
         current = store.light(old + gone, ("memory_id", "access_count", "last_access"))
         missing = sorted({*old, *gone} - set(_ids(current)))
         if missing:
@@ -82,18 +84,33 @@ def commit(
             )
         if gone:
             _deleting(store, gone)
-        source = pa.concat_tables([inserts, _keep_counts(updates, current)])
-        if source.num_rows:
+        if inserts.num_rows or updates.num_rows:
+            source = [inserts, _keep_counts(updates, current), _tombstones(store, gone)]
             merge = store.memories.merge_insert("memory_id")
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(pa.concat_tables(source))
             if gone:
-                merge = merge.when_not_matched_by_source_delete(one_of("memory_id", gone))
-            merge.execute(source)
+                sweep(store)
         elif gone:
             store.memories.delete(one_of("memory_id", gone))
     store.observe("write", new + old)
     store.observe("delete", gone)
     announce(store, inserts)
+
+
+def sweep(store: MemoryStore) -> int:
+    """Delete the rows that a commit marked as deleted; return how many there were.
+
+    A merge that deletes as well joins the whole table, seconds at 100k rows. So a commit marks
+    rows as deleted, which makes them unseen at once and atomically, and sweeps afterwards; where
+    it was killed in between, the next commit or verify sweeps.
+    """
+    from lancedb.expr import col, lit
+
+    marked = col("tier") == lit(DELETED)
+    if not store.fetch(store.query().where(marked).select(["tier"]).limit(1)).num_rows:
+        return 0
+    return int(store.memories.delete(marked).num_deleted_rows)
 
 
 def delete(store: MemoryStore, ids: Sequence[str]) -> int:
@@ -297,6 +314,12 @@ def _vectors_of(store: MemoryStore, memories: Sequence[NewMemory]) -> NDArray[np
 def _deleting(store: MemoryStore, ids: Sequence[str]) -> None:
     for listener in store.listeners:
         listener.deleting(ids)
+
+
+def _tombstones(store: MemoryStore, ids: Sequence[str]) -> pa.Table:
+    """Return rows that mark ``ids`` as deleted: no content, and expired for every search."""
+    columns = {"memory_id": list(ids), "timestamp": _EPOCH, "expires_at": _EPOCH, "tier": DELETED}
+    return rows.new_rows(np.zeros((len(ids), store.dim), np.float32), columns)
 
 
 def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:

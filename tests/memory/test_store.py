@@ -412,15 +412,45 @@ def test_one_commit_inserts_updates_and_deletes(store: MemoryStore) -> None:
     packed = with_tier(store.pack(store.rows(["0"])), "archived")
     store.touch(["0"])
     store.flush()
-    version = store.memories.version
     store.commit(summary_row("s", ids[1:3]), packed, ids[1:3])
-    assert store.memories.version == version + 1
     assert sorted(store.vectors()[0]) == ["0", "3", "4", "s"]
     archived = store.get("0")
     assert (archived.tier, archived.text, archived.access_count) == ("archived", "text 0", 1)
     assert store.rows(["0"])["text"].to_pylist() == [None]
     assert store.get("s").source_memory_ids == ("1", "2")
     assert store.search(text="short")[0].memory.memory_id == "s"
+
+
+def test_a_commit_is_whole_when_it_is_cut_short(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its one merge, a commit shows the summary and none of the dropped originals."""
+    store.add([new(f"text {n}", 1, n, memory_id=str(n)) for n in range(4)])
+    version = store.memories.version
+    sweep = writing.sweep
+    calls: list[int] = []
+
+    def killed(store: MemoryStore) -> int:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sweep(store)
+
+    monkeypatch.setattr(writing, "sweep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit(summary_row("s", "01"), None, ["0", "1"])
+    monkeypatch.undo()
+    assert store.memories.version == version + 1
+    fresh = MemoryStore(store.place.uri)
+    assert sorted(fresh.vectors()[0]) == ["2", "3", "s"]
+    assert (fresh.count(), fresh.stats().memories) == (3, 3)
+    assert {hit.memory.memory_id for hit in fresh.search(vector(1), top_k=9)} == {"2", "3", "s"}
+    with pytest.raises(InputError, match="has no memory '0'"):
+        fresh.get("0")
+    assert fresh.add(new("text 0", 1, memory_id="0")).added == 1
+    assert fresh.get("0").text == "text 0"
+    fresh.commit(deletes=["3"])
+    assert (fresh.memories.count_rows(), sorted(fresh.vectors()[0])) == (3, ["0", "2", "s"])
 
 
 def test_a_commit_on_stale_knowledge_changes_nothing(store: MemoryStore) -> None:
