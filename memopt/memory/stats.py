@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from memopt.memory.filters import EVERYTHING
 from memopt.memory.meta import TABLES
-from memopt.memory.schema import MODALITIES, TIERS
+from memopt.memory.schema import MODALITIES, TIERS, memories_schema
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -21,7 +23,7 @@ class Stats:
     """A store at one moment.
 
     Attributes:
-        tiers, modalities, categories: how many memories of each.
+        tiers, modalities, categories: how many memories of each; categories most frequent first.
         links: undirected edges of the association graph.
         accesses: sum of all access counts.
         oldest, newest: bounds of ``timestamp``.
@@ -49,43 +51,37 @@ class Stats:
 
 def stats(store: MemoryStore) -> Stats:
     """Do what :meth:`MemoryStore.stats` says."""
-    flags = [f"has_{name}" for name in MODALITIES]
-    names = ["tier", "category", "timestamp", "access_count", "consolidated_at", *flags]
-    tiers: Counter[str] = Counter()
-    modalities: Counter[str] = Counter()
-    categories: Counter[str] = Counter()
-    times: list[datetime] = []
-    consolidated: list[datetime] = []
-    memories = accesses = 0
-    for batch in store.scan(EVERYTHING, names, 8192):
-        columns = {name: batch[name].to_pylist() for name in names}
-        memories += batch.num_rows
-        tiers.update(columns["tier"])
-        categories.update(columns["category"])
-        accesses += sum(columns["access_count"])
-        for name in MODALITIES:
-            modalities[name] += sum(columns[f"has_{name}"])
-        times += [min(columns["timestamp"]), max(columns["timestamp"])]
-        consolidated += filter(None, columns["consolidated_at"])
+    flags = {name: f"has_{name}" for name in MODALITIES}
+    names = ["tier", "category", "timestamp", "access_count", "consolidated_at", *flags.values()]
+    schema = pa.schema([memories_schema(store.dim).field(name) for name in names])
+    table = pa.Table.from_batches(list(store.scan(EVERYTHING, names, 65536)), schema=schema)
+    tiers = _value_counts(table["tier"])
+    categories = _value_counts(table["category"])
+    times = pc.min_max(table["timestamp"]).as_py()
     folder = store.place.local
     table_bytes = {name: _size(folder / f"{name}.lance") for name in TABLES} if folder else {}
     return Stats(
-        memories=memories,
-        tiers={tier: tiers[tier] for tier in TIERS},
-        modalities={name: modalities[name] for name in MODALITIES},
-        categories=dict(categories.most_common()),
+        memories=table.num_rows,
+        tiers={tier: tiers.get(tier, 0) for tier in TIERS},
+        modalities={name: pc.sum(table[flag]).as_py() or 0 for name, flag in flags.items()},
+        categories=categories,
         links=store.table("edges").count_rows() // 2,
         events=store.table("events").count_rows(),
-        accesses=accesses,
-        oldest=min(times, default=None),
-        newest=max(times, default=None),
-        last_consolidation=max(consolidated, default=None),
+        accesses=pc.sum(table["access_count"]).as_py() or 0,
+        oldest=times["min"],
+        newest=times["max"],
+        last_consolidation=pc.max(table["consolidated_at"]).as_py(),
         dim=store.dim,
         model_id=store.meta.model_id,
         encrypted=store.cipher is not None,
         bytes_on_disk=_size(folder) if folder else None,
         table_bytes=table_bytes,
     )
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
+    counted = [(pair["values"], pair["counts"]) for pair in pc.value_counts(column).to_pylist()]
+    return dict(sorted(counted, key=lambda pair: (-pair[1], pair[0])))
 
 
 def _size(folder: Path) -> int:
