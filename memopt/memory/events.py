@@ -38,7 +38,7 @@ def record(
         "memory_ids": list(ids),
         "retry_at": utc(retry_at) if retry_at else None,
     }
-    with store.exclusive():
+    with store.changing():
         store.table("events").add(pa.Table.from_pylist([row], schema=EVENTS))
 
 

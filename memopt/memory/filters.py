@@ -29,8 +29,14 @@ def check_filter(where: Filter) -> None:
     """Refuse a filter that can match nothing by mistake.
 
     Raises:
-        InputError: an unknown tier or modality, or since not before until.
+        InputError: a value of a wrong type, an unknown tier or modality, since not before until.
     """
+    for name in ("categories", "tiers", "ids"):
+        id_list(getattr(where, name), name)
+    for name in ("since", "until"):
+        moment = getattr(where, name)
+        if moment is not None and not isinstance(moment, datetime):
+            raise InputError(f"{name} is {type(moment).__name__}, not a datetime")
     for tier in where.tiers:
         if tier not in TIERS:
             raise InputError(f"unknown tier {tier!r}", fix=f"one of {', '.join(TIERS)}")
@@ -43,6 +49,27 @@ def check_filter(where: Filter) -> None:
             f"since {where.since.isoformat()} is not before until {where.until.isoformat()}",
             fix="since is inclusive, until is exclusive",
         )
+
+
+def id_list(ids: Sequence[str], name: str = "ids") -> list[str]:
+    """Return a list of strings that can be looked up.
+
+    Raises:
+        InputError: one string instead of several, something that is no string, or no Unicode.
+
+    >>> id_list(("a", "b"))
+    ['a', 'b']
+    """
+    if isinstance(ids, str | bytes):
+        raise InputError(f"{name} is one {type(ids).__name__}, not several", fix="give a list")
+    found = list(ids)
+    try:
+        "".join(found).encode()
+    except TypeError as error:
+        raise InputError(f"{name} holds something that is no string: {error}") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} holds text that is not valid Unicode: {error.reason}") from error
+    return found
 
 
 def expression(where: Filter) -> Any | None:

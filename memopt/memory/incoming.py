@@ -71,12 +71,7 @@ def check_content(content: Content, name: str = "content") -> None:
     if not content.modalities:
         raise InputError(f"{name} is empty", fix="give text, vision or audio")
     if content.text is not None:
-        size = len(encoded(content.text, f"{name}: text"))
-        if size > MAX_TEXT_BYTES:
-            raise InputError(
-                f"{name}: text has {_mebibytes(size)}, the limit is {_mebibytes(MAX_TEXT_BYTES)}",
-                fix="split it into several memories",
-            )
+        check_text(content.text, f"{name}: text")
         if not content.text.strip() and len(content.modalities) == 1:
             raise InputError(f"{name}: text is empty")
     for modality, decode in (("vision", _decode_image), ("audio", _decode_sound)):
@@ -91,6 +86,20 @@ def check_content(content: Content, name: str = "content") -> None:
                 f"the limit is {_mebibytes(MAX_MEDIA_BYTES)}"
             )
         decode(data, f"{name}: {modality}")
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse what is no text, or one that is too large.
+
+    Raises:
+        InputError: no string, not Unicode, or above MAX_TEXT_BYTES.
+    """
+    size = len(encoded(text, name))
+    if size > MAX_TEXT_BYTES:
+        raise InputError(
+            f"{name} has {_mebibytes(size)}, the limit is {_mebibytes(MAX_TEXT_BYTES)}",
+            fix="split it into several memories",
+        )
 
 
 def encoded(text: object, name: str) -> bytes:

@@ -18,6 +18,22 @@ PATIENCE = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02
 
 
+_LOCKS: dict[Path, WriterLock] = {}
+_LOCKS_GUARD = threading.Lock()
+
+
+def lock_of(folder: Path) -> WriterLock:
+    """Return the one lock this process has for a folder, so that two open stores can nest.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> lock_of(folder) is lock_of(folder / ".")
+    True
+    """
+    with _LOCKS_GUARD:
+        return _LOCKS.setdefault(folder.resolve(), WriterLock(folder.resolve()))
+
+
 class WriterLock:
     """A re-entrant lock held by one thread of one process at a time.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from memopt.errors import ConsolidationError
+from memopt.errors import ConsolidationError, MemoptError
 from memopt.memory import payload, searching
 from memopt.memory.meta import TABLES, Meta, Place
 from memopt.memory.schema import (
@@ -111,6 +113,27 @@ def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
             fix="open the store with its key",
         )
     return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
+
+
+@contextmanager
+def named_errors(place: Place, what: str) -> Iterator[None]:
+    """Turn what Lance raises when a file cannot be written or read into one clear line.
+
+    Raises:
+        ConsolidationError: instead of OSError, RuntimeError or ValueError.
+    """
+    try:
+        yield
+    except MemoptError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        # Rust adds the place in its own source, which tells a user nothing.
+        reason = reason.partition(", /")[0].partition(": rust/")[0]
+        raise ConsolidationError(
+            f"{place} could not be {what}: {reason}",
+            fix="check free space and permissions, then: memopt memory verify",
+        ) from error
 
 
 def _row_count(database: Any, name: str) -> int | None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from memopt.errors import InputError
+from memopt.errors import ConsolidationError, InputError
 from memopt.memory import payload, rows
-from memopt.memory.filters import DELETED, EVERYTHING, expression, one_of, present, utc
+from memopt.memory.filters import DELETED, EVERYTHING, expression, id_list, one_of, present, utc
+from memopt.memory.opening import named_errors
 from memopt.memory.schema import Filter, Link, Memory, memories_schema
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _IDS_PER_QUERY = 10_000
 
 def get_many(store: MemoryStore, ids: Sequence[str], *, links: bool) -> list[Memory]:
     """Do what :meth:`MemoryStore.get_many` says."""
+    ids = id_list(ids)
     found = payload.unseal(raw_rows(store, ids, None), store.cipher)
     linked = links_of(store, ids) if links else {}
     now = utc(store.clock())
@@ -40,7 +42,7 @@ def get_many(store: MemoryStore, ids: Sequence[str], *, links: bool) -> list[Mem
 def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
     """Do what :meth:`MemoryStore.rows` says."""
     names = list(columns or memories_schema(store.dim).names)
-    tables = [_take(store, part, names) for part in _parts(list(dict.fromkeys(ids)))]
+    tables = [_take(store, part, names) for part in _parts(list(dict.fromkeys(id_list(ids))))]
     return pa.concat_tables(tables) if tables else _schema(store, names).empty_table()
 
 
@@ -48,7 +50,7 @@ def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.
     """Do what :meth:`MemoryStore.light` says."""
     tables = [
         store.fetch(_where(store.query(), present(one_of("memory_id", part)), columns))
-        for part in _parts(ids)
+        for part in _parts(id_list(ids))
     ]
     return pa.concat_tables(tables) if tables else _schema(store, columns).empty_table()
 
@@ -56,7 +58,7 @@ def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.
 def links_of(store: MemoryStore, ids: Sequence[str]) -> dict[str, list[Link]]:
     """Do what :meth:`MemoryStore.links` says."""
     found: dict[str, list[Link]] = {}
-    for part in _parts(ids):
+    for part in _parts(id_list(ids)):
         query = store.query("edges").where(one_of("source", part))
         for edge in store.fetch(query.select(["source", "target", "weight"])).to_pylist():
             found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
@@ -73,7 +75,14 @@ def scan(
         store.flush()
     names = list(columns or memories_schema(store.dim).names)
     query = _where(store.memories.search(), present(expression(where)), names)
-    yield from query.limit(None).to_batches(batch_size)
+    with named_errors(store.place, "read"):
+        batches = query.limit(None).to_batches(batch_size)
+    while True:
+        with named_errors(store.place, "read"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def vectors(
@@ -108,7 +117,7 @@ def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
     wanted = list(dict.fromkeys(["memory_id", *names]))
     try:
         taken = store.fetch(store.take(found["_rowid"].to_pylist()).select(wanted))
-    except (ValueError, RuntimeError, OSError):
+    except ConsolidationError:
         taken = None
     if taken is None or set(taken["memory_id"].to_pylist()) != set(found["memory_id"].to_pylist()):
         # Rows moved (update, compaction) between the two reads; one query sees one version.

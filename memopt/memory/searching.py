@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import payload, rows
 from memopt.memory.filters import expression, utc
+from memopt.memory.incoming import check_text
 from memopt.memory.schema import SHORT_TERM, Filter, Hit, memories_schema
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def search(
 ) -> list[Hit]:
     """Do what :meth:`MemoryStore.search` says, without counting the access."""
     check_top_k(top_k)
-    if text is not None and not text.strip():
-        text = None
+    if text is not None:
+        check_text(text, "query")
+        text = text if text.strip() else None
     if vector is None and text is None:
         raise InputError("the query is empty", fix="give a vector or some words")
     query = None if vector is None else query_vector(store, vector)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,8 +19,8 @@ import pyarrow as pa
 from memopt.errors import InputError
 from memopt.extras import require
 from memopt.memory import events, incoming, opening, payload, reading, rows, searching, writing
-from memopt.memory.filters import EVERYTHING, utc
-from memopt.memory.locking import WriterLock
+from memopt.memory.filters import EVERYTHING, id_list, utc
+from memopt.memory.locking import lock_of
 from memopt.memory.meta import Meta, Place
 from memopt.memory.schema import AddResult, Content, Embedder, Filter, Hit, Link, Memory, NewMemory
 from memopt.memory.stats import Stats, stats
@@ -110,7 +110,7 @@ class MemoryStore:
         meta = self.place.read()
         if meta is None:
             self.place.check_free(create=create)
-        self._lock = WriterLock(self.place.local) if self.place.local else None
+        self._lock = lock_of(self.place.local) if self.place.local else None
         self.database = self.place.database or lancedb.connect(self.place.uri, **self._options)
         if meta is None:
             with self.exclusive():
@@ -156,8 +156,21 @@ class MemoryStore:
         """Hold the writer lock of a local store; re-entrant. Keep it short; readers never wait.
 
         An object store has none: there Lance's own optimistic commits retry on a conflict.
+
+        Raises:
+            ConsolidationError: the lock stays taken.
         """
         return self._lock.held() if self._lock else nullcontext()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the writer lock and give failures of the disk their name.
+
+        Raises:
+            ConsolidationError: the disk is full, the folder is read-only, a file is damaged.
+        """
+        with self.exclusive(), opening.named_errors(self.place, "changed"):
+            yield
 
     def table(self, name: str) -> Any:
         """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
@@ -177,10 +190,15 @@ class MemoryStore:
         return self._reader("memories").take_row_ids(list(row_ids))
 
     def fetch(self, query: Any) -> pa.Table:
-        """Run a query of :meth:`query` and return all its rows."""
+        """Run a query of :meth:`query` and return all its rows.
+
+        Raises:
+            ConsolidationError: a file of the store cannot be read.
+        """
         from lancedb.background_loop import LOOP
 
-        return LOOP.run(query.to_arrow())
+        with opening.named_errors(self.place, "read"):
+            return LOOP.run(query.to_arrow())
 
     def _reader(self, name: str) -> Any:
         if name not in self._readers:
@@ -265,7 +283,7 @@ class MemoryStore:
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""
-        self._touches.count(ids, utc(self.clock()))
+        self._touches.count(id_list(ids), utc(self.clock()))
 
     def flush(self) -> None:
         """Write the buffered access counts now."""

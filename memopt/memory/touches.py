@@ -84,7 +84,7 @@ class Touches:
         store = self._store
         if not self._pending:
             return
-        with store.exclusive():
+        with store.changing():
             taken = self.pending()
             current = store.light(list(taken), _SCHEMA.names).to_pylist()
             if current:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import incoming, payload, rows
-from memopt.memory.filters import DELETED, one_of, utc
+from memopt.memory.filters import DELETED, id_list, one_of, utc
 from memopt.memory.schema import (
     SHORT_TERM,
     AddResult,
@@ -64,10 +64,10 @@ def commit(
     empty = memories_schema(store.dim).empty_table()
     inserts = empty if inserts is None else sealed(store, inserts)
     updates = empty if updates is None else sealed(store, updates)
-    old, new, gone = _ids(updates), _ids(inserts), list(deletes)
+    old, new, gone = _ids(updates), _ids(inserts), id_list(deletes)
     if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
         raise InputError("one commit names a memory twice")
-    with store.exclusive():
+    with store.changing():
         sweep(store)
         current = store.light(old + gone, ("memory_id", "access_count", "last_access"))
         missing = sorted({*old, *gone} - set(_ids(current)))
@@ -115,8 +115,8 @@ def sweep(store: MemoryStore) -> int:
 
 def delete(store: MemoryStore, ids: Sequence[str]) -> int:
     """Do what :meth:`MemoryStore.delete` says."""
-    with store.exclusive():
-        present = sorted(_ids(store.light(list(dict.fromkeys(ids)), ("memory_id",))))
+    with store.changing():
+        present = sorted(_ids(store.light(list(dict.fromkeys(id_list(ids))), ("memory_id",))))
         if present:
             _deleting(store, present)
             store.memories.delete(one_of("memory_id", present))
@@ -269,11 +269,12 @@ def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str
     columns = incoming.columns(new_ids, new, utc(store.clock()), store.meta.model_id)
     table = sealed(store, rows.new_rows(vectors, columns))
     if store.place.local is None:
-        merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
-        added = int(merge.execute(table).num_inserted_rows)
+        with store.changing():
+            merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
+            added = int(merge.execute(table).num_inserted_rows)
     else:
         # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
-        with store.exclusive():
+        with store.changing():
             if embedder:
                 # While the vectors were made, another process may have moved the store.
                 store.check_model(embedder.model_id)

@@ -214,6 +214,59 @@ def test_threads_share_one_store(tmp_path: Path) -> None:
     assert (store.count(), store.stats().accesses) == (40, 24)
 
 
+_FILL = """
+import resource, signal, sys, numpy as np
+from memopt.memory.schema import Content, NewMemory
+from memopt.memory.store import MemoryStore
+store = MemoryStore(sys.argv[1], dim=4)
+store.add(NewMemory(content=Content(text="kept"), embedding=np.ones(4)))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+noise = np.random.default_rng(0).bytes(400_000).hex()
+try:
+    store.add(NewMemory(content=Content(text=noise), embedding=np.ones(4)))
+except Exception as error:
+    print(type(error).__name__, str(error).count(chr(10)), error)
+print(store.count(), store.search(np.ones(4))[0].memory.text)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_write_that_fails_is_one_error_and_changes_nothing(tmp_path: Path) -> None:
+    """When the disk takes no more, the store says so and keeps what it had."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FILL, tmp_path / "s"], capture_output=True, text=True, timeout=120
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("ConsolidationError 0 ")
+    assert "could not be changed" in first
+    assert second == "1 kept"
+    assert MemoryStore(tmp_path / "s").add(memory("more")).added == 1
+
+
+def test_a_damaged_data_file_is_one_error(tmp_path: Path) -> None:
+    """A file that was cut is named as the store's damage, not as a traceback of the engine."""
+    MemoryStore(tmp_path, dim=4).add(memory())
+    (data,) = tmp_path.glob("memories.lance/data/*.lance")
+    data.write_bytes(data.read_bytes()[:50])
+    store = MemoryStore(tmp_path)
+    for attempt in (
+        lambda: store.search(np.ones(4)),
+        lambda: store.get("x"),
+        lambda: list(store.scan()),
+    ):
+        with pytest.raises(ConsolidationError, match="could not be read"):
+            attempt()
+
+
+def test_two_open_stores_of_one_thread_can_nest(tmp_path: Path) -> None:
+    """Writing through one store inside the lock of another of the same folder does not block."""
+    first, second = MemoryStore(tmp_path, dim=4), MemoryStore(f"{tmp_path}/.")
+    with first.exclusive():
+        second.add(memory())
+    assert first.count() == 1
+
+
 def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
     """A waiting writer gives up with the reason, and goes on as soon as the holder dies."""
     code = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memopt.errors import InputError
-from memopt.memory.schema import Content, NewMemory
+from memopt.memory.schema import Content, Filter, NewMemory
 from memopt.memory.store import MemoryStore
 
 
@@ -111,6 +111,12 @@ def test_half_precision_does_not_overflow(store: MemoryStore) -> None:
         (np.zeros(4), {}, "query vector is all zeros"),
         ([[1], [1, 2]], {}, "the query vector is no vector"),
         (ONES, {"model_id": "other"}, "not of 'other'"),
+        (None, {"text": "x " * 25_000_000}, "query has 47.7 MiB, the limit is 8.0 MiB"),
+        (None, {"text": 5}, "query is int, not a string"),
+        (None, {"text": "\ud800"}, "query is not valid Unicode"),
+        (ONES, {"where": Filter(categories="abc")}, "categories is one str, not several"),  # type: ignore[arg-type]
+        (ONES, {"where": Filter(ids=("\ud800",))}, "ids holds text that is not valid Unicode"),
+        (ONES, {"where": Filter(since="today")}, "since is str, not a datetime"),  # type: ignore[arg-type]
     ],
 )
 def test_a_bad_query_is_refused(
@@ -119,6 +125,17 @@ def test_a_bad_query_is_refused(
     """Nothing is searched with a query that means nothing."""
     with pytest.raises(InputError, match=problem):
         store.search(query, **options)  # type: ignore[arg-type]
+
+
+def test_one_id_where_several_belong_is_refused(store: MemoryStore) -> None:
+    """A string is a sequence of letters, and must not be taken for ids."""
+    for attempt in (store.delete, store.get_many, store.touch, store.rows, store.links):
+        with pytest.raises(InputError, match="ids is one str, not several"):
+            attempt("good")
+    for bad, problem in (("\ud800", "not valid Unicode"), (7, "no string")):
+        with pytest.raises(InputError, match=problem):
+            store.get(bad)  # type: ignore[arg-type]
+    assert store.count() == 1
 
 
 def test_an_unknown_id_is_named(store: MemoryStore) -> None:
