@@ -229,8 +229,14 @@ def _quantize_table(name: str, gather: Any, constant: Any) -> Layer:
     integers, scales = round_table(values)
     stored = op.constant(integers)
     stored.set_friendly_name(constant.get_friendly_name())
-    table = op.multiply(op.convert(stored, "f32"), op.constant(scales))
-    gather.input(0).replace_source_output(table.output(0))
+    # Scaled after the look-up: before it, the plugin would fold the table back to float32.
+    index, axis = gather.input_value(1), gather.input_value(2)
+    users = list(gather.output(0).get_target_inputs())
+    rows = op.convert(op.gather(stored, index, axis), "f32")
+    scaled = op.multiply(rows, op.gather(op.constant(scales), index, axis))
+    scaled.set_friendly_name(gather.get_friendly_name())
+    for user in users:
+        user.replace_source_output(scaled.output(0))
     error = float(((integers * scales - values) ** 2).sum() / max(float((values**2).sum()), 1e-12))
     return Layer(name=name, kind="int8-table", error=error)
 

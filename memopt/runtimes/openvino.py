@@ -24,6 +24,11 @@ _DEFAULTS = {"INFERENCE_PRECISION_HINT": "f32"}
 # A shape other than the last one costs the plugin 1.3 ms of a MiniLM's 3; padding to few widths
 # costs a tenth of that.
 SINGLE_STEP = 16
+# Compiling for streams takes as long as some thousand sentences and doubles the memory: a job that
+# ends sooner does not pay for it.
+BATCHES_BEFORE_STREAMS = 16
+_warming = threading.Lock()
+_warm = False
 
 
 def open_openvino(bundle: Bundle, candidate: Candidate, settings: Settings) -> OpenvinoBackend:
@@ -90,6 +95,7 @@ class OpenvinoBackend:
         self._threads_of_streams = Streams(self.streams, "memopt-openvino")
         self._closed = False
         self._single = _Requests(self._compile(1))
+        self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
 
     def _compile(self, streams: int) -> Any:
@@ -112,15 +118,13 @@ class OpenvinoBackend:
         return self._infer(self._single, feed)
 
     def submit(self, feed: Feed) -> Future[Rows]:
-        """Run one batch on the next free stream."""
+        """Run one batch on the next free stream; the first few go to the model compiled already."""
         with self._lock:
-            if self._many is None:
+            self._submitted += 1
+            if self._many is None and self._submitted > BATCHES_BEFORE_STREAMS:
                 self._many = _Requests(self._compile(self.streams))
-        return self._threads_of_streams.submit(self._run_stream, feed)
-
-    def _run_stream(self, feed: Feed) -> Rows:
-        assert self._many is not None
-        return self._infer(self._many, feed)
+            requests = self._many or self._single
+        return self._threads_of_streams.submit(lambda batch: self._infer(requests, batch), feed)
 
     def _infer(self, requests: _Requests, feed: Feed) -> Rows:
         if self._closed:
@@ -175,4 +179,22 @@ class _Requests:
 def _openvino() -> Any:
     # Telemetry would be a network call and threads of its own.
     os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-    return require("openvino", extra="openvino", why="run on OpenVINO")
+    openvino = require("openvino", extra="openvino", why="run on OpenVINO")
+    _warm_up(openvino)
+    return openvino
+
+
+def _warm_up(openvino: Any) -> None:
+    """Hand the binding its first array while no other thread can.
+
+    pybind11 loads numpy's C interface on the first array it is given, behind a static guard that it
+    waits for with the GIL held: two threads that both bring the first one wait for each other for
+    ever. A service whose first request is a batch over two streams would hang so.
+    """
+    import numpy as np
+
+    global _warm
+    with _warming:
+        if not _warm:
+            openvino.Tensor(np.zeros(1, np.int64))
+            _warm = True
