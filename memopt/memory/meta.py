@@ -97,7 +97,8 @@ class Place:
                 path.write_text(text)
             return
         row = pa.table({"json": [text]})
-        self.database.create_table(META_TABLE, row, mode="overwrite")
+        there = self.read() is not None
+        self.database.create_table(META_TABLE, row, mode="overwrite" if there else "create")
 
     def check_free(self, *, create: bool) -> None:
         """Make the folder of a new store, where there is none yet.

@@ -46,6 +46,8 @@ def make(
                 fix="restore memory.json from a copy, or choose another folder",
             )
         database.create_table(name, schema=schema, mode="create" if count is None else "overwrite")
+    # With a key, two merges at once that insert the same id are a conflict, and one is repeated.
+    database.open_table("memories").set_unenforced_primary_key("memory_id")
     searching.create_indices(database)
     meta = Meta(
         dim=dim,

@@ -155,7 +155,8 @@ class MemoryStore:
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the writer lock of a local store; re-entrant. Keep it short; readers never wait.
 
-        An object store has none: there Lance's own optimistic commits retry on a conflict.
+        An object store has none: there Lance's own optimistic commits retry on a conflict, so any
+        number of processes may add, but only one at a time should update, commit or delete.
 
         Raises:
             ConsolidationError: the lock stays taken.
