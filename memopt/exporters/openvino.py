@@ -29,7 +29,7 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         model = openvino.convert_model(source)
-    except Exception as error:  # noqa: BLE001 - the converter raises Exception's own children
+    except Exception as error:
         line = (str(error).strip().splitlines() or ["no message"])[-1]
         raise ExportError(f"OpenVINO cannot read the graph: {line[:300]}") from error
     save_openvino(model, target, half=half)
