@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,41 +141,71 @@ def _vector_rows(
     *,
     light: bool = False,
 ) -> pa.Table:
-    def run(count: int) -> pa.Table:
+    def build(count: int) -> list[Any]:
         search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
-        return _run(store, store.tune(search, count), where, count, "_distance", light)
+        return [store.tune(search, count)]
 
-    return _living(store, run, top_k)
+    return _living(store, build, where, top_k, "_distance", light=light)
 
 
 def _text_rows(
     store: MemoryStore, text: str, where: Filter, top_k: int, *, light: bool = False
 ) -> pa.Table:
-    from lancedb.query import MultiMatchQuery
+    from lancedb.query import MatchQuery
 
-    def run(count: int) -> pa.Table:
+    def build(count: int) -> list[Any]:
         # A match query takes the words as they are: there is no query language to break out of.
-        search = store.query().nearest_to_text(MultiMatchQuery(text, list(_TEXT_COLUMNS)))
-        return _run(store, search, where, count, "_score", light)
+        # One query per column, since Lance stops early only in those: 2 ms instead of 15 ms.
+        return [store.query().nearest_to_text(MatchQuery(text, column)) for column in _TEXT_COLUMNS]
 
-    return _living(store, run, top_k)
+    return _living(store, build, where, top_k, "_score", light=light)
 
 
-def _run(
-    store: MemoryStore, search: Any, where: Filter, count: int, score: str, light: bool
+def _living(
+    store: MemoryStore,
+    build: Callable[[int], list[Any]],
+    where: Filter,
+    top_k: int,
+    score: str,
+    *,
+    light: bool,
 ) -> pa.Table:
+    """Run searches, and leave out what has expired and is not erased yet.
+
+    Done after the search: expired rows are few, and a filter would cost every query a scan.
+    """
+    now = utc(store.clock())
     condition = expression(where)
-    if condition is not None:
-        search = search.where(condition)
-    names = ["memory_id", "expires_at"] if light else [*_ALWAYS, *sorted(store.wanted_columns)]
-    found = store.fetch(search.select([*names, score]).limit(count))
-    missing = set() if light else needed_columns(found) - store.wanted_columns
-    if not missing:
-        return found
-    # The first row that uses a column is met: it is read from now on. One query sees one version,
-    # so the search is repeated rather than completed.
-    store.wanted_columns |= missing
-    return _run(store, search, where, count, score, light)
+    count = top_k
+    while True:
+        names = ["memory_id", "expires_at"] if light else [*_ALWAYS, *sorted(store.wanted_columns)]
+        searches = [
+            (search if condition is None else search.where(condition))
+            .select([*names, score])
+            .limit(count)
+            for search in build(count)
+        ]
+        found = _best(store.fetch_all(searches), score, count)
+        missing = set() if light else needed_columns(found) - store.wanted_columns
+        if missing:
+            # The first row that uses a column is met: it is read from now on. One query sees one
+            # version, so the search is repeated rather than completed.
+            store.wanted_columns |= missing
+            continue
+        alive = [at is None or at > now for at in found["expires_at"].to_pylist()]
+        if sum(alive) >= top_k or found.num_rows < count:
+            return found.filter(pa.array(alive, pa.bool_())).slice(0, top_k)
+        count *= 2
+
+
+def _best(tables: list[pa.Table], score: str, count: int) -> pa.Table:
+    """Join the answers of several columns; a memory that several found keeps its best score."""
+    if len(tables) == 1:
+        return tables[0]
+    joined = pa.concat_tables(tables).sort_by([(score, "descending"), ("memory_id", "ascending")])
+    ids = joined["memory_id"].to_pylist()
+    first = {key: at for at, key in reversed(list(enumerate(ids)))}
+    return joined.take(pa.array(sorted(first.values())[:count], pa.int64()))
 
 
 def needed_columns(found: pa.Table) -> set[str]:
@@ -193,21 +223,6 @@ def needed_columns(found: pa.Table) -> set[str]:
     if any(tier != SHORT_TERM for tier in found["tier"].to_pylist()):
         needed |= {"summary", "source_memory_ids", "source_count", "consolidated_at"}
     return needed
-
-
-def _living(store: MemoryStore, run: Any, top_k: int) -> pa.Table:
-    """Leave out what has expired and is not erased yet.
-
-    Done after the search: expired rows are few, and a filter would cost every query a scan.
-    """
-    now = utc(store.clock())
-    count = top_k
-    while True:
-        found = run(count)
-        alive = [at is None or at > now for at in found["expires_at"].to_pylist()]
-        if sum(alive) >= top_k or found.num_rows < count:
-            return found.filter(pa.array(alive, pa.bool_())).slice(0, top_k)
-        count *= 2
 
 
 def _fuse(store: MemoryStore, by_vector: pa.Table, by_text: pa.Table, top_k: int) -> list[Hit]:

@@ -5,6 +5,7 @@ Here is what a store can do; how is in writing, reading, searching, touches, eve
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -196,10 +197,18 @@ class MemoryStore:
         Raises:
             ConsolidationError: a file of the store cannot be read.
         """
+        return self.fetch_all([query])[0]
+
+    def fetch_all(self, queries: Sequence[Any]) -> list[pa.Table]:
+        """Run several queries at the same time; see :meth:`fetch`."""
         from lancedb.background_loop import LOOP
 
+        async def run() -> list[pa.Table]:
+            return await asyncio.gather(*(query.to_arrow() for query in queries))
+
         with opening.named_errors(self.place, "read"):
-            return LOOP.run(query.to_arrow())
+            found: list[pa.Table] = LOOP.run(run())
+        return found
 
     def _reader(self, name: str) -> Any:
         if name not in self._readers:

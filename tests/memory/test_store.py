@@ -264,6 +264,8 @@ def test_words_and_both_find(store: MemoryStore) -> None:
     assert {hit.memory.text for hit in store.search(text="door")} == {"a red door", "a blue door"}
     assert store.search(text='door AND (" OR') != []
     assert store.search(text="nowhere") == []
+    store.commit(summary_row("sum", "ab"))
+    assert [hit.score for hit in store.search(text="short")] == [1.0]
     both = store.search(vector(0, 1, 0.5), text="red door", top_k=2)
     assert both[0].memory.text in ("a red door", "a blue door")
     assert both[0].score > both[1].score > 0
