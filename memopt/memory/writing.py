@@ -320,7 +320,10 @@ def _deleting(store: MemoryStore, ids: Sequence[str]) -> None:
 def _tombstones(store: MemoryStore, ids: Sequence[str]) -> pa.Table:
     """Return rows that mark ``ids`` as deleted: no content, and expired for every search."""
     columns = {"memory_id": list(ids), "timestamp": _EPOCH, "expires_at": _EPOCH, "tier": DELETED}
-    return rows.new_rows(np.zeros((len(ids), store.dim), np.float32), columns)
+    vectors = np.zeros((len(ids), store.dim), np.float32)
+    # A vector of length 0 has no cosine, which an index built in between would trip over.
+    vectors[:, 0] = 1
+    return rows.new_rows(vectors, columns)
 
 
 def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:

@@ -1,0 +1,155 @@
+"""An open database: its tables, its lock, its meta, and queries on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from memopt.errors import InputError
+from memopt.extras import require
+from memopt.memory import opening, payload
+from memopt.memory.filters import utc
+from memopt.memory.locking import lock_of
+from memopt.memory.meta import Meta, Place
+from memopt.memory.schema import Embedder
+
+
+class Connection:
+    """What :class:`memopt.memory.store.MemoryStore` stands on; its arguments are described there.
+
+    Attributes:
+        place: where the store lies.
+        memories: the LanceDB table; raw, with rows that a commit deleted and did not sweep yet.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        dim: int | None,
+        embedder: Embedder | None,
+        cipher: payload.Cipher | None,
+        clock: Callable[[], datetime],
+        *,
+        create: bool,
+    ) -> None:
+        lancedb = require("lancedb", extra="memory", why="keep memories")
+        if dim is not None and dim < 1:
+            raise InputError(f"dim is {dim}", fix="give the length of a vector, 1 or more")
+        self.place = Place(path)
+        self.embedder, self.cipher, self.clock = embedder, cipher, clock
+        self._tables: dict[str, Any] = {}
+        self._readers: dict[str, Any] = {}
+        # Zero: a read sees every commit that was acknowledged before it, of other processes too.
+        self._options = {
+            "read_consistency_interval": timedelta(0),
+            "session": lancedb.Session(),
+        }
+        if self.place.local is None:
+            self.place.database = lancedb.connect(self.place.uri, **self._options)
+        self._stamp = self.place.stamp()
+        meta = self.place.read()
+        if meta is None:
+            self.place.check_free(create=create)
+        self._lock = lock_of(self.place.local) if self.place.local else None
+        self.database = self.place.database or lancedb.connect(self.place.uri, **self._options)
+        if meta is None:
+            with self.exclusive():
+                meta = self.place.read() or opening.make(
+                    self.place, self.database, dim, embedder, cipher, utc(clock())
+                )
+        self._meta: Meta = meta
+        if dim is not None and dim != meta.dim:
+            raise InputError(
+                f"{self.place} holds vectors of {meta.dim} dimensions, not {dim}",
+                fix="leave dim out, or reembed the store",
+            )
+        self.memories = self.table("memories")
+
+    @property
+    def meta(self) -> Meta:
+        """Dimension, model and format, as they are now: another process may reembed the store."""
+        stamp = self.place.stamp()
+        if stamp != self._stamp:
+            self._meta = self.place.read() or self._meta
+            self._stamp = stamp
+        return self._meta
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.meta.dim
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Hold the writer lock of a local store; re-entrant. Keep it short; readers never wait.
+
+        An object store has none: there Lance's own optimistic commits retry on a conflict, so any
+        number of processes may add, but only one at a time should update, commit or delete.
+
+        Raises:
+            ConsolidationError: the lock stays taken.
+        """
+        return self._lock.held() if self._lock else nullcontext()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the writer lock and give failures of the disk their name.
+
+        Raises:
+            ConsolidationError: the disk is full, the folder is read-only, a file is damaged.
+        """
+        with self.exclusive(), opening.named_errors(self.place, "changed"):
+            yield
+
+    def table(self, name: str) -> Any:
+        """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
+        if name not in self._tables:
+            self._tables[name] = opening.table(self.place, self.database, name)
+        return self._tables[name]
+
+    def query(self, name: str = "memories") -> Any:
+        """Return a new asynchronous query of a table, to be run by :meth:`fetch`.
+
+        The blocking query builder asks for the schema several times, 2 ms of each search.
+        """
+        return self._reader(name).query()
+
+    def take(self, row_ids: Sequence[int]) -> Any:
+        """Return a query of rows of ``memories`` by Lance's row ids, for :meth:`fetch`."""
+        return self._reader("memories").take_row_ids(list(row_ids))
+
+    def fetch(self, query: Any) -> pa.Table:
+        """Run a query of :meth:`query` and return all its rows.
+
+        Raises:
+            ConsolidationError: a file of the store cannot be read.
+        """
+        return self.fetch_all([query])[0]
+
+    def fetch_all(self, queries: Sequence[Any]) -> list[pa.Table]:
+        """Run several queries at the same time; see :meth:`fetch`."""
+        from lancedb.background_loop import LOOP
+
+        async def run() -> list[pa.Table]:
+            return await asyncio.gather(*(query.to_arrow() for query in queries))
+
+        with opening.named_errors(self.place, "read"):
+            found: list[pa.Table] = LOOP.run(run())
+        return found
+
+    def _reader(self, name: str) -> Any:
+        if name not in self._readers:
+            self._readers[name] = opening.reader(self.place, name, self._options)
+        return self._readers[name]
+
+    def write_meta(self, **changes: Any) -> None:
+        """Change fields of ``memory.json``, atomically."""
+        with self.exclusive():
+            self._meta = replace(self.place.read() or self._meta, **changes)
+            self.place.write(self._meta)
