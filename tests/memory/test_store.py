@@ -308,25 +308,42 @@ def test_expired_memories_are_not_found(tmp_path: Path) -> None:
         store.get(old)
 
 
-def test_accesses_are_counted_without_moving_rows(store: MemoryStore) -> None:
+def test_accesses_are_counted(store: MemoryStore) -> None:
     """Search counts, get does not; the count is seen at once and is written by flush."""
     (memory_id,) = store.add(new("a", 1)).ids
     for _ in range(3):
         store.search(vector(1))
     store.search(vector(1), touch=False)
     assert store.get(memory_id).access_count == 3
-    data = sum(1 for _ in (store.place.local or Path()).glob("memories.lance/data/*"))
     store.close()
     other = MemoryStore(store.place.uri)
     again = other.get(memory_id)
     assert (again.access_count, again.last_access, again.text) == (3, NOW, "a")
-    written = list((store.place.local or Path()).glob("memories.lance/data/*"))
-    assert len(written) == data + 1
     other.touch([memory_id])
     store.touch([memory_id, "gone"])
     other.close()
     store.close()
     assert MemoryStore(store.place.uri).get(memory_id).access_count == 5
+
+
+def test_counting_accesses_never_rewrites_media(store: MemoryStore) -> None:
+    """Flush after flush writes kilobytes beside a picture of a megabyte, and all indices stay."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.effect_noise((1024, 1024), 99).save(buffer, "png")
+    picture = NewMemory(content=Content(text="x", vision=buffer.getvalue()), embedding=vector(1))
+    ids = [*store.add(picture).ids, *store.add(new("small", 0, 1)).ids]
+    folder = (store.place.local or Path()) / "memories.lance" / "data"
+    before = {path.name for path in folder.iterdir()}
+    for _ in range(3):
+        store.touch(ids)
+        store.flush()
+    written = [path.stat().st_size for path in folder.iterdir() if path.name not in before]
+    assert written
+    assert max(written) < 50_000
+    assert store.memories.index_stats("memory_id_idx").num_unindexed_rows == 0
+    assert [memory.access_count for memory in store.get_many(ids)] == [3, 3]
 
 
 def test_many_touches_are_written_in_the_background(
