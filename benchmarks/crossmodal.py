@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,13 @@ from memopt.bundle import MANIFEST, open_bundle
 from memopt.commands.memory.train_joint import make_joint_bundle
 from memopt.exporters.base import export
 from memopt.memory.encoders import JointEmbedder, TextEncoder
+from memopt.memory.graph import AssociationGraph
 from memopt.memory.joint import JointConfig, JointEmbeddingLayer
 from memopt.memory.joint_pairs import make_pairs
 from memopt.memory.joint_train import JointRecipe
-from memopt.memory.schema import Content
+from memopt.memory.retriever import MultimodalRetriever
+from memopt.memory.schema import Content, Filter, NewMemory
+from memopt.memory.store import MemoryStore
 from memopt.weights.convert import convert
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -63,6 +67,20 @@ TRAIN_TAKES, TRAIN_PICTURES = 0.7, 0.7
 COPIES = 3  # varied copies of each training take
 PAIRS = 1500
 RECALL_1, RECALL_10 = 0.90, 0.95  # to reach, in every direction, on known speakers
+SPEAKERS = {"takes": "known", "takes of the new speaker": "new"}
+SAMPLED = 60  # queries per direction that go through the store, with the graph and without
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is asked for or searched: contents, their joint vectors and their digits."""
+
+    contents: list[Content]
+    vectors: np.ndarray
+    digits: np.ndarray
+
+
+Space = dict[str, Part]
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,18 @@ class Row:
     chance_ap: float
 
 
+@dataclass(frozen=True)
+class Associated:
+    """The same direction through MultimodalRetriever, without and with the association graph."""
+
+    direction: str
+    speakers: str
+    queries: int
+    recall_1: tuple[float, float]
+    recall_10: tuple[float, float]
+    mean_ap: tuple[float, float]
+
+
 def main() -> None:
     """Train, embed, search, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -93,14 +123,22 @@ def main() -> None:
     if not DATA.is_dir():
         raise SystemExit(f"{DATA} is not there: run from the project's folder")
     # Standard output is for the answer.
-    console = Console(stderr=options.json, highlight=False)
+    width = None if Console().is_terminal else 120
+    console = Console(stderr=options.json, width=width, highlight=False)
     begin = time.perf_counter()
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     parts = split(options.unseen, options.seed)
     with tempfile.TemporaryDirectory() as work, steps(console) as step:
         embedder = learn(parts, Path(work), options.seed, step)
-        rows = measure(embedder, parts)
+        with step("exact search", 1):
+            space = embed(embedder, parts)
+            rows = measure(space)
+        associated = []
+        for part, speakers in SPEAKERS.items():
+            with step(f"association, {speakers} speakers", len(directions(part, speakers))) as did:
+                home = Path(work) / part.replace(" ", "-")
+                associated += associate(space, part, speakers, home, options.seed, did)
         seconds = {**step.seconds, "total": time.perf_counter() - begin}
     reached = all(
         row.recall_1 >= RECALL_1 and row.recall_10 >= RECALL_10
@@ -108,10 +146,16 @@ def main() -> None:
         if row.speakers == "known"
     )
     if options.json:
-        record = {"rows": [asdict(row) for row in rows], "seconds": seconds, "reached": reached}
+        record = {
+            "rows": [asdict(row) for row in rows],
+            "seconds": seconds,
+            "reached": reached,
+            "association": [asdict(row) for row in associated],
+        }
         print(json.dumps({**record, "unseen": options.unseen, "seed": options.seed}, indent=1))
     else:
         show(console, rows, seconds, options.unseen, reached)
+        show_associated(console, associated)
 
 
 def split(unseen: str, seed: int) -> dict[str, Digits]:
@@ -192,48 +236,130 @@ def minilm() -> Path:
     return folder
 
 
-def measure(embedder: JointEmbedder, parts: dict[str, Digits]) -> list[Row]:
-    """Search every gallery with every query, exactly, and count."""
+def embed(embedder: JointEmbedder, parts: dict[str, Digits]) -> Space:
+    """Return the joint vectors and digits of everything that is asked for or searched."""
     phrases = [line.format(word) for word in WORDS for line in ASKED]
-    texts = embedder.embed([Content(text=phrase) for phrase in phrases])
-    space = {"text": (texts, np.repeat(np.arange(10), len(ASKED)))}
-    for name, kind in (
-        ("pictures", "vision"), ("takes", "audio"), ("takes of the new speaker", "audio"),
-    ):  # fmt: skip
-        part = parts[name]
-        vectors = embedder.embed([Content(**{kind: item}) for item in part.items])
-        space[name] = (vectors, part.digits)
-    rows = []
-    for takes, speakers in (("takes", "known"), ("takes of the new speaker", "new")):
-        names = {"vision": "pictures", "audio": takes, "text": "text"}
-        for one in names:
-            for other in names:
-                if one != other and (speakers == "known" or "audio" in (one, other)):
-                    found = score(*space[names[one]], *space[names[other]])
-                    rows.append(Row(f"{one} -> {other}", speakers, **found))
-    return rows
+    contents = {"text": [Content(text=phrase) for phrase in phrases]}
+    digits = {"text": np.repeat(np.arange(10), len(ASKED))}
+    for name, kind in (("pictures", "vision"), *((part, "audio") for part in SPEAKERS)):
+        contents[name] = [Content(**{kind: item}) for item in parts[name].items]
+        digits[name] = parts[name].digits
+    return {name: Part(contents[name], embedder.embed(contents[name]), digits[name])
+            for name in contents}  # fmt: skip
 
 
-def score(
-    queries: np.ndarray, asked: np.ndarray, gallery: np.ndarray, held: np.ndarray
-) -> dict[str, Any]:
+def directions(takes: str, speakers: str) -> list[tuple[str, str, str, str]]:
+    """Return (modality asked in, its part, modality searched, its part) of every direction."""
+    names = {"vision": "pictures", "audio": takes, "text": "text"}
+    return [
+        (one, names[one], other, names[other])
+        for one in names
+        for other in names
+        if one != other and (speakers == "known" or "audio" in (one, other))
+    ]
+
+
+def measure(space: Space) -> list[Row]:
+    """Search every gallery with every query, exactly, and count."""
+    return [
+        Row(f"{one} -> {other}", speakers, **score(space[asked], space[searched]))
+        for takes, speakers in SPEAKERS.items()
+        for one, asked, other, searched in directions(takes, speakers)
+    ]
+
+
+def associate(
+    space: Space, takes: str, speakers: str, home: Path, seed: int, advance: Callable[[], None]
+) -> list[Associated]:
+    """Keep everything in a store and ask MultimodalRetriever, without the graph and with it.
+
+    What was seen, heard and read in one moment (the same digit) lies seconds apart, moments lie an
+    hour apart: that is all the graph knows besides the vectors. Items that found no partner are
+    moments of their own.
+    """
+    generator = np.random.default_rng(seed)
+    names = {"vision": "pictures", "audio": takes, "text": "text"}
+    memories, digit_of = [], {}
+    begin = datetime(2026, 1, 1, tzinfo=UTC)
+    for offset, (kind, name) in enumerate(names.items()):
+        part = space[name]
+        met = np.zeros(10, int)
+        for row in generator.permutation(len(part.digits)):
+            digit = int(part.digits[row])
+            moment = begin + timedelta(hours=10 * int(met[digit]) + digit, seconds=offset)
+            met[digit] += 1
+            key = f"{kind}-{row}"
+            digit_of[key] = digit
+            memories.append(
+                NewMemory(
+                    content=part.contents[row],
+                    embedding=part.vectors[row],
+                    timestamp=moment,
+                    memory_id=key,
+                )
+            )
+    found = []
+    with MemoryStore(home, dim=space["text"].vectors.shape[1]) as store:
+        graph = AssociationGraph(store)
+        store.add(memories)
+        graph.build()
+        retriever = MultimodalRetriever(store, graph)
+        for one, asked, other, searched in directions(takes, speakers):
+            queries = space[asked]
+            chosen = generator.permutation(len(queries.digits))[:SAMPLED]
+            total = len(space[searched].digits)
+            scores: list[tuple[float, float, float]] = []
+            for enabled in (False, True):
+                hits = []
+                for row in chosen:
+                    results = retriever.retrieve(
+                        vector=queries.vectors[row],
+                        top_k=total,
+                        where=Filter(modality=other),
+                        enable_association=enabled,
+                        touch=False,
+                    )
+                    if len(results) != total:
+                        raise SystemExit(f"{one} -> {other}: {len(results)} of {total} found")
+                    ranked = [digit_of[result.memory.memory_id] for result in results]
+                    hits.append(np.array(ranked) == queries.digits[row])
+                scores.append(averages(np.array(hits)))
+            pairs = list(zip(*scores, strict=True))
+            found.append(Associated(f"{one} -> {other}", speakers, len(chosen), *pairs))
+            advance()
+    return found
+
+
+def averages(right: np.ndarray) -> tuple[float, float, float]:
+    """Return recall@1, recall@10 and mean average precision of ranked hits (queries, places)."""
+    precision = right.cumsum(axis=1) / np.arange(1, right.shape[1] + 1)
+    average = (precision * right).sum(axis=1) / np.maximum(right.sum(axis=1), 1)
+    return (
+        float(right[:, 0].mean()),
+        float(right[:, :10].any(axis=1).mean()),
+        float(average.mean()),
+    )
+
+
+def score(queries: Part, gallery: Part) -> dict[str, Any]:
     """Return recall@1, recall@10 and mean average precision, and what chance gives."""
-    order = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")
+    asked, held = queries.digits, gallery.digits
+    scores = queries.vectors @ gallery.vectors.T
+    order = np.argsort(-scores, axis=1, kind="stable")
     right = held[order] == asked[:, None]
+    first, ten, mean_ap = averages(right)
     places = np.arange(1, right.shape[1] + 1)
-    precision = right.cumsum(axis=1) / places
-    average = (precision * right).sum(axis=1) / right.sum(axis=1)
     n = len(held)
     counts = (held[None] == asked[:, None]).sum(axis=1)
     harmonic = (1 / places).sum() / n
     share = (counts - 1) / (n - 1)
     missed = [math.comb(n - int(r), 10) / math.comb(n, 10) for r in counts]
     return {
-        "queries": len(queries),
+        "queries": len(asked),
         "gallery": n,
-        "recall_1": float(right[:, 0].mean()),
-        "recall_10": float(right[:, :10].any(axis=1).mean()),
-        "mean_ap": float(average.mean()),
+        "recall_1": first,
+        "recall_10": ten,
+        "mean_ap": mean_ap,
         "chance_1": float(counts.mean() / n),
         "chance_10": float(1 - np.mean(missed)),
         # Expected precision at the place of a relevant item, over all random orders.
@@ -291,6 +417,20 @@ def show(
         f"direction: {'reached' if reached else 'NOT reached'}"
     )
     console.print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
+
+
+def show_associated(console: Console, rows: list[Associated]) -> None:
+    """Print what the association graph changes."""
+    table = Table(title="through MultimodalRetriever: without -> with the association graph")
+    for column in ("direction", "speakers", "queries", "recall@1", "recall@10", "mAP"):
+        table.add_column(column)
+    for row in rows:
+        changes = [row.recall_1, row.recall_10, row.mean_ap]
+        table.add_row(
+            row.direction, row.speakers, str(row.queries),
+            *(f"{before:.3f} -> {after:.3f}" for before, after in changes),
+        )  # fmt: skip
+    console.print(table)
 
 
 if __name__ == "__main__":
