@@ -6,7 +6,6 @@ The graph is added by memopt's own exporter (``memopt export``), one floor up fr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from memopt.bundle import MANIFEST, Bundle, Manifest, create_bundle, stamp
 from memopt.errors import BundleError
-from memopt.files import atomic_path
+from memopt.files import atomic_path, sha256_file
 from memopt.memory.joint_train import TrainedJoint
 from memopt.runtimes.joint import JOINT_MODEL_TYPE, JOINT_TASK
 from memopt.weights.writer import write_weights
@@ -67,8 +66,7 @@ def write_joint_bundle(
     }
     event: dict[str, Any] = {"event": "train-joint", **trained.report}
     if source is not None:
-        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-        event["pairs"] = {"file": Path(source).name, "sha256": digest}
+        event["pairs"] = {"file": Path(source).name, "sha256": sha256_file(Path(source))}
     manifest = Manifest(
         name=name or folder.resolve().name,
         task=JOINT_TASK,

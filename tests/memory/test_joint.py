@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 from memopt.bundle import Bundle, open_bundle
 from memopt.cli import main
 from memopt.commands.memory.train_joint import make_joint_bundle
-from memopt.errors import BundleError, ConfigurationError, ExportError, InputError
+from memopt.errors import (
+    BundleError,
+    ConfigurationError,
+    DeviceError,
+    ExportError,
+    InputError,
+)
 from memopt.exporters import base
 from memopt.exporters import joint as joint_exporter
 from memopt.exporters.base import export
@@ -319,6 +325,17 @@ def test_a_nan_in_an_absent_slot_is_fine(layer: JointEmbeddingLayer) -> None:
     present = np.array([[False, False, True]])
     found = layer.embed(text=text, audio=np.full((1, 16), np.nan), present=present)
     np.testing.assert_array_equal(found, layer.embed(text=text))
+
+
+def test_a_provider_that_cannot_open_is_told_and_replaced(bundle: Bundle) -> None:
+    """Asking for a device that is not here runs elsewhere, with an event; strict refuses."""
+    vectors, _ = moments(3, seed=2)
+    with JointEmbeddingLayer(bundle, device="rocm") as opened:
+        assert [event.from_ for event in opened.events] == ["rocm"]
+        assert opened.device_info()["device"] != "rocm"
+        assert opened.embed(**vectors).shape == (3, 32)
+    with pytest.raises(DeviceError):
+        JointEmbeddingLayer(bundle, device="rocm", strict=True)
 
 
 def test_an_engine_says_that_a_joint_layer_takes_vectors(bundle: Bundle) -> None:
