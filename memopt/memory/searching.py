@@ -130,7 +130,8 @@ def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> 
         raise InputError(f"the query vector is no vector: {error}") from error
     if array.ndim != 1:
         raise InputError(f"the query vector has shape {array.shape}, not ({store.dim},)")
-    return rows.unit(array[None, :], store.dim, "query vector")[0]
+    query: NDArray[np.float32] = rows.unit(array[None, :], store.dim, "query vector")[0]
+    return query
 
 
 def _vector_rows(

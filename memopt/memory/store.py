@@ -18,6 +18,7 @@ from memopt.errors import InputError
 from memopt.memory import events, incoming, opening, payload, reading, rows, searching, writing
 from memopt.memory.connection import Connection
 from memopt.memory.filters import EVERYTHING, id_list, utc
+from memopt.memory.meta import TABLES
 from memopt.memory.schema import AddResult, Content, Embedder, Filter, Hit, Link, Memory, NewMemory
 from memopt.memory.stats import Stats, stats
 from memopt.memory.touches import Touches
@@ -172,6 +173,16 @@ class MemoryStore(Connection):
             How many there were.
         """
         return writing.delete(self, ids)
+
+    def optimize(self) -> None:
+        """Merge small files and bring every index up to date; readers go on meanwhile.
+
+        Raises:
+            ConsolidationError: the disk takes no more; the store is as it was.
+        """
+        with self.changing():
+            for name in TABLES:
+                self.table(name).optimize()
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""

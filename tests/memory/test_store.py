@@ -583,7 +583,9 @@ def test_unordered_and_repeated_ids_keep_their_order(store: MemoryStore) -> None
 def test_rows_are_found_after_compaction(store: MemoryStore) -> None:
     """Looking up by id, word and vector works the same once the indices cover the rows."""
     ids = [store.add(new(f"word{n} text", 1, n)).ids[0] for n in range(5)]
-    store.memories.optimize()
+    store.optimize()
+    for index in store.memories.list_indices():
+        assert store.memories.index_stats(index.name).num_unindexed_rows == 0
     assert store.get(ids[3]).text == "word3 text"
     assert store.search(text="word4")[0].memory.memory_id == ids[4]
     assert store.search(vector(1, 2), top_k=1)[0].memory.memory_id == ids[2]
