@@ -60,6 +60,15 @@ def moments(count: int = 320, seed: int = 0) -> tuple[dict[str, np.ndarray], np.
     return vectors, things
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Nets of 32 numbers are slower on two threads, and far slower where the cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     vectors, things = moments()
