@@ -7,7 +7,10 @@ import importlib
 import typer
 
 # One module per command, each with a function of that name (train-joint: train_joint).
-MEMORY_COMMANDS: tuple[str, ...] = ("train_joint",)
+MEMORY_COMMANDS: tuple[str, ...] = (
+    "consolidate",
+    "train_joint",
+)
 
 app = typer.Typer(
     help="Keep what was read, seen and heard, and find it again from any of the three.",

@@ -1,0 +1,162 @@
+"""``memopt memory consolidate``: condense what is read often, archive what is old."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from memopt.memory.condense import Consolidation
+    from memopt.memory.store import MemoryStore
+
+
+def consolidate(
+    store: Annotated[str, typer.Argument(help="Folder or URI of the store.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
+    llm: Annotated[
+        str,
+        typer.Option(
+            help="Who writes the summaries: extractive, or ollama, anthropic, openai, each as "
+            "KIND[:MODEL][@URL]."
+        ),
+    ] = "extractive",
+    model: Annotated[
+        str | None, typer.Option(help="Bundle of the text encoder, to compare sentences with.")
+    ] = None,
+    hot: Annotated[int | None, typer.Option(help="Accesses that make a memory hot.")] = None,
+    cold_days: Annotated[float | None, typer.Option(help="Age of a cold memory.")] = None,
+    similarity: Annotated[float, typer.Option(help="Least similarity within a group.")] = 0.8,
+    drop: Annotated[
+        bool | None,
+        typer.Option("--drop/--keep", help="Originals of a summary are deleted, or archived."),
+    ] = None,
+    compact: Annotated[
+        bool, typer.Option(help="Then drop old versions, which gives the room back.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Summarise memories that are read often, archive old ones, and show what came of it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from memopt.commands.console import stderr
+    from memopt.config import OptimizationConfig
+    from memopt.memory.condense import ConsolidationRecipe, plan
+    from memopt.memory.condense import consolidate as run
+    from memopt.memory.llm import Limits, language_model
+    from memopt.memory.reclaim import reclaim
+
+    settings = OptimizationConfig().consolidation
+    keep = settings.keep_original if drop is None else not drop
+    recipe = ConsolidationRecipe(
+        hot_accesses=settings.hot_memory_threshold if hot is None else hot,
+        cold_age_days=settings.cold_memory_age_days if cold_days is None else cold_days,
+        batch_size=max(2, settings.batch_size),
+        summary_length=settings.summary_max_length,
+        similarity=similarity,
+        originals="archive" if keep else "drop",
+        duty=1.0,
+    )
+    with _open(store, model) as opened:
+        writer = (
+            None
+            if llm == "extractive"
+            else language_model(llm, limits=Limits(), redact=opened.redact)
+        )
+        before = opened.stats().bytes_on_disk
+        console = stderr()
+        if dry_run:
+            report, after = plan(opened, recipe), before
+        else:
+            with Progress(
+                TextColumn("consolidate"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                console=console,
+                disable=not console.is_terminal,
+            ) as bar:
+                task = bar.add_task("consolidate", total=None)
+                report = run(
+                    opened,
+                    recipe,
+                    llm=writer,
+                    on_step=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+            if compact:
+                reclaim(opened)
+            after = opened.stats().bytes_on_disk
+        events = [
+            event.detail
+            for event in opened.events("consolidation-failed")
+            if event.retry_at and event.retry_at > opened.clock()
+        ]
+    if as_json:
+        typer.echo(json.dumps(_document(report, before, after, events), indent=1))
+    else:
+        _print(report, before, after, events)
+
+
+def _open(place: str, model: str | None) -> MemoryStore:
+    from memopt.memory.encoders import TextEmbedder, TextEncoder
+    from memopt.memory.store import MemoryStore
+    from memopt.runtimes.engine import ArrowEngine
+
+    if model is None:
+        return MemoryStore(place, create=False)
+    engine = ArrowEngine(model)
+    embedder = TextEmbedder(TextEncoder(engine, dim=engine.dimension))
+    return MemoryStore(place, embedder=embedder, create=False)
+
+
+def _document(
+    report: Consolidation, before: int | None, after: int | None, events: list[str]
+) -> dict[str, object]:
+    return {
+        "dry_run": report.dry_run,
+        "scanned": report.plan.scanned,
+        "hot": report.plan.hot,
+        "cold": report.plan.cold,
+        "groups": [list(group.ids) for group in report.plan.groups],
+        "alone": report.plan.alone,
+        "postponed": report.plan.postponed,
+        "summaries": list(report.summaries),
+        "condensed": report.condensed,
+        "archived": report.archived,
+        "fallbacks": report.fallbacks,
+        "failed": report.failed,
+        "stale": report.stale,
+        "waiting": events,
+        "bytes_before": before,
+        "bytes_after": after,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def _print(report: Consolidation, before: int | None, after: int | None, events: list[str]) -> None:
+    from rich.table import Table
+
+    from memopt.commands.console import stdout
+
+    console = stdout(100)
+    what = "would happen" if report.dry_run else "happened"
+    table = Table("short-term memories", "count", f"what {what}", title="consolidation")
+    groups = len(report.plan.groups)
+    made = f"{groups} summaries" if report.dry_run else f"{len(report.summaries)} summaries"
+    table.add_row("scanned", str(report.plan.scanned), "")
+    table.add_row("hot", str(report.plan.hot), f"{report.condensed} condensed to {made}")
+    table.add_row("hot, like no other", str(report.plan.alone), "stay as they are")
+    table.add_row("cold", str(report.plan.cold), f"{report.archived} archived")
+    table.add_row("postponed", str(report.plan.postponed), "failed before, retried later")
+    if not report.dry_run:
+        table.add_row("batches failed", str(report.failed), "originals untouched, retried later")
+        table.add_row("batches overtaken", str(report.stale), "changed meanwhile, next run")
+        table.add_row("summaries extracted", str(report.fallbacks), "the language model failed")
+    console.print(table)
+    if not report.dry_run and before and after is not None:
+        console.print(
+            f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB on disk "
+            f"({1 - after / before:.0%} saved) in {report.seconds:.1f} s"
+        )
+    for detail in events:
+        console.print(f"waiting to be retried: {detail}")

@@ -1,0 +1,32 @@
+"""Give the room of what was condensed back to the disk."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from memopt.memory.meta import TABLES
+
+if TYPE_CHECKING:
+    from memopt.memory.store import MemoryStore
+
+
+def reclaim(store: MemoryStore) -> None:
+    """Compact every table and delete the files of all versions but the newest.
+
+    A scan that was begun before, in another process too, may miss files and must be repeated.
+
+    Raises:
+        ConsolidationError: the disk takes no more; the store is as it was.
+
+    >>> import tempfile
+    >>> from memopt.memory.store import MemoryStore
+    >>> reclaim(MemoryStore(tempfile.mkdtemp(), dim=2))
+    """
+    store.flush()
+    with store.changing():
+        for name in TABLES:
+            # Under the writer lock no commit is under way, so unverified files are leftovers.
+            store.table(name).optimize(
+                cleanup_older_than=timedelta(0), delete_unverified=store.place.local is not None
+            )
