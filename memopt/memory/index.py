@@ -1,0 +1,195 @@
+"""The vector index: built when it pays, kept fresh, used only as far as its recall is proven."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.errors import ConsolidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from numpy.typing import NDArray
+
+    from memopt.memory.store import MemoryStore
+
+# Exact search of 5,000 x 768 takes 4 ms: below that an index costs more than it saves.
+MIN_ROWS = 5_000
+# Rows the index does not know are searched exactly beside it, so none is ever missed; past this
+# share that costs more than taking them in.
+MOST_FRESH = 0.1
+# Cells made for a store of half the size are twice too full: made anew after this growth.
+REBUILD_GROWTH = 4
+LEAST_RECALL = 0.95
+_AT = 10
+_QUERIES = 64
+_COLUMN = "joint_embedding"
+# Tried in this order until the recall is reached: (cells looked into, candidates per result).
+_SETTINGS = ((16, 2), (32, 2), (32, 5), (64, 5), (128, 10), (512, 10))
+_EVENT = "index"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexState:
+    """How the index is used since it was last checked.
+
+    Attributes:
+        rows: memories it was checked with.
+        cells: partitions of the inverted file; 0 where search is exact.
+        nprobes: cells a query looks into.
+        refine: candidates per result that are compared again with their full vectors.
+        recall: measured recall@10 against exact search, mean of sampled queries.
+    """
+
+    rows: int
+    cells: int
+    nprobes: int
+    refine: int
+    recall: float
+
+
+class VectorIndex:
+    """Keeps an inverted file with 8-bit vectors (IVF_SQ) over the memories of a store.
+
+    Args:
+        store: from now on its searches use the index.
+        background: build in a thread when additions call for it; else only :meth:`ensure` builds.
+    """
+
+    def __init__(self, store: MemoryStore, *, background: bool = True) -> None:
+        self.store = store
+        self.background = background
+        self.state = last_state(store)
+        self._thread: threading.Thread | None = None
+        self._counted = 0
+        store.tune = self._tune
+        store.listeners.append(self)
+
+    def close(self) -> None:
+        """Wait for a build in progress and leave the store."""
+        if self._thread is not None:
+            self._thread.join()
+        if self in self.store.listeners:
+            self.store.listeners.remove(self)
+
+    def added(
+        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
+    ) -> None:
+        """Take new rows in, in the background, when there are enough of them."""
+        self._counted += len(ids)
+        known = self.state.rows if self.state else 0
+        busy = self._thread is not None and self._thread.is_alive()
+        if self.background and not busy and self._counted >= max(MIN_ROWS, MOST_FRESH * known):
+            self._counted = 0
+            self._thread = threading.Thread(target=self._quietly, name="memopt-index", daemon=True)
+            self._thread.start()
+
+    def deleting(self, ids: Sequence[str]) -> None:
+        """Nothing to do: a deleted row is skipped by every search."""
+
+    def ensure(self, *, rebuild: bool = False) -> IndexState | None:
+        """Build or refresh the index where that is due, and check its recall.
+
+        Returns:
+            How it is used from now on; None where the store is small and searched exactly.
+        """
+        memories = self.store.table("memories")
+        rows = memories.count_rows()
+        if rows < MIN_ROWS:
+            return None
+        name = _name(memories)
+        grown = self.state is None or rows > REBUILD_GROWTH * max(1, self.state.rows)
+        if name is None or grown or rebuild:
+            self._build(memories, rows)
+        elif memories.index_stats(name).num_unindexed_rows > MOST_FRESH * rows:
+            memories.optimize()
+        elif self.state is not None:
+            return self.state
+        self.state = self._checked(memories, rows)
+        self.store.event(_EVENT, json.dumps(asdict(self.state)))
+        return self.state
+
+    def _build(self, memories: Any, rows: int) -> None:
+        from lancedb.index import IvfSq
+
+        cells = int(rows**0.5)
+        memories.create_index(
+            _COLUMN, config=IvfSq(distance_type="cosine", num_partitions=cells), replace=True
+        )
+        if _name(memories) is None:
+            raise ConsolidationError("the vector index was not made", fix="free memory, try again")
+
+    def _checked(self, memories: Any, rows: int) -> IndexState:
+        cells = int(rows**0.5)
+        queries = _sample(self.store)
+        exact = [self._nearest(query, None) for query in queries]
+        for nprobes, refine in _SETTINGS:
+            found = [self._nearest(query, (nprobes, refine)) for query in queries]
+            shares = [len(a & b) / max(1, len(b)) for a, b in zip(found, exact, strict=True)]
+            recall = float(np.mean(shares))
+            if recall >= LEAST_RECALL:
+                return IndexState(
+                    rows=rows, cells=cells, nprobes=nprobes, refine=refine, recall=recall
+                )
+        memories.drop_index(_name(memories))
+        return IndexState(rows=rows, cells=0, nprobes=0, refine=0, recall=1.0)
+
+    def _nearest(self, query: NDArray[np.float32], setting: tuple[int, int] | None) -> set[str]:
+        search = self.store.query().nearest_to(query).column(_COLUMN).distance_type("cosine")
+        if setting is None:
+            search = search.bypass_vector_index()
+        else:
+            search = search.nprobes(setting[0]).refine_factor(setting[1])
+        table = self.store.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
+        return set(table["memory_id"].to_pylist())
+
+    def _tune(self, query: Any, top_k: int) -> Any:
+        if self.state is None or not self.state.cells:
+            return query
+        # More results lie in more cells.
+        nprobes = min(self.state.cells, self.state.nprobes * max(1, top_k // (4 * _AT)))
+        return query.nprobes(nprobes).refine_factor(self.state.refine)
+
+    def _quietly(self) -> None:
+        try:
+            self.ensure()
+        except Exception as error:  # noqa: BLE001 - a search without index is slower, not wrong
+            self.store.event("index-failed", f"{type(error).__name__}: {error}"[:500])
+
+
+def last_state(store: MemoryStore) -> IndexState | None:
+    """Return how the index was used when it was last checked; None when there is none."""
+    events = store.events(_EVENT)
+    if not events or _name(store.table("memories")) is None:
+        return None
+    return IndexState(**json.loads(events[-1].detail))
+
+
+def _name(memories: Any) -> str | None:
+    found = [index.name for index in memories.list_indices() if _COLUMN in index.columns]
+    return found[0] if found else None
+
+
+def _sample(store: MemoryStore) -> NDArray[np.float32]:
+    """Return queries near stored vectors, float32 (64, dim), the same for the same store."""
+    generator = np.random.default_rng(0)
+    rows = store.table("memories").count_rows()
+    wanted = np.sort(generator.choice(rows, min(_QUERIES, rows), replace=False))
+    vectors, start = [], 0
+    for batch in store.scan(columns=[_COLUMN], batch_size=8192):
+        here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        if len(here):
+            part = batch[_COLUMN].take(here).flatten().to_numpy(zero_copy_only=False)
+            vectors.append(part.reshape(-1, store.dim))
+        start += batch.num_rows
+    found = np.concatenate(vectors)
+    noise = generator.normal(size=found.shape).astype(np.float32)
+    noise *= 0.3 / np.linalg.norm(noise, axis=1, keepdims=True)
+    moved = found + noise
+    return np.asarray(moved / np.linalg.norm(moved, axis=1, keepdims=True), np.float32)
