@@ -284,9 +284,10 @@ class _Run:
         embed, bound = self._comparison(texts)
         if self.llm is not None and self.refusals < _GIVE_UP:
             try:
-                answer = self.llm.complete(
-                    summarise.SYSTEM, summarise.prompt(texts, group.category)
-                )[: self.recipe.summary_length]
+                asked = summarise.prompt(texts, group.category)
+                if self.store.redact:
+                    asked = self.store.redact(asked)
+                answer = self.llm.complete(summarise.SYSTEM, asked)[: self.recipe.summary_length]
                 self.refusals = 0
                 wrong = summarise.problem(answer, texts, embed, bound)
                 if wrong is None:

@@ -35,6 +35,10 @@ def consolidate(
     compact: Annotated[
         bool, typer.Option(help="Then drop old versions, which gives the room back.")
     ] = True,
+    send_unredacted: Annotated[
+        bool,
+        typer.Option(help="Let --llm read the texts as they are stored, unredacted."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Summarise memories that are read often, archive old ones, and show what came of it."""
@@ -42,6 +46,7 @@ def consolidate(
 
     from memopt.commands.console import stderr
     from memopt.config import OptimizationConfig
+    from memopt.errors import ConfigurationError
     from memopt.memory.condense import ConsolidationRecipe, plan
     from memopt.memory.condense import consolidate as run
     from memopt.memory.llm import Limits, language_model
@@ -59,6 +64,11 @@ def consolidate(
         duty=1.0,
     )
     with _open(store, model) as opened:
+        if llm != "extractive" and opened.redact is None and not send_unredacted:
+            raise ConfigurationError(
+                f"{llm!r} would be sent the memories unredacted",
+                fix="pass --send-unredacted, or consolidate from Python with a redact function",
+            )
         writer = (
             None
             if llm == "extractive"
