@@ -1,0 +1,125 @@
+"""Deletion that reaches the disk: afterwards no file holds the bytes, old versions included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from memopt.memory import searching, writing
+from memopt.memory.filters import utc
+from memopt.memory.meta import TABLES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memopt.memory.store import MemoryStore
+
+_BATCH = 1024
+# What holds content or vectors; the others hold ids and are only compacted.
+_REWRITTEN = ("memories", "edges")
+
+
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """What went: memories deleted, of which expired, and bytes given back to the disk."""
+
+    memories: int
+    expired: int
+    bytes_freed: int
+
+
+def forget(store: MemoryStore, ids: Sequence[str]) -> Erased:
+    """Delete memories and everything expired, and erase their bytes from every file.
+
+    Summaries made of a forgotten memory go with it: they repeat it in other words.
+
+    Args:
+        ids: unknown ones are passed over.
+
+    Raises:
+        ConsolidationError: the disk has no room for one more copy of what stays; the memories are
+            deleted, their bytes still on the disk: call it again.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from memopt.memory.schema import Content, NewMemory
+    >>> from memopt.memory.store import MemoryStore
+    >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
+    >>> new = NewMemory(content=Content(text="a secret"), embedding=np.array([1.0, 0.0]))
+    >>> forget(store, store.add(new).ids).memories
+    1
+    """
+    wanted = set(ids)
+    wanted |= _summaries_of(store, wanted)
+    gone = store.delete(sorted(wanted)) if wanted else 0
+    expired = expire(store)
+    return Erased(gone + expired, expired, erase(store))
+
+
+def expire(store: MemoryStore) -> int:
+    """Delete the memories whose time has come; return how many. Their bytes go with erase()."""
+    from lancedb.expr import col, lit
+
+    now = utc(store.clock())
+    query = store.query().where(col("expires_at") <= lit(now)).select(["memory_id"])
+    ids = store.fetch(query)["memory_id"].to_pylist()
+    return store.delete(sorted(ids)) if ids else 0
+
+
+def erase(store: MemoryStore) -> int:
+    """Write what is left anew and drop every old version; return the bytes given back.
+
+    Compaction alone leaves a deleted row on the disk while less than a tenth of its file is
+    deleted. So the tables are written once more, in one commit each, and all other files go. Scans
+    that other processes began before must be repeated. Vector and word indices are made anew.
+    """
+    before = _size(store)
+    store.flush()
+    with store.changing():
+        writing.sweep(store)
+        for name in _REWRITTEN:
+            table = store.table(name)
+            schema = table.schema
+            batches = table.search().limit(None).to_batches(_BATCH)
+            table.add(
+                pa.RecordBatchReader.from_batches(schema, _cast(batches, schema)), mode="overwrite"
+            )
+        searching.create_indices(store.database)
+        for name in TABLES:
+            store.table(name).optimize(
+                cleanup_older_than=timedelta(0), delete_unverified=store.place.local is not None
+            )
+    for listener in store.listeners:
+        rebuild = getattr(listener, "ensure", None)
+        if rebuild is not None:
+            rebuild(rebuild=True)
+    return max(0, before - _size(store))
+
+
+def _cast(batches: Any, schema: pa.Schema) -> Any:
+    for batch in batches:
+        yield pa.RecordBatch.from_arrays(
+            [batch[field.name].cast(field.type) for field in schema], schema=schema
+        )
+
+
+def _summaries_of(store: MemoryStore, ids: set[str]) -> set[str]:
+    if not ids:
+        return set()
+    found = set()
+    for batch in store.scan(columns=["memory_id", "source_memory_ids"], batch_size=8192):
+        sources = batch["source_memory_ids"].to_pylist()
+        for key, own in zip(batch["memory_id"].to_pylist(), sources, strict=True):
+            if own and ids.intersection(own):
+                found.add(key)
+    return found
+
+
+def _size(store: MemoryStore) -> int:
+    folder = store.place.local
+    if folder is None:
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
