@@ -112,7 +112,9 @@ def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
     from memopt.runtimes.testing import FakeFrontEnd
 
     class Decoding(FakeFrontEnd):
-        def prepare(self, items: object, batch_size: int | None, tokens: int) -> list[Batch]:
+        def prepare(
+            self, items: object, batch_size: int | None, tokens: int, step: int
+        ) -> list[Batch]:
             broken = {}
             for index, item in enumerate(items):  # type: ignore[var-annotated, arg-type]
                 try:
@@ -121,7 +123,7 @@ def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
                     broken[index] = f"({item}) {error}"
             if broken:
                 raise UnusableItems(broken)
-            return super().prepare(items, batch_size, tokens)  # type: ignore[arg-type]
+            return super().prepare(items, batch_size, tokens, step)  # type: ignore[arg-type]
 
     folder = tmp_path / "images"
     folder.mkdir()
