@@ -1,0 +1,69 @@
+"""Tiers: ranked by use and words, moved without losing anything."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memopt.errors import ConfigurationError, ConsolidationError
+from memopt.memory.schema import Content, NewMemory
+from memopt.memory.store import MemoryStore
+from memopt.memory.tiering import HotColdTiering
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MemoryStore:
+    store = MemoryStore(tmp_path / "s", dim=2, clock=lambda: NOW)
+    words = ("red door", "blue lake", "lake shore", "green hill")
+    store.add(
+        [
+            NewMemory(
+                content=Content(text=text),
+                embedding=np.ones(2, np.float32),
+                memory_id=text,
+                timestamp=NOW - timedelta(days=at),
+            )
+            for at, text in enumerate(words)
+        ]
+    )
+    return store
+
+
+def test_rank_mixes_use_and_words(store: MemoryStore) -> None:
+    """0.6 of the rank by last use and 0.4 of the likeness to the query."""
+    ranked = HotColdTiering(store).rank(query="lake")
+    for found in ranked:
+        mixed = 0.6 * found.recency + 0.4 * found.relevance
+        assert found.score == pytest.approx(mixed)
+    assert [found.memory_id for found in ranked][:2] == ["blue lake", "lake shore"] or (
+        ranked[0].memory_id == "blue lake"
+    )
+    assert {found.memory_id: found.recency for found in ranked}["red door"] == 1
+
+
+def test_rebalance_archives_the_rest_and_recalls_what_is_wanted(store: MemoryStore) -> None:
+    """What moves out is compressed, stays readable, and comes back whole."""
+    tiers = HotColdTiering(store)
+    assert tiers.rebalance(1).recalled == ()
+    assert store.stats().tiers == {"short_term": 1, "long_term": 0, "archived": 3}
+    assert set(store.rows(["green hill"])["codec"].to_pylist()) == {"zstd"}
+    assert store.get("green hill").text == "green hill"
+    store.touch(["green hill"] * 3)
+    assert "green hill" in tiers.rebalance(2, "green hill").recalled
+    assert (store.get("green hill").tier, store.count()) == ("short_term", 4)
+    assert store.rows(["green hill"])["text"].to_pylist() == ["green hill"]
+
+
+def test_bad_requests_are_refused(store: MemoryStore) -> None:
+    """Weights that do not sum to 1, a negative size, an unknown id."""
+    with pytest.raises(ConfigurationError, match="sum to 1"):
+        HotColdTiering(store, recency=0.9)
+    with pytest.raises(ConfigurationError, match="keep -1"):
+        HotColdTiering(store).rebalance(-1)
+    with pytest.raises(ConsolidationError, match="no memory 'x'"):
+        HotColdTiering(store).archive(["x"])
