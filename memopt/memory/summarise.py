@@ -113,7 +113,7 @@ def centroid(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     mean = vectors.mean(axis=0, dtype=np.float64)
     length = np.linalg.norm(mean)
     if length < 1e-6:
-        return vectors[0]
+        return cast("NDArray[np.float32]", vectors[0])
     return cast("NDArray[np.float32]", (mean / length).astype(np.float32))
 
 
