@@ -59,10 +59,21 @@ def load_key(source: str | Path | None = None) -> bytes:
             text = path.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{origin} cannot be read ({error})") from error
-    return _parse_key(text.strip(), origin)
+    return parse_key(text.strip(), origin)
 
 
-def _parse_key(text: str, origin: str) -> bytes:
+def parse_key(text: str, origin: str) -> bytes:
+    """Return the 32 bytes that 64 hex digits or base64 spell.
+
+    Args:
+        origin: where the text is from, for the message.
+
+    Raises:
+        ConfigurationError: it is no such key; the message does not repeat it.
+
+    >>> parse_key("00" * 32, "example") == bytes(32)
+    True
+    """
     try:
         key = bytes.fromhex(text) if len(text) == 64 else base64.b64decode(text, validate=True)
     except ValueError:

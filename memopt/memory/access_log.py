@@ -1,0 +1,118 @@
+"""Who read, wrote and deleted what: an append-only table in the store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from memopt.memory.filters import all_of, utc
+from memopt.memory.schema import ACCESS_LOG
+
+if TYPE_CHECKING:
+    from memopt.memory.store import MemoryStore
+
+# Reads are written in groups: a commit each would cost more than the read.
+MOST_PENDING = 256
+# What changes data is on the disk before the call returns.
+_AT_ONCE = ("delete", "export", "erase")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One line of the log."""
+
+    at: datetime
+    actor: str
+    action: str
+    memory_ids: tuple[str, ...]
+    detail: str | None
+
+
+class AccessLog:
+    """Writes down every read, write and delete of an open store.
+
+    Args:
+        store: watched from now on; ``store.actor`` says who.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from memopt.memory.schema import Content, NewMemory
+    >>> from memopt.memory.store import MemoryStore
+    >>> store = MemoryStore(tempfile.mkdtemp(), dim=2, actor="ann")
+    >>> log = AccessLog(store)
+    >>> new = NewMemory(content=Content(text="a"), embedding=np.ones(2), memory_id="m")
+    >>> _ = store.add(new), store.get("m"), store.delete(["m"])
+    >>> [(line.actor, line.action) for line in read_log(store, memory_id="m")]
+    [('ann', 'write'), ('ann', 'read'), ('ann', 'delete')]
+    """
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self._pending: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        store.observers.append(self.observe)
+
+    def observe(self, action: str, ids: Sequence[str]) -> None:
+        """Note one access; called by the store."""
+        line = {
+            "at": utc(self.store.clock()),
+            "actor": self.store.actor,
+            "action": action,
+            "memory_ids": list(ids),
+            "detail": None,
+        }
+        with self._lock:
+            self._pending.append(line)
+            full = action in _AT_ONCE or len(self._pending) >= MOST_PENDING
+        if full:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._lock:
+            lines, self._pending = self._pending, []
+        if lines:
+            with self.store.changing():
+                self.store.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
+
+    def close(self) -> None:
+        """Write what is buffered and stop watching."""
+        self.flush()
+        if self.observe in self.store.observers:
+            self.store.observers.remove(self.observe)
+
+
+def read_log(
+    store: MemoryStore,
+    *,
+    memory_id: str | None = None,
+    actor: str | None = None,
+    action: str | None = None,
+    since: datetime | None = None,
+) -> list[Access]:
+    """Return lines of the log, oldest first; every argument narrows."""
+    from lancedb.expr import col, lit
+
+    for observer in store.observers:
+        log = getattr(observer, "__self__", None)
+        if isinstance(log, AccessLog):
+            log.flush()
+    parts = []
+    if actor is not None:
+        parts.append(col("actor") == lit(actor))
+    if action is not None:
+        parts.append(col("action") == lit(action))
+    if since is not None:
+        parts.append(col("at") >= lit(utc(since)))
+    condition = all_of(parts)
+    query = store.query("access_log")
+    table = store.fetch(query.where(condition) if condition is not None else query)
+    lines = [Access(**{**row, "memory_ids": tuple(row["memory_ids"])}) for row in table.to_pylist()]
+    if memory_id is not None:
+        lines = [line for line in lines if memory_id in line.memory_ids]
+    return sorted(lines, key=lambda line: line.at)

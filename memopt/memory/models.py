@@ -1,0 +1,104 @@
+"""Which bundles make the vectors of a store, remembered beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memopt.errors import ConfigurationError, ConsolidationError
+from memopt.files import atomic_path
+
+if TYPE_CHECKING:
+    from memopt.memory.schema import Embedder
+    from memopt.memory.store import MemoryStore
+
+MODELS_FILE = "models.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Bundle folders; ``joint`` and what it joins, or ``text`` alone.
+
+    >>> Models(joint="j").check()
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: a joint layer without encoders; give text, vision or audio too
+    """
+
+    text: str | None = None
+    vision: str | None = None
+    audio: str | None = None
+    joint: str | None = None
+
+    def check(self) -> None:
+        """Refuse what makes no embedder.
+
+        Raises:
+            ConfigurationError: a joint layer alone, or pictures or sound without one.
+        """
+        if self.joint and not (self.text or self.vision or self.audio):
+            raise ConfigurationError(
+                "a joint layer without encoders", fix="give text, vision or audio too"
+            )
+        if (self.vision or self.audio) and not self.joint:
+            raise ConfigurationError(
+                "pictures and sounds need a joint layer to be compared with texts",
+                fix="train one (memopt memory train-joint) and give --joint",
+            )
+
+    def open(self) -> Embedder | None:
+        """Return the embedder; None where no bundle is named.
+
+        Raises:
+            ConfigurationError, BundleError: the bundles do not fit together.
+        """
+        from memopt.memory.encoders import (
+            AudioEncoder,
+            JointEmbedder,
+            TextEmbedder,
+            TextEncoder,
+            VisionEncoder,
+        )
+
+        self.check()
+        if self.joint:
+            from memopt.memory.joint import JointEmbeddingLayer
+
+            layer = JointEmbeddingLayer(self.joint)
+            return JointEmbedder(
+                layer,
+                vision=VisionEncoder(self.vision, layer.config.vision) if self.vision else None,
+                audio=AudioEncoder(self.audio, layer.config.audio) if self.audio else None,
+                text=TextEncoder(self.text, layer.config.text) if self.text else None,
+            )
+        if self.text:
+            from memopt.runtimes.engine import ArrowEngine
+
+            engine = ArrowEngine(self.text)
+            return TextEmbedder(TextEncoder(engine, engine.dimension))
+        return None
+
+
+def remembered(folder: str | Path) -> Models:
+    """Return what :func:`remember` wrote into a store's folder; nothing named without it.
+
+    Raises:
+        ConsolidationError: the file is damaged.
+    """
+    path = Path(folder) / MODELS_FILE
+    if not path.is_file():
+        return Models()
+    try:
+        return Models(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConsolidationError(f"{path} is damaged ({error})", fix="delete it") from error
+
+
+def remember(store: MemoryStore, models: Models) -> None:
+    """Write the bundles beside a local store, so that later commands need no flag."""
+    if store.place.local is None:
+        return
+    with atomic_path(store.place.local / MODELS_FILE) as path:
+        path.write_text(json.dumps(asdict(models), indent=1) + "\n", encoding="utf-8")
