@@ -144,6 +144,18 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     return Transfer(added, linked, condensed)
 
 
+def exported_dim(folder: str | Path) -> int | None:
+    """Return the dimension of the vectors in an export; None when it is empty.
+
+    Raises:
+        InputError: it is no export.
+    """
+    file = _opened(Path(folder) / MEMORIES, MEMORIES_FILE)
+    for batch in file.iter_batches(1, columns=["joint_embedding"]):
+        return len(batch["joint_embedding"][0].as_py() or []) or None
+    return None
+
+
 def _read(store: MemoryStore, ids: list[str]) -> list[Memory]:
     table = store.unpack(store.rows(ids))
     found = rows.memories(table, store.dim, store.links(ids), store.pending_touches())

@@ -8,8 +8,17 @@ import typer
 
 # One module per command, each with a function of that name (train-joint: train_joint).
 MEMORY_COMMANDS: tuple[str, ...] = (
+    "add",
+    "search",
+    "show",
+    "forget",
+    "stats",
     "consolidate",
     "train_joint",
+    "export",
+    "import_",
+    "verify",
+    "reembed",
 )
 
 app = typer.Typer(
@@ -19,4 +28,4 @@ app = typer.Typer(
 
 for _name in MEMORY_COMMANDS:
     _module = importlib.import_module(f"memopt.commands.memory.{_name}")
-    app.command(_name.replace("_", "-"))(getattr(_module, _name))
+    app.command(_name.rstrip("_").replace("_", "-"))(getattr(_module, _name))

@@ -1,0 +1,190 @@
+"""``memopt memory add``: keep texts, pictures and sounds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
+
+if TYPE_CHECKING:
+    from memopt.memory.schema import NewMemory
+
+_PICTURES, _SOUNDS = (".png", ".jpg", ".jpeg"), (".wav",)
+_FILES = (*_PICTURES, *_SOUNDS, ".txt", ".jsonl", ".parquet")
+_FIELDS = ("memory_id", "text", "image", "audio", "category", "timestamp", "expires_at")
+
+
+def add(
+    store: Store,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Texts, files (.txt one memory a line, .png .jpg .wav, .jsonl, .parquet), or - "
+            "for lines of standard input."
+        ),
+    ],
+    category: Annotated[str, typer.Option(help="Category of what names none itself.")] = "",
+    time: Annotated[str | None, typer.Option(help="When it happened [default: now].")] = None,
+    expires: Annotated[str | None, typer.Option(help="ISO time after which it is gone.")] = None,
+    model: Text = None,
+    vision: Vision = None,
+    audio: Audio = None,
+    joint: Joint = None,
+    key: Key = None,
+    redaction: Annotated[
+        str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
+    ] = "patterns",
+    as_json: AsJson = False,
+) -> None:
+    """Add memories; what is there already is left as it is."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    from memopt.commands.console import stderr, stdout
+    from memopt.commands.memory.opened import moment, opened
+
+    at, until = moment(time, "time"), moment(expires, "expires")
+    given = {"text": model, "vision": vision, "audio": audio, "joint": joint}
+    console = stderr()
+    with (
+        opened(store, create=True, given=given, key=key, redaction=redaction) as here,
+        Progress(
+            TextColumn("{task.completed} memories"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
+        task = bar.add_task("add", total=None)
+
+        def watched() -> Iterator[NewMemory]:
+            for memory in read(sources, category=category, timestamp=at, expires_at=until):
+                yield memory
+                bar.advance(task)
+
+        result = here.store.add(watched())
+        here.index.ensure()
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {"ids": list(result.ids), "added": result.added, "already": result.already},
+                indent=1,
+            )
+        )
+        return
+    stdout().print(f"{result.added} added, {result.already} there already")
+
+
+def read(
+    sources: list[str], *, category: str, timestamp: Any = None, expires_at: Any = None
+) -> Iterator[NewMemory]:
+    """Yield the memories of texts and files, in order.
+
+    Raises:
+        InputError: a file that is missing or cannot be read, naming it and the line.
+    """
+    from memopt.errors import InputError
+    from memopt.memory.schema import Content, NewMemory
+
+    usual = {"category": category, "timestamp": timestamp, "expires_at": expires_at}
+    for source in sources:
+        path = Path(source)
+        suffix = path.suffix.lower()
+        if source == "-":
+            for line in sys.stdin:
+                if line.strip():
+                    yield NewMemory(content=Content(text=line.strip()), **usual)
+        elif suffix not in _FILES or "\n" in source:
+            yield NewMemory(content=Content(text=source), **usual)
+        elif not path.is_file():
+            raise InputError(f"{source} is no file", fix="check the path")
+        elif suffix in _PICTURES:
+            yield NewMemory(content=Content(vision=path.read_bytes()), **usual)
+        elif suffix in _SOUNDS:
+            yield NewMemory(content=Content(audio=path.read_bytes()), **usual)
+        elif suffix == ".parquet":
+            yield from _rows(path, usual)
+        else:
+            yield from _lines(path, usual)
+
+
+def _lines(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
+    from memopt.errors import InputError
+    from memopt.memory.schema import Content, NewMemory
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                if path.suffix.lower() == ".txt":
+                    yield NewMemory(content=Content(text=line.strip()), **usual)
+                    continue
+                try:
+                    entry = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{path} line {number} is no JSON ({error})") from error
+                yield _entry(entry, path, number, usual)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 (byte {error.start})", fix="convert it: iconv -t utf-8"
+        ) from error
+
+
+def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from memopt.errors import InputError
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is no Parquet file, or damaged ({error})") from error
+    number = 0
+    for batch in file.iter_batches(256):
+        for entry in batch.to_pylist():
+            number += 1
+            yield _entry(entry, path, number, usual)
+
+
+def _entry(entry: Any, path: Path, number: int, usual: dict[str, Any]) -> NewMemory:
+    """Return the memory of one JSON object or Parquet row; media are paths or bytes."""
+    from memopt.commands.memory.opened import moment
+    from memopt.errors import InputError
+    from memopt.memory.schema import Content, NewMemory
+
+    if isinstance(entry, str):
+        entry = {"text": entry}
+    if not isinstance(entry, dict):
+        raise InputError(f"{path} row {number} is {type(entry).__name__}, not an object or string")
+    renamed = {"vision_data": "image", "audio_data": "audio"}
+    entry = {renamed.get(k, k): value for k, value in entry.items() if value is not None}
+    unknown = sorted(set(entry) - set(_FIELDS))
+    if unknown:
+        raise InputError(
+            f"{path} row {number} has the unknown field {unknown[0]!r}",
+            fix=f"use {', '.join(_FIELDS)}",
+        )
+    media = {}
+    for name in ("image", "audio"):
+        value = entry.get(name)
+        if isinstance(value, str):
+            file = path.parent / value
+            if not file.is_file():
+                raise InputError(f"{path} row {number}: {name} {value} is no file")
+            value = file.read_bytes()
+        media[name] = value
+    times = {
+        name: moment(entry[name], name) if isinstance(entry[name], str) else entry[name]
+        for name in ("timestamp", "expires_at")
+        if name in entry
+    }
+    content = Content(text=entry.get("text"), vision=media["image"], audio=media["audio"])
+    own = {name: entry[name] for name in ("memory_id", "category") if name in entry}
+    return NewMemory(content=content, **{**usual, **own, **times})

@@ -1,0 +1,60 @@
+"""``memopt memory forget``: delete memories so that no file holds them any more."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
+
+
+def forget(
+    store: Store,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of memories.")] = None,
+    category: Category = None,
+    since: Since = None,
+    until: Until = None,
+    expired: Annotated[bool, typer.Option("--expired", help="What has expired.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete memories by id or filter, and what expired; their bytes leave the disk.
+
+    Summaries made of them go too. Other processes may go on; a scan they began must be repeated.
+    """
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import moment, opened
+    from memopt.errors import ConfigurationError
+    from memopt.memory.erase import forget as run
+    from memopt.memory.schema import Filter
+
+    filtered = bool(category or since or until)
+    if not (ids or filtered or expired):
+        raise ConfigurationError("nothing to forget", fix="give ids, a filter, or --expired")
+    times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
+    with opened(store, embed=False, key=key) as here:
+        chosen = list(ids or [])
+        if chosen:
+            here.store.get_many(chosen, links=False)
+        if filtered:
+            where = Filter(categories=tuple(category or ()), **times)
+            for batch in here.store.scan(where, ["memory_id"], 8192):
+                chosen += batch["memory_id"].to_pylist()
+        if not yes and not typer.confirm(f"Delete {len(set(chosen))} memories for ever?"):
+            raise typer.Exit(1)
+        result = run(here.store, chosen)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "forgotten": result.memories,
+                    "expired": result.expired,
+                    "bytes_freed": result.bytes_freed,
+                }
+            )
+        )
+        return
+    stdout().print(f"{result.memories} forgotten, {result.bytes_freed:,} bytes freed")

@@ -1,0 +1,90 @@
+"""``memopt memory search``: find memories from a text, a picture, a sound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
+
+
+def search(
+    store: Store,
+    text: Annotated[str | None, typer.Argument(help="Words, or what it is about.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to search with.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound to search with.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many.")] = 10,
+    association: Annotated[bool, typer.Option(help="Follow the association graph.")] = True,
+    alpha: Annotated[float, typer.Option(help="Weight of the similarity.")] = 0.7,
+    beta: Annotated[float, typer.Option(help="Weight of the association.")] = 0.3,
+    category: Category = None,
+    tier: Annotated[list[str] | None, typer.Option(help="short_term, long_term, archived.")] = None,
+    modality: Annotated[str | None, typer.Option(help="text, vision or audio.")] = None,
+    since: Since = None,
+    until: Until = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find memories by meaning and by what they are associated with."""
+    from rich.table import Table
+
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import as_dict, moment, opened, shown
+    from memopt.memory.retriever import MultimodalRetriever
+    from memopt.memory.schema import Filter
+
+    times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
+    where = Filter(
+        categories=tuple(category or ()), tiers=tuple(tier or ()), modality=modality, **times
+    )
+    picture, sound = _bytes(image), _bytes(audio)
+    with opened(store, key=key) as here:
+        found = MultimodalRetriever(here.store, here.graph).retrieve(
+            text,
+            vision=picture,
+            audio=sound,
+            top_k=top_k,
+            enable_association=association,
+            alpha=alpha,
+            beta=beta,
+            where=where,
+        )
+    if as_json:
+        rows = [
+            {
+                "similarity": round(result.similarity, 6),
+                "association_score": round(result.association_score, 6),
+                "final_score": round(result.final_score, 6),
+                **as_dict(result.memory, links=False),
+            }
+            for result in found
+        ]
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    table = Table("score", "similarity", "association", "memory", "category", "when", "id")
+    for result in found:
+        memory = result.memory
+        table.add_row(
+            f"{result.final_score:.3f}",
+            f"{result.similarity:.3f}",
+            f"{result.association_score:.3f}",
+            shown(memory),
+            memory.category,
+            f"{memory.timestamp:%Y-%m-%d %H:%M}",
+            memory.memory_id,
+        )
+    stdout(180).print(table if found else "nothing found")
+
+
+def _bytes(path: Path | None) -> bytes | None:
+    from memopt.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error

@@ -1,0 +1,47 @@
+"""``memopt memory stats``: what a store holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Key, Store
+
+
+def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
+    """Show tiers, sizes, savings, index recall and the last consolidation."""
+    from rich.table import Table
+
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import opened
+
+    with opened(store, embed=False, key=key) as here:
+        found = here.store.stats()
+        state = here.index.state
+        condensed = sum(
+            batch["source_count"].to_numpy().sum()
+            for batch in here.store.scan(columns=["source_count"], batch_size=65536)
+        )
+    document = {
+        **asdict(found),
+        "condensed": int(condensed),
+        "index_recall": state.recall if state and state.cells else None,
+        "index_rows": state.rows if state and state.cells else 0,
+    }
+    for name in ("oldest", "newest", "last_consolidation"):
+        document[name] = document[name].isoformat() if document[name] else None
+    if as_json:
+        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        return
+    table = Table("what", "value")
+    for name, value in document.items():
+        if isinstance(value, dict):
+            text = ", ".join(f"{k or '(none)'} {v:,}" for k, v in list(value.items())[:12])
+        elif isinstance(value, int) and not isinstance(value, bool):
+            text = f"{value:,}"
+        else:
+            text = "-" if value is None else str(value)
+        table.add_row(name.replace("_", " "), text)
+    stdout(140).print(table)

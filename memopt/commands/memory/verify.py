@@ -1,0 +1,44 @@
+"""``memopt memory verify``: is everything there, once, readable?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Key, Store
+
+
+def verify(
+    store: Store,
+    expect: Annotated[
+        Path | None, typer.Option(help="File of ids that must be there, one a line.")
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop broken links first.")] = False,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every memory and link; exit 1 when something is wrong."""
+    from rich.table import Table
+
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import opened
+    from memopt.memory.verify import verify as run
+
+    expected = expect.read_text(encoding="utf-8").split() if expect else []
+    with opened(store, embed=False, key=key) as here:
+        report = run(here.store, expected, repair=repair)
+    if as_json:
+        typer.echo(json.dumps({**asdict(report), "problems": report.problems}, indent=1))
+    else:
+        table = Table("problem", "how many")
+        for name, count in report.problems.items():
+            table.add_row(name.replace("_", " "), str(count))
+        stdout().print(
+            table if report.problems else f"{report.memories} memories, nothing is wrong"
+        )
+    if report.problems:
+        raise typer.Exit(1)
