@@ -1,0 +1,78 @@
+"""The vector index: recall is measured, fresh rows are found, a bad index is not used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from memopt.memory import index as module
+from memopt.memory.index import VectorIndex, last_state
+from memopt.memory.store import MemoryStore
+from tests.memory.kit import DIM
+
+
+def fill(store: MemoryStore, count: int, start: int = 0) -> np.ndarray:
+    """Add memories with random vectors; return the vectors."""
+    vectors = np.random.default_rng(start).normal(size=(count, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM)
+    names = [f"m{start + at}" for at in range(count)]
+    store.add_arrow(pa.table({"memory_id": names, "text": names, "joint_embedding": column}))
+    return vectors
+
+
+def test_recall_is_measured_and_fresh_rows_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least 0.95 at ten on random vectors, the hardest kind; new rows at once."""
+    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    with MemoryStore(tmp_path / "s", dim=DIM) as store:
+        index = VectorIndex(store, background=False)
+        assert index.ensure() is None
+        vectors = fill(store, 3000)
+        state = index.ensure()
+        assert state is not None
+        assert state.cells > 0
+        assert state.recall >= 0.95
+        assert last_state(store) == state
+        right = 0
+        for query in vectors[:50]:
+            exact = {f"m{at}" for at in np.argsort(-(vectors @ query))[:10]}
+            right += len(exact & {key for key, _ in store.candidates(query, top_k=10)})
+        assert right >= 0.93 * 500
+        fresh = fill(store, 5, start=10_000)
+        for at, vector in enumerate(fresh):
+            assert store.candidates(vector, top_k=1)[0][0] == f"m{10_000 + at}"
+
+
+def test_an_index_below_the_recall_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Search is then exact, and the state says so."""
+    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    monkeypatch.setattr(module, "_SETTINGS", ((1, 1),))
+    with MemoryStore(tmp_path / "s", dim=DIM) as store:
+        vectors = fill(store, 2000)
+        index = VectorIndex(store, background=False)
+        state = index.ensure()
+        assert state is not None
+        assert state.cells == 0
+        exact = {f"m{at}" for at in np.argsort(-(vectors @ vectors[3]))[:10]}
+        assert {key for key, _ in store.candidates(vectors[3], top_k=10)} == exact
+
+
+def test_additions_start_a_build_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody asking; close() waits for it."""
+    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    with MemoryStore(tmp_path / "s", dim=DIM) as store:
+        index = VectorIndex(store)
+        fill(store, 1500)
+        index.close()
+        state = last_state(store)
+        assert state is not None
+        assert state.rows == 1500

@@ -1,0 +1,125 @@
+"""Export and import: the exact schemas, and everything comes back."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memopt.errors import InputError
+from memopt.memory import rows
+from memopt.memory.graph import AssociationGraph
+from memopt.memory.interchange import export_parquet, import_parquet
+from memopt.memory.schema import GRAPH_FILE, LONG_TERM_FILE, MEMORIES_FILE, Content, NewMemory
+from memopt.memory.store import MemoryStore
+from memopt.memory.verify import verify
+from tests.memory.kit import DIM, Hashing, note, png, wav
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_the_three_files_have_the_promised_schemas(tmp_path: Path) -> None:
+    """Names, types and order; the long-term file holds the summaries."""
+    with MemoryStore(tmp_path / "s", embedder=Hashing()) as store:
+        AssociationGraph(store)
+        store.add([note("a", timestamp=NOW), note("b", timestamp=NOW)])
+        columns = {
+            "memory_id": ["sum"],
+            "timestamp": NOW,
+            "tier": "long_term",
+            "summary": "a and b",
+            "source_memory_ids": [["a", "b"]],
+            "source_count": 2,
+            "consolidated_at": NOW,
+            "model_id": "hashing",
+        }
+        store.commit(inserts=rows.new_rows(store.embed([Content(text="x")]), columns))
+        done = export_parquet(store, tmp_path / "out")
+        assert (done.memories, done.long_term) == (3, 1)
+    for name, schema in (
+        ("memories", MEMORIES_FILE),
+        ("associations", GRAPH_FILE),
+        ("long_term", LONG_TERM_FILE),
+    ):
+        found = pq.read_schema(tmp_path / "out" / f"{name}.parquet")
+        assert found.remove_metadata().equals(schema)
+    with MemoryStore(tmp_path / "t", embedder=Hashing()) as other:
+        import_parquet(other, tmp_path / "out")
+        summary = other.get("sum")
+        assert (summary.tier, summary.summary) == ("long_term", "a and b")
+        assert (summary.source_memory_ids, summary.consolidated_at) == (("a", "b"), NOW)
+
+
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=20), st.booleans(), st.booleans(), st.integers(0, 10**9)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.uuids(),
+)
+def test_everything_comes_back(
+    tmp_path: Path, items: list[tuple[str, bool, bool, int]], folder: object
+) -> None:
+    """Content, category, time and links exactly; vectors to the precision of float16."""
+    base = tmp_path / str(folder)
+    new = []
+    for at, (text, seen, heard, seconds) in enumerate(items):
+        usable = text.encode("utf-8", "ignore").decode().replace("\0", "") or "x"
+        content = Content(
+            text=usable, vision=png(at) if seen else None, audio=wav(at) if heard else None
+        )
+        moment = datetime.fromtimestamp(seconds, UTC)
+        new.append(
+            NewMemory(content=content, category=usable[:3], timestamp=moment, memory_id=f"m{at}")
+        )
+    with MemoryStore(base / "a", embedder=Hashing()) as store:
+        AssociationGraph(store)
+        ids = sorted(set(store.add(new).ids))
+        export_parquet(store, base / "out")
+        before = store.get_many(ids)
+    with MemoryStore(base / "b", embedder=Hashing()) as other:
+        assert import_parquet(other, base / "out").memories == len(ids)
+        assert import_parquet(other, base / "out").memories == 0
+        after = other.get_many(ids)
+        assert verify(other, ids).problems == {}
+    for one, two in zip(before, after, strict=True):
+        for name in ("text", "vision_data", "audio_data", "category", "timestamp", "modalities"):
+            assert getattr(one, name) == getattr(two, name)
+        assert one.association_links == two.association_links
+        assert one.joint_embedding is not None
+        assert two.joint_embedding is not None
+        np.testing.assert_allclose(one.joint_embedding, two.joint_embedding, atol=2e-3)
+
+
+def test_bad_files_are_named_and_add_nothing(tmp_path: Path) -> None:
+    """Missing, damaged, another schema, another dimension, another model."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / "memories.parquet"
+    with MemoryStore(tmp_path / "s", embedder=Hashing()) as store:
+        store.add(note("first"))
+        with pytest.raises(InputError, match=r"memories\.parquet is missing"):
+            import_parquet(store, folder)
+        path.write_bytes(b"PAR1 no")
+        with pytest.raises(InputError, match="no Parquet file"):
+            import_parquet(store, folder)
+        pq.write_table(pa.table({"memory_id": ["a"]}), path)
+        with pytest.raises(InputError, match="no column 'text'"):
+            import_parquet(store, folder)
+        for model, dim, named in (("other", DIM, "other"), ("hashing", 3, "3 numbers")):
+            with MemoryStore(tmp_path / model, embedder=Hashing(model, dim)) as source:
+                source.add(note("x"))
+                export_parquet(source, folder)
+            with pytest.raises(InputError, match=named):
+                import_parquet(store, folder)
+        assert store.count() == 1
