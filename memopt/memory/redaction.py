@@ -154,12 +154,13 @@ def _is_address(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    # "::" alone is punctuation in many a language.
-    return not address.is_unspecified
+    # "a::b" is a name in C++: an address spells more.
+    return not address.is_unspecified and len(text.replace(":", "")) >= 4
 
 
 def _is_phone(text: str) -> bool:
-    return 7 <= sum(character.isdigit() for character in text) <= 15
+    digits = [character for character in text if character.isdigit()]
+    return 7 <= len(digits) <= 15 and len(set(digits)) > 2
 
 
 def _looks_random(value: str) -> bool:

@@ -1,0 +1,149 @@
+"""memopt memory through the real command line, good and bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memopt.bundle import Bundle
+from memopt.commands.memory import app
+from memopt.errors import MemoptError
+from tests.memory.kit import files_with, png
+
+
+def memopt(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run ``memopt memory ...``."""
+    command = [sys.executable, "-m", "memopt", "memory", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture(scope="module")
+def store(minilm: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of texts made by the command; do not change it."""
+    folder = tmp_path_factory.mktemp("memory")
+    lines = ["The key is under the mat.", "Rain is expected tonight.", "A cat sleeps all day."]
+    (folder / "notes.txt").write_text("\n".join(lines) + "\n")
+    (folder / "more.jsonl").write_text(
+        '{"text": "Ann moved to Oslo.", "category": "people", "timestamp": "2025-05-01"}\n"plain"\n'
+    )
+    inputs = [folder / "notes.txt", folder / "more.jsonl", "-", "mail bob@example.org"]
+    done = memopt(
+        "add", folder / "s", *inputs, "--model", minilm.path, "--json", input="From a pipe.\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["added"] == 7
+    return folder / "s"
+
+
+def test_what_was_added_is_found(store: Path) -> None:
+    """By meaning, with the bundle remembered, redacted, and once."""
+    found = json.loads(memopt("search", store, "where is my key?", "--json").stdout)
+    assert found[0]["text"] == "The key is under the mat."
+    assert 0 < found[0]["similarity"] <= 1
+    people = memopt("search", store, "who moved?", "--category", "people", "--json")
+    assert [row["text"] for row in json.loads(people.stdout)] == ["Ann moved to Oslo."]
+    early = memopt("search", store, "weather", "--until", "2025-06-01", "--json")
+    assert len(json.loads(early.stdout)) == 1
+    again = memopt("add", store, "A cat sleeps all day.", "--json")
+    assert json.loads(again.stdout)["already"] == 1
+    assert files_with(store, b"bob@example.org") == []
+
+
+def test_show_stats_verify_export_import(store: Path, tmp_path: Path) -> None:
+    """Tables for people, JSON for scripts, and a copy that verifies."""
+    stats = json.loads(memopt("stats", store, "--json").stdout)
+    assert stats["memories"] == 7
+    assert stats["tiers"]["short_term"] == 7
+    key = json.loads(memopt("search", store, "cat", "--json").stdout)[0]["memory_id"]
+    shown = json.loads(memopt("show", store, key, "--log", "--json").stdout)
+    assert shown["text"] == "A cat sleeps all day."
+    assert {line["action"] for line in shown["log"]} >= {"read", "write"}
+    assert memopt("export", store, tmp_path / "out").returncode == 0
+    copied = memopt("import", tmp_path / "copy", tmp_path / "out")
+    assert "7 added" in copied.stdout
+    expected = tmp_path / "ids"
+    expected.write_text(f"{key}\nnobody\n")
+    assert memopt("verify", tmp_path / "copy").returncode == 0
+    missing = memopt("verify", tmp_path / "copy", "--expect", expected, "--json")
+    assert missing.returncode == 1
+    assert json.loads(missing.stdout)["missing"] == ["nobody"]
+
+
+def test_forget_erases(minilm: Bundle, tmp_path: Path) -> None:
+    """By id, after asking; the words are in no file then."""
+    path, secret = tmp_path / "s", "zq7vxk2jwp9 hb4nmt6rlc8"
+    added = memopt("add", path, secret, "something else", "--model", minilm.path, "--json")
+    key = json.loads(added.stdout)["ids"][0]
+    assert files_with(path, b"zq7vxk2jwp9")
+    assert memopt("forget", path, key, input="n\n").returncode == 1
+    assert memopt("forget", path, key, "--yes").returncode == 0
+    assert files_with(path, b"zq7vxk2jwp9") == []
+    assert json.loads(memopt("stats", path, "--json").stdout)["memories"] == 1
+
+
+def test_bad_input_is_one_line(store: Path, minilm: Bundle, tmp_path: Path) -> None:
+    """Each kind of bad input: exit 1 or 2, one line that names it, nothing added."""
+    (tmp_path / "broken.png").write_bytes(png(1)[:60])
+    (tmp_path / "broken.wav").write_bytes(b"RIFF\x10\0\0\0WAVEjunk")
+    (tmp_path / "huge.txt").write_text("x" * (50 << 20))
+    (tmp_path / "latin.txt").write_bytes("Größe\n".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "memory.json").write_text('{"format": 9, "dim": 4}')
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").write_text("x")
+    before = json.loads(memopt("stats", store, "--json").stdout)["memories"]
+    cases: list[tuple[list[object], int, str]] = [
+        (["add", store, tmp_path / "broken.png"], 1, "image"),
+        (["add", store, tmp_path / "broken.wav"], 1, "sound"),
+        (["add", store, tmp_path / "huge.txt"], 1, "MiB"),
+        (["add", store, tmp_path / "latin.txt"], 1, "UTF-8"),
+        (["add", store, tmp_path / "bad.jsonl"], 1, "line 2"),
+        (["add", store, tmp_path / "none.png"], 1, "none.png"),
+        (["add", tmp_path / "n", "x", "--vision", minilm.path], 2, "joint"),
+        (["search", store, ""], 1, "empty"),
+        (["search", store], 1, "query"),
+        (["search", store, "x", "--top-k", "-3"], 1, "top_k is -3"),
+        (["search", store, "x", "--since", "soon"], 2, "'soon'"),
+        (["search", store, "x", "--modality", "smell"], 1, "smell"),
+        (["search", store, "--image", tmp_path / "broken.png"], 1, "image"),
+        (["show", store, "unknown"], 1, "'unknown'"),
+        (["forget", store, "unknown", "--yes"], 1, "'unknown'"),
+        (["forget", store, "--yes"], 2, "nothing to forget"),
+        (["stats", tmp_path / "plain"], 1, "no memory store"),
+        (["stats", tmp_path / "newer"], 1, "9"),
+        (["import", store, tmp_path], 1, "memories.parquet"),
+    ]
+    # In this process, where a case costs milliseconds; that main() makes one line of any such error
+    # is tested for the whole command line, and here once.
+    for arguments, code, named in cases:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert isinstance(done.exception, MemoptError), (arguments, done.exception)
+        assert done.exception.exit_code == code
+        assert named.lower() in str(done.exception).lower(), (arguments, done.exception)
+    once = memopt(*cases[0][0])
+    assert once.returncode == 1
+    assert [line[:7] for line in once.stderr.splitlines()] == ["error: "]
+    # A line before the bad one was added: jsonl and pipes are streams of commits.
+    after = json.loads(memopt("stats", store, "--json").stdout)["memories"]
+    assert after - before in (0, 1)
+
+
+def test_an_encrypted_store_needs_its_key(minilm: Bundle, tmp_path: Path) -> None:
+    """From a file; the words are in no file of the store."""
+    path, key = tmp_path / "s", tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    added = memopt("add", path, "zq7vxk2jwp9 key", "--model", minilm.path, "--key", key)
+    assert added.returncode == 0, added.stderr
+    assert files_with(path, b"zq7vxk2jwp9") == []
+    found = json.loads(memopt("search", path, "key", "--key", key, "--json").stdout)
+    assert found[0]["text"] == "zq7vxk2jwp9 key"
+    refused = memopt("search", path, "key")
+    assert refused.returncode == 1
+    assert "no key was given" in refused.stderr
