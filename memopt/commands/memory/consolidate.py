@@ -7,24 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memopt.commands.memory.opened import AsJson, Key, Store, Text
+
 if TYPE_CHECKING:
     from memopt.memory.condense import Consolidation
-    from memopt.memory.store import MemoryStore
 
 
 def consolidate(
-    store: Annotated[str, typer.Argument(help="Folder or URI of the store.")],
+    store: Store,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
     llm: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Who writes the summaries: extractive, or ollama, anthropic, openai, each as "
-            "KIND[:MODEL][@URL]."
+            "KIND[:MODEL][@URL] [default: the settings, else extractive]."
         ),
-    ] = "extractive",
-    model: Annotated[
-        str | None, typer.Option(help="Bundle of the text encoder, to compare sentences with.")
     ] = None,
+    model: Text = None,
     hot: Annotated[int | None, typer.Option(help="Accesses that make a memory hot.")] = None,
     cold_days: Annotated[float | None, typer.Option(help="Age of a cold memory.")] = None,
     similarity: Annotated[float, typer.Option(help="Least similarity within a group.")] = 0.8,
@@ -36,23 +35,27 @@ def consolidate(
         bool, typer.Option(help="Then drop old versions, which gives the room back.")
     ] = True,
     send_unredacted: Annotated[
-        bool,
-        typer.Option(help="Let --llm read the texts as they are stored, unredacted."),
+        bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Summarise memories that are read often, archive old ones, and show what came of it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from memopt.commands.console import stderr
-    from memopt.config import OptimizationConfig
-    from memopt.errors import ConfigurationError
+    from memopt.commands.memory.opened import opened as open_store
+    from memopt.config import load_config
     from memopt.memory.condense import ConsolidationRecipe, plan
     from memopt.memory.condense import consolidate as run
     from memopt.memory.llm import Limits, language_model
     from memopt.memory.reclaim import reclaim
 
-    settings = OptimizationConfig().consolidation
+    settings = load_config().consolidation
+    if llm is None:
+        llm = "extractive"
+        if settings.llm_provider != "extractive" and "llm_provider" in settings.model_fields_set:
+            llm = f"{settings.llm_provider}:{settings.llm_model}@{settings.llm_endpoint}"
     keep = settings.keep_original if drop is None else not drop
     recipe = ConsolidationRecipe(
         hot_accesses=settings.hot_memory_threshold if hot is None else hot,
@@ -63,16 +66,12 @@ def consolidate(
         originals="archive" if keep else "drop",
         duty=1.0,
     )
-    with _open(store, model) as opened:
-        if llm != "extractive" and opened.redact is None and not send_unredacted:
-            raise ConfigurationError(
-                f"{llm!r} would be sent the memories unredacted",
-                fix="pass --send-unredacted, or consolidate from Python with a redact function",
-            )
+    given = {"text": model}
+    with open_store(store, given=given, key=key) as here:
+        opened = here.store
+        redact = None if send_unredacted else opened.redact
         writer = (
-            None
-            if llm == "extractive"
-            else language_model(llm, limits=Limits(), redact=opened.redact)
+            None if llm == "extractive" else language_model(llm, limits=Limits(), redact=redact)
         )
         before = opened.stats().bytes_on_disk
         console = stderr()
@@ -105,18 +104,6 @@ def consolidate(
         typer.echo(json.dumps(_document(report, before, after, events), indent=1))
     else:
         _print(report, before, after, events)
-
-
-def _open(place: str, model: str | None) -> MemoryStore:
-    from memopt.memory.encoders import TextEmbedder, TextEncoder
-    from memopt.memory.store import MemoryStore
-    from memopt.runtimes.engine import ArrowEngine
-
-    if model is None:
-        return MemoryStore(place, create=False)
-    engine = ArrowEngine(model)
-    embedder = TextEmbedder(TextEncoder(engine, dim=engine.dimension))
-    return MemoryStore(place, embedder=embedder, create=False)
 
 
 def _document(
