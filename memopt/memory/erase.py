@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from memopt.memory import searching, writing
 from memopt.memory.filters import utc
-from memopt.memory.meta import TABLES
+from memopt.memory.reclaim import reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,10 +87,7 @@ def erase(store: MemoryStore) -> int:
                 pa.RecordBatchReader.from_batches(schema, _cast(batches, schema)), mode="overwrite"
             )
         searching.create_indices(store.database)
-        for name in TABLES:
-            store.table(name).optimize(
-                cleanup_older_than=timedelta(0), delete_unverified=store.place.local is not None
-            )
+        reclaim(store)
     for listener in store.listeners:
         rebuild = getattr(listener, "ensure", None)
         if rebuild is not None:

@@ -1,0 +1,310 @@
+"""The memory store from 1k to 100k (1M) memories: speed, recall, size, and what consolidation saves.
+
+    python benchmarks/memory.py [--sizes 1000 10000 100000] [--large] [--json] [--output FILE.html]
+
+768 dimensions, clustered vectors, queries near stored ones. Recall is against exact search of the
+same vectors; numpy (one matrix product) and usearch (HNSW, cosine, float32) answer the same queries
+in the same run. Consolidation: groups of notes that repeat one fact in other words, each fact asked
+for before and after; a question counts as answered when the fact's own word is in the first 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import usearch.index
+from rich.console import Console
+from rich.table import Table
+
+from memopt.benchmark.runner import hardware
+from memopt.charts import lines, page
+from memopt.charts import table as html_table
+from memopt.files import atomic_path
+from memopt.memory.condense import ConsolidationRecipe, consolidate
+from memopt.memory.graph import AssociationGraph
+from memopt.memory.index import VectorIndex
+from memopt.memory.reclaim import reclaim
+from memopt.memory.retriever import MultimodalRetriever
+from memopt.memory.schema import Content, NewMemory
+from memopt.memory.store import MemoryStore
+
+DIM = 768
+QUERIES = 200
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def clustered(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Unit vectors around count / 50 centres, cosine 0.75 to their centre on average."""
+    centres = generator.normal(size=(max(2, count // 50), DIM)).astype(np.float32)
+    rows = centres[generator.integers(0, len(centres), count)]
+    rows += 0.9 * generator.normal(size=(count, DIM)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Median and 95th percentile in ms."""
+    low, high = np.percentile(seconds, [50, 95]) * 1000
+    return float(low), float(high)
+
+
+def timed(search: Any, queries: np.ndarray) -> tuple[list[set[str]], list[float]]:
+    """Answers and seconds of each query."""
+    answers, seconds = [], []
+    for query in queries:
+        begin = time.perf_counter()
+        found = search(query)
+        seconds.append(time.perf_counter() - begin)
+        answers.append(set(found))
+    return answers, seconds
+
+
+def measure(count: int, folder: Path) -> list[dict[str, Any]]:
+    """Fill a store and ask it, numpy and usearch."""
+    generator = np.random.default_rng(0)
+    vectors = clustered(count, generator)
+    picked = vectors[generator.integers(0, count, QUERIES)]
+    queries = picked + 0.4 / DIM**0.5 * generator.normal(size=picked.shape).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    names = [f"m{at:07}" for at in range(count)]
+    times = [START + timedelta(seconds=90 * at) for at in range(count)]
+    with MemoryStore(folder / "store", dim=DIM) as store:
+        index = VectorIndex(store, background=False)
+        begin = time.perf_counter()
+        for start in range(0, count, 8192):
+            part = slice(start, start + 8192)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[part].ravel()), DIM)
+            texts = [f"note {name}" for name in names[part]]
+            store.add_arrow(
+                pa.table(
+                    {
+                        "memory_id": names[part],
+                        "text": texts,
+                        "joint_embedding": column,
+                        "timestamp": times[part],
+                    }
+                )
+            )
+        added = count / (time.perf_counter() - begin)
+        begin = time.perf_counter()
+        state = index.ensure()
+        built = time.perf_counter() - begin
+        graph = AssociationGraph(store)
+        begin = time.perf_counter()
+        links = graph.build()
+        linked = time.perf_counter() - begin
+        reclaim(store)
+        retriever = MultimodalRetriever(store, graph)
+
+        def retrieve(query: np.ndarray) -> list[str]:
+            found = retriever.retrieve(vector=query, touch=False)
+            return [result.memory.memory_id for result in found]
+
+        def nearest(query: np.ndarray) -> list[str]:
+            return [key for key, _ in store.candidates(query, top_k=10)]
+
+        for query in queries[:20]:
+            retrieve(query)
+        _, with_graph = timed(retrieve, queries)
+        ours, plain = timed(nearest, queries)
+        size = sum(p.stat().st_size for p in (folder / "store").rglob("*") if p.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def exact(query: np.ndarray) -> list[str]:
+        scores = vectors @ query
+        best = np.argpartition(-scores, 10)[:10]
+        return [names[at] for at in best]
+
+    right, of_numpy = timed(exact, queries)
+    begin = time.perf_counter()
+    peer = usearch.index.Index(ndim=DIM, metric="cos", dtype="f32")
+    peer.add(np.arange(count), vectors)
+    peer_added = count / (time.perf_counter() - begin)
+    theirs, of_peer = timed(lambda q: [names[int(k)] for k in peer.search(q, 10).keys], queries)
+
+    def recall(found: list[set[str]]) -> float:
+        return float(np.mean([len(a & b) / 10 for a, b in zip(found, right, strict=True)]))
+
+    shared = {"memories": count, "peak_rss_mb": peak}
+    return [
+        {
+            **shared, "what": "memopt retrieve, with graph", "add_per_s": added,
+            "p50_ms": percentiles(with_graph)[0], "p95_ms": percentiles(with_graph)[1],
+            "bytes_per_memory": size / count, "index_s": built, "graph_s": linked, "links": links,
+        },
+        {
+            **shared, "what": "memopt nearest", "add_per_s": added,
+            "p50_ms": percentiles(plain)[0], "p95_ms": percentiles(plain)[1],
+            "recall": recall(ours), "bytes_per_memory": size / count,
+            "index": f"{state.nprobes} of {state.cells} cells" if state else "exact",
+        },
+        {
+            **shared, "what": "numpy, exact", "p50_ms": percentiles(of_numpy)[0],
+            "p95_ms": percentiles(of_numpy)[1], "recall": 1.0, "bytes_per_memory": 4.0 * DIM,
+        },
+        {
+            **shared, "what": "usearch HNSW", "add_per_s": peer_added,
+            "p50_ms": percentiles(of_peer)[0], "p95_ms": percentiles(of_peer)[1],
+            "recall": recall(theirs),
+            "bytes_per_memory": len(peer.save()) / count,
+        },
+    ]  # fmt: skip
+
+
+def consolidation(folder: Path, facts: int = 120, repeats: int = 20) -> list[dict[str, Any]]:
+    """Facts told again and again, condensed; what stays, and what is still found."""
+    generator = np.random.default_rng(1)
+    verbs = ["keeps", "left", "put", "stores", "hid"]
+    endings = [
+        "as always",
+        "again today",
+        "so nobody trips",
+        "said twice",
+        "before lunch",
+        "(note)",
+    ]
+    rows = []
+    for originals in ("archive", "drop"):
+        place = folder / originals
+        now = [START]
+        with MemoryStore(place, dim=DIM, clock=lambda now=now: now[0]) as store:
+            graph = AssociationGraph(store)
+            centres = generator.normal(size=(facts, DIM))
+            new = []
+            for fact in range(facts):
+                for at in range(repeats):
+                    text = (
+                        f"Person {fact} {verbs[at % 5]} the thing{fact}word in room {fact * 7}, "
+                        f"{endings[at % 6]}. It was mentioned in passing while we talked about "
+                        f"the weather, the garden and what else there is to do this week."
+                    )
+                    vector = centres[fact] + 0.35 * generator.normal(size=DIM)
+                    pixels = generator.integers(0, 256, 600, dtype=np.uint8).tobytes()
+                    new.append(
+                        NewMemory(
+                            content=Content(text=f"{text} {pixels.hex()[:400]}"),
+                            embedding=vector.astype(np.float32),
+                            category=f"topic {fact % 6}",
+                            memory_id=f"f{fact}-{at}",
+                            timestamp=START + timedelta(minutes=fact * 60 + at),
+                        )
+                    )
+            store.add(new)
+            for _ in range(10):
+                store.touch([memory.memory_id or "" for memory in new])
+            store.flush()
+            reclaim(store)
+            before = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+            retriever = MultimodalRetriever(store, graph)
+
+            def answered(
+                retriever: MultimodalRetriever = retriever, centres: Any = centres
+            ) -> float:
+                right = 0
+                for fact in range(facts):
+                    found = retriever.retrieve(vector=centres[fact], top_k=5, touch=False)
+                    texts = [f"{r.memory.text or ''} {r.memory.summary or ''}" for r in found]
+                    right += any(f"thing{fact}word" in text for text in texts)
+                return right / facts
+
+            evidence = answered()
+            begin = time.perf_counter()
+            done = consolidate(store, ConsolidationRecipe(originals=originals, duty=1.0))
+            seconds = time.perf_counter() - begin
+            reclaim(store)
+            after = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+            rows.append(
+                {
+                    "originals": originals,
+                    "memories": len(new),
+                    "summaries": len(done.summaries),
+                    "condensed": done.condensed,
+                    "seconds": seconds,
+                    "bytes_before": before,
+                    "bytes_after": after,
+                    "saved": 1 - after / before,
+                    "evidence_before": evidence,
+                    "evidence_after": answered(),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure, print tables, write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--large", action="store_true", help="also 1,000,000 (20 GB of memory)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, help="an HTML page with a chart")
+    options = parser.parse_args()
+    sizes = options.sizes + ([1_000_000] if options.large else [])
+    folder = Path(tempfile.mkdtemp())
+    rows: list[dict[str, Any]] = []
+    try:
+        with Console(stderr=True).status("measuring") as status:
+            for size in sizes:
+                status.update(f"{size:,} memories")
+                rows += measure(size, folder / str(size))
+                shutil.rmtree(folder / str(size))
+            status.update("consolidation")
+            condensed = consolidation(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if options.json:
+        print(json.dumps({"search": rows, "consolidation": condensed}, indent=1))
+        return
+    columns = {
+        "memories": "{:,}", "what": "{}", "add_per_s": "{:,.0f}", "p50_ms": "{:.2f}",
+        "p95_ms": "{:.2f}", "recall": "{:.3f}", "bytes_per_memory": "{:,.0f}",
+        "index_s": "{:.1f}", "graph_s": "{:.1f}", "links": "{:,}", "index": "{}",
+        "peak_rss_mb": "{:,.0f}",
+    }  # fmt: skip
+    console = Console(width=170)
+    console.print(_table(rows, columns))
+    kinds = {
+        "originals": "{}", "memories": "{:,}", "summaries": "{}", "condensed": "{:,}",
+        "seconds": "{:.1f}", "bytes_before": "{:,}", "bytes_after": "{:,}", "saved": "{:.1%}",
+        "evidence_before": "{:.3f}", "evidence_after": "{:.3f}",
+    }  # fmt: skip
+    console.print(_table(condensed, kinds))
+    if options.output:
+        _write(options.output, rows)
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+    table = Table(*(name.replace("_", " ") for name in columns))
+    for row in rows:
+        table.add_row(*(f.format(row[n]) if n in row else "" for n, f in columns.items()))
+    return table
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    series = {
+        name: [(row["memories"], row["p95_ms"]) for row in rows if row["what"] == name]
+        for name in names
+    }
+    chart = lines(series, "memories", "p95 ms", log=True)
+    cells = [
+        [f"{row['memories']:,}", row["what"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}"]
+        for row in rows
+    ]
+    body = chart + html_table(["memories", "what", "p50 ms", "p95 ms"], cells)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page("Memory search", body, str(hardware())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
