@@ -50,6 +50,8 @@ class Connection:
         self._options = {
             "read_consistency_interval": timedelta(0),
             "session": lancedb.Session(),
+            # Rows of many columns are read in 4 ms instead of the 7 ms of the newer 2.2.
+            "storage_options": {"new_table_data_storage_version": "2.1"},
         }
         if self.place.local is None:
             self.place.database = lancedb.connect(self.place.uri, **self._options)
@@ -119,6 +121,13 @@ class Connection:
         The blocking query builder asks for the schema several times, 2 ms of each search.
         """
         return self._reader(name).query()
+
+    def version(self, name: str) -> int:
+        """Return the version a table has now; other processes' commits count."""
+        from lancedb.background_loop import LOOP
+
+        with opening.named_errors(self.place, "read"):
+            return int(LOOP.run(self._reader(name).version()))
 
     def take(self, row_ids: Sequence[int]) -> Any:
         """Return a query of rows of ``memories`` by Lance's row ids, for :meth:`fetch`."""

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConfigurationError
+from memopt.memory.adjacency import Adjacency, seconds
 from memopt.memory.filters import one_of, utc
 from memopt.memory.neighbours import Pairs, close_in_meaning, close_in_time
 from memopt.memory.schema import EDGES, Filter
@@ -92,12 +93,14 @@ class AssociationGraph:
     def __init__(self, store: MemoryStore, recipe: GraphRecipe | None = None) -> None:
         self.store = store
         self.recipe = recipe or GraphRecipe()
+        self.links = Adjacency(store)
         self._together: Counter[tuple[str, str]] = Counter()
         store.listeners.append(self)
 
     def close(self) -> None:
         """Write what is buffered and stop following the store."""
         self.flush()
+        self.links.close()
         if self in self.store.listeners:
             self.store.listeners.remove(self)
 
@@ -115,8 +118,10 @@ class AssociationGraph:
         """Drop every link of memories about to be deleted."""
         gone = list(ids)
         edges = self.store.table("edges")
+        before = self.store.version("edges")
         edges.delete(one_of("source", gone))
         edges.delete(one_of("target", gone))
+        self.links.follow(before, self.store.version("edges"), None, gone)
         for pair in [pair for pair in self._together if set(pair) & set(gone)]:
             del self._together[pair]
 
@@ -152,7 +157,7 @@ class AssociationGraph:
             ids = [key for batch in batches for key in batch["memory_id"].to_pylist()]
             if not ids:
                 return 0
-            moments = np.concatenate([_seconds(batch["timestamp"]) for batch in batches])
+            moments = np.concatenate([seconds(batch["timestamp"]) for batch in batches])
             vectors = np.concatenate(
                 [
                     batch["joint_embedding"].flatten().to_numpy().reshape(-1, self.store.dim)
@@ -181,7 +186,7 @@ class AssociationGraph:
             table = edges.to_arrow()
             now = utc(self.store.clock())
             weights = self.faded(
-                table["weight"].to_numpy(), _seconds(table["updated_at"]), now
+                table["weight"].to_numpy(), seconds(table["updated_at"]), now
             ).astype(np.float32)
             kept = weights >= self.recipe.floor
             table = table.set_column(
@@ -202,29 +207,40 @@ class AssociationGraph:
         days = np.maximum(0, now.timestamp() - updated) / 86_400
         return np.asarray(weights * 0.5 ** (days / self.recipe.half_life_days), np.float64)
 
-    def around(self, ids: Sequence[str]) -> tuple[list[str], list[str], NDArray[np.float64]]:
+    def around(self, ids: Sequence[str]) -> Around:
         """Return the links that leave ``ids``: sources, targets, weights as of now."""
-        query = self.store.query("edges").where(one_of("source", list(ids)))
-        table = self.store.fetch(query.select(["source", "target", "weight", "updated_at"]))
-        weights = self.faded(
-            table["weight"].to_numpy(), _seconds(table["updated_at"]), utc(self.store.clock())
-        )
-        return table["source"].to_pylist(), table["target"].to_pylist(), weights
+        return self.view()(ids)
+
+    def view(self) -> Callable[[Sequence[str]], Around]:
+        """Return :meth:`around` for several calls in a row, from memory where it is up to date."""
+        now = utc(self.store.clock())
+        current = self.links.current()
+
+        def around(ids: Sequence[str]) -> Around:
+            if current is not None:
+                sources, targets, weights, updated = current(ids)
+                return sources, targets, self.faded(weights, updated, now)
+            query = self.store.query("edges").where(one_of("source", list(ids)))
+            table = self.store.fetch(query.select(["source", "target", "weight", "updated_at"]))
+            weights = self.faded(table["weight"].to_numpy(), seconds(table["updated_at"]), now)
+            return table["source"].to_pylist(), table["target"].to_pylist(), weights
+
+        return around
 
     # --- how links are found and written ----------------------------------------------------
 
     def _by_time(self, ids: Sequence[str], timestamps: Sequence[datetime]) -> _Links:
         window = timedelta(seconds=self.recipe.window_s)
         where = Filter(since=min(timestamps) - window, until=max(timestamps) + window)
-        seconds = {key: moment.timestamp() for key, moment in zip(ids, timestamps, strict=True)}
+        fresh = [moment.timestamp() for moment in timestamps]
         known: dict[str, float] = {}
         for batch in self.store.scan(where, ["memory_id", "timestamp"], 8192):
-            moments = _seconds(batch["timestamp"]).tolist()
+            moments = seconds(batch["timestamp"]).tolist()
             known.update(zip(batch["memory_id"].to_pylist(), moments, strict=True))
         for key in ids:
             known.pop(key, None)
         names = [*known, *ids]
-        moments = np.array([*known.values(), *(seconds[key] for key in ids)])
+        moments = np.array([*known.values(), *fresh])
         pairs = close_in_time(moments, self.recipe.window_s, self.recipe.most, after=len(known))
         return _named(names, pairs, TIME, {})
 
@@ -249,7 +265,10 @@ class AssociationGraph:
         with self.store.changing():
             links = self._living(links)
             if links:
-                self.store.table("edges").add(_table(links, utc(self.store.clock())))
+                table = _table(links, utc(self.store.clock()))
+                before = self.store.version("edges")
+                self.store.table("edges").add(table)
+                self.links.follow(before, self.store.version("edges"), table)
 
     def _strengthen(self, gains: Mapping[tuple[str, str], float]) -> None:
         """Add to the weight of links, making those that are not there."""
@@ -262,9 +281,12 @@ class AssociationGraph:
                 if (source, target) in links:
                     gain = links[source, target][0]
                     links[source, target] = (min(1.0, weight + gain), CO_RETRIEVAL)
+            table = _table(links, utc(self.store.clock()))
+            before = self.store.version("edges")
             merge = self.store.table("edges").merge_insert(["source", "target"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(_table(links, utc(self.store.clock())))
+            merge.execute(table)
+            self.links.follow(before, self.store.version("edges"), table)
 
     def _living(self, links: _Links) -> _Links:
         names = list({name for pair in links for name in pair})
@@ -272,6 +294,7 @@ class AssociationGraph:
         return {pair: link for pair, link in links.items() if set(pair) <= there}
 
 
+Around = tuple[list[str], list[str], "NDArray[np.float64]"]
 _Links = dict[tuple[str, str], tuple[float, str]]
 
 
@@ -307,7 +330,3 @@ def _table(links: _Links, now: datetime) -> pa.Table:
         [pa.array(column, field.type) for column, field in zip(columns, EDGES, strict=True)],
         schema=EDGES,
     )
-
-
-def _seconds(column: pa.Array | pa.ChunkedArray) -> NDArray[np.float64]:
-    return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False) / 1e6, np.float64)

@@ -119,9 +119,10 @@ class VectorIndex:
         from lancedb.index import IvfSq
 
         cells = int(rows**0.5)
-        memories.create_index(
-            _COLUMN, config=IvfSq(distance_type="cosine", num_partitions=cells), replace=True
-        )
+        # A number of cells would be forgotten by the next optimize(), which joins cells up to
+        # Lance's own size of some ten thousand rows; the size of a cell is kept.
+        config = IvfSq(distance_type="cosine", target_partition_size=cells)
+        memories.create_index(_COLUMN, config=config, replace=True)
         if _name(memories) is None:
             raise ConsolidationError("the vector index was not made", fix="free memory, try again")
 
@@ -149,12 +150,16 @@ class VectorIndex:
         table = self.store.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
         return set(table["memory_id"].to_pylist())
 
-    def _tune(self, query: Any, top_k: int) -> Any:
+    def _tune(self, query: Any, top_k: int, spare: int) -> Any:
         if self.state is None or not self.state.cells:
             return query
         # More results lie in more cells.
         nprobes = min(self.state.cells, self.state.nprobes * max(1, top_k // (4 * _AT)))
-        return query.nprobes(nprobes).refine_factor(self.state.refine)
+        refine = -(-self.state.refine // spare)
+        # A factor of 1 still reads the full vectors of all results.
+        return (
+            query.nprobes(nprobes).refine_factor(refine) if refine > 1 else query.nprobes(nprobes)
+        )
 
     def _quietly(self) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +52,12 @@ def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.
         store.fetch(_where(store.query(), present(one_of("memory_id", part)), columns))
         for part in _parts(id_list(ids))
     ]
-    return pa.concat_tables(tables) if tables else _schema(store, columns).empty_table()
+    if tables:
+        return pa.concat_tables(tables)
+    row_id = pa.field("_rowid", pa.uint64())
+    names = [name for name in columns if name != "_rowid"]
+    empty = pa.schema([*_schema(store, names), *([row_id] if "_rowid" in columns else [])])
+    return empty.empty_table().select(columns)
 
 
 def links_of(store: MemoryStore, ids: Sequence[str]) -> dict[str, list[Link]]:
@@ -114,15 +119,57 @@ def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
     found = store.fetch(_where(store.query(), where, ["memory_id"]).with_row_id())
     if not found.num_rows:
         return _schema(store, names).empty_table()
-    wanted = list(dict.fromkeys(["memory_id", *names]))
-    try:
-        taken = store.fetch(store.take(found["_rowid"].to_pylist()).select(wanted))
-    except ConsolidationError:
-        taken = None
-    if taken is None or set(taken["memory_id"].to_pylist()) != set(found["memory_id"].to_pylist()):
+    at = dict(zip(found["memory_id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+    taken = by_row_id(store, at, names)
+    if taken is None:
         # Rows moved (update, compaction) between the two reads; one query sees one version.
-        taken = store.fetch(_where(store.query(), where, wanted))
+        taken = store.fetch(
+            _where(store.query(), where, list(dict.fromkeys(["memory_id", *names])))
+        )
     return taken.select(names)
+
+
+def by_row_id(
+    store: MemoryStore, row_ids: Mapping[str, int], names: Sequence[str]
+) -> pa.Table | None:
+    """Return columns of the rows (id -> row id) just found, in any order.
+
+    None where the rows moved meanwhile: a row id is good until the next update or compaction.
+    """
+    try:
+        return _unmoved(store.fetch(_rows_query(store, row_ids, names)), row_ids)
+    except ConsolidationError:
+        return None
+
+
+def light_and_rows(
+    store: MemoryStore,
+    ids: Sequence[str],
+    columns: Sequence[str],
+    row_ids: Mapping[str, int],
+    names: Sequence[str],
+) -> tuple[pa.Table, pa.Table | None]:
+    """Do :func:`light` of a few ids and :func:`by_row_id` at the same time."""
+    if not ids or not row_ids:
+        return light(store, ids, columns), by_row_id(store, row_ids, names) if row_ids else None
+    both = [
+        _where(store.query(), present(one_of("memory_id", ids)), columns),
+        _rows_query(store, row_ids, names),
+    ]
+    try:
+        found, taken = store.fetch_all(both)
+    except ConsolidationError:
+        return light(store, ids, columns), None
+    return found, _unmoved(taken, row_ids)
+
+
+def _rows_query(store: MemoryStore, row_ids: Mapping[str, int], names: Sequence[str]) -> Any:
+    wanted = list(dict.fromkeys(["memory_id", *names]))
+    return store.take(list(row_ids.values())).select(wanted)
+
+
+def _unmoved(taken: pa.Table, row_ids: Mapping[str, int]) -> pa.Table | None:
+    return taken if set(taken["memory_id"].to_pylist()) == set(row_ids) else None
 
 
 def _where(query: Any, condition: Any, columns: Sequence[str]) -> Any:

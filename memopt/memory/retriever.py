@@ -6,28 +6,31 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
+from memopt.memory import payload, reading, rows, searching
+from memopt.memory.filters import utc
 from memopt.memory.incoming import check_content
 from memopt.memory.schema import Content, Filter, Memory
 from memopt.memory.searching import check_top_k
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from memopt.memory.graph import AssociationGraph
     from memopt.memory.store import MemoryStore
 
-# Candidates per result: what association lifts must be among them or within reach of them.
-_DEPTH = 4
 # Activation passed on per link, and how far it goes: Collins & Loftus 1975; two hops and a decay of
 # 0.5 are in the range Crestani 1997 reports as useful, beyond it everything is lit.
 _HOPS = 2
 _PASSED_ON = 0.5
 # Memories whose links are followed per hop: the strongest, so that a query stays milliseconds.
 _FRONTIER = 64
+# Associated memories looked at, the strongest; those that cannot win are left out before.
+_MOST_READ = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +113,46 @@ class MultimodalRetriever:
         content = Content(text=text, vision=vision, audio=audio)
         if vector is None or content.modalities:
             check_content(content, "query")
-        query = self.store.embed([content])[0] if vector is None else _unit(vector)
+        query = (
+            self.store.embed([content])[0]
+            if vector is None
+            else searching.query_vector(self.store, vector)
+        )
         where = where or Filter()
-        similar = dict(self.store.candidates(query, where=where, top_k=_DEPTH * top_k))
-        similar |= self._similarity(self._by_words(text, where, top_k) - similar.keys(), query)
+        asked = searching.SPARE * top_k
+        tables = [searching.nearest(self.store, query, where=where, top_k=asked)]
+        similar = self._similarity(tables[0], query)
+        # Whatever the search did not return is less similar than its last result.
+        below = min(similar.values()) if len(similar) == asked else 1.0
+        if text and self.store.cipher is None:
+            words = searching.with_words(self.store, text, where=where, top_k=top_k)
+            tables.append(_rows_without(words, similar))
+            similar |= self._similarity(tables[-1], query)
         activation: dict[str, float] = {}
+        new: list[str] = []
         if enable_association and self.graph is not None and similar:
             activation = self._spread(similar)
-            new = self._allowed(activation.keys() - similar.keys(), where)
-            activation = {k: a for k, a in activation.items() if k in similar or k in new}
-            similar |= self._similarity(new, query)
+            new = _worth_reading(similar, activation, below, alpha, beta, top_k)
         if not activation:
             alpha, beta = 1.0, 0.0
-        scores = {
-            key: (alpha * value + beta * activation.get(key, 0.0)) / (alpha + beta)
-            for key, value in similar.items()
-        }
-        best = sorted(scores, key=lambda key: (-scores[key], key))[:top_k]
-        memories = self._memories(best)
+
+        def best() -> list[tuple[float, str]]:
+            scores = [
+                (-(alpha * value + beta * activation.get(key, 0.0)) / (alpha + beta), key)
+                for key, value in similar.items()
+            ]
+            return sorted(scores)[:top_k]
+
+        # Association seldom changes all of the first: they are read while it is looked at.
+        likely = self._row_ids(tables, [key for _, key in best()])
+        associated, early = self._read(new, where, likely)
+        tables.append(associated)
+        similar |= self._similarity(associated, query)
+        ranked = best()
+        memories = self._memories(self._row_ids(tables, [key for _, key in ranked]), early)
         found = [
-            Retrieved(memories[key], similar[key], activation.get(key, 0.0), scores[key])
-            for key in best
+            Retrieved(memories[key], similar[key], activation.get(key, 0.0), -score)
+            for score, key in ranked
             if key in memories
         ]
         if touch and found:
@@ -140,51 +162,58 @@ class MultimodalRetriever:
                 self.graph.retrieved(ids)
         return found
 
-    def _by_words(self, text: str | None, where: Filter, top_k: int) -> set[str]:
-        if not text or self.store.cipher is not None:
-            return set()
-        hits = self.store.search(text=text, where=where, top_k=top_k, touch=False)
-        return {hit.memory.memory_id for hit in hits}
-
-    def _similarity(self, ids: set[str], query: NDArray[np.float32]) -> dict[str, float]:
-        if not ids:
-            return {}
-        names = ["memory_id", "joint_embedding"]
-        table = self.store.rows(sorted(ids), names)
-        vectors = table["joint_embedding"].combine_chunks().flatten().to_numpy()
-        cosines = np.clip(vectors.reshape(-1, self.store.dim) @ query, 0, 1)
+    def _similarity(self, table: pa.Table, query: NDArray[np.float32]) -> dict[str, float]:
+        vectors = rows.vectors_array(table["joint_embedding"], self.store.dim)
+        cosines = np.clip(vectors @ query, 0, 1)
         return dict(zip(table["memory_id"].to_pylist(), cosines.tolist(), strict=True))
 
-    def _allowed(self, ids: set[str], where: Filter) -> set[str]:
-        """Return those of ``ids`` that exist, have not expired and pass the filter."""
-        if not ids:
-            return set()
+    def _read(
+        self, ids: Sequence[str], where: Filter, likely: Mapping[str, int]
+    ) -> tuple[pa.Table, pa.Table | None]:
+        """Return what ranks those of ``ids`` that the filter lets pass, and the ``likely`` rows."""
         if where.ids:
-            ids = ids & set(where.ids)
-        now = self.store.clock()
-        fields = ["memory_id", "timestamp", "category", "tier", "expires_at"]
-        flags = ["has_text", "has_vision", "has_audio"]
-        kept = set()
-        for row in self.store.light(sorted(ids), fields + flags).to_pylist():
-            if (
-                (row["expires_at"] is None or row["expires_at"] > now)
-                and (where.since is None or row["timestamp"] >= where.since)
-                and (where.until is None or row["timestamp"] < where.until)
-                and (not where.categories or row["category"] in where.categories)
-                and (not where.tiers or row["tier"] in where.tiers)
-                and (where.modality is None or row[f"has_{where.modality}"])
-            ):
-                kept.add(row["memory_id"])
-        return kept
+            ids = [key for key in ids if key in where.ids]
+        conditions = {
+            "timestamp": where.since or where.until,
+            "category": where.categories,
+            "tier": where.tiers,
+            f"has_{where.modality}": where.modality,
+        }
+        names = [name for name, condition in conditions.items() if condition]
+        table, early = reading.light_and_rows(
+            self.store, ids, [*searching.RANKED, *names], likely, self._columns()
+        )
+        now = utc(self.store.clock())
+        kept = [
+            (row["expires_at"] is None or row["expires_at"] > now)
+            and (where.since is None or row["timestamp"] >= utc(where.since))
+            and (where.until is None or row["timestamp"] < utc(where.until))
+            and (not where.categories or row["category"] in where.categories)
+            and (not where.tiers or row["tier"] in where.tiers)
+            and (where.modality is None or row[f"has_{where.modality}"])
+            for row in table.select(["expires_at", *names]).to_pylist()
+        ]
+        return table.select(searching.RANKED).filter(pa.array(kept, pa.bool_())), early
+
+    def _columns(self) -> list[str]:
+        return [*searching.ALWAYS, *sorted(self.store.wanted_columns)]
+
+    def _row_ids(self, tables: Sequence[pa.Table], ids: Sequence[str]) -> dict[str, int]:
+        at: dict[str, int] = {}
+        for table in tables:
+            names = table["memory_id"].to_pylist()
+            at.update(zip(names, table["_rowid"].to_pylist(), strict=True))
+        return {key: at[key] for key in ids}
 
     def _spread(self, similar: Mapping[str, float]) -> dict[str, float]:
         """Return the activation that reaches each memory over the links, the largest being 1."""
         assert self.graph is not None
         frontier = dict(similar)
         reached: dict[str, float] = {}
+        around = self.graph.view()
         for _ in range(_HOPS):
             strongest = sorted(frontier, key=lambda key: (-frontier[key], key))[:_FRONTIER]
-            sources, targets, weights = self.graph.around(strongest)
+            sources, targets, weights = around(strongest)
             passed: dict[str, float] = {}
             for source, target, weight in zip(sources, targets, weights.tolist(), strict=True):
                 given = frontier[source] * weight * _PASSED_ON
@@ -196,9 +225,28 @@ class MultimodalRetriever:
         highest = max(reached.values(), default=0.0)
         return {key: value / highest for key, value in reached.items()} if highest else {}
 
-    def _memories(self, ids: list[str]) -> dict[str, Memory]:
+    def _memories(self, row_ids: Mapping[str, int], early: pa.Table | None) -> dict[str, Memory]:
+        read = set(early["memory_id"].to_pylist()) if early is not None else set()
+        rest = {key: at for key, at in row_ids.items() if key not in read}
+        late = reading.by_row_id(self.store, rest, self._columns()) if rest else None
+        parts = [part for part in (early, late) if part is not None]
+        table = pa.concat_tables(parts) if parts else None
+        needed = set() if table is None else searching.needed_columns(table)
+        if table is None or (rest and late is None) or needed - set(table.column_names):
+            memories = self._whole(list(row_ids))
+        else:
+            wanted = pa.array([key in row_ids for key in table["memory_id"].to_pylist()])
+            memories = rows.memories(
+                payload.unseal(table.filter(wanted), self.store.cipher),
+                self.store.dim,
+                extra_accesses=self.store.pending_touches(),
+            )
+            self.store.observe("read", list(row_ids))
+        return {memory.memory_id: memory for memory in memories}
+
+    def _whole(self, ids: list[str]) -> list[Memory]:
         try:
-            found = self.store.get_many(ids, links=False)
+            return self.store.get_many(ids, links=False)
         except InputError:
             # One was deleted or expired between the two reads; the others are still answers.
             found = []
@@ -207,14 +255,31 @@ class MultimodalRetriever:
                     found.append(self.store.get(key, links=False))
                 except (InputError, ConsolidationError):
                     continue
-        return {memory.memory_id: memory for memory in found}
+            return found
 
 
-def _unit(vector: NDArray[Any]) -> NDArray[np.float32]:
-    array = np.asarray(vector, np.float32)
-    length = float(np.linalg.norm(array))
-    if array.ndim != 1 or not np.isfinite(length) or length == 0:
-        raise InputError(
-            f"the query vector of shape {array.shape} and length {length} is no direction"
-        )
-    return array / np.float32(length)
+def _worth_reading(
+    similar: Mapping[str, float],
+    activation: Mapping[str, float],
+    below: float,
+    alpha: float,
+    beta: float,
+    top_k: int,
+) -> list[str]:
+    """Return the associated memories that could still get among the first, strongest first.
+
+    The threshold algorithm (Fagin, Lotem & Naor 2001): what was not found by similarity is at most
+    ``below`` similar, so with too little activation it cannot pass the ``top_k``-th result.
+    """
+    known = [alpha * value + beta * activation.get(key, 0.0) for key, value in similar.items()]
+    needed = sorted(known, reverse=True)[top_k - 1] if len(known) >= top_k else 0.0
+    new = [
+        key
+        for key, value in activation.items()
+        if key not in similar and alpha * below + beta * value >= needed
+    ]
+    return sorted(new, key=lambda key: (-activation[key], key))[:_MOST_READ]
+
+
+def _rows_without(table: pa.Table, known: Mapping[str, float]) -> pa.Table:
+    return table.filter(pa.array([key not in known for key in table["memory_id"].to_pylist()]))

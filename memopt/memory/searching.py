@@ -34,7 +34,12 @@ _SELDOM = (
     "source_count",
     "consolidated_at",
 )
-_ALWAYS = tuple(name for name in memories_schema(1).names if name not in _SELDOM)
+# Rows that :func:`nearest` returns for each that is wanted.
+SPARE = 4
+_ID_ONLY = ("memory_id", "expires_at")
+# What it takes to rank rows and to read the best of them afterwards.
+RANKED = ("memory_id", "expires_at", "joint_embedding", "_rowid")
+ALWAYS = tuple(name for name in memories_schema(1).names if name not in _SELDOM)
 
 
 def create_indices(database: Any) -> None:
@@ -102,8 +107,8 @@ def search(
     depth = min(MAX_TOP_K, top_k * _FUSION_DEPTH)
     return _fuse(
         store,
-        _vector_rows(store, query, where, depth, light=True),
-        _text_rows(store, text, where, depth, light=True),
+        _vector_rows(store, query, where, depth, _ID_ONLY),
+        _text_rows(store, text, where, depth, _ID_ONLY),
         top_k,
     )
 
@@ -113,9 +118,24 @@ def candidates(
 ) -> list[tuple[str, float]]:
     """Do what :meth:`MemoryStore.candidates` says."""
     check_top_k(top_k)
-    found = _vector_rows(store, query_vector(store, vector), where, top_k, light=True)
+    found = _vector_rows(store, query_vector(store, vector), where, top_k, _ID_ONLY)
     scores = np.clip(1 - found["_distance"].to_numpy(), 0, 1).tolist()
     return list(zip(found["memory_id"].to_pylist(), scores, strict=True))
+
+
+def nearest(
+    store: MemoryStore, query: NDArray[np.float32], *, where: Filter, top_k: int
+) -> pa.Table:
+    """Return rows near the query with the columns of ``RANKED``, by rough distances.
+
+    The first ``top_k / SPARE`` are among them; the caller finds them by their vectors.
+    """
+    return _vector_rows(store, query, where, top_k, RANKED).select(RANKED)
+
+
+def with_words(store: MemoryStore, text: str, *, where: Filter, top_k: int) -> pa.Table:
+    """Return the rows with the words of ``text`` in them, with the columns of ``RANKED``."""
+    return _text_rows(store, text, where, top_k, RANKED).select(RANKED)
 
 
 def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
@@ -139,18 +159,24 @@ def _vector_rows(
     query: NDArray[np.float32],
     where: Filter,
     top_k: int,
-    *,
-    light: bool = False,
+    names: Sequence[str] | None = None,
 ) -> pa.Table:
+    # Who asks for more than it needs, with their vectors, compares them itself.
+    spare = SPARE if names is RANKED else 1
+
     def build(count: int) -> list[Any]:
         search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
-        return [store.tune(search, count)]
+        return [store.tune(search, count, spare)]
 
-    return _living(store, build, where, top_k, "_distance", light=light)
+    return _living(store, build, where, top_k, "_distance", names)
 
 
 def _text_rows(
-    store: MemoryStore, text: str, where: Filter, top_k: int, *, light: bool = False
+    store: MemoryStore,
+    text: str,
+    where: Filter,
+    top_k: int,
+    names: Sequence[str] | None = None,
 ) -> pa.Table:
     from lancedb.query import MatchQuery
 
@@ -159,7 +185,7 @@ def _text_rows(
         # One query per column, since Lance stops early only in those: 2 ms instead of 15 ms.
         return [store.query().nearest_to_text(MatchQuery(text, column)) for column in _TEXT_COLUMNS]
 
-    return _living(store, build, where, top_k, "_score", light=light)
+    return _living(store, build, where, top_k, "_score", names)
 
 
 def _living(
@@ -168,18 +194,18 @@ def _living(
     where: Filter,
     top_k: int,
     score: str,
-    *,
-    light: bool,
+    columns: Sequence[str] | None,
 ) -> pa.Table:
     """Run searches, and leave out what has expired and is not erased yet.
 
-    Done after the search: expired rows are few, and a filter would cost every query a scan.
+    Done after the search: expired rows are few, and a filter would cost every query a scan. Without
+    ``columns`` all that hold something in the rows found are read.
     """
     now = utc(store.clock())
     condition = expression(where)
     count = top_k
     while True:
-        names = ["memory_id", "expires_at"] if light else [*_ALWAYS, *sorted(store.wanted_columns)]
+        names = columns or [*ALWAYS, *sorted(store.wanted_columns)]
         searches = [
             (search if condition is None else search.where(condition))
             .select([*names, score])
@@ -187,7 +213,7 @@ def _living(
             for search in build(count)
         ]
         found = _best(store.fetch_all(searches), score, count)
-        missing = set() if light else needed_columns(found) - store.wanted_columns
+        missing = set() if columns else needed_columns(found) - store.wanted_columns
         if missing:
             # The first row that uses a column is met: it is read from now on. One query sees one
             # version, so the search is repeated rather than completed.

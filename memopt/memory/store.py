@@ -55,7 +55,8 @@ class MemoryStore(Connection):
     Attributes:
         listeners: called on every add and delete.
         observers: called with (action, ids) on every 'read', 'write' and 'delete'.
-        tune: (vector query, top_k) -> query; sets how many partitions of the index are probed.
+        tune: (vector query, top_k, spare) -> query; sets how many partitions of the index are
+            probed, and how exact it is where ``spare`` rows are asked for each that is wanted.
 
     Raises:
         ConsolidationError: the path is no store, the store is of a newer format, or the key is
@@ -87,7 +88,7 @@ class MemoryStore(Connection):
         self.actor = actor or os.environ.get("USER", "")
         self.listeners: list[Listener] = []
         self.observers: list[Callable[[str, Sequence[str]], None]] = []
-        self.tune: Callable[[Any, int], Any] = lambda query, top_k: query
+        self.tune: Callable[[Any, int, int], Any] = lambda query, top_k, spare: query
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
         self._id_key = opening.id_key(self.place, self.meta, cipher)
