@@ -304,8 +304,9 @@ class _Run:
             self.store.event(FALLBACK, detail, group.ids)
         # More sentences until the facts are there, as many as the length allows.
         wrong = "nothing fits"
+        words = summarise.with_words(embed, texts)
         for most in (3, 6, 12):
-            answer = _cut(summarise.extract(texts, embed, most=most), self.recipe.summary_length)
+            answer = _cut(summarise.extract(texts, words, most=most), self.recipe.summary_length)
             found = summarise.problem(answer, texts, embed, bound)
             if found is None:
                 return answer
@@ -385,6 +386,7 @@ def _summary_row(
         "expires_at": group.expires_at,
         "model_id": opened["model_id"][0].as_py(),
         "summary": store.redact(summary) if store.redact else summary,
+        "has_text": True,
         "source_count": len(group.ids),
         "consolidated_at": utc(store.clock()),
         "last_access": max(filter(None, opened["last_access"].to_pylist()), default=None),

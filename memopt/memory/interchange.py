@@ -240,6 +240,10 @@ def _new_rows(
     columns["model_id"] = store.meta.model_id
     for flag, name in (("text", "text"), ("vision", "vision_data"), ("audio", "audio_data")):
         columns[f"has_{flag}"] = [row[name] is not None for row in found]
+    columns["has_text"] = [
+        has or summary is not None
+        for has, summary in zip(columns["has_text"], columns["summary"], strict=True)
+    ]
     return rows.new_rows(rows.unit(np.array(vectors), store.dim), columns)
 
 

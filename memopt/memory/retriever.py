@@ -235,7 +235,8 @@ class MultimodalRetriever:
         if table is None or (rest and late is None) or needed - set(table.column_names):
             memories = self._whole(list(row_ids))
         else:
-            wanted = pa.array([key in row_ids for key in table["memory_id"].to_pylist()])
+            names = table["memory_id"].to_pylist()
+            wanted = pa.array([key in row_ids for key in names], pa.bool_())
             memories = rows.memories(
                 payload.unseal(table.filter(wanted), self.store.cipher),
                 self.store.dim,
@@ -282,4 +283,5 @@ def _worth_reading(
 
 
 def _rows_without(table: pa.Table, known: Mapping[str, float]) -> pa.Table:
-    return table.filter(pa.array([key not in known for key in table["memory_id"].to_pylist()]))
+    kept = [key not in known for key in table["memory_id"].to_pylist()]
+    return table.filter(pa.array(kept, pa.bool_()))

@@ -192,6 +192,7 @@ def memories_schema(dim: int) -> pa.Schema:
             pa.field("source_memory_ids", pa.list_(pa.string())),
             pa.field("source_count", pa.int64(), nullable=False),
             pa.field("consolidated_at", TIMESTAMP),
+            # A summary is text too.
             pa.field("has_text", pa.bool_(), nullable=False),
             pa.field("has_vision", pa.bool_(), nullable=False),
             pa.field("has_audio", pa.bool_(), nullable=False),

@@ -158,3 +158,25 @@ def word_vectors(corpus: Sequence[str]) -> Embed:
         return cast("NDArray[np.float32]", matrix.toarray().astype(np.float32))
 
     return embed
+
+
+def with_words(embed: Embed, corpus: Sequence[str]) -> Embed:
+    """Return ``embed`` beside :func:`word_vectors`, both counting half.
+
+    A model that knows only what a sentence is about gives "the key is red" and "the key is lost"
+    one vector; choosing by it alone would drop one of the two facts.
+
+    >>> about = lambda texts: np.ones((len(texts), 1), np.float32)
+    >>> corpus = ["the key is red", "the key is lost"]
+    >>> vectors = with_words(about, corpus)(corpus)
+    >>> bool(vectors[0] @ vectors[1] < 0.9)
+    True
+    """
+    words = word_vectors(corpus)
+
+    def both(texts: Sequence[str]) -> NDArray[np.float32]:
+        joined = np.hstack([embed(texts), words(texts)]).astype(np.float32)
+        length = np.maximum(np.linalg.norm(joined, axis=1, keepdims=True), 1e-9)
+        return cast("NDArray[np.float32]", joined / length)
+
+    return both

@@ -135,7 +135,8 @@ def _readable(store: MemoryStore, row: dict[str, Any]) -> bool:
         except ConsolidationError:
             return False
     promised = {"text": "has_text", "vision_data": "has_vision", "audio_data": "has_audio"}
-    return all(row[name] is not None for name, flag in promised.items() if row[flag])
+    there = {**row, "text": row["text"] if row["text"] is not None else row["summary"]}
+    return all(there[name] is not None for name, flag in promised.items() if row[flag])
 
 
 def _repair(store: MemoryStore) -> None:

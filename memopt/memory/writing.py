@@ -174,6 +174,7 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
         del row["joint_embedding"]
         row["text"] = content.text
         row.update({f"has_{name}": name in content.modalities for name in _CONTENT.values()})
+        row["has_text"] |= row["summary"] is not None
         changed = rows.new_rows(vectors, {name: [value] for name, value in row.items()})
         if row["tier"] == "archived":
             changed = store.pack(changed)
