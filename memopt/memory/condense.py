@@ -1,6 +1,6 @@
 """Consolidation: hot memories become summaries, cold ones go to the archive.
 
-Each batch is one commit on ``memories``: the summary comes in and its originals leave (or are
+Each batch is one commit on ``memories``: summaries come in and their originals leave (or are
 archived) together. So a crash or an error at any point leaves every original or its summary, and a
 batch that is done is not done again.
 
@@ -10,7 +10,6 @@ use it, and nothing else should.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import threading
@@ -20,19 +19,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConfigurationError, ConsolidationError, MemoptError
 from memopt.memory import summarise
 from memopt.memory.batches import Group, Plan, chunks, make_plan
+from memopt.memory.condensed_rows import Ready, moved, same, summary_row, untouched
 from memopt.memory.filters import utc
 from memopt.memory.graph import AssociationGraph
-from memopt.memory.rows import new_rows, vectors_array
+from memopt.memory.rows import vectors_array
 from memopt.memory.schedule import RUN
-from memopt.memory.schema import ARCHIVED, LONG_TERM, SHORT_TERM, Content
+from memopt.memory.schema import ARCHIVED, Content
 
 if TYPE_CHECKING:
     from memopt.memory.llm import Summariser
@@ -47,6 +46,10 @@ _LONGEST_BACKOFF = 86_400.0
 _GIVE_UP = 2
 # TF-IDF vectors of two texts are farther apart than sentence embeddings.
 _WORD_FIDELITY = 0.5
+# A commit leaves files that every later search must look into, so several groups go into one: until
+# it replaces this many rows, or the first of them has waited for a slow language model this long.
+_COMMIT_ROWS = 512
+_COMMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class ConsolidationRecipe:
         hot_accesses: memories read this often are summarised with those that say the same.
         cold_age_days: others are archived when they are that old.
         similarity: least cosine similarity of a group's members to its centre.
-        batch_size: memories per summary, and per commit of the archive, at most.
+        batch_size: memories per summary at most.
         originals: what happens to those a summary stands for: 'archive' or 'drop'.
         fidelity: least cosine similarity of a summary to its sources' centroid.
         summary_length: characters of a summary at most.
@@ -158,6 +161,7 @@ def consolidate(
             becomes an event.
 
     >>> import tempfile
+    >>> import numpy as np
     >>> from memopt.memory.schema import NewMemory
     >>> from memopt.memory.store import MemoryStore
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
@@ -170,6 +174,11 @@ def consolidate(
     'The door is red.'
     """
     return _Run(store, recipe or ConsolidationRecipe(), llm, stop or threading.Event()).run(on_step)
+
+
+def _full(batch: list[Ready]) -> bool:
+    count = sum(len(part.ids) for part in batch)
+    return count >= _COMMIT_ROWS or (count > 0 and time.monotonic() - batch[0].since > _COMMIT_S)
 
 
 @dataclass
@@ -190,20 +199,30 @@ class _Run:
         started = time.monotonic()
         found = _plan(self.store, self.recipe)
         _fault("planned")
-        work: list[Callable[[], None]] = [partial(self.condense, group) for group in found.groups]
-        work += [
-            partial(self.archive, part) for part in chunks(found.archive, self.recipe.batch_size)
+        steps: list[Callable[[], Ready | None]] = [
+            partial(self.condense, group) for group in found.groups
         ]
+        steps += [partial(self.archive, part) for part in chunks(found.archive, _COMMIT_ROWS)]
         done = 0
+        batch: list[Ready] = []
         with _links_followed(self.store):
-            while done < len(work) and not self.stop.is_set():
+            while done < len(steps) and not self.stop.is_set():
                 begun = time.monotonic()
-                work[done]()
+                ready = steps[done]()
+                if ready is not None:
+                    batch.append(ready)
                 done += 1
+                if done == len(steps) or _full(batch):
+                    self.commit(batch)
+                    batch = []
                 if on_step:
-                    on_step(done, len(work))
-                if done < len(work):
+                    on_step(done, len(steps))
+                if done < len(steps):
                     self.stop.wait((time.monotonic() - begun) * (1 / self.recipe.duty - 1))
+            self.commit(batch)
+        if self.condensed or self.archived:
+            # What a run leaves in many small pieces makes every search slower.
+            self.store.optimize()
         report = Consolidation(
             plan=found,
             summaries=tuple(self.summaries),
@@ -212,7 +231,7 @@ class _Run:
             fallbacks=self.fallbacks,
             failed=self.failed,
             stale=self.stale,
-            stopped=done < len(work),
+            stopped=done < len(steps),
             seconds=time.monotonic() - started,
         )
         if not report.stopped:
@@ -224,56 +243,78 @@ class _Run:
         _fault("finished")
         return report
 
-    def condense(self, group: Group) -> None:
-        """Replace a group by its summary, in one commit."""
+    def condense(self, group: Group) -> Ready | None:
+        """Make what replaces a group."""
         ids = list(group.ids)
         try:
             before = self.store.rows(ids)
-            if not _still(before, ids):
-                raise _Stale
+            if not untouched(before, ids):
+                self._changed(ids)
+                return None
             opened = self.store.unpack(before)
             vectors = vectors_array(opened["joint_embedding"], self.store.dim)
             summary = self._summary(opened, group)
             _fault("summarised")
-            row = _summary_row(self.store, opened, vectors, summary, group, self.recipe.originals)
+            row = summary_row(self.store, opened, vectors, summary, group, self.recipe.originals)
             archived = None
             if self.recipe.originals == "archive":
                 archived = self.store.pack(moved(opened, ARCHIVED, utc(self.store.clock())))
-            _fault("ready")
-            # Short: one look at the rows and one commit, so that other writers hardly wait.
-            with self.store.exclusive():
-                if not _same(before, self.store.rows(ids)):
-                    raise _Stale
-                deletes = ids if archived is None else []
-                self.store.commit(inserts=row, updates=archived, deletes=deletes)
-            _fault("committed")
-        except _Stale:
-            self._changed(ids)
         except MemoptError as error:
             self._failure(ids, error)
-        else:
-            self.summaries.append(row["memory_id"][0].as_py())
-            self.condensed += len(ids)
+            return None
+        _fault("ready")
+        return Ready(ids, before, row, archived)
 
-    def archive(self, ids: list[str]) -> None:
-        """Move cold memories to the archive, in one commit."""
+    def archive(self, ids: list[str]) -> Ready | None:
+        """Make the archived rows of cold memories."""
         try:
             before = self.store.rows(ids)
-            if not _still(before, ids):
-                raise _Stale
+            if not untouched(before, ids):
+                self._changed(ids)
+                return None
             packed = self.store.pack(moved(self.store.unpack(before), ARCHIVED, None))
-            _fault("archive-ready")
-            with self.store.exclusive():
-                if not _same(before, self.store.rows(ids)):
-                    raise _Stale
-                self.store.commit(updates=packed)
-            _fault("archived")
-        except _Stale:
-            self._changed(ids)
         except MemoptError as error:
             self._failure(ids, error)
-        else:
-            self.archived += len(ids)
+            return None
+        _fault("archive-ready")
+        return Ready(ids, before, None, packed)
+
+    def commit(self, batch: list[Ready]) -> None:
+        """Write what was made, in one commit, but for what changed meanwhile."""
+        if not batch:
+            return
+        try:
+            # Short: one look at the rows and one commit, so that other writers hardly wait.
+            with self.store.exclusive():
+                now = self.store.rows([key for part in batch for key in part.ids])
+                stale = [part for part in batch if not same(part.before, part.of(now))]
+                batch = [part for part in batch if part not in stale]
+                if batch:
+                    rows = [part.summary for part in batch if part.summary is not None]
+                    packed = [part.archived for part in batch if part.archived is not None]
+                    self.store.commit(
+                        inserts=pa.concat_tables(rows) if rows else None,
+                        updates=pa.concat_tables(packed) if packed else None,
+                        deletes=[
+                            key for part in batch if part.archived is None for key in part.ids
+                        ],
+                    )
+        except MemoptError as error:
+            for part in batch:
+                self._failure(part.ids, error)
+            return
+        for part in stale:
+            self._changed(part.ids)
+        for part in batch:
+            if part.summary is None:
+                self.archived += len(part.ids)
+            else:
+                self.summaries.append(part.summary["memory_id"][0].as_py())
+                self.condensed += len(part.ids)
+        if any(part.summary is not None for part in batch):
+            _fault("committed")
+        if any(part.summary is None for part in batch):
+            _fault("archived")
 
     def _summary(self, opened: pa.Table, group: Group) -> str:
         texts = [text for text in opened["text"].to_pylist() if text and text.strip()]
@@ -347,10 +388,6 @@ def _links_followed(store: MemoryStore) -> Iterator[None]:
         graph.close()
 
 
-class _Stale(Exception):
-    """The rows of a batch are no longer what its plan saw."""
-
-
 def _plan(store: MemoryStore, recipe: ConsolidationRecipe) -> Plan:
     now = utc(store.clock())
     latest: dict[str, datetime | None] = {}
@@ -365,64 +402,6 @@ def _plan(store: MemoryStore, recipe: ConsolidationRecipe) -> Plan:
         group_size=recipe.batch_size,
         postponed=postponed,
     )
-
-
-def _summary_row(
-    store: MemoryStore,
-    opened: pa.Table,
-    vectors: Any,
-    summary: str,
-    group: Group,
-    originals: str,
-) -> pa.Table:
-    """Return the long-term row: at the centroid of its sources, with the media nearest to it."""
-    middle = summarise.centroid(vectors)
-    nearest = np.argsort(-(vectors @ middle), kind="stable").tolist()
-    columns: dict[str, Any] = {
-        "memory_id": "sum-" + hashlib.sha256("\n".join(group.ids).encode()).hexdigest()[:32],
-        "timestamp": max(opened["timestamp"].to_pylist()),
-        "category": group.category,
-        "tier": LONG_TERM,
-        "expires_at": group.expires_at,
-        "model_id": opened["model_id"][0].as_py(),
-        "summary": store.redact(summary) if store.redact else summary,
-        "has_text": True,
-        "source_count": len(group.ids),
-        "consolidated_at": utc(store.clock()),
-        "last_access": max(filter(None, opened["last_access"].to_pylist()), default=None),
-    }
-    if originals == "drop":
-        # Archived originals keep their own counts: nothing is counted twice.
-        columns["access_count"] = sum(opened["access_count"].to_pylist())
-        for name, flag in (("vision_data", "has_vision"), ("audio_data", "has_audio")):
-            media = opened[name].to_pylist()
-            kept = next((media[at] for at in nearest if media[at] is not None), None)
-            columns[name], columns[flag] = kept, kept is not None
-    listed = {name: [value] for name, value in columns.items()}
-    return new_rows(middle[None, :], {**listed, "source_memory_ids": [list(group.ids)]})
-
-
-def moved(opened: pa.Table, tier: str, consolidated_at: datetime | None = None) -> pa.Table:
-    """Return opened rows in another tier; a time of consolidation marks them as condensed."""
-    changes: dict[str, Any] = {"tier": tier}
-    if consolidated_at is not None:
-        changes["consolidated_at"] = consolidated_at
-    for name, value in changes.items():
-        kind = opened.schema.field(name)
-        values = pa.repeat(pa.scalar(value, kind.type), opened.num_rows)
-        opened = opened.set_column(opened.column_names.index(name), kind, values)
-    return opened
-
-
-def _still(rows: pa.Table, ids: list[str]) -> bool:
-    return rows.num_rows == len(ids) and set(rows["tier"].to_pylist()) == {SHORT_TERM}
-
-
-def _same(before: pa.Table, now: pa.Table) -> bool:
-    """Say whether rows are the same but for their access counts."""
-    names = [name for name in before.column_names if name not in ("access_count", "last_access")]
-    key = [("memory_id", "ascending")]
-    return bool(before.select(names).sort_by(key).equals(now.select(names).sort_by(key)))
 
 
 def _cut(text: str, most: int) -> str:

@@ -233,6 +233,8 @@ class MultimodalRetriever:
         table = pa.concat_tables(parts) if parts else None
         needed = set() if table is None else searching.needed_columns(table)
         if table is None or (rest and late is None) or needed - set(table.column_names):
+            # The next retrieval reads them at once.
+            self.store.wanted_columns |= needed
             memories = self._whole(list(row_ids))
         else:
             names = table["memory_id"].to_pylist()

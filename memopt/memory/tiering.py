@@ -12,7 +12,7 @@ import pyarrow as pa
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
 from memopt.memory.batches import chunks
-from memopt.memory.condense import moved
+from memopt.memory.condensed_rows import moved
 from memopt.memory.filters import id_list
 from memopt.memory.schema import ARCHIVED, LONG_TERM, SHORT_TERM, Filter
 

@@ -1,0 +1,96 @@
+"""Rows of ``memories`` that consolidation writes: summaries, and originals in another tier."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from memopt.memory import summarise
+from memopt.memory.filters import utc
+from memopt.memory.rows import new_rows
+from memopt.memory.schema import LONG_TERM, SHORT_TERM
+
+if TYPE_CHECKING:
+    from memopt.memory.batches import Group
+    from memopt.memory.store import MemoryStore
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What is to be written for a group: its summary, and its originals as they are to be kept."""
+
+    ids: list[str]
+    before: pa.Table
+    summary: pa.Table | None
+    archived: pa.Table | None
+    since: float = field(default_factory=time.monotonic)
+
+    def of(self, rows: pa.Table) -> pa.Table:
+        """Return those of ``rows`` that are this group's."""
+        own = set(self.ids)
+        return rows.filter(pa.array([key in own for key in rows["memory_id"].to_pylist()]))
+
+
+def summary_row(
+    store: MemoryStore,
+    opened: pa.Table,
+    vectors: Any,
+    summary: str,
+    group: Group,
+    originals: str,
+) -> pa.Table:
+    """Return the row of a summary: at the centroid of its sources, with the media nearest to it."""
+    middle = summarise.centroid(vectors)
+    nearest = np.argsort(-(vectors @ middle), kind="stable").tolist()
+    columns: dict[str, Any] = {
+        "memory_id": "sum-" + hashlib.sha256("\n".join(group.ids).encode()).hexdigest()[:32],
+        "timestamp": max(opened["timestamp"].to_pylist()),
+        "category": group.category,
+        "tier": LONG_TERM,
+        "expires_at": group.expires_at,
+        "model_id": opened["model_id"][0].as_py(),
+        "summary": store.redact(summary) if store.redact else summary,
+        "has_text": True,
+        "source_count": len(group.ids),
+        "consolidated_at": utc(store.clock()),
+        "last_access": max(filter(None, opened["last_access"].to_pylist()), default=None),
+    }
+    if originals == "drop":
+        # Archived originals keep their own counts: nothing is counted twice.
+        columns["access_count"] = sum(opened["access_count"].to_pylist())
+        for name, flag in (("vision_data", "has_vision"), ("audio_data", "has_audio")):
+            media = opened[name].to_pylist()
+            kept = next((media[at] for at in nearest if media[at] is not None), None)
+            columns[name], columns[flag] = kept, kept is not None
+    listed = {name: [value] for name, value in columns.items()}
+    return new_rows(middle[None, :], {**listed, "source_memory_ids": [list(group.ids)]})
+
+
+def moved(opened: pa.Table, tier: str, consolidated_at: datetime | None = None) -> pa.Table:
+    """Return opened rows in another tier; a time of consolidation marks them as condensed."""
+    changes: dict[str, Any] = {"tier": tier}
+    if consolidated_at is not None:
+        changes["consolidated_at"] = consolidated_at
+    for name, value in changes.items():
+        kind = opened.schema.field(name)
+        values = pa.repeat(pa.scalar(value, kind.type), opened.num_rows)
+        opened = opened.set_column(opened.column_names.index(name), kind, values)
+    return opened
+
+
+def untouched(rows: pa.Table, ids: list[str]) -> bool:
+    """Say whether all of ``ids`` are there and short-term."""
+    return rows.num_rows == len(ids) and set(rows["tier"].to_pylist()) == {SHORT_TERM}
+
+
+def same(before: pa.Table, now: pa.Table) -> bool:
+    """Say whether rows are the same but for their access counts."""
+    names = [name for name in before.column_names if name not in ("access_count", "last_access")]
+    key = [("memory_id", "ascending")]
+    return bool(before.select(names).sort_by(key).equals(now.select(names).sort_by(key)))
