@@ -16,6 +16,7 @@ import resource
 import shutil
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
             found = retriever.retrieve(vector=query, touch=False)
             return [result.memory.memory_id for result in found]
 
+        def without(query: np.ndarray) -> list[str]:
+            found = retriever.retrieve(vector=query, touch=False, enable_association=False)
+            return [result.memory.memory_id for result in found]
+
         def nearest(query: np.ndarray) -> list[str]:
             return [key for key, _ in store.candidates(query, top_k=10)]
 
@@ -116,6 +121,7 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
         for query in queries[:20]:
             retrieve(query)
         _, with_graph = timed(retrieve, queries)
+        alone, without_graph = timed(without, queries)
         ours, plain = timed(nearest, queries)
         size = sum(p.stat().st_size for p in (folder / "store").rglob("*") if p.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -143,6 +149,11 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
             "bytes_per_memory": size / count, "index_s": built, "graph_s": linked, "links": links,
         },
         {
+            **shared, "what": "memopt retrieve, without graph",
+            "p50_ms": percentiles(without_graph)[0], "p95_ms": percentiles(without_graph)[1],
+            "recall": recall(alone),
+        },
+        {
             **shared, "what": "memopt nearest", "add_per_s": added,
             "p50_ms": percentiles(plain)[0], "p95_ms": percentiles(plain)[1],
             "recall": recall(ours), "bytes_per_memory": size / count,
@@ -159,6 +170,25 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
             "bytes_per_memory": len(peer.save()) / count,
         },
     ]  # fmt: skip
+
+
+class Searches:
+    """Searches on and on, with pauses of 5 ms, as an agent beside the consolidation would."""
+
+    def __init__(self, retriever: MultimodalRetriever, queries: np.ndarray) -> None:
+        self.retriever, self.queries = retriever, queries
+        self.seconds: list[float] = []
+
+    def p95(self, least: int, meanwhile: Future[Any] | None = None) -> float:
+        """Return the 95th percentile in ms of ``least`` searches, or of all until that is done."""
+        self.seconds = []
+        while len(self.seconds) < least or (meanwhile is not None and not meanwhile.done()):
+            query = self.queries[len(self.seconds) % len(self.queries)]
+            begin = time.perf_counter()
+            self.retriever.retrieve(vector=query, top_k=5, touch=False)
+            self.seconds.append(time.perf_counter() - begin)
+            time.sleep(0.005)
+        return percentiles(self.seconds)[1]
 
 
 def consolidation(folder: Path, facts: int = 120, repeats: int = 20) -> list[dict[str, Any]]:
@@ -218,8 +248,16 @@ def consolidation(folder: Path, facts: int = 120, repeats: int = 20) -> list[dic
                 return right / facts
 
             evidence = answered()
+            store.optimize()
+            graph.links.read()
+            searches = Searches(retriever, centres)
+            idle = searches.p95(QUERIES)
             begin = time.perf_counter()
-            done = consolidate(store, ConsolidationRecipe(originals=originals, duty=1.0))
+            with ThreadPoolExecutor(1) as pool:
+                recipe = ConsolidationRecipe(originals=originals)
+                run = pool.submit(consolidate, store, recipe)
+                busy = searches.p95(0, run)
+            done = run.result()
             seconds = time.perf_counter() - begin
             reclaim(store)
             after = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
@@ -230,6 +268,8 @@ def consolidation(folder: Path, facts: int = 120, repeats: int = 20) -> list[dic
                     "summaries": len(done.summaries),
                     "condensed": done.condensed,
                     "seconds": seconds,
+                    "p95_idle": idle,
+                    "p95_meanwhile": busy,
                     "bytes_before": before,
                     "bytes_after": after,
                     "saved": 1 - after / before,
@@ -276,7 +316,8 @@ def main() -> None:
     console.print(_table(rows, columns))
     kinds = {
         "originals": "{}", "memories": "{:,}", "summaries": "{}", "condensed": "{:,}",
-        "seconds": "{:.1f}", "bytes_before": "{:,}", "bytes_after": "{:,}", "saved": "{:.1%}",
+        "seconds": "{:.1f}", "p95_idle": "{:.1f}", "p95_meanwhile": "{:.1f}",
+        "bytes_before": "{:,}", "bytes_after": "{:,}", "saved": "{:.1%}",
         "evidence_before": "{:.3f}", "evidence_after": "{:.3f}",
     }  # fmt: skip
     console.print(_table(condensed, kinds))

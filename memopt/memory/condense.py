@@ -81,7 +81,7 @@ class ConsolidationRecipe:
     fidelity: float = 0.7
     summary_length: int = 500
     retry_s: float = 3600
-    duty: float = 0.5
+    duty: float = 0.2
 
     def __post_init__(self) -> None:
         if self.originals not in ("archive", "drop"):
