@@ -27,6 +27,7 @@ from memopt.errors import ConfigurationError, ConsolidationError, MemoptError
 from memopt.memory import summarise
 from memopt.memory.batches import Group, Plan, chunks, make_plan
 from memopt.memory.condensed_rows import Ready, moved, same, summary_row, untouched
+from memopt.memory.erase import erase, expire
 from memopt.memory.filters import utc
 from memopt.memory.graph import AssociationGraph
 from memopt.memory.rows import vectors_array
@@ -107,6 +108,7 @@ class Consolidation:
         summaries: ids of the new long-term memories.
         condensed: originals they stand for.
         archived: cold memories moved to the archive.
+        expired: memories whose time had come; their bytes are off the disk.
         fallbacks: summaries the language model did not make.
         failed: batches left as they were, to be retried.
         stale: batches that changed while they were worked on; taken up by the next run.
@@ -118,6 +120,7 @@ class Consolidation:
     summaries: tuple[str, ...] = ()
     condensed: int = 0
     archived: int = 0
+    expired: int = 0
     fallbacks: int = 0
     failed: int = 0
     stale: int = 0
@@ -197,6 +200,10 @@ class _Run:
 
     def run(self, on_step: Progress | None) -> Consolidation:
         started = time.monotonic()
+        # Before anything is summarised: what has to go must not live on in other words.
+        expired = expire(self.store)
+        if expired:
+            erase(self.store)
         found = _plan(self.store, self.recipe)
         _fault("planned")
         steps: list[Callable[[], Ready | None]] = [
@@ -228,6 +235,7 @@ class _Run:
             summaries=tuple(self.summaries),
             condensed=self.condensed,
             archived=self.archived,
+            expired=expired,
             fallbacks=self.fallbacks,
             failed=self.failed,
             stale=self.stale,

@@ -7,7 +7,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from memopt.errors import InputError
 from memopt.extras import require
 from memopt.memory.filters import utc
+from memopt.memory.retention import expiry
 from memopt.memory.schema import MODALITIES, Content, NewMemory
 
 # A text longer than a book belongs in a file or in several memories; an encoder reads its start.
@@ -143,18 +144,27 @@ def content_id(content: Content, category: str, key: bytes = b"") -> str:
 
 
 def columns(
-    ids: Sequence[str], memories: Sequence[NewMemory], now: datetime, model_id: str
+    ids: Sequence[str],
+    memories: Sequence[NewMemory],
+    now: datetime,
+    model_id: str,
+    retention: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the columns of new rows, for :func:`memopt.memory.rows.new_rows`."""
     contents = [memory.content for memory in memories]
+    times = [utc(memory.timestamp) if memory.timestamp else now for memory in memories]
+    own = [utc(memory.expires_at) if memory.expires_at else None for memory in memories]
+    by_policy = [expiry(m.category, at, retention) for m, at in zip(memories, times, strict=True)]
     return {
         "memory_id": list(ids),
         "text": [content.text for content in contents],
         "vision_data": [content.vision for content in contents],
         "audio_data": [content.audio for content in contents],
-        "timestamp": [utc(m.timestamp) if m.timestamp else now for m in memories],
+        "timestamp": times,
         "category": [memory.category for memory in memories],
-        "expires_at": [utc(m.expires_at) if m.expires_at else None for m in memories],
+        "expires_at": [
+            min(filter(None, ends), default=None) for ends in zip(own, by_policy, strict=True)
+        ],
         "model_id": model_id,
         "has_text": [content.text is not None for content in contents],
         "has_vision": [content.vision is not None for content in contents],

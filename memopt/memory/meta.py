@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Meta:
         key_id: the key the content is encrypted with; None in a plain store.
         id_key: base64 of the encrypted random key of the content hashes; opening it proves the
             key, and without it nobody can test a guessed text against the memory ids.
+        retention: category -> days its memories are kept.
     """
 
     format: int = FORMAT_VERSION
@@ -35,6 +36,7 @@ class Meta:
     created_at: str = ""
     key_id: str | None = None
     id_key: str | None = None
+    retention: dict[str, float] = field(default_factory=dict)
 
 
 class Place:

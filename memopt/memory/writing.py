@@ -267,7 +267,9 @@ def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str
     new_ids, new = list(unique), list(unique.values())
     vectors = _vectors_of(store, new)
     embedder = store.embedder if any(memory.embedding is None for memory in new) else None
-    columns = incoming.columns(new_ids, new, utc(store.clock()), store.meta.model_id)
+    meta = store.meta
+    now = utc(store.clock())
+    columns = incoming.columns(new_ids, new, now, meta.model_id, meta.retention)
     table = sealed(store, rows.new_rows(vectors, columns))
     if store.place.local is None:
         with store.changing():

@@ -120,6 +120,7 @@ def _document(
         "summaries": list(report.summaries),
         "condensed": report.condensed,
         "archived": report.archived,
+        "expired": report.expired,
         "fallbacks": report.fallbacks,
         "failed": report.failed,
         "stale": report.stale,
@@ -146,6 +147,7 @@ def _print(report: Consolidation, before: int | None, after: int | None, events:
     table.add_row("cold", str(report.plan.cold), f"{report.archived} archived")
     table.add_row("postponed", str(report.plan.postponed), "failed before, retried later")
     if not report.dry_run:
+        table.add_row("expired", str(report.expired), "erased from the disk")
         table.add_row("batches failed", str(report.failed), "originals untouched, retried later")
         table.add_row("batches overtaken", str(report.stale), "changed meanwhile, next run")
         table.add_row("summaries extracted", str(report.fallbacks), "the language model failed")

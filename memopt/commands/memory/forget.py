@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,10 @@ def forget(
     category: Category = None,
     since: Since = None,
     until: Until = None,
+    after_days: Annotated[
+        float | None,
+        typer.Option(help="Not now: keep memories of --category so many days, from now on."),
+    ] = None,
     expired: Annotated[bool, typer.Option("--expired", help="What has expired.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     key: Key = None,
@@ -31,6 +36,9 @@ def forget(
     from memopt.memory.erase import forget as run
     from memopt.memory.schema import Filter
 
+    if after_days is not None:
+        _retain(store, category or [], after_days, key=key, as_json=as_json)
+        return
     filtered = bool(category or since or until)
     if not (ids or filtered or expired):
         raise ConfigurationError("nothing to forget", fix="give ids, a filter, or --expired")
@@ -58,3 +66,22 @@ def forget(
         )
         return
     stdout().print(f"{result.memories} forgotten, {result.bytes_freed:,} bytes freed")
+
+
+def _retain(
+    store: str, categories: list[str], days: float, *, key: Path | None, as_json: bool
+) -> None:
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import opened
+    from memopt.errors import ConfigurationError
+    from memopt.memory.retention import retain
+
+    if not categories:
+        raise ConfigurationError("--after-days needs a category", fix="add --category NAME")
+    with opened(store, embed=False, key=key) as here:
+        changed = {name: retain(here.store, name, days) for name in categories}
+    if as_json:
+        typer.echo(json.dumps({"days": days, "changed": changed}))
+        return
+    for name, count in changed.items():
+        stdout().print(f"{name}: kept {days:g} days; {count} memories got an earlier end")
