@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
 
 # The event a finished run leaves; its time is the last run, for every process.
+SAVED = "consolidation-saved"
 RUN = "consolidation"
 
 

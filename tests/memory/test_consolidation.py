@@ -242,6 +242,12 @@ def test_half_the_room_is_saved(tmp_path: Path) -> None:
         assert f"Meeting {n} " in (hit.memory.summary or "")
 
 
+def _saved(store: MemoryStore) -> int:
+    (event,) = store.events("consolidation-saved")
+    sizes = json.loads(event.detail)
+    return int(sizes["before"] - sizes["after"])
+
+
 def test_the_command_says_what_would_happen(store: MemoryStore) -> None:
     """--dry-run changes nothing; --json is one document; an unknown LLM is refused."""
     from typer.testing import CliRunner
@@ -257,4 +263,6 @@ def test_the_command_says_what_would_happen(store: MemoryStore) -> None:
     assert isinstance(refused.exception, ConfigurationError)
     real = CliRunner().invoke(app, ["memory", "consolidate", place])
     assert "2 condensed to 1 summaries" in real.stdout
+    shown = CliRunner().invoke(app, ["memory", "stats", place, "--json"])
+    assert json.loads(shown.stdout)["saved_bytes"] == _saved(store)
     assert store.count() == 3

@@ -50,6 +50,7 @@ def consolidate(
     from memopt.memory.condense import consolidate as run
     from memopt.memory.llm import Limits, language_model
     from memopt.memory.reclaim import reclaim
+    from memopt.memory.schedule import SAVED
 
     settings = load_config().consolidation
     if llm is None:
@@ -95,6 +96,8 @@ def consolidate(
             if compact:
                 reclaim(opened)
             after = opened.stats().bytes_on_disk
+            if compact and before and after:
+                opened.event(SAVED, json.dumps({"before": before, "after": after}))
         events = [
             event.detail
             for event in opened.events("consolidation-failed")

@@ -16,6 +16,7 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
+    from memopt.memory.schedule import SAVED
 
     with opened(store, embed=False, key=key) as here:
         found = here.store.stats()
@@ -24,8 +25,10 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
             batch["source_count"].to_numpy().sum()
             for batch in here.store.scan(columns=["source_count"], batch_size=65536)
         )
+        runs = [json.loads(event.detail) for event in here.store.events(SAVED)]
     document = {
         **asdict(found),
+        "saved_bytes": sum(run["before"] - run["after"] for run in runs),
         "condensed": int(condensed),
         "index_recall": state.recall if state and state.cells else None,
         "index_rows": state.rows if state and state.cells else 0,
