@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from memopt.bundle import Bundle
@@ -14,10 +16,12 @@ from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from memopt.runtimes.base import Feed, Rows
 
+_LOG = logging.getLogger(__name__)
 # float32 unless the variant says otherwise: on a processor with bf16 the default would be bf16, an
 # error of 1e-2 on a matrix product that nobody asked for.
 _DEFAULTS = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -27,6 +31,10 @@ SINGLE_STEP = 16
 # Compiling for streams takes as long as some thousand sentences and doubles the memory: a job that
 # ends sooner does not pay for it.
 BATCHES_BEFORE_STREAMS = 16
+# Compiled for one shape a MiniLM answers a short text in two thirds of the time. That takes 0.4 s
+# and the weights once more, so only for small models, short texts, and shapes that come often.
+SINGLES_BEFORE_FIXED = 64
+_MOST_FIXED, _WIDEST_FIXED, _MOST_FIXED_BYTES = 3, 64, 64 << 20
 _warming = threading.Lock()
 _warm = False
 
@@ -79,14 +87,13 @@ class OpenvinoBackend:
         self._device = options.pop("DEVICE", "CPU")
         self._options = options
         self._core = ov.Core()
-        model = self._core.read_model(path)
+        self._path = path
         self._output = candidate.variant.output
+        model = self._core.read_model(path)
         names = {name for port in model.outputs for name in port.get_names()}
         if self._output not in names:
             raise DeviceError(f"{path} has no output {self._output!r}", fix="export it again")
-        if len(model.outputs) > 1:
-            # Only what is asked for is computed and copied out.
-            model = ov.Model([model.output(self._output)], model.get_parameters())
+        model = self._only_output(model)
         self.inputs = tuple(port.get_any_name() for port in model.inputs)
         width = model.output(0).get_partial_shape()[-1]
         self.dimension = width.get_length() if width.is_static else None
@@ -97,11 +104,25 @@ class OpenvinoBackend:
         self._single = _Requests(self._compile(1))
         self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
+        weights = path.with_suffix(".bin")
+        small = weights.is_file() and weights.stat().st_size <= _MOST_FIXED_BYTES
+        self._fixed = _FixedShapes(self._compile_fixed) if small else None
 
-    def _compile(self, streams: int) -> Any:
+    def _only_output(self, model: Any) -> Any:
+        """Return the model that computes and copies out only what is asked for."""
+        if len(model.outputs) == 1:
+            return model
+        return _openvino().Model([model.output(self._output)], model.get_parameters())
+
+    def _compile_fixed(self, shape: tuple[int, ...]) -> Any:
+        model = self._only_output(self._core.read_model(self._path))
+        model.reshape({name: list(shape) for name in self.inputs})
+        return self._compile(1, model)
+
+    def _compile(self, streams: int, model: Any = None) -> Any:
         hint = "LATENCY" if streams == 1 else "THROUGHPUT"
         return self._core.compile_model(
-            self._model,
+            model or self._model,
             self._device,
             {
                 **self._options,
@@ -115,6 +136,11 @@ class OpenvinoBackend:
 
     def run(self, feed: Feed) -> Rows:
         """Run one batch in the calling thread, on all cores."""
+        first = feed[self.inputs[0]]
+        short = first.ndim == 2 and first.shape[0] == 1 and first.shape[1] <= _WIDEST_FIXED
+        fixed = self._fixed.get(first.shape) if self._fixed and short else None
+        if fixed is not None:
+            return self._infer(fixed, feed)
         return self._infer(self._single, feed)
 
     def submit(self, feed: Feed) -> Future[Rows]:
@@ -147,8 +173,49 @@ class OpenvinoBackend:
         self._closed = True
         self._threads_of_streams.close()
         self._single.drop()
+        if self._fixed is not None:
+            self._fixed.close()
         if self._many is not None:
             self._many.drop()
+
+
+class _FixedShapes:
+    """Graphs compiled, beside the work, for the shapes that come most often."""
+
+    def __init__(self, compile_for: Callable[[tuple[int, ...]], Any]) -> None:
+        self._compile_for = compile_for
+        self._lock = threading.Lock()
+        self._seen: Counter[tuple[int, ...]] = Counter()
+        self._ready: dict[tuple[int, ...], _Requests] = {}
+        self._thread: threading.Thread | None = None
+
+    def get(self, shape: tuple[int, ...]) -> _Requests | None:
+        """Return the graph of a shape; None while there is none."""
+        found = self._ready.get(shape)
+        if found is not None or len(self._ready) >= _MOST_FIXED:
+            return found
+        with self._lock:
+            self._seen[shape] += 1
+            busy = self._thread is not None and self._thread.is_alive()
+            if self._seen[shape] >= SINGLES_BEFORE_FIXED and not busy:
+                # Counted from the start again if it fails.
+                self._seen[shape] = 0
+                self._thread = threading.Thread(target=self._make, args=(shape,), daemon=True)
+                self._thread.start()
+        return None
+
+    def _make(self, shape: tuple[int, ...]) -> None:
+        try:
+            self._ready[shape] = _Requests(self._compile_for(shape))
+        except Exception as error:  # noqa: BLE001 - the graph of any shape answers as before
+            _LOG.warning("no graph for inputs of shape %s: %s", shape, error)
+
+    def close(self) -> None:
+        """Wait for a graph being made and forget all."""
+        if self._thread is not None:
+            self._thread.join()
+        for requests in self._ready.values():
+            requests.drop()
 
 
 class _Requests:

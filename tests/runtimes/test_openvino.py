@@ -1,0 +1,69 @@
+"""The OpenVINO backend by itself: graphs of fixed shapes beside the one of any shape."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from memopt import ArrowEngine
+from memopt.bundle import Bundle
+from memopt.runtimes import openvino
+from memopt.runtimes.openvino import OpenvinoBackend
+
+SHORT, LONGER = "A cat sleeps.", "The box by the window " + "runs a small model and " * 8
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed graphs after two texts, for a model of any size."""
+    monkeypatch.setattr(openvino, "SINGLES_BEFORE_FIXED", 2)
+    monkeypatch.setattr(openvino, "_MOST_FIXED_BYTES", 1 << 40)
+
+
+def backend_of(engine: ArrowEngine) -> OpenvinoBackend:
+    backend = engine._chain.backend
+    assert isinstance(backend, OpenvinoBackend)
+    return backend
+
+
+def wait_for_graphs(backend: OpenvinoBackend, count: int) -> None:
+    deadline = time.monotonic() + 60
+    assert backend._fixed is not None
+    while len(backend._fixed._ready) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(backend._fixed._ready) == count
+
+
+def test_frequent_shapes_get_their_own_graph(minilm: Bundle, eager: None) -> None:
+    """The same vectors, by a graph that is really used."""
+    with ArrowEngine(minilm, device="openvino", variant="openvino-fp32") as engine:
+        before = [engine.encode([text]) for text in (SHORT, LONGER)]
+        backend = backend_of(engine)
+        for count, text in enumerate((SHORT, LONGER), 1):
+            engine.encode([text])
+            engine.encode([text])
+            wait_for_graphs(backend, count)
+        compiled = backend._single
+        backend._single = None  # type: ignore[assignment]
+        after = [engine.encode([text]) for text in (SHORT, LONGER)]
+        backend._single = compiled
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_fixed_graph_that_fails_changes_nothing(
+    minilm: Bundle, eager: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graph of any shape goes on, and it is said once."""
+
+    def broken(self: OpenvinoBackend, shape: tuple[int, ...]) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(OpenvinoBackend, "_compile_fixed", broken)
+    with ArrowEngine(minilm, device="openvino", variant="openvino-fp32") as engine:
+        first = engine.encode([SHORT])
+        for _ in range(3):
+            np.testing.assert_array_equal(engine.encode([SHORT]), first)
+    assert "no memory" in caplog.text
