@@ -21,7 +21,7 @@ from memopt.benchmark.runner import ratio, run
 from memopt.benchmark.workload import default_inputs, read_texts
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.base import export
-from memopt.runtimes.cpu import cpu_features
+from memopt.runtimes.cpu import BF16, cpu_features
 from memopt.weights.convert import resolve
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "stsb-en-dev.csv"
@@ -64,7 +64,7 @@ def main() -> None:
     if not options.peers:
         peers = [peer for peer in peers if peer.spec.get("backend") == "torch"]
     wanted = ["onnx-fp32-fused", "openvino-fp32"]
-    if "avx512_bf16" in cpu_features() or "amx_bf16" in cpu_features():
+    if BF16 & cpu_features():
         wanted.append("openvino-bf16")
     if bundle.manifest.chosen:
         wanted.append("auto")

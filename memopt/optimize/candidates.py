@@ -6,9 +6,8 @@ from collections.abc import Collection, Sequence
 
 from memopt.bundle import Manifest
 from memopt.optimize.plan import Candidate
+from memopt.runtimes.cpu import BF16
 
-# bf16 without one of these is emulated and slower than fp32.
-BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16"})
 # int8 dot products in hardware; without them int8 saturates or is no faster (onnxruntime#6004).
 INT8_FEATURES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "neon_dot", "asimddp"})
 
@@ -42,7 +41,7 @@ def candidates(
         ]
     if "openvino" in targets:
         found.append(_export("openvino-fp32", "openvino", "openvino", "fp32", "float on OpenVINO"))
-        if have & BF16_FEATURES:
+        if have & BF16:
             why = "bf16 matrix products in hardware"
             found.append(_export("openvino-bf16", "openvino", "openvino", "bf16", why))
         found += [

@@ -30,6 +30,8 @@ NOTABLE = (
     "sve2",
     "svei8mm",
 )
+# Any of these multiplies bf16 matrices faster than float32.
+BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 # Names that macOS' sysctl uses (hw.optional.arm.FEAT_...) for the same instructions.
 _APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "AdvSIMD": "asimd"}
 _CGROUP = Path("/sys/fs/cgroup")

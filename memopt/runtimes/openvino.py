@@ -12,7 +12,7 @@ from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings
-from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
@@ -84,6 +84,9 @@ class OpenvinoBackend:
         self.step = SINGLE_STEP
         self.streams = settings.streams or min(2, self._threads)
         options = {**_DEFAULTS, **candidate.variant.options}
+        if options["INFERENCE_PRECISION_HINT"] == "bf16" and not BF16 & cpu_features():
+            # The plugin would imitate bf16, slower than float32.
+            options["INFERENCE_PRECISION_HINT"] = "f32"
         self._device = options.pop("DEVICE", "CPU")
         self._options = options
         self._core = ov.Core()
