@@ -276,17 +276,17 @@ def test_a_lost_acknowledgement_is_settled_later(fleet, plain, tmp_path: Path) -
         assert weights_hash(sender.weights()) == weights_hash(plain.store.weights("lora", 3))
 
 
-def test_forty_rounds_with_random_faults(fleet, tmp_path: Path) -> None:
+def test_twenty_rounds_with_random_faults(fleet, tmp_path: Path) -> None:
     """Random faults on every second connection: nearly all rounds succeed, none is wrong."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from sync_faults import run
     finally:
         sys.path.pop(0)
-    result = run(rounds=40, seed=1, folder=tmp_path)
+    result = run(rounds=20, seed=1, folder=tmp_path)
     assert result.wrong == 0
-    assert result.succeeded >= 39
-    assert result.faults > 15
+    assert result.succeeded >= 19
+    assert result.faults > 7
 
 
 def test_the_trust_file_is_read_again_when_it_changes(fleet, plain, tmp_path: Path) -> None:

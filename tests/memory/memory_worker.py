@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -76,9 +77,13 @@ def build(store: MemoryStore, seed: int) -> None:
 def fill(store: MemoryStore, seed: int) -> None:
     """Add until the disk is full; that is told in one line."""
     AssociationGraph(store)
-    for first in range(0, 1_000_000, 64):
+    for first in range(0, 1_000_000, 32):
+        long = [
+            replace(m, content=Content(text=f"{m.content.text} " + "and so on " * 400))
+            for m in memories(first, 32, seed)
+        ]
         try:
-            say("added", *store.add(memories(first, 64, seed)).ids)
+            say("added", *store.add(long).ids)
         except ConsolidationError as error:
             say("full", error)
             return

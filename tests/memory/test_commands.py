@@ -11,12 +11,26 @@ import pytest
 from typer.testing import CliRunner
 
 from memopt.bundle import Bundle
+from memopt.cli import app as whole
 from memopt.commands.memory import app
 from memopt.errors import MemoptError
 from tests.memory.kit import files_with, png
 
 
-def memopt(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def memopt(*arguments: object, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``memopt memory ...`` in this process, where a command does not import for 2 seconds."""
+    command = ["memory", *map(str, arguments)]
+    done = CliRunner().invoke(whole, command, input=input)
+    if done.exception is None or isinstance(done.exception, SystemExit):
+        code, problem = done.exit_code, done.stderr
+    elif isinstance(done.exception, MemoptError):
+        code, problem = done.exception.exit_code, f"{done.stderr}error: {done.exception}"
+    else:
+        raise done.exception
+    return subprocess.CompletedProcess(command, code, done.stdout, problem)
+
+
+def process(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run ``memopt memory ...``."""
     command = [sys.executable, "-m", "memopt", "memory", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
@@ -32,7 +46,7 @@ def store(minilm: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
         '{"text": "Ann moved to Oslo.", "category": "people", "timestamp": "2025-05-01"}\n"plain"\n'
     )
     inputs = [folder / "notes.txt", folder / "more.jsonl", "-", "mail bob@example.org"]
-    done = memopt(
+    done = process(
         "add", folder / "s", *inputs, "--model", minilm.path, "--json", input="From a pipe.\n"
     )
     assert done.returncode == 0, done.stderr
@@ -126,7 +140,7 @@ def test_bad_input_is_one_line(store: Path, minilm: Bundle, tmp_path: Path) -> N
         assert isinstance(done.exception, MemoptError), (arguments, done.exception)
         assert done.exception.exit_code == code
         assert named.lower() in str(done.exception).lower(), (arguments, done.exception)
-    once = memopt(*cases[0][0])
+    once = process(*cases[0][0])
     assert once.returncode == 1
     assert [line[:7] for line in once.stderr.splitlines()] == ["error: "]
     # A line before the bad one was added: jsonl and pipes are streams of commits.
