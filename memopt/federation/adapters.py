@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from memopt.errors import SyncError
+from memopt.errors import SyncError, WeightsError
+from memopt.extras import require
 from memopt.federation.arrays import Array, Weights, check_weights, dtype_name, raw
+from memopt.federation.vault import Vault
 from memopt.files import atomic_path
 from memopt.weights.reader import WeightLoader
-from memopt.weights.safetensors import open_safetensors
+from memopt.weights.safetensors import CODES, DTYPES, open_safetensors
+from memopt.weights.schema import numpy_dtype
 from memopt.weights.writer import write_weights as write_parquet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # The adapter's config travels as one more tensor, so that it is hashed, signed and versioned too.
 CONFIG_TENSOR = "__adapter_config__"
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int8": "I8",
-    "uint8": "U8",
-    "int16": "I16",
-    "uint16": "U16",
-    "int32": "I32",
-    "uint32": "U32",
-    "int64": "I64",
-    "uint64": "U64",
-    "bool": "BOOL",
-}
 
 
 def read_weights(path: str | Path) -> dict[str, Array]:
@@ -93,20 +80,49 @@ def read_safetensors(path: Path) -> dict[str, Array]:
 
 def write_safetensors(path: Path, weights: Weights) -> None:
     """Write a safetensors file, names in order: the same weights give the same bytes."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(safetensors_parts(weights))
+
+
+def safetensors_parts(weights: Weights) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file, a tensor at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in sorted(weights):
         array = weights[name]
         header[name] = {
-            "dtype": _CODES[dtype_name(array)],
+            "dtype": CODES[dtype_name(array)],
             "shape": list(array.shape),
             "data_offsets": [start, start + array.nbytes],
         }
         start += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in sorted(weights):
-            file.write(raw(np.ascontiguousarray(weights[name])).data)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in sorted(weights):
+        yield raw(np.ascontiguousarray(weights[name])).data
+
+
+def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
+    """Read every tensor of a safetensors file that ``vault`` keeps.
+
+    Raises:
+        WeightsError: it is no such file.
+        SyncFailure: it is sealed, and the key does not open it.
+    """
+    if not vault.sealed(path):
+        return read_safetensors(path)
+    safetensors = require("safetensors", extra="federation", why="read sealed weights")
+    try:
+        tensors = safetensors.deserialize(vault.read(path))
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path} is damaged ({error})") from error
+    return check_weights(
+        {
+            name: np.frombuffer(found["data"], numpy_dtype(DTYPES[found["dtype"]])).reshape(
+                found["shape"]
+            )
+            for name, found in tensors
+        }
+    )

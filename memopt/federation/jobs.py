@@ -16,6 +16,7 @@ from memopt.federation.limits import Limits, check_count, check_hash, check_keys
 from memopt.federation.link import Exchange
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.signing import NO_HASH, Manifest, Signed, SigningKey, Trust, parse_signed
+from memopt.federation.vault import Appending
 
 Progress = Callable[[int, int], None]
 # What a slow server may need to decode and store, on top of the timeout.
@@ -230,24 +231,21 @@ class PullJob:
     ) -> bytes:
         """Return one item, going on from what an earlier attempt left."""
         path: Path = self._manager.folder / f"{sha256}.incoming"
-        with path.open("ab", buffering=0) as file:
-            offset = file.tell()
-            if offset > size:
-                file.truncate(0)
-                offset = 0
-            exchange.send(protocol.GET, {"item": number, "offset": offset})
-            while offset < size:
+        with Appending(path, self._manager.vault) as file:
+            if file.size > size:
+                file.clear()
+            exchange.send(protocol.GET, {"item": number, "offset": file.size})
+            while (offset := file.size) < size:
                 frame = exchange.receive(protocol.CHUNK)
                 if frame.fields.get("offset") != offset or not len(frame.body):
                     raise SyncFailure("out-of-order", "a chunk is not the next one")
                 if offset + len(frame.body) > size:
                     raise SyncFailure("too-large", "the server sends more than it announced")
-                file.write(frame.body)
-                offset += len(frame.body)
-                self.moved = max(self.moved, done + offset)
-                exchange.send(protocol.ACK, {"offset": offset})
-                self._progress(done + offset, total)
-        data = path.read_bytes()
+                file.append(frame.body)
+                self.moved = max(self.moved, done + file.size)
+                exchange.send(protocol.ACK, {"offset": file.size})
+                self._progress(done + file.size, total)
+        data = self._manager.vault.read(path)
         if hashlib.sha256(data).hexdigest() != sha256:
             path.unlink(missing_ok=True)
             self.moved = 0

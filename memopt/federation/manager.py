@@ -2,6 +2,7 @@
 
     <state>/<adapter>/state.json          sequence, hash, digest, names of the two files below
     <state>/<adapter>/pending.json        the same for a push that is not acknowledged yet
+    <state>/<adapter>/sealed              there when the files below are under a key
     <state>/<adapter>/<hash>.safetensors  weights the receivers hold
     <state>/<adapter>/<hash>.residual     what they still lack, as a lossless payload on top
     <state>/<adapter>/<hash>.carry        what was unsent when another's version came
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ConfigurationError, SyncError
-from memopt.federation.adapters import read_safetensors, write_safetensors
+from memopt.federation.adapters import read_kept, safetensors_parts
 from memopt.federation.arrays import (
     FLOATS,
     Array,
@@ -40,9 +41,11 @@ from memopt.federation.delta import Delta, DeltaSettings, apply_delta, compute_d
 from memopt.federation.limits import Limits, check_adapter, check_hash, check_keys, strict_json
 from memopt.federation.payload import unpack
 from memopt.federation.signing import NO_HASH, Signed
+from memopt.federation.vault import Vault
 from memopt.files import atomic_path
 
 _STATE, _PENDING = "state.json", "pending.json"
+_KEPT = (".safetensors", ".residual", ".carry")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,10 @@ class DeltaSyncManager:
         settings: how deltas are made.
         limits: sizes believed of a peer.
         dictionaries: zstd dictionaries by SHA-256, for receiving.
+        vault: keeps the weights, the residual and what is arriving as they are, or sealed.
+
+    Raises:
+        ConfigurationError: the state is sealed and the key is missing or wrong.
 
     >>> import tempfile, numpy as np
     >>> manager = DeltaSyncManager(tempfile.mkdtemp(), "lora")
@@ -80,7 +87,9 @@ class DeltaSyncManager:
         *,
         limits: Limits | None = None,
         dictionaries: Mapping[str, bytes] | None = None,
+        vault: Vault | None = None,
     ) -> None:
+        self.vault = vault or Vault()
         self.adapter = check_adapter(adapter)
         self.settings = settings or DeltaSettings()
         self.limits = limits or Limits()
@@ -98,7 +107,13 @@ class DeltaSyncManager:
             raise SyncError(
                 f"state {self.folder} is in use by another process", fix="wait for it to finish"
             ) from error
-        self.state = self._read(_STATE) or State()
+        try:
+            kept = (p for p in self.folder.iterdir() if p.suffix in _KEPT)
+            self.vault.admit(self.folder, kept)
+            self.state = self._read(_STATE) or State()
+        except BaseException:
+            self._lock_file.close()
+            raise
         self._weights: dict[str, Array] | None = None
 
     def __enter__(self) -> DeltaSyncManager:
@@ -211,7 +226,7 @@ class DeltaSyncManager:
         carry = {n: a for n, a in self.residual().items() if np.any(a)}
         carry_hash = weights_hash(carry) if carry else ""
         if carry:
-            write_safetensors(self.folder / f"{carry_hash}.carry", carry)
+            self.vault.write(self.folder / f"{carry_hash}.carry", safetensors_parts(carry))
         state = State(
             sequence=manifest.sequence,
             weights_hash=manifest.new_hash,
@@ -231,7 +246,7 @@ class DeltaSyncManager:
         if not self.state.residual_sha256:
             return weights
         path = self._residual_path(self.state)
-        data = path.read_bytes()
+        data = self.vault.read(path)
         if hashlib.sha256(data).hexdigest() != self.state.residual_sha256:
             raise SyncError(f"residual {path} is damaged", fix="push the full weights again")
         return apply_delta(weights, data, limits=self.limits)
@@ -252,7 +267,8 @@ class DeltaSyncManager:
         result = check_weights(new)
         if not self.state.carry_hash:
             return result
-        carry = read_safetensors(self.folder / f"{self.state.carry_hash}.carry")
+        path = self.folder / f"{self.state.carry_hash}.carry"
+        carry = read_kept(path, self.vault)
         if weights_hash(carry) != self.state.carry_hash:
             raise SyncError(f"a carry file in {self.folder} is damaged", fix="remove the folder")
         for name, rest in carry.items():
@@ -272,8 +288,7 @@ class DeltaSyncManager:
         if rest.new_hash == state.weights_hash:
             return state
         sha256 = hashlib.sha256(rest.payload).hexdigest()
-        with atomic_path(self.folder / f"{sha256}.residual") as path:
-            path.write_bytes(rest.payload)
+        self.vault.write(self.folder / f"{sha256}.residual", [rest.payload])
         return replace(state, residual_sha256=sha256)
 
     # ----------------------------------------------------------------------------------- files
@@ -281,7 +296,7 @@ class DeltaSyncManager:
     def _save(self, name: str, state: State, weights: Weights) -> None:
         path = self.folder / f"{state.weights_hash}.safetensors"
         if not path.exists():
-            write_safetensors(path, weights)
+            self.vault.write(path, safetensors_parts(weights))
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
 
@@ -299,7 +314,7 @@ class DeltaSyncManager:
         if state.sequence == 0:
             return {}
         path = self.folder / f"{state.weights_hash}.safetensors"
-        weights = read_safetensors(path) if path.is_file() else {}
+        weights = read_kept(path, self.vault) if path.is_file() else {}
         if not weights or weights_hash(weights) != state.weights_hash:
             raise ConfigurationError(
                 f"state {path} is missing or damaged",
@@ -318,5 +333,5 @@ class DeltaSyncManager:
                 used |= {f"{state.weights_hash}.safetensors", f"{state.residual_sha256}.residual"}
                 used.add(f"{state.carry_hash}.carry")
         for path in self.folder.iterdir():
-            if path.suffix in (".safetensors", ".residual", ".carry") and path.name not in used:
+            if path.suffix in _KEPT and path.name not in used:
                 path.unlink(missing_ok=True)

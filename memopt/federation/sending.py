@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from memopt.federation.arrays import total_bytes
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import check_count, check_hash
 from memopt.federation.signing import Signed
-from memopt.files import sha256_file
+from memopt.federation.vault import Vault
 
 if TYPE_CHECKING:
     from memopt.federation.server import Channel
@@ -32,13 +32,13 @@ class Item:
     file: Path
     full: bool
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, vault: Vault) -> dict[str, Any]:
         """Return the item's row of the plan."""
         known = self.signed.manifest.payload_sha256
         return {
             "signed": self.signed.to_json(),
-            "bytes": self.file.stat().st_size,
-            "sha256": sha256_file(self.file) if self.full else known,
+            "bytes": vault.size(self.file),
+            "sha256": vault.sha256(self.file) if self.full else known,
             "full": self.full,
         }
 
@@ -59,7 +59,7 @@ def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[I
             return []
         chain = _chain(store, adapter, sequence, weights_hash, head.sequence)
         if chain is not None:
-            size = sum(item.file.stat().st_size for item in chain)
+            size = sum(store.vault.size(item.file) for item in chain)
             if size <= total_bytes(store.weights(adapter, head.sequence)) // 2:
                 return chain
         newest = store.signed(adapter, head.sequence)
@@ -92,29 +92,29 @@ def send_versions(
     weights_hash = check_hash("weights_hash", hello["weights_hash"])
     with busy():
         items = plan(store, adapter, sequence, weights_hash)
-        rows = [item.describe() for item in items]
+        rows = [item.describe(store.vault) for item in items]
     channel.send(protocol.PLAN, {"items": rows})
     while (frame := channel.receive(protocol.GET, protocol.BYE)).kind != protocol.BYE:
         if not items:
             raise SyncFailure("malformed", "there is nothing to get")
         number = check_count("item", frame.fields.get("item"), len(items) - 1)
         offset = check_count("offset", frame.fields.get("offset"), rows[number]["bytes"])
-        _send_file(channel, items[number].file, offset, rows[number]["bytes"])
+        _send_file(
+            channel, store.vault.parts(items[number].file, offset), offset, rows[number]["bytes"]
+        )
 
 
-def _send_file(channel: Channel, path: Path, offset: int, total: int) -> None:
+def _send_file(channel: Channel, parts: Iterator[bytes], offset: int, total: int) -> None:
     acknowledged = offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        while acknowledged < total:
-            while offset < total and offset - acknowledged < protocol.WINDOW_BYTES:
-                data = file.read(min(protocol.CHUNK_BYTES, total - offset))
-                if not data:
-                    raise SyncFailure("storage", "a payload on the server became shorter")
-                channel.send(protocol.CHUNK, {"offset": offset}, data)
-                offset += len(data)
-            frame = channel.receive(protocol.ACK)
-            reached = check_count("offset", frame.fields.get("offset"), offset)
-            if reached <= acknowledged:
-                raise SyncFailure("out-of-order", "an acknowledgement does not move on")
-            acknowledged = reached
+    while acknowledged < total:
+        while offset < total and offset - acknowledged < protocol.WINDOW_BYTES:
+            data = next(parts, b"")
+            if not data or offset + len(data) > total:
+                raise SyncFailure("storage", "a payload on the server changed its length")
+            channel.send(protocol.CHUNK, {"offset": offset}, data)
+            offset += len(data)
+        frame = channel.receive(protocol.ACK)
+        reached = check_count("offset", frame.fields.get("offset"), offset)
+        if reached <= acknowledged:
+            raise SyncFailure("out-of-order", "an acknowledgement does not move on")
+        acknowledged = reached

@@ -28,6 +28,7 @@ from memopt.federation.signing import Trust
 from memopt.federation.store import Store
 from memopt.federation.taking import aggregate_version, rollback_version, take_push
 from memopt.federation.uploads import Uploads
+from memopt.federation.vault import Vault
 from memopt.metrics import count
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -102,6 +103,7 @@ class SyncServer:
         idle_seconds: after which a silent connection is closed.
         dictionaries: zstd dictionaries by SHA-256.
         key: Ed25519 key that signs what the server makes itself (aggregation), and its node name.
+        vault: seals the store's payloads and weights under a key.
 
     Raises:
         ConfigurationError: plain transport off loopback, unusable files or address.
@@ -122,6 +124,7 @@ class SyncServer:
         keep: int = 200,
         key: Any = None,
         node: str = "server",
+        vault: Vault | None = None,
     ) -> None:
         if tls is None and host not in LOOPBACK and not insecure:
             raise ConfigurationError(
@@ -132,9 +135,9 @@ class SyncServer:
         self.trust = trust
         self.key, self.node = key, node
         context = tls.server_context() if tls else None
-        self.store = Store(folder, self.limits, dictionaries=dictionaries, keep=keep)
+        self.store = Store(folder, self.limits, dictionaries=dictionaries, keep=keep, vault=vault)
         self.audit = AuditLog(self.store.folder / "audit.log")
-        self.uploads = Uploads(self.store.incoming, self.limits)
+        self.uploads = Uploads(self.store.incoming, self.limits, self.store.vault)
         self._streams = threading.BoundedSemaphore(self.limits.streams)
         self._flight = _Flight(self)
         try:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from memopt.federation.gate import TlsFiles
 from memopt.federation.link import parse_address
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.signing import SigningKey, Trust, check_node
+from memopt.federation.vault import Vault
+from memopt.weights.crypto import KEY_VARIABLE, load_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,15 +106,28 @@ def delta_settings(config: FederationSection, **chosen: Any) -> DeltaSettings:
     return DeltaSettings(**(values | given))
 
 
+def vault(key_file: Path | None) -> Vault:
+    """Return what keeps weights at rest: under the key of a file, of the environment, or plain."""
+    if key_file is None and not os.environ.get(KEY_VARIABLE):
+        return Vault()
+    return Vault(load_key(key_file))
+
+
 @contextmanager
 def opened(
-    state: str | Path, adapter: str, settings: DeltaSettings, dictionary: bytes = b""
+    state: str | Path,
+    adapter: str,
+    settings: DeltaSettings,
+    dictionary: bytes = b"",
+    *,
+    key_file: Path | None = None,
 ) -> Iterator[DeltaSyncManager]:
     """Open this node's state of an adapter; a damaged one names the folder to remove."""
     import hashlib
 
     known = {hashlib.sha256(dictionary).hexdigest(): dictionary} if dictionary else {}
-    with DeltaSyncManager(state, adapter, settings, dictionaries=known) as manager:
+    kept = vault(key_file)
+    with DeltaSyncManager(state, adapter, settings, dictionaries=known, vault=kept) as manager:
         yield manager
 
 

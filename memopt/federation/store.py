@@ -2,6 +2,7 @@
 
     <store>/lock                              held by the one server that may write
     <store>/audit.log                         memopt.federation.audit
+    <store>/sealed                            there when payloads and weights are under a key
     <store>/incoming/<upload>.part            unfinished uploads, for resuming
     <store>/adapters/<id>/<sequence>/         manifest.json, payload.bin, weights.safetensors
     <store>/adapters/<id>/.staging-*          a version being written; removed at start
@@ -27,14 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.errors import ConfigurationError, WeightsError
-from memopt.federation.adapters import read_safetensors, write_safetensors
+from memopt.federation.adapters import read_kept, safetensors_parts
 from memopt.federation.arrays import Array, require_same, total_bytes
 from memopt.federation.delta import full_payload
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, check_adapter, strict_json
 from memopt.federation.payload import unpack
 from memopt.federation.signing import NO_HASH, Signed, parse_signed
-from memopt.files import sha256_file
+from memopt.federation.vault import Vault
 
 MANIFEST, PAYLOAD, WEIGHTS, SNAPSHOT = (
     "manifest.json",
@@ -64,6 +65,11 @@ class Store:
         dictionaries: zstd dictionaries by SHA-256.
         keep: versions kept for history and rollback; older ones are removed.
         cache_bytes: decoded weights kept in memory.
+        vault: keeps payloads and weights as they are, or sealed; what is still plain in a store
+            that gets a key is sealed when it is opened.
+
+    Raises:
+        ConfigurationError: another server has the folder, or the key is missing or wrong.
     """
 
     def __init__(
@@ -74,12 +80,14 @@ class Store:
         dictionaries: Mapping[str, bytes] | None = None,
         keep: int = 200,
         cache_bytes: int = 1 << 30,
+        vault: Vault | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.limits = limits or Limits()
         self._dictionaries = dict(dictionaries or {})
         self._keep = max(keep, 2)
         self._cache_bytes = cache_bytes
+        self.vault = vault or Vault()
         self._cache: OrderedDict[str, dict[str, Array]] = OrderedDict()
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
@@ -93,8 +101,19 @@ class Store:
             raise ConfigurationError(
                 f"store {self.folder} is in use by another server", fix="stop it first"
             ) from error
-        for leftover in (self.folder / "adapters").glob("*/.*"):
+        versions = self.folder / "adapters"
+        for leftover in versions.glob("*/.*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for unfinished in versions.glob("*/*/.*"):
+            unfinished.unlink(missing_ok=True)
+        try:
+            kept = (PAYLOAD, WEIGHTS, SNAPSHOT)
+            self.vault.admit(
+                self.folder, (path for name in kept for path in versions.glob(f"*/*/{name}"))
+            )
+        except BaseException:
+            self._lock_file.close()
+            raise
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -188,7 +207,7 @@ class Store:
             if not path.is_file():
                 data = full_payload(self.weights(adapter, sequence)).payload
                 with storage(f"snapshot of {adapter}"):
-                    _write_whole(path, data)
+                    self.vault.write(path, [data])
         return path
 
     def commit(self, signed: Signed, payload: Path | None, weights: dict[str, Array]) -> None:
@@ -204,8 +223,9 @@ class Store:
             folder.mkdir(exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
             try:
-                write_safetensors(staging / WEIGHTS, weights)
-                _write_whole(staging / MANIFEST, json.dumps(signed.to_json(), indent=1).encode())
+                self.vault.write(staging / WEIGHTS, safetensors_parts(weights))
+                # Manifests hold hashes and names only, and any reader may check them: never sealed.
+                Vault().write(staging / MANIFEST, [json.dumps(signed.to_json(), indent=1).encode()])
                 if payload is not None:
                     _sync(payload)
                     os.link(payload, staging / PAYLOAD)
@@ -243,7 +263,7 @@ class Store:
         if not path.is_file():
             return None
         try:
-            weights = read_safetensors(path)
+            weights = read_kept(path, self.vault)
             require_same(expected, weights, what=str(path))
         except (WeightsError, SyncFailure):
             # A bad disk: the chain of payloads can still give the same weights.
@@ -271,9 +291,9 @@ class Store:
             payload = self.payload(adapter, step)
             if payload is None:
                 continue
-            if sha256_file(payload) != self.signed(adapter, step).manifest.payload_sha256:
+            if self.vault.sha256(payload) != self.signed(adapter, step).manifest.payload_sha256:
                 raise SyncFailure("storage", f"payload of {adapter} version {step} is damaged")
-            base = unpack(payload.read_bytes(), base, self.limits, self._dictionaries)
+            base = unpack(self.vault.read(payload), base, self.limits, self._dictionaries)
         return base
 
     def decode(self, payload: bytes, base: dict[str, Array]) -> dict[str, Array]:
@@ -312,18 +332,6 @@ def storage(what: str) -> Iterator[None]:
         raise SyncFailure(
             "storage", f"{what} cannot be stored: {reason}", fix="free space on the server"
         ) from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

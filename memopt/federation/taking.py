@@ -15,7 +15,6 @@ from memopt.federation.gate import Identity
 from memopt.federation.limits import check_adapter, check_count, check_keys
 from memopt.federation.signing import NO_HASH, Manifest, Signed, parse_signed
 from memopt.federation.store import storage
-from memopt.files import sha256_file
 from memopt.metrics import count
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def _was_here(server: SyncServer, manifest: Manifest) -> bool:
 
 def _finish(server: SyncServer, signed: Signed, path: Path) -> bool:
     manifest = signed.manifest
-    if sha256_file(path) != manifest.payload_sha256:
+    if server.store.vault.sha256(path) != manifest.payload_sha256:
         path.unlink(missing_ok=True)
         raise SyncFailure("corrupt", "the payload does not match its signed hash")
     with server.store.locked(manifest.adapter):
@@ -129,7 +128,7 @@ def _finish(server: SyncServer, signed: Signed, path: Path) -> bool:
             return True
         try:
             base = server.store.weights(manifest.adapter, manifest.sequence - 1)
-            weights = server.store.decode(path.read_bytes(), base)
+            weights = server.store.decode(server.store.vault.read(path), base)
             require_same(manifest.new_hash, weights, what="the pushed weights")
         except SyncFailure as error:
             # It will never decode to anything else: keep nothing of it.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,23 +16,26 @@ from memopt.federation.limits import Limits
 from memopt.federation.protocol import CHUNK_BYTES
 from memopt.federation.signing import Manifest
 from memopt.federation.store import storage
+from memopt.federation.vault import Appending, Vault
 
 
 class Upload:
     """One upload held by one exchange; a newer exchange for the same upload takes it over."""
 
-    def __init__(self, path: Path, total: int, owner: dict[Path, object]) -> None:
+    def __init__(self, path: Path, total: int, owner: dict[Path, object], vault: Vault) -> None:
         self.path = path
         self._total = total
         self._owner = owner
         self._token = object()
         owner[path] = self._token
-        # Unbuffered: what a full disk refused must not be written later by a flush.
-        self._file = path.open("ab", buffering=0)
-        self.size = self._file.tell()
+        self._file = Appending(path, vault)
         if self.size > total:
-            self._file.truncate(0)
-            self.size = 0
+            self._file.clear()
+
+    @property
+    def size(self) -> int:
+        """How many bytes are there."""
+        return self._file.size
 
     def append(self, offset: int, data: memoryview) -> None:
         """Write the next chunk.
@@ -47,14 +49,7 @@ class Upload:
             raise SyncFailure("out-of-order", f"chunk at {offset}, expected {self.size}")
         if not 0 < len(data) <= 2 * CHUNK_BYTES or self.size + len(data) > self._total:
             raise SyncFailure("too-large", f"chunk of {len(data)} bytes does not fit")
-        try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-        except OSError:
-            self._file.truncate(self.size)
-            raise
-        self.size += len(data)
+        self._file.append(data)
 
     def __enter__(self) -> Upload:
         return self
@@ -73,8 +68,9 @@ class Upload:
 class Uploads:
     """The folder of unfinished uploads, bounded per node and in age."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, vault: Vault) -> None:
         self._folder = folder
+        self._vault = vault
         self._limits = limits
         self._owner: dict[Path, object] = {}
         self._lock = threading.Lock()
@@ -92,17 +88,16 @@ class Uploads:
             self._expire()
             if not path.exists():
                 self._make_room(folder)
-            upload = Upload(path, manifest.payload_bytes, self._owner)
+            upload = Upload(path, manifest.payload_bytes, self._owner, self._vault)
         with upload:
             yield upload
 
     def scratch(self, data: bytes) -> Path:
         """Write a payload the server made itself, for :meth:`Store.commit` to take."""
         with storage("payload"):
-            handle, name = tempfile.mkstemp(suffix=".part", dir=self._folder)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-        return Path(name)
+            path = self._folder / f"{uuid.uuid4().hex}.part"
+            self._vault.write(path, [data])
+        return path
 
     def _make_room(self, folder: Path) -> None:
         there = sorted(folder.glob("*.part"), key=lambda p: p.stat().st_mtime)

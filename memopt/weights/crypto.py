@@ -101,7 +101,7 @@ def encrypt_file(source: str | Path, target: str | Path, key: bytes) -> str:
     >>> (folder / "back").read_bytes()
     b'weights'
     """
-    source, cipher = Path(source), _gcm(key)
+    source, cipher = Path(source), aes_gcm(key)
     size = source.stat().st_size
     prefix = os.urandom(_NONCE_PREFIX)
     head = MAGIC + _HEAD.pack(_SEGMENT, size) + prefix
@@ -126,7 +126,7 @@ def decrypt_file(
     Raises:
         WeightsError: not such a file, a wrong key, a changed or missing byte, another SHA-256.
     """
-    source, cipher = Path(source), _gcm(key)
+    source, cipher = Path(source), aes_gcm(key)
     digest = hashlib.sha256()
     with source.open("rb") as file, atomic_path(Path(target)) as path:
         head = file.read(len(MAGIC) + _HEAD.size + _NONCE_PREFIX)
@@ -169,7 +169,12 @@ def _segments(size: int) -> int:
     return max(1, -(-size // _SEGMENT))
 
 
-def _gcm(key: bytes) -> Any:
+def aes_gcm(key: bytes) -> Any:
+    """Return the cipher of a 32-byte key (cryptography's AESGCM).
+
+    Raises:
+        ConfigurationError: the key has another length.
+    """
     if len(key) != KEY_BYTES:
         raise ConfigurationError(f"an AES-256 key has 32 bytes, not {len(key)}")
     module = require(
@@ -241,7 +246,7 @@ def _connection() -> Any:
 
 def _factory(key: bytes) -> Any:
     encryption = require("pyarrow.parquet.encryption", extra="federation", why="encrypt weights")
-    cipher = _gcm(key)
+    cipher = aes_gcm(key)
 
     class Local(encryption.KmsClient):  # type: ignore[misc,name-defined]
         """Wraps each file's data key with ours, here and now: no key server."""

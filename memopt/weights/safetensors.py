@@ -21,7 +21,8 @@ from memopt.files import atomic_path
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import numpy_dtype
 
-_DTYPES = {
+# The format's names of dtypes, and ours.
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -39,7 +40,7 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-_CODES = {name: code for code, name in _DTYPES.items()}
+CODES = {name: code for code, name in DTYPES.items()}
 # The reference implementation refuses longer headers.
 _HEADER_LIMIT = 100_000_000
 _DAMAGED = "the file is truncated or damaged; download it again"
@@ -145,12 +146,12 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
         raise WeightsError(
             f"{path}: tensor {name!r} has a damaged entry ({error})", fix=_DAMAGED
         ) from error
-    if code not in _DTYPES:
+    if code not in DTYPES:
         raise WeightsError(
             f"{path}: tensor {name!r} has dtype {code!r}, which memopt does not store",
-            fix=f"supported: {', '.join(_DTYPES)}",
+            fix=f"supported: {', '.join(DTYPES)}",
         )
-    kind = _DTYPES[code]
+    kind = DTYPES[code]
     needed = math.prod(shape) * numpy_dtype(kind).itemsize
     if end - start != needed:
         raise WeightsError(
@@ -210,7 +211,7 @@ def _placed(header: bytes | None, infos: Mapping[str, Any]) -> list[str] | None:
         return None
     entries = json.loads(header)
     entries.pop("__metadata__", None)
-    described = {n: (_DTYPES.get(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}
+    described = {n: (DTYPES.get(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}
     if described != {n: (i.dtype, i.shape) for n, i in infos.items()}:
         return None
     return sorted(entries, key=lambda n: tuple(entries[n]["data_offsets"]))
@@ -222,7 +223,7 @@ def _fresh_header(infos: Mapping[str, Any]) -> tuple[bytes, list[str]]:
     for name, info in infos.items():
         size = info.size * numpy_dtype(info.dtype).itemsize
         header[name] = {
-            "dtype": _CODES[info.dtype],
+            "dtype": CODES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [at, at + size],
         }

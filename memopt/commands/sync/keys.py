@@ -1,0 +1,64 @@
+"""``memopt sync keygen|init-ca|issue``: signing keys and certificates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memopt.commands.sync.options import DEFAULT_KEYS, Keys
+
+
+def keygen(
+    node: Annotated[str, typer.Argument(help="The node that will sign.")],
+    keys: Keys = DEFAULT_KEYS,
+    trust: Annotated[
+        Path | None, typer.Option(help="Trust file to add it to [default: KEYS/trust.json].")
+    ] = None,
+    role: Annotated[list[str] | None, typer.Option(help="push, pull, admin; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--adapter", help="Adapters it may touch (patterns).")
+    ] = None,
+) -> None:
+    """Make a node's signing key and add the public one to the trust file."""
+    from memopt.errors import ConfigurationError
+    from memopt.federation.session import NodeFiles
+    from memopt.federation.signing import SigningKey, add_trusted
+
+    path = NodeFiles(folder=keys, node=node).folder / f"{node}.sign.key"
+    if path.exists():
+        raise ConfigurationError(f"{path} exists already", fix="remove it first if it is to go")
+    key = SigningKey.generate()
+    add_trusted(
+        trust or keys / "trust.json",
+        node,
+        key=key.public(),
+        roles=tuple(role or ()),
+        adapters=tuple(only or ()),
+    )
+    key.save(path)
+    typer.echo(f"{node} {key.public()}")
+
+
+def init_ca(keys: Keys = DEFAULT_KEYS) -> None:
+    """Make a certificate authority for tests and closed fleets."""
+    from memopt.federation.authority import init_ca as make
+
+    typer.echo(f"wrote {make(keys)}")
+
+
+def issue(
+    node: Annotated[str, typer.Argument(help="The node's name.")],
+    keys: Keys = DEFAULT_KEYS,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files [default: KEYS].")] = None,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address it may serve on; repeatable.")
+    ] = None,
+    days: Annotated[float, typer.Option(help="Validity.")] = 90,
+) -> None:
+    """Issue a node's certificate; with --host it may serve."""
+    from memopt.federation.authority import issue as make
+
+    certificate, key = make(out or keys, node, ca=keys, hosts=host or (), days=days)
+    typer.echo(f"wrote {certificate} and {key}")
