@@ -20,8 +20,6 @@ Codec = Annotated[
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option(
-        help="Seal weights at rest under this key [default: $MEMOPT_WEIGHTS_KEY]."
-    ),
+    typer.Option(help="Seal weights at rest under this key [default: $MEMOPT_WEIGHTS_KEY]."),
 ]
 DEFAULT_STATE, DEFAULT_KEYS = Path(".memopt-sync"), Path("keys")
