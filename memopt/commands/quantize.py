@@ -58,7 +58,7 @@ def quantize(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights per scale in per-group [default: 128 for int8, else 32].",
+            help="Weights per scale in per-group [default: 64 for int8, else 32].",
             rich_help_panel=_RECIPE,
         ),
     ] = None,

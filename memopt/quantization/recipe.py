@@ -77,7 +77,7 @@ HELP: Mapping[str, str] = types.MappingProxyType(
         "weight_type": "Type of the stored weights.",
         "activation_type": "Type of activations; int8 only with nncf.",
         "granularity": "What shares one scale of a weight; auto is the method's best.",
-        "group_size": "Weights per scale in per-group; 0 is 128 for int8, else 32.",
+        "group_size": "Weights per scale in per-group; 0 is 64 for int8, else 32.",
         "symmetric": "Weights without a zero point.",
         "algorithm": "How weights are rounded.",
         "ranges": "How activation ranges are chosen from their histogram.",
@@ -174,8 +174,12 @@ class Recipe:
 
     @property
     def group(self) -> int:
-        """The group size with 0 resolved: larger where eight bits leave little to gain."""
-        return self.group_size or (128 if self.weight_type == "int8" else 32)
+        """The group size with 0 resolved.
+
+        For eight bits 64: on MiniLM blocks of 128 cost a minimum cosine of .994 against .997, and
+        blocks of 32 (.998) make the file larger than 26 % of float32; all run equally fast.
+        """
+        return self.group_size or (64 if self.weight_type == "int8" else 32)
 
     @property
     def grain(self) -> str:

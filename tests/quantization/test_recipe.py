@@ -83,7 +83,7 @@ def test_every_field_is_a_flag_with_its_default() -> None:
         if isinstance(default, bool):
             shown = field.name.replace("_", "-") if default else f"no-{field.name}"
         else:
-            words = {"group_size": "128 for int8, else 32", "max_drop": "0, off"}
+            words = {"group_size": "64 for int8, else 32", "max_drop": "0, off"}
             shown = words.get(field.name, str(default) if default != () else "none")
         assert f"[default: {shown}]" in str(option), field.name
 
