@@ -112,7 +112,10 @@ def find_tables(model: Any) -> list[tuple[str, Any]]:
 
 
 def quantize_tables(model: Any, kept: frozenset[str] | set[str]) -> list[tuple[str, float]]:
-    """Turn large embedding tables into int8 rows with a scale each; return (name, error)."""
+    """Turn large embedding tables into int8 rows with a scale each; return (name, error).
+
+    Scales are float16 where all of them are normal numbers there, else float32.
+    """
     from onnx import helper, numpy_helper
 
     from memopt.quantization.static import round_table
@@ -125,16 +128,25 @@ def quantize_tables(model: Any, kept: frozenset[str] | set[str]) -> list[tuple[s
         values = numpy_helper.to_array(constants[name])
         integers, scales = round_table(values)
         ids, output = node.input[1], node.output[0]
+        half = scales.astype(np.float16)
+        if (np.abs(half) >= np.finfo(np.float16).smallest_normal).all() and np.isfinite(half).all():
+            # A scale a row in float32 would be half a percent of a small model's file.
+            scales = half
+            wide = half.astype(np.float32)
+            integers = np.clip(np.rint(values / wide), -127, 127).astype(np.int8)
         add_initializers(model, {f"{name}_quantized": integers, f"{name}_scale": scales})
         parts = [
             helper.make_node("Gather", [f"{name}_quantized", ids], [f"{output}_int8"]),
             helper.make_node("Cast", [f"{output}_int8"], [f"{output}_steps"], to=1),
-            helper.make_node("Gather", [f"{name}_scale", ids], [f"{output}_scale"]),
+            helper.make_node("Gather", [f"{name}_scale", ids], [f"{output}_stored"]),
+            helper.make_node("Cast", [f"{output}_stored"], [f"{output}_scale"], to=1),
             helper.make_node("Mul", [f"{output}_steps", f"{output}_scale"], [output]),
         ]
         replace_node(model, node, [named(part, part.output[0]) for part in parts])
         drop_unused(model)
-        error = ((integers * scales - values) ** 2).sum() / max(float((values**2).sum()), 1e-12)
+        error = ((integers * scales.astype(np.float32) - values) ** 2).sum() / max(
+            float((values**2).sum()), 1e-12
+        )
         done.append((name, float(error)))
     return done
 
