@@ -16,7 +16,7 @@ def doctor(
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.runtimes.cpu import NOTABLE
+    from memopt.runtimes.cpu import lacking
     from memopt.runtimes.doctor import diagnose
 
     found = diagnose()
@@ -32,7 +32,7 @@ def doctor(
     machine = Table("machine", "")
     machine.add_row("processor", found.cpu)
     machine.add_row("has", ", ".join(found.features) or "nothing known")
-    machine.add_row("lacks", ", ".join(n for n in NOTABLE if n not in found.features))
+    machine.add_row("lacks", ", ".join(lacking()) or "nothing of note")
     machine.add_row("cores", f"{found.cores} usable of {found.cores_of_machine}")
     limit = f", limited to {found.memory_limit_mb:,} MB" if found.memory_limit_mb else ""
     machine.add_row(

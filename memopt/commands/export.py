@@ -77,3 +77,7 @@ def _print(folder: Path, variants: tuple[Variant, ...]) -> None:
             counts = {k: v for k, v in fusion.items() if isinstance(v, int) and v}
             console.print("fused: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
         console.print(f"wrote {folder / variant.file}")
+        if not variant.passed:
+            console.print(
+                f"{variant.name} has passed no quality gate: it is used only when asked for by name"
+            )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from memopt.bundle import Bundle, Variant
+    from collections.abc import Mapping
+
+    from memopt.bundle import Bundle, Manifest, Variant
 
 
 def info(
@@ -62,7 +64,17 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
             "yes" if variant.passed else "NO",
             _check(variant.check),
             _validation(variant.validation),
-            _speed(variant.benchmark),
+            _speed(variant.benchmark, variant.validation),
+        )
+    for file, made in _weights(m).items():
+        variants.add_row(
+            "weights (V2)",
+            file,
+            f"{m.files[file]['bytes'] / 1e6:.1f}",
+            "yes" if made.get("passed") else "NO",
+            "-",
+            _validation(made.get("validation")),
+            "-",
         )
     console.print(variants)
     if chosen:
@@ -100,8 +112,18 @@ def _validation(record: Any) -> str:
     return ", ".join(parts) or "-"
 
 
-def _speed(record: Any) -> str:
-    return f"{record['items_per_second']:,.0f}/s" if record else "-"
+def _speed(record: Any, validation: Any) -> str:
+    if record:
+        return f"{record['items_per_second']:,.0f}/s"
+    # What quantizing measured, beside the float variant it started from.
+    ratio = (validation or {}).get("speedup")
+    return f"{ratio:.2f}x float" if ratio else "-"
+
+
+def _weights(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
+    """Return the quantized weight files that are there, each with what was recorded of it last."""
+    made = {event["file"]: event for event in manifest.history if event.get("method") == "arrow"}
+    return {file: event for file, event in made.items() if file in manifest.files}
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,7 @@ from memopt.exporters import check, onnx, tasks
 from memopt.exporters.blocks import Blocks, to_blocks
 from memopt.exporters.model import load_model
 from memopt.extras import require
-from memopt.files import publish, staged_directory
+from memopt.files import publish, sha256_file, staged_directory
 from memopt.registry import nearest
 from memopt.weights.layout import is_transposed
 from memopt.weights.packing import pack
@@ -74,6 +74,8 @@ def export_v2(
 
     Returns:
         The new variant, ``onnx-int4-arrow`` or the like; ``-portable`` is appended for that kernel.
+        It has passed its gate when `memopt quantize --method arrow` recorded that of this very
+        file in the bundle; otherwise the engine opens it only when it is asked for by name.
 
     Raises:
         ExportError: no portable graph, a quantized weight the graph does not have under its name,
@@ -115,6 +117,7 @@ def export_v2(
         record = check.compare(run, cases, tolerance, name=name)
         for part in (*beside, file.name):
             publish(folder / part, bundle.path / "onnx" / part)
+    proof = _proof(bundle, path)
     variant = Variant(
         name=name,
         format="onnx",
@@ -129,10 +132,21 @@ def export_v2(
         output=source.output,
         check={**record, "reference": f"torch fp32 with the dequantized {path.name}"},
         recipe=settings or None,
+        passed=proof.get("passed") is True,
+        validation=proof.get("validation"),
     )
     event = {"event": "export", "weights": path.name, "variants": [name], "nodes": dict(counts)}
     bundle.add_variants(variant, event=event)
     return variant
+
+
+def _proof(bundle: Bundle, path: Path) -> Mapping[str, Any]:
+    """Return what quantizing recorded of this very file, {} when nothing did."""
+    known = bundle.manifest.files.get(path.name, {}).get("sha256")
+    if known is None or known != sha256_file(path):
+        return {}
+    of_file = (e for e in reversed(bundle.manifest.history) if e.get("file") == path.name)
+    return next(of_file, {})
 
 
 def quantized_graph(

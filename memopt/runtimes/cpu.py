@@ -11,7 +11,7 @@ from pathlib import Path
 
 # The instruction sets that decide which kernels the runtimes pick, by their Linux name.
 # asimddp is NEON's dot product, i8mm its int8 matrix product, svei8mm the SVE one.
-NOTABLE = (
+_X86 = (
     "avx2",
     "fma",
     "avx512f",
@@ -22,6 +22,8 @@ NOTABLE = (
     "amx_tile",
     "amx_int8",
     "amx_bf16",
+)
+_ARM = (
     "asimd",
     "asimddp",
     "i8mm",
@@ -30,6 +32,7 @@ NOTABLE = (
     "sve2",
     "svei8mm",
 )
+NOTABLE = _X86 + _ARM
 # Any of these multiplies bf16 matrices faster than float32.
 BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 # Names that macOS' sysctl uses (hw.optional.arm.FEAT_...) for the same instructions.
@@ -54,6 +57,16 @@ def cpu_features() -> frozenset[str]:
     else:
         present = set()
     return frozenset(name for name in NOTABLE if name in present)
+
+
+def lacking() -> tuple[str, ...]:
+    """Return the instruction sets that processors of this kind may have and this one has not.
+
+    >>> set(lacking()) & cpu_features()
+    set()
+    """
+    arm = platform.machine().lower().startswith(("arm", "aarch64"))
+    return tuple(name for name in (_ARM if arm else _X86) if name not in cpu_features())
 
 
 @lru_cache(maxsize=1)

@@ -173,7 +173,7 @@ class OpenvinoBackend:
             "threads": self._threads,
             "streams": self.streams,
             "nodes": {f"openvino-{self._device}": len(compiled.get_runtime_model().get_ops())},
-            "inference_precision": str(compiled.get_property("INFERENCE_PRECISION_HINT")),
+            "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
         }
 
     def close(self) -> None:

@@ -203,6 +203,31 @@ def test_arrow_method(tiny_copy: Bundle, texts: Path) -> None:
     assert not (tiny_copy.path / "weights_int2_gptq.parquet").exists()
 
 
+def test_a_graph_of_arrow_weights_has_their_verdict(tiny_copy: Bundle, texts: Path) -> None:
+    """What quantizing found is the graph's too; unknown weights have none; `info` shows it."""
+    from typer.testing import CliRunner
+
+    from memopt.cli import app
+    from memopt.exporters.from_v2 import export_v2
+
+    samples = Samples(calibration=texts, samples=16, validation_samples=16)
+    recipe = Recipe(method="arrow", weight_type="int4")
+    for bound, passes in ((0.5, True), (1.0, False)):
+        gate = Gate(min_cosine=bound)
+        done = quantize_arrow(tiny_copy, samples, recipe, gate=gate, keep_failing=True)
+        variant = export_v2(open_bundle(tiny_copy.path), done.file)
+        assert variant.passed is passes
+        assert variant.validation is not None
+        assert variant.validation["gate"]["min_cosine"] == bound
+        shown = CliRunner().invoke(app, ["info", str(tiny_copy.path)]).output
+        (row,) = (line for line in shown.splitlines() if "weights (V2)" in line)
+        assert done.file in row
+        assert ("NO" in row) is not passes
+    unknown = tiny_copy.path / "other.parquet"
+    unknown.write_bytes((tiny_copy.path / done.file).read_bytes())
+    assert export_v2(open_bundle(tiny_copy.path), unknown).validation is None
+
+
 def test_report_is_self_contained(tiny_copy: Bundle, texts: Path, tmp_path: Path) -> None:
     """The report holds its pictures and the worst inputs, escaped, and asks for nothing."""
     from memopt.quantization.report import write_report
