@@ -13,6 +13,8 @@ from memopt.benchmark.runner import BenchmarkMetrics, run
 from memopt.benchmark.workload import default_inputs, read_texts
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, MemoptError
+from memopt.runtimes.providers import missing
+from memopt.runtimes.selection import runnable
 
 Step = Callable[[str], None]
 
@@ -29,7 +31,7 @@ def bench(
     peers: Sequence[str] = (),
     on_step: Step | None = None,
 ) -> list[BenchmarkMetrics]:
-    """Measure variants of a bundle, and peers, in one run; the first variant is the reference.
+    """Measure variants of a bundle, and peers, in one run; cosines are against its float graph.
 
     Args:
         path: bundle folder or name.
@@ -65,7 +67,32 @@ def bench(
     ]
     if peers:
         contenders += _peers(bundle, list(peers))
-    return run(contenders, texts, rounds=rounds, singles=singles, on_step=on_step)
+    return run(
+        contenders,
+        texts,
+        rounds=rounds,
+        singles=singles,
+        on_step=on_step,
+        reference=_reference(bundle, contenders[0]),
+    )
+
+
+def _reference(bundle: Bundle, first: Contender) -> Contender | None:
+    """Return the float graph whose vectors are the right ones, None when `first` is that."""
+    for name in ("onnx-fp32-fused", "onnx-fp32", "openvino-fp32"):
+        variant = bundle.manifest.variants.get(name)
+        for device in ("cpu", "openvino"):
+            if variant is None or not runnable(variant, device) or missing(device) is not None:
+                continue
+            spec = {
+                "kind": "memopt",
+                "path": str(bundle.path.absolute()),
+                "variant": name,
+                "device": device,
+            }
+            same = (spec["path"], name) == (first.spec["path"], first.spec.get("variant"))
+            return None if same else Contender(label=f"memopt {name}", spec=spec)
+    return None
 
 
 def compare(
@@ -96,7 +123,14 @@ def compare(
         ]
     bundle = open_bundle(records[0].spec["path"])
     texts = default_inputs(bundle.manifest, records[0].items)
-    return run(contenders, texts, rounds=rounds, singles=singles, on_step=on_step)
+    return run(
+        contenders,
+        texts,
+        rounds=rounds,
+        singles=singles,
+        on_step=on_step,
+        reference=_reference(bundle, contenders[0]),
+    )
 
 
 def _peers(bundle: Bundle, names: list[str]) -> list[Contender]:

@@ -25,6 +25,15 @@ HEADER = (
 )
 
 
+def header(records: Sequence[BenchmarkMetrics]) -> tuple[str, ...]:
+    """Return the columns of a run; GPU memory only where a GPU was used."""
+    return HEADER if not _on_gpu(records) else (*HEADER, "VRAM MB")
+
+
+def _on_gpu(records: Sequence[BenchmarkMetrics]) -> bool:
+    return any(record.vram_mb for record in records)
+
+
 def rows(records: Sequence[BenchmarkMetrics]) -> list[list[str]]:
     """Return one row of formatted cells per record, ratios against the first record."""
     reference = records[0]
@@ -46,14 +55,21 @@ def rows(records: Sequence[BenchmarkMetrics]) -> list[list[str]]:
                 "-" if record.cosine_min is None else f"{record.cosine_min:.5f}",
             ]
         )
+        if _on_gpu(records):
+            lines[-1].append(f"{record.vram_mb or 0:.0f}")
     return lines
 
 
 def table(records: Sequence[BenchmarkMetrics]) -> Any:
-    """Return a rich table of a run; cosines are against the first contender."""
+    """Return a rich table of a run, cosines against its reference."""
     from rich.table import Table
 
-    made = Table(*HEADER, title=f"{records[0].items} inputs, medians of paired rounds")
+    reference = records[0].reference
+    made = Table(
+        *header(records),
+        title=f"{records[0].items} inputs, medians of paired rounds"
+        + (f", cosine against {reference}" if reference else ""),
+    )
     for line in rows(records):
         made.add_row(*line)
     return made
@@ -81,13 +97,14 @@ def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
                 "Resident memory after the run",
                 charts.bars([(r.label, r.rss_mb) for r in records], "MB"),
             ),
-            ("Numbers", charts.table(HEADER, rows(records))),
+            ("Numbers", charts.table(header(records), rows(records))),
             ("Machine and versions", charts.table(("what", "value"), list(circumstances.items()))),
         ],
         note=(
             f"{records[0].items} inputs, {len(records[0].rounds_seconds)} alternating rounds; "
             "ratios are medians of paired rounds with a 95 % bootstrap interval, against the "
-            "first row; cosines are against the first row too."
+            "first row; "
+            f"cosines are against {records[0].reference or 'the first row'}."
         ),
     )
     with atomic_path(target) as path:

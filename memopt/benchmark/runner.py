@@ -14,7 +14,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from memopt.benchmark.peers import Contender
 from memopt.errors import InputError, MemoptError
 from memopt.files import atomic_path
+from memopt.runtimes.limits import process_vram_mb
 
 WORKER = Path(__file__).with_name("worker.py")
 PACKAGES = ("memopt", "onnxruntime", "openvino", "torch", "sentence-transformers", "numpy")
@@ -50,8 +51,9 @@ class BenchmarkMetrics:
     rss_mb: float
     pss_mb: float
     rss_increase_mb: float  # over the worker before it opened the model
-    cosine_min: float | None  # against the run's reference contender
+    cosine_min: float | None  # against the contender `reference`
     cosine_mean: float | None
+    reference: str = ""
     hardware: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     vram_mb: float | None = None
@@ -140,16 +142,19 @@ def run(
     singles: int = 200,
     on_step: Callable[[str], None] | None = None,
     vectors: dict[str, np.ndarray[Any, Any]] | None = None,
+    reference: Contender | None = None,
 ) -> list[BenchmarkMetrics]:
     """Measure every contender on the same inputs in one run.
 
     Args:
-        contenders: the first one is the reference of the cosines.
+        contenders: what is measured; ratios are against the first one.
         inputs: texts, or arrays of one shape (images, waveforms).
         rounds: timed passes over all inputs per contender, after one that warms up.
         singles: how many inputs are also encoded one at a time, for the latency percentiles.
         on_step: called with a line before each step, for a progress display.
         vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
+        reference: gives the vectors that cosines are against, and is not timed; None takes the
+            first contender.
 
     Returns:
         One record per contender, in order, sharing a ``run_id``.
@@ -163,6 +168,14 @@ def run(
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = _write_inputs(inputs, Path(folder))
+        right = None
+        if reference is not None:
+            say(f"reference {reference.label}")
+            out = Path(folder) / "reference.npy"
+            with closing(_Worker(reference, threads)) as worker:
+                worker.ask(do="open", inputs=str(file))
+                worker.ask(do="encode", out=str(out))
+            right = np.load(out)
         workers = []
         opened = []
         for contender in contenders:
@@ -190,10 +203,11 @@ def run(
             say(f"single inputs: {worker.contender.label}")
             latencies.append(worker.ask(do="single", count=singles)["times"])
         memory = [worker.ask(do="memory") for worker in workers]
+        vram = [process_vram_mb(worker.process.pid) for worker in workers]
     run_id = uuid.uuid4().hex[:12]
     records = []
     for index, contender in enumerate(contenders):
-        cosines = _cosines(embeddings[0], embeddings[index])
+        cosines = _cosines(embeddings[0] if right is None else right, embeddings[index])
         p50, p95, p99 = (float(v) for v in np.percentile(latencies[index], (50, 95, 99)))
         records.append(
             BenchmarkMetrics(
@@ -214,6 +228,8 @@ def run(
                 rss_increase_mb=memory[index]["rss_mb"] - opened[index]["base"]["rss_mb"],
                 cosine_min=None if cosines is None else float(cosines.min()),
                 cosine_mean=None if cosines is None else float(cosines.mean()),
+                reference=(reference or contenders[0]).label,
+                vram_mb=vram[index],
                 hardware=hardware(),
                 versions=versions(),
             )

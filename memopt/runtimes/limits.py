@@ -63,13 +63,29 @@ def check_vram(threshold: float, needed_mb: float) -> float | None:
 
 def vram() -> Vram | None:
     """Return the memory of the first NVIDIA GPU, None where nvidia-smi is not there or fails."""
-    query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        used, total = result.stdout.splitlines()[0].split(",")
+        used, total = _nvidia_smi("--query-gpu=memory.used,memory.total")[0]
         return Vram(float(used), float(total))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def process_vram_mb(pid: int) -> float | None:
+    """Return the GPU memory of a process in MB, None where nvidia-smi is not there or fails.
+
+    0.0 for a process that uses no GPU.
+    """
+    try:
+        rows = _nvidia_smi("--query-compute-apps=pid,used_memory")
+        return sum(float(used) for owner, used in rows if int(owner) == pid)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return [line.split(",") for line in result.stdout.splitlines() if line.strip()]
 
 
 def resident_mb() -> float:

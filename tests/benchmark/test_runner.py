@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from memopt.benchmark import report
 from memopt.benchmark.peers import Contender, peer_contenders
 from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
 from memopt.bundle import Bundle
@@ -16,7 +18,7 @@ TEXTS = [f"sentence number {i} about weather" for i in range(24)]
 
 
 def contender(bundle: Bundle, variant: str, label: str) -> Contender:
-    spec = {"kind": "memopt", "path": str(bundle.path), "variant": variant, "device": "cpu"}
+    spec = {"kind": "memopt", "path": str(bundle.path), "variant": variant}
     return Contender(label=label, spec=spec)
 
 
@@ -41,6 +43,27 @@ def test_records_hold_what_was_measured(records: list[BenchmarkMetrics]) -> None
         assert record.first_vector_seconds > record.load_seconds > 0
     assert records[1].cosine_min == pytest.approx(1.0, abs=1e-5)
     assert records[0].versions["onnxruntime"]
+
+
+def test_cosines_are_against_the_reference(minilm: Bundle) -> None:
+    """One contender alone is not its own reference: float vectors are."""
+    (record,) = run(
+        [contender(minilm, "openvino-bf16", "bf16")],
+        TEXTS,
+        rounds=1,
+        singles=1,
+        reference=contender(minilm, "onnx-fp32", "float"),
+    )
+    assert record.reference == "float"
+    assert 0.999 < record.cosine_min < 0.9999999
+
+
+def test_gpu_memory_is_a_column_where_a_gpu_was_used(records: list[BenchmarkMetrics]) -> None:
+    """Without a GPU the table has no empty column for one."""
+    assert "VRAM MB" not in report.header(records)
+    on_gpu = [replace(record, vram_mb=512.0) for record in records]
+    assert report.header(on_gpu)[-1] == "VRAM MB"
+    assert [row[-1] for row in report.rows(on_gpu)] == ["512", "512"]
 
 
 def test_a_record_reads_back_and_a_foreign_file_is_refused(

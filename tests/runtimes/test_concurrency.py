@@ -192,6 +192,10 @@ def test_a_full_gpu_is_left_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     assert limits.check_vram(0.9, 100) == pytest.approx(6200)
     tool.write_text("#!/bin/sh\necho no devices were found\n")
     assert limits.check_vram(0.9, 100) is None
+    assert limits.process_vram_mb(1) is None
+    tool.write_text("#!/bin/sh\necho 7, 100\necho 8, 50\necho 7, 20\n")
+    assert limits.process_vram_mb(7) == pytest.approx(120)
+    assert limits.process_vram_mb(9) == 0
 
 
 def test_an_engine_needs_an_encoder(minilm: Bundle) -> None:
