@@ -161,3 +161,15 @@ def test_an_encrypted_store_needs_its_key(minilm: Bundle, tmp_path: Path) -> Non
     refused = memopt("search", path, "key")
     assert refused.returncode == 1
     assert "no key was given" in refused.stderr
+    # A new key before the old one; afterwards the new one alone opens it.
+    both, new = tmp_path / "both", tmp_path / "new"
+    for file, text in ((both, "\n".join(["cd" * 32, "ab" * 32])), (new, "cd" * 32)):
+        file.write_text(text)
+        file.chmod(0o600)
+    lacking = memopt("rekey", path, "--key", key)
+    assert (lacking.returncode, "two keys" in lacking.stderr) == (2, True)
+    moved = memopt("rekey", path, "--key", both)
+    assert "1 memories sealed" in moved.stdout, moved.stderr
+    shown = json.loads(memopt("search", path, "key", "--key", new, "--json").stdout)
+    assert shown[0]["text"] == "zq7vxk2jwp9 key"
+    assert "does not open" in memopt("search", path, "key", "--key", key).stderr

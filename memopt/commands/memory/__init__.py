@@ -19,6 +19,7 @@ MEMORY_COMMANDS: tuple[str, ...] = (
     "import_",
     "verify",
     "reembed",
+    "rekey",
 )
 
 app = typer.Typer(

@@ -1,0 +1,28 @@
+"""``memopt memory rekey``: seal an encrypted store under a new key."""
+
+from __future__ import annotations
+
+from memopt.commands.memory.opened import Key, Store
+
+
+def rekey(store: Store, key: Key = None) -> None:
+    """Seal every memory under the first key given; the present key comes after it.
+
+    The key file, or MEMOPT_MEMORY_KEY, holds both: the new one first, one a line or separated by
+    commas. Resumable. Afterwards only the new one is needed, and what the old one sealed is erased.
+    """
+    from memopt.commands.console import stdout
+    from memopt.commands.memory.opened import opened
+    from memopt.errors import ConfigurationError
+    from memopt.memory.erase import erase
+    from memopt.memory.keys import read_cipher, rotate
+
+    cipher = read_cipher(key)
+    if cipher is None or len(cipher.keys) < 2:
+        raise ConfigurationError(
+            "rekey needs two keys", fix="write the new key first and the present one after it"
+        )
+    with opened(store, embed=False, key=key) as here:
+        count = rotate(here.store, cipher)
+        erase(here.store)
+    stdout().print(f"{count} memories sealed under key {cipher.key_id}")
