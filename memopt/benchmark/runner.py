@@ -150,7 +150,8 @@ def run(
         contenders: what is measured; ratios are against the first one.
         inputs: texts, or arrays of one shape (images, waveforms).
         rounds: timed passes over all inputs per contender, after one that warms up.
-        singles: how many inputs are also encoded one at a time, for the latency percentiles.
+        singles: how many inputs are also encoded one at a time, for the latency percentiles; after
+            some untimed ones.
         on_step: called with a line before each step, for a progress display.
         vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
         reference: gives the vectors that cosines are against, and is not timed; None takes the
