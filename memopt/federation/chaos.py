@@ -120,7 +120,8 @@ class ChaosProxy:
                     continue
                 sink.sendall(data)
         except OSError:
-            pass
+            # Breaking connections is what this proxy is for: either side may be gone.
+            return
         finally:
             if not (done and mine.kind == "stall"):
                 for each in (source, sink):

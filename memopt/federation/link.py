@@ -251,10 +251,9 @@ def translate(error: BaseException) -> SyncFailure:
     """Return the failure that a Flight error stands for."""
     details = getattr(error, "extra_info", None)
     if details:
-        try:
+        # Details that are not ours are something between us and the server speaking.
+        with suppress(ValueError, AttributeError):
             return protocol.decode_error(json.loads(details))
-        except (ValueError, AttributeError):
-            pass
     if isinstance(error, flight.FlightTimedOutError):
         return SyncFailure("timeout", "the server did not answer in time")
     line = " ".join(str(error).split())
