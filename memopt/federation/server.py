@@ -73,14 +73,8 @@ class Channel:
             chunk = self._reader.read_chunk()
         except StopIteration:
             raise SyncFailure("unavailable", "the peer ended the exchange") from None
-        if chunk.data is not None or chunk.app_metadata is None:
-            raise SyncFailure("malformed", "the peer sent a record batch")
-        frame = protocol.decode(memoryview(chunk.app_metadata), self._limits)
-        if frame.kind == protocol.ERROR:
-            raise protocol.decode_error(frame.fields)
-        if frame.kind not in kinds:
-            raise SyncFailure("out-of-order", f"message kind {frame.kind} is not expected here")
-        return frame
+        batch = SyncFailure("malformed", "the peer sent a record batch")
+        return protocol.take(chunk, kinds, self._limits, batch)
 
     def drain(self, most: int) -> None:
         """Read and drop what the peer still sends, until it ends its side."""

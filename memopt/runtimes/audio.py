@@ -14,7 +14,7 @@ from memopt.bundle import Bundle
 from memopt.errors import BundleError
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import MEDIA_BATCH, Batch, UnusableItems
+from memopt.runtimes.batching import MEDIA_BATCH, Batch, decoded, in_order
 from memopt.runtimes.image import processor_config
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class AudioFrontEnd:
 
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return positions in chunks of one batch each."""
-        order = np.arange(len(items))
-        return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
+        return in_order(len(items), MEDIA_BATCH)
 
     def prepare(
         self,
@@ -77,24 +76,11 @@ class AudioFrontEnd:
         step: int = 1,
     ) -> list[Batch]:
         """Decode, resample and transform one chunk."""
-        waves, broken = [], {}
-        for index, item in enumerate(items):
-            try:
-                waves.append(self.waveform(item))
-            except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
-                name = f"({item}) " if isinstance(item, str | Path) else ""
-                broken[index] = f"{name}cannot be read as sound: {error}"
-        if broken:
-            raise UnusableItems(broken)
+        waves = decoded(items, self.waveform, "sound")
         if self._mel:
-            size = batch_size or len(waves)
-            rows = np.arange(len(waves))
             return [
-                Batch(
-                    rows[start : start + size],
-                    {"input_features": np.stack([self.log_mel(w) for w in waves[start:][:size]])},
-                )
-                for start in range(0, len(waves), size)
+                Batch(rows, {"input_features": np.stack([self.log_mel(waves[r]) for r in rows])})
+                for rows in in_order(len(waves), batch_size or len(waves))
             ]
         return self._raw(waves, batch_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -59,6 +60,37 @@ class UnusableItems(Exception):
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__(reasons)
         self.reasons = reasons
+
+
+def in_order(count: int, size: int) -> list[NDArray[np.intp]]:
+    """Return positions 0 to ``count`` in runs of ``size``.
+
+    >>> [run.tolist() for run in in_order(5, 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    order = np.arange(count)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+def decoded(items: Sequence[Any], decode: Callable[[Any], T], what: str) -> list[T]:
+    """Return every item decoded.
+
+    Raises:
+        UnusableItems: all that cannot be, with their path where they have one.
+    """
+    found: list[T] = []
+    broken = {}
+    for index, item in enumerate(items):
+        try:
+            found.append(decode(item))
+        except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
+            name = f"({item}) " if isinstance(item, str | Path) else ""
+            absent = isinstance(error, FileNotFoundError)
+            why = "is not there" if absent else f"cannot be read as {what}: {error}"
+            broken[index] = name + why
+    if broken:
+        raise UnusableItems(broken)
+    return found
 
 
 def bucket(length: int, limit: int | None) -> int:

@@ -17,7 +17,7 @@ from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import MEDIA_BATCH, Batch, UnusableItems
+from memopt.runtimes.batching import MEDIA_BATCH, Batch, decoded, in_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,8 +84,7 @@ class ImageFrontEnd:
 
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return positions in chunks of one batch each."""
-        order = np.arange(len(items))
-        return [order[start : start + MEDIA_BATCH] for start in range(0, len(order), MEDIA_BATCH)]
+        return in_order(len(items), MEDIA_BATCH)
 
     def prepare(
         self,
@@ -95,21 +94,10 @@ class ImageFrontEnd:
         step: int = 1,
     ) -> list[Batch]:
         """Decode and transform one chunk."""
-        pixels, broken = [], {}
-        for index, item in enumerate(items):
-            try:
-                pixels.append(self.transform(item))
-            except Exception as error:  # noqa: BLE001 - decoders raise anything on a damaged file
-                broken[index] = _why(item, error)
-        if broken:
-            raise UnusableItems(broken)
-        size = batch_size or len(pixels)
-        rows = np.arange(len(pixels))
+        pixels = decoded(items, self.transform, "an image")
         return [
-            Batch(
-                rows[start : start + size], {"pixel_values": np.stack(pixels[start : start + size])}
-            )
-            for start in range(0, len(pixels), size)
+            Batch(rows, {"pixel_values": np.stack([pixels[row] for row in rows])})
+            for rows in in_order(len(pixels), batch_size or len(pixels))
         ]
 
     def transform(self, item: Any) -> NDArray[np.float32]:
@@ -230,10 +218,3 @@ def _as_uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
     if np.issubdtype(array.dtype, np.integer) and low >= 0 and high <= 255:
         return array.astype(np.uint8)
     raise ValueError(f"{array.dtype} values from {low} to {high} are neither 0..1 nor 0..255")
-
-
-def _why(item: Any, error: Exception) -> str:
-    name = f"({item}) " if isinstance(item, str | Path) else ""
-    if isinstance(error, FileNotFoundError):
-        return f"{name}is not there"
-    return f"{name}cannot be read as an image: {error}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, Manifest, Variant
 from memopt.runtimes.base import TOKENS_ON_CPU, Backend, Candidate
-from memopt.runtimes.batching import Batch, FrontEnd
+from memopt.runtimes.batching import Batch, FrontEnd, in_order
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.streams import Streams
 
@@ -86,8 +86,7 @@ class FakeFrontEnd:
 
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return positions in chunks of 64."""
-        order = np.arange(len(items))
-        return [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
+        return in_order(len(items), _CHUNK)
 
     def prepare(
         self,
@@ -101,10 +100,8 @@ class FakeFrontEnd:
             [np.frombuffer(hashlib.blake2b(_bytes(i), digest_size=_DIGEST).digest(), np.uint8)
              for i in items]
         )  # fmt: skip
-        size = batch_size or len(items)
-        starts = range(0, len(items), size)
-        rows = np.arange(len(items))
-        return [Batch(rows[s : s + size], {"digest": digests[s : s + size]}) for s in starts]
+        runs = in_order(len(items), batch_size or len(items))
+        return [Batch(rows, {"digest": digests[rows]}) for rows in runs]
 
 
 class _FakeEngine(ArrowEngine):
