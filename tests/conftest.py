@@ -64,6 +64,7 @@ def minilm() -> Bundle:
             export(open_bundle(building), format="openvino")
             export(open_bundle(building), format="openvino", precision="bf16")
             building.rename(folder)
+        os.utime(folder)  # in use: see _forget_old
     return open_bundle(folder)
 
 
