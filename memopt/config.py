@@ -6,15 +6,17 @@ Environment variables are ``MEMOPT_<SECTION>__<FIELD>``, for example ``MEMOPT_DE
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +25,15 @@ from pydantic_settings import (
 
 from memopt.errors import ConfigurationError
 from memopt.registry import nearest
+from memopt.settings import (
+    ConsolidationSection,
+    CpuSection,
+    DeviceSection,
+    FederationSection,
+    GpuSection,
+    QuantizationSection,
+)
+from memopt.yamlfile import read_yaml
 
 ENV_PREFIX = "MEMOPT_"
 DEFAULT_FILE = "memopt.yaml"
@@ -30,90 +41,6 @@ DEFAULT_FILE = "memopt.yaml"
 _file_values: ContextVar[Mapping[str, Any]] = ContextVar(
     "_file_values", default=MappingProxyType({})
 )
-Device = Literal[
-    "auto", "cuda", "rocm", "vulkan", "mps", "coreml", "openvino", "cpu", "arm", "torch"
-]
-
-
-def _cron(value: str) -> str:
-    # Five or six fields is all that can be said without croniter, which only extra `memory` brings.
-    if len(value.split()) not in (5, 6):
-        raise ValueError("a cron expression has 5 or 6 fields, like '0 2 * * *'")
-    try:
-        from croniter import croniter
-    except ImportError:
-        return value
-    if not croniter.is_valid(value):
-        raise ValueError("not a valid cron expression, like '0 2 * * *'")
-    return value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DeviceSection(_Section):
-    """Where to run, and whether another provider may take over."""
-
-    target: Device = "auto"
-    fallback_enabled: bool = True
-    vram_threshold: float = Field(0.9, gt=0, le=1)
-
-
-class CpuSection(_Section):
-    """The torch reference backend on a CPU."""
-
-    use_compile: bool = False
-    use_ipex: bool = False
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-
-
-class GpuSection(_Section):
-    """Providers with their own memory."""
-
-    use_amp: bool = False
-    vram_threshold: float = Field(0.9, gt=0, le=1)
-    fallback_to_cpu: bool = True
-
-
-class QuantizationSection(_Section):
-    """Defaults of ``memopt quantize`` and its gate."""
-
-    enabled: bool = True
-    quant_type: Literal["int8", "int4", "int2", "fp16"] = "int8"
-    calibration_method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
-    per_channel: bool = True
-    symmetric: bool = True
-    mixed_precision_layers: tuple[str, ...] = ()
-    cosine_threshold: float = Field(0.95, ge=-1, le=1)
-    ppl_threshold: float = Field(0.15, ge=0)
-
-
-class ConsolidationSection(_Section):
-    """When and how the memory store condenses itself."""
-
-    time_based_enabled: bool = True
-    time_based_schedule: Annotated[str, AfterValidator(_cron)] = "0 2 * * *"
-    pressure_based_enabled: bool = True
-    pressure_threshold_mb: float = Field(1000, gt=0)
-    hot_memory_threshold: int = Field(10, ge=1)
-    cold_memory_age_days: float = Field(30, gt=0)
-    batch_size: int = Field(50, ge=1)
-    llm_provider: Literal["ollama", "anthropic", "openai", "extractive"] = "ollama"
-    llm_model: str = "llama3.2:3b"
-    llm_endpoint: str = "http://localhost:11434"
-    summary_max_length: int = Field(500, ge=1)
-    keep_original: bool = True
-
-
-class FederationSection(_Section):
-    """The weight-sync client."""
-
-    enable_delta_sync: bool = True
-    delta_threshold: float = Field(0.01, ge=0)
-    compression_enabled: bool = True
-    max_retries: int = Field(3, ge=0)
-    timeout_seconds: float = Field(30, gt=0)
 
 
 class OptimizationConfig(BaseSettings):
@@ -170,8 +97,8 @@ def load_config(
         ConfigurationError: a missing file, an unknown key, a wrong type or a value out of range;
             the message names the file (or variable), the key, the value and what is allowed.
     """
-    file = _config_file(path)
-    values = _read_yaml(file) if file else {}
+    file = config_file(path)
+    values = _read_sections(file) if file else {}
     _check_environment()
     token = _file_values.set(values)
     try:
@@ -211,7 +138,31 @@ def as_yaml(config: OptimizationConfig) -> str:
     return text
 
 
-def _config_file(path: str | Path | None) -> Path | None:
+def template() -> str:
+    """Return a file with every setting at its default and what it allows, all commented out.
+
+    Commented out, because a setting that is written counts as chosen: it would overrule what a
+    command does by itself (the gate of each method of ``memopt quantize``, say).
+
+    >>> print(template().splitlines()[4])
+      # target: auto  # auto, cuda, rocm, vulkan, webgpu, mps, coreml, openvino, cpu, arm, torch
+    """
+    lines = ["# Settings of memopt. Take the # away in front of what you change."]
+    for section, values in OptimizationConfig.model_construct().model_dump(mode="json").items():
+        about = (OptimizationConfig.model_fields[section].annotation.__doc__ or "").splitlines()[0]
+        lines += ["", f"# {about}", f"{section}:"]
+        for key, value in values.items():
+            text = yaml.safe_dump({key: value}).strip()
+            lines.append(f"  # {text}  # {_allowed([section, key])}")
+    return "\n".join(lines) + "\n"
+
+
+def config_file(path: str | Path | None = None) -> Path | None:
+    """Return the file that :func:`load_config` reads, None when there is none.
+
+    Raises:
+        ConfigurationError: a file that was named is not there.
+    """
     named = path or os.environ.get("MEMOPT_CONFIG")
     if named:
         if not Path(named).is_file():
@@ -222,11 +173,8 @@ def _config_file(path: str | Path | None) -> Path | None:
     return Path(DEFAULT_FILE) if Path(DEFAULT_FILE).is_file() else None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+def _read_sections(path: Path) -> dict[str, Any]:
+    raw = read_yaml(path)
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -234,20 +182,57 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(raw).__name__}, not sections",
             fix="start from: memopt config init",
         )
-    return raw
+    # A section with nothing under it, or with comments only, is null in YAML.
+    return {section: {} if values is None else values for section, values in raw.items()}
 
 
 def _check_environment() -> None:
     # pydantic-settings looks up known names only: a typo in the section would be ignored.
     sections = OptimizationConfig.model_fields
     for variable in sorted(os.environ):
-        section, nested, _ = variable.removeprefix(ENV_PREFIX).partition("__")
-        if variable.startswith(ENV_PREFIX) and nested and section.lower() not in sections:
+        # Case does not count in names, as in pydantic-settings.
+        if not variable.upper().startswith(ENV_PREFIX):
+            continue
+        name, value = variable[len(ENV_PREFIX) :].lower(), os.environ[variable]
+        shown = f"environment variable {variable}={value!r}"
+        section, nested, _ = name.partition("__")
+        if nested and section not in sections:
             raise ConfigurationError(
-                f"environment variable {variable}={os.environ[variable]!r}: "
-                f"unknown section {section.lower()!r}",
-                fix=nearest(section.lower(), sections),
+                f"{shown}: unknown section {section!r}", fix=nearest(section, sections)
             )
+        first, _, rest = name.partition("_")
+        if not nested and rest and first in sections:
+            raise ConfigurationError(
+                f"{shown}: a section and its key are joined by two underscores",
+                fix=f"write {ENV_PREFIX}{first.upper()}__{rest.upper()}",
+            )
+        if name in sections and not _is_json(value, dict):
+            raise ConfigurationError(
+                f"{shown} is not a JSON object",
+                fix=f"write {ENV_PREFIX}{name.upper()}__KEY=value for one key",
+            )
+        if _lists(name.split("__")) and not _is_json(value, list):
+            raise ConfigurationError(f"{shown} is not a JSON list", fix='write it as ["a", "b"]')
+
+
+def _is_json(text: str, kind: type) -> bool:
+    try:
+        return isinstance(json.loads(text), kind)
+    except ValueError:
+        return False
+
+
+def _lists(location: list[str]) -> bool:
+    field = _field(location)
+    return field is not None and get_origin(field.annotation) is tuple
+
+
+def _field(location: list[str]) -> FieldInfo | None:
+    if len(location) < 2:
+        return None
+    section = OptimizationConfig.model_fields[location[0]].annotation
+    found: FieldInfo | None = getattr(section, "model_fields", {}).get(location[1])
+    return found
 
 
 def _explain(
@@ -266,10 +251,35 @@ def _explain(
             fixes.append(nearest(location[-1], _known(location[:-1])))
         else:
             lines.append(f"{where}: {key} is {item['input']!r}")
-            allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            fixes.append(f"allowed: {allowed}")
+            fixes.append(f"allowed: {_allowed(location)}")
     fix = "; ".join(dict.fromkeys(fixes))
     return ConfigurationError("; ".join(lines), fix=fix)
+
+
+def _allowed(location: list[str]) -> str:
+    """Say which values a key takes, in words of the file and not of Python."""
+    field = _field(location)
+    if field is None:
+        return f"a section with the keys {', '.join(_known(location))}"
+    described = [entry for entry in field.metadata if isinstance(entry, str)]
+    if described:
+        return described[0]
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if kind is bool:
+        return "true or false"
+    if get_origin(kind) is tuple:
+        return "a list of text, like [a, b]"
+    limits = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    bounds = [
+        f"{word} {value:g}"
+        for name, word in limits.items()
+        for entry in field.metadata
+        if (value := getattr(entry, name, None)) is not None
+    ]
+    name = "a whole number" if kind is int else "a number" if kind is float else "text"
+    return ", ".join([name, " and ".join(bounds)]) if bounds else name
 
 
 def _known(section: list[str]) -> list[str]:
@@ -286,12 +296,14 @@ def _origin(
     values: Mapping[str, Any],
     arguments: Mapping[str, Any],
 ) -> str:
-    variable = ENV_PREFIX + "__".join(location[:2]).upper()
     if _holds(arguments, location):
         return "argument"
-    present = {name.upper(): name for name in os.environ}
-    if variable in present:
-        return f"environment variable {present[variable]}"
+    for depth in (2, 1):
+        variable = ENV_PREFIX + "__".join(location[:depth]).upper()
+        for name in sorted(os.environ):
+            # More than two parts are wrong too, and the error is then that of the first two.
+            if "__".join(name.upper().split("__")[:2]) == variable:
+                return f"environment variable {name}"
     if file is not None and _holds(values, location[:1]):
         return str(file)
     return "configuration"

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from memopt.config import OptimizationConfig, as_yaml, load_config, parse_assignment
+from memopt.config import (
+    OptimizationConfig,
+    as_yaml,
+    load_config,
+    parse_assignment,
+    template,
+)
 from memopt.errors import ConfigurationError
 
 
@@ -63,13 +69,20 @@ def test_a_file_does_not_leak_into_the_next_call() -> None:
     [
         ("device: {targt: cpu}", ["memopt.yaml", "device.targt", "'cpu'", "target"]),
         ("device: {target: npu}", ["memopt.yaml", "device.target", "'npu'", "openvino"]),
-        ("gpu: {vram_threshold: 1.5}", ["gpu.vram_threshold", "1.5", "less than or equal to 1"]),
-        ("cpu: {use_compile: maybe}", ["cpu.use_compile", "'maybe'", "valid boolean"]),
-        ("consolidation: {batch_size: 0}", ["consolidation.batch_size", "0", "greater"]),
+        ("gpu: {vram_threshold: 1.5}", ["gpu.vram_threshold is 1.5", "above 0 and at most 1"]),
+        ("gpu: {vram_threshold: .nan}", ["gpu.vram_threshold is nan", "above 0 and at most 1"]),
+        ("federation: {timeout_seconds: .inf}", ["timeout_seconds is inf", "a number, above 0"]),
+        ("cpu: {use_compile: maybe}", ["cpu.use_compile", "'maybe'", "true or false"]),
+        ("consolidation: {batch_size: 0}", ["consolidation.batch_size is 0", "at least 1"]),
+        ("consolidation: {batch_size: yes}", ["batch_size is True", "a whole number"]),
+        ("consolidation: {llm_model: 3}", ["consolidation.llm_model is 3", "text"]),
+        ("quantization: {mixed_precision_layers: a}", ["'a'", "a list of text"]),
         ("consolidation: {time_based_schedule: daily}", ["time_based_schedule", "'daily'", "cron"]),
         ("consolidation: {time_based_schedule: '99 2 * * *'}", ["'99 2 * * *'", "cron"]),
         ("nonsense: {a: 1}", ["unknown key 'nonsense'", "consolidation"]),
-        ("device: cpu", ["device", "'cpu'"]),
+        ("device: cpu", ["device is 'cpu'", "a section with the keys target, fallback_enabled"]),
+        ("device: {target: cpu}\ndevice: {}", ["memopt.yaml", "'device' is there twice", "line 2"]),
+        ("1: {target: cpu}", ["memopt.yaml", "the key 1 is not text"]),
         ("- a\n- b", ["memopt.yaml", "list", "sections"]),
         ("a: [", ["memopt.yaml", "not valid YAML"]),
     ],
@@ -91,6 +104,12 @@ def test_a_wrong_file_is_named_with_key_value_and_what_is_allowed(
         ("MEMOPT_DEVICE__TARGET", "npu", "device.target is 'npu'"),
         ("MEMOPT_DEVICES__TARGET", "cpu", "did you mean 'device'"),
         ("MEMOPT_FEDERATION__MAX_RETRIES", "-1", "federation.max_retries is '-1'"),
+        ("memopt_device__targt", "cpu", "did you mean 'target'"),
+        ("MEMOPT_DEVICE_TARGET", "cpu", "write MEMOPT_DEVICE__TARGET"),
+        ("MEMOPT_DEVICE__TARGET__X", "cpu", "device.target is {'x': 'cpu'}"),
+        ("MEMOPT_DEVICE", "cpu", "is not a JSON object; write MEMOPT_DEVICE__KEY=value"),
+        ("MEMOPT_DEVICE", '{"target": "npu"}', "device.target is 'npu'"),
+        ("MEMOPT_QUANTIZATION__MIXED_PRECISION_LAYERS", "a", "is not a JSON list"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(
@@ -116,6 +135,16 @@ def test_yaml_round_trips() -> None:
     assert yaml.safe_load(as_yaml(config))["quantization"]["mixed_precision_layers"] == [
         "encoder.*"
     ]
+
+
+def test_the_template_changes_nothing_until_it_is_edited() -> None:
+    """`config init` writes every setting commented out; without the # each line is its default."""
+    path = write(template())
+    assert load_config(path) == OptimizationConfig()
+    assert not load_config(path).quantization.model_fields_set
+    edited = template().replace("\n  # ", "\n  ")
+    assert as_yaml(load_config(write(edited))) == as_yaml(OptimizationConfig())
+    assert load_config(path).quantization.model_fields_set
 
 
 def test_assignments_have_their_types() -> None:

@@ -17,6 +17,8 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value; wins over everything.")
 ]
 
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 def _merge(assignments: list[str] | None) -> dict[str, Any]:
     from memopt.config import parse_assignment
@@ -32,7 +34,7 @@ def _merge(assignments: list[str] | None) -> dict[str, Any]:
 def show(
     file: FileOption = None,
     assignments: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print every setting in force: file, then environment, then --set."""
     from memopt.config import as_yaml, load_config
@@ -45,26 +47,33 @@ def show(
 
 
 @app.command()
-def check(file: FileOption = None, assignments: SetOption = None) -> None:
+def check(
+    file: FileOption = None, assignments: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Say whether the settings are valid; exit 2 and name the key when they are not."""
-    from memopt.config import load_config
+    from memopt.config import config_file, load_config
 
     load_config(file, _merge(assignments))
-    typer.echo("configuration is valid")
+    read = config_file(file)
+    if as_json:
+        typer.echo(json.dumps({"valid": True, "file": str(read) if read else None}))
+    else:
+        typer.echo(f"the settings are valid ({read or 'no file: defaults and environment'})")
 
 
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("memopt.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write a file with every setting at its default."""
-    from memopt.config import OptimizationConfig, as_yaml
+    """Write a file of every setting, its default and what it allows, all commented out."""
+    from memopt.config import template
     from memopt.errors import ConfigurationError
     from memopt.files import atomic_path
 
     if path.exists() and not force:
         raise ConfigurationError(f"{path} exists", fix="choose another name or add --force")
     with atomic_path(path) as temporary:
-        temporary.write_text(as_yaml(OptimizationConfig.model_construct()), encoding="utf-8")
-    typer.echo(f"wrote {path}")
+        temporary.write_text(template(), encoding="utf-8")
+    typer.echo(json.dumps({"file": str(path)}) if as_json else f"wrote {path}")

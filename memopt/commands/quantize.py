@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from memopt.config import QuantizationSection
     from memopt.quantization.arrow_method import ArrowResult
     from memopt.quantization.quantize import Result
+    from memopt.settings import QuantizationSection
 
 _RECIPE = "Recipe"
 _DATA = "Data"

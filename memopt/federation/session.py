@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from memopt.config import FederationSection, load_config
+from memopt.config import load_config
 from memopt.errors import ConfigurationError, SyncError
 from memopt.federation.client import SyncClient
 from memopt.federation.delta import DeltaSettings
@@ -24,6 +24,7 @@ from memopt.federation.link import parse_address
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.signing import SigningKey, Trust, check_node
 from memopt.federation.vault import Vault
+from memopt.settings import FederationSection
 from memopt.weights.crypto import KEY_VARIABLE, load_key
 
 

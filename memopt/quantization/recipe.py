@@ -237,15 +237,11 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ConfigurationError: the file is missing, not YAML, or has an unknown key or a bad value.
     """
-    import yaml
+    from memopt.yamlfile import read_yaml
 
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigurationError(f"no recipe file {str(path)!r}", fix="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigurationError(f"{path} is not valid YAML ({line})") from error
+    if not path.is_file():
+        raise ConfigurationError(f"no recipe file {str(path)!r}", fix="check the path")
+    raw = read_yaml(path)
     if isinstance(raw, dict) and "quantize" in raw:
         raw = raw["quantize"]
     if not isinstance(raw, dict):

@@ -91,16 +91,13 @@ def find_source(source: str, *, revision: str | None = None) -> Source:
 
 def known_models() -> dict[str, dict[str, Any]]:
     """Return the entry of every ``models/*.yaml``; the working folder's wins over the package's."""
-    import yaml
+    from memopt.yamlfile import read_yaml
 
     package = Path(__file__).parent.parent
     entries: dict[str, dict[str, Any]] = {}
     for folder in (package / "_models", package.parent / "models", Path("models")):
         for path in sorted(folder.glob("*.yaml")):
-            try:
-                entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise WeightsError(f"{path} is not valid YAML ({error})") from error
+            entry = read_yaml(path)
             if not isinstance(entry, dict) or "source" not in entry:
                 raise WeightsError(f"{path} has no 'source' key", fix="name a folder or hub id")
             entries[path.stem] = entry
