@@ -17,7 +17,7 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError
 from memopt.runtimes import limits
 from memopt.runtimes.base import Backend, Candidate, Settings
-from memopt.runtimes.batching import FrontEnd, in_flight, prepare_chunk, prepared_batches
+from memopt.runtimes.batching import FrontEnd, in_flight, prepared_batches
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates, tuned_record
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from memopt.runtimes.base import Feed
     from memopt.runtimes.coalesce import Coalescer
+
+
+_FIRST = np.zeros(1, np.intp)
 
 
 class ArrowEngine:
@@ -51,7 +54,10 @@ class ArrowEngine:
         memory_limit_mb: resident memory this process may reach (on a GPU: of its memory); a
             variant that would pass it is not opened and the next smaller one takes over.
         vram_threshold: share of the GPU's memory that may be in use.
-        use_compile: run the torch backend through torch.compile.
+        use_compile, compile_mode: run the torch backend through torch.compile, in that mode.
+        use_ipex: run the torch backend with Intel's extension.
+        use_amp: on a GPU, take a float16 variant before a float32 one.
+        fallback_to_cpu: let the CPU take over from a GPU that fails.
         max_delay_ms: how long :meth:`aencode` waits for others to share a batch with.
 
     Raises:
@@ -76,6 +82,10 @@ class ArrowEngine:
         memory_limit_mb: float | None = None,
         vram_threshold: float = 0.9,
         use_compile: bool = False,
+        compile_mode: str = "default",
+        use_ipex: bool = False,
+        use_amp: bool = True,
+        fallback_to_cpu: bool = True,
         max_delay_ms: float = 2.0,
     ) -> None:
         bundle = (
@@ -98,6 +108,8 @@ class ArrowEngine:
             memory_limit_mb=memory_limit_mb,
             vram_threshold=vram_threshold,
             use_compile=use_compile,
+            compile_mode=compile_mode,
+            use_ipex=use_ipex,
         )
         self._max_delay_ms = max_delay_ms
         self._events: list[FallbackEvent] = []
@@ -105,7 +117,7 @@ class ArrowEngine:
         self._front: FrontEnd | None = None
         self._coalescer: Coalescer | None = None
         self._chain = BackendChain(
-            candidates(bundle, device, variant),
+            candidates(bundle, device, variant, half=use_amp, cpu_fallback=fallback_to_cpu),
             self._open,
             strict=strict,
             events=self._events,
@@ -330,19 +342,23 @@ class ArrowEngine:
     ) -> None:
         backend = self._chain.backend
         cut = (batch_size, backend.tokens, backend.step)
-        if len(items) == 1 and not failures:
-            # The shortest way for the commonest request: no sorting, no threads.
-            for batch in prepare_chunk(front, items, None, cut, failures, fail):
-                vectors[:] = self._chain.run(batch.feed)
-            return
         if failures:
             good = np.array([i for i in range(len(items)) if i not in failures], np.intp)
             chunks = [good[chunk] for chunk in front.chunks([items[i] for i in good])]
         else:
-            chunks = front.chunks(items)
+            # One input is the commonest request: nothing to sort.
+            chunks = front.chunks(items) if len(items) > 1 else [_FIRST][: len(items)]
         if not chunks:
             return
         batches = prepared_batches(front, items, chunks, cut, failures, fail)
+        if len(chunks) == 1:
+            ready = list(batches)
+            if len(ready) == 1:
+                # A batch alone gets all cores; on a stream it would get a part of them.
+                rows, feed = ready[0]
+                vectors[rows] = self._chain.run(feed)
+                return
+            batches = iter(ready)
         with progress(len(items), show_progress) as advance:
             for rows, values in self._results(batches):
                 vectors[rows] = values
