@@ -20,7 +20,7 @@ from memopt.benchmark import report
 from memopt.benchmark.bench import peer_model
 from memopt.benchmark.peers import PEERS, Contender, peer_contenders, peer_python
 from memopt.benchmark.runner import ratio, run
-from memopt.benchmark.workload import default_inputs, read_texts
+from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.base import export
 from memopt.runtimes.cpu import BF16, cpu_features
@@ -75,7 +75,7 @@ def main() -> None:
 
     bundle = prepared(options.bundle)
     texts = (
-        read_texts(DATA, options.count)
+        read_inputs(DATA, "text", options.count)
         if DATA.is_file()
         else default_inputs(bundle.manifest, options.count)
     )

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 16, 50
+# Height of a line of text.
+_LINE = 14
+# Up to so many points a line has dots that can be pointed at.
+_FEW = 16
+# More than so many decades need no marks between them.
+_DECADES = 2.5
+# A number that was formatted already, or a dash in its place.
+_NUMBER = re.compile(r"-|[-+]?[\d,]+(\.\d+)?")
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#667085;--line:#d5dae1;--paper:#fff;
 --bar:#4a7bd0;--good:#1f9d63;--bad:#c4473a}
 @media(prefers-color-scheme:dark){:root{--ink:#e8ecf2;--soft:#98a2b3;--line:#364152;--paper:#12171f}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:1000px;margin:2rem auto;padding:0 1rem}
+max-width:1120px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-table{border-collapse:collapse;width:100%;font-size:.9rem}
+table{border-collapse:collapse;width:100%;font-size:.86rem}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line)}
-td.n{text-align:right;font-variant-numeric:tabular-nums}
-svg{max-width:100%;height:auto}svg text{fill:var(--ink);font:12px system-ui,sans-serif}
+th{vertical-align:bottom}td:first-child{white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.wide{overflow-x:auto}.row-good{font-weight:600}.row-good td{background:
+color-mix(in srgb,var(--good) 14%,transparent)}.row-bad,.row-soft{color:var(--soft)}
+svg{width:100%;max-width:860px;height:auto}svg text{fill:var(--ink);font:12px system-ui,sans-serif}
 svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
 .bar{fill:var(--bar)}.good{fill:var(--good)}.bad{fill:var(--bad)}
-polyline{fill:none;stroke-width:2}p.note{color:var(--soft)}
+.zone{fill:var(--bad);fill-opacity:.07}.gate{stroke:var(--bad);stroke-dasharray:5 4}
+polyline{fill:none;stroke-width:2}.front{stroke:var(--soft);stroke-width:1.5;fill:none}
+.outline{fill:none;stroke:var(--soft)}
+svg .halo{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
+p.note{color:var(--soft)}
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """One bubble of a scatter chart; ``size`` is an area in the caller's unit."""
-
-    x: float
-    y: float
-    label: str
-    size: float = 1.0
-    style: str = "bar"  # bar | good | bad
 
 
 def page(title: str, sections: Sequence[tuple[str, str]], note: str = "") -> str:
@@ -53,23 +56,32 @@ def page(title: str, sections: Sequence[tuple[str, str]], note: str = "") -> str
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] = ()
+) -> str:
     """Return an HTML table; numbers are right-aligned, everything is escaped.
+
+    Args:
+        styles: a style per row (good, bar, bad, soft), none for plain rows.
 
     >>> table(["a"], [["<b>"]]).count("&lt;b&gt;")
     1
     """
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
     lines = []
-    for row in rows:
-        cells = "".join(
-            f'<td class="n">{cell:,.4g}</td>'
-            if isinstance(cell, int | float) and not isinstance(cell, bool)
-            else f"<td>{escape(str(cell))}</td>"
-            for cell in row
-        )
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    for index, row in enumerate(rows):
+        cells = "".join(_cell(cell) for cell in row)
+        style = f' class="row-{styles[index]}"' if styles else ""
+        lines.append(f"<tr{style}>{cells}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _cell(cell: object) -> str:
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return f'<td class="n">{cell:,.4g}</td>'
+    text = str(cell)
+    kind = ' class="n"' if _NUMBER.fullmatch(text) else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None = None) -> str:
@@ -92,7 +104,7 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None 
             f'rx="3"/><text x="{label_width + length + 6:.1f}" y="{y + 14}">'
             f"{value:,.4g} {escape(unit)}</text>"
         )
-    return _svg(height, parts)
+    return svg(height, parts)
 
 
 def histogram(values: Sequence[float], label: str, *, bins: int = 40) -> str:
@@ -106,7 +118,7 @@ def histogram(values: Sequence[float], label: str, *, bins: int = 40) -> str:
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, int((value - low) / span * bins))] += 1
-    frame = _Frame(low, low + span, 0.0, float(max(counts)))
+    frame = Frame(low, low + span, 0.0, float(max(counts)))
     width = (WIDTH - LEFT - RIGHT) / bins
     parts = frame.axes(label, "count")
     for index, amount in enumerate(counts):
@@ -115,49 +127,7 @@ def histogram(values: Sequence[float], label: str, *, bins: int = 40) -> str:
             f'<rect class="bar" x="{LEFT + index * width:.1f}" y="{y:.1f}" '
             f'width="{max(width - 1, 0.5):.1f}" height="{HEIGHT - BOTTOM - y:.1f}"/>'
         )
-    return _svg(HEIGHT, parts)
-
-
-def scatter(
-    points: Sequence[Point], x_label: str, y_label: str, *, gate: float | None = None
-) -> str:
-    """Return a bubble chart; bubble area follows ``size``; ``gate`` draws a horizontal line.
-
-    >>> scatter([Point(x=1, y=2, label="a")], "x", "y").count("<circle")
-    1
-    """
-    ys = [p.y for p in points] + ([gate] if gate is not None else [])
-    frame = _Frame(0.0, max(p.x for p in points) * 1.15, *_padded(min(ys), max(ys)))
-    largest = max(p.size for p in points) or 1.0
-    parts = frame.axes(x_label, y_label)
-    if gate is not None:
-        y = frame.y(gate)
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" '
-            f'stroke="currentColor" stroke-dasharray="5 4"/><text class="soft" x="{LEFT + 6}" '
-            f'y="{y - 5:.1f}">gate {gate:g}</text>'
-        )
-    for point in sorted(points, key=lambda p: -p.size):
-        radius = 4 + 16 * math.sqrt(max(point.size, 0.0) / largest)
-        x, y = frame.x(point.x), frame.y(point.y)
-        parts.append(
-            f'<circle class="{point.style}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" '
-            f'fill-opacity="0.55"><title>{escape(point.label)}</title></circle>'
-        )
-    taken: list[tuple[float, float]] = []
-    for point in points:
-        x, y = frame.x(point.x), frame.y(point.y)
-        # Labels of neighbours step down until they are free of each other.
-        while any(abs(y - other) < 13 and abs(x - at) < 150 for at, other in taken):
-            y += 13
-        taken.append((x, y))
-        anchor = "end" if x > WIDTH * 0.7 else "start"
-        shift = -10 if anchor == "end" else 10
-        parts.append(
-            f'<text x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">'
-            f"{escape(point.label)}</text>"
-        )
-    return _svg(HEIGHT, parts)
+    return svg(HEIGHT, parts)
 
 
 def lines(
@@ -166,58 +136,113 @@ def lines(
     y_label: str,
     *,
     log: bool = False,
+    from_zero: bool = False,
+    x_marks: Sequence[float] | None = None,
 ) -> str:
-    """Return a line chart of named (x, y) series; ``log`` makes both axes logarithmic (base 10).
+    """Return a line chart of named (x, y) series.
+
+    Args:
+        log: both axes are logarithmic (base 10).
+        from_zero: the vertical axis begins at 0, so that heights compare; only x is logarithmic.
+        x_marks: values to mark on the horizontal axis; None chooses round ones.
 
     >>> lines([("s", [(1, 1), (10, 10)])], "x", "y", log=True).count("<polyline")
     1
     """
-    scale = math.log10 if log else float
-    flat = [(scale(x), scale(y)) for _, points in series for x, y in points]
+    across = math.log10 if log else float
+    up = across if not from_zero else float
+    flat = [(across(x), up(y)) for _, points in series for x, y in points]
     xs, ys = [x for x, _ in flat], [y for _, y in flat]
-    frame = _Frame(*_padded(min(xs), max(xs)), *_padded(min(ys), max(ys)), log=log)
+    bottom, top = (0.0, max(ys) * 1.1) if from_zero else _padded(min(ys), max(ys))
+    frame = Frame(*_padded(min(xs), max(xs)), bottom, top, log=log, log_up=log and not from_zero)
     colours = ("#4a7bd0", "#1f9d63", "#c4473a", "#b7791f", "#7c5cc4", "#3aa0a8")
-    parts = frame.axes(x_label, y_label)
+    columns = None if x_marks is None else [(across(mark), f"{mark:,g}") for mark in x_marks]
+    parts = frame.axes(x_label, y_label, columns=columns)
     for index, (name, points) in enumerate(series):
         colour = colours[index % len(colours)]
-        path = " ".join(f"{frame.x(scale(x)):.1f},{frame.y(scale(y)):.1f}" for x, y in points)
+        places = [(frame.x(across(x)), frame.y(up(y)), x, y) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
         parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
+        if len(places) <= _FEW:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">'
+                f"<title>{left:,.6g} {escape(x_label)}: {value:,.4g} {escape(y_label)}</title>"
+                "</circle>"
+                for x, y, left, value in places
+            ]
+        if len(series) == 1:
+            break  # the axis says what it is
         y = TOP + 16 + 17 * index
         parts.append(
             f'<rect x="{LEFT + 10}" y="{y - 9}" width="14" height="4" fill="{colour}"/>'
             f'<text x="{LEFT + 30}" y="{y - 2}">{escape(name)}</text>'
         )
-    return _svg(HEIGHT, parts)
+    return svg(HEIGHT, parts)
 
 
-class _Frame:
-    """Maps data to pixels and draws the axes."""
+def standalone(picture: str) -> str:
+    """Return a picture as a file of its own: with the style that a page would give it.
+
+    >>> standalone(svg(10, [])).count("<style>")
+    1
+    """
+    head, close, rest = picture.partition(">")
+    return f"{head}{close}<style>{_STYLE}</style>{rest}\n"
+
+
+class Frame:
+    """Maps data to pixels and draws the axes.
+
+    With ``log`` the data are logarithms (base 10); ``log_up`` says so of the vertical axis alone.
+    """
 
     def __init__(
-        self, left: float, right: float, low: float, high: float, *, log: bool = False
+        self,
+        left: float,
+        right: float,
+        low: float,
+        high: float,
+        *,
+        log: bool = False,
+        log_up: bool | None = None,
     ) -> None:
-        self.left, self.right, self.low, self.high, self.log = left, right, low, high, log
+        self.left, self.right, self.low, self.high = left, right, low, high
+        self.log, self.log_up = log, log if log_up is None else log_up
 
     def x(self, value: float) -> float:
+        """Return the pixel column of a value."""
         return LEFT + (value - self.left) / ((self.right - self.left) or 1) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
+        """Return the pixel row of a value."""
         span = (self.high - self.low) or 1
         return HEIGHT - BOTTOM - (value - self.low) / span * (HEIGHT - TOP - BOTTOM)
 
-    def axes(self, x_label: str, y_label: str) -> list[str]:
+    def axes(
+        self,
+        x_label: str,
+        y_label: str,
+        levels: Sequence[tuple[float, str]] | None = None,
+        columns: Sequence[tuple[float, str]] | None = None,
+    ) -> list[str]:
+        """Return ticks, grid and titles; ``levels``, ``columns``: what to mark, and its text."""
         parts = []
-        for value in self._ticks(self.left, self.right):
+        for value, text in columns or _marks(self.left, self.right, self.log):
             parts.append(
                 f'<text class="soft" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" '
-                f'text-anchor="middle">{self._tick(value)}</text>'
+                f'text-anchor="middle">{text}</text>'
             )
-        for value in self._ticks(self.low, self.high):
+        if levels is None:
+            levels = _marks(self.low, self.high, self.log_up)
+        below = math.inf
+        for value, text in levels:
             y = self.y(value)
+            if below - y < _LINE:  # it would touch the one below
+                continue
+            below = y
             parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">'
-                f"{self._tick(value)}</text>"
+                f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
             )
         middle = (TOP + HEIGHT - BOTTOM) / 2
         parts.append(
@@ -227,18 +252,22 @@ class _Frame:
         )
         return parts
 
-    def _ticks(self, low: float, high: float) -> list[float]:
-        """Return four to eight round numbers inside the range; decades where the axis is log."""
-        span = (high - low) or 1.0
-        power = 10.0 ** math.floor(math.log10(span / 4))
-        step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 8)
-        if self.log and span >= 2:
-            step = max(1.0, round(step))
-        first = math.ceil(low / step - 1e-9)
-        return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
-    def _tick(self, value: float) -> str:
-        return f"{10**value if self.log else value:,.4g}"
+def _marks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
+    """Return four to eight round numbers inside the range with their text; log10 where ``log``."""
+    span = (high - low) or 1.0
+    if log:
+        # Whole decades; where there are few, 2 and 5 between them.
+        digits = (1,) if span > _DECADES else (1, 2, 5)
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        values = [digit * 10.0**power for power in powers for digit in digits]
+        inside = [value for value in values if low <= math.log10(value) <= high]
+        return [(math.log10(value), f"{value:,.10g}") for value in inside]
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 8)
+    first = math.ceil(low / step - 1e-9)
+    found = [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [(value, f"{value:,.10g}") for value in found]
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -246,7 +275,12 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _svg(height: int, parts: Sequence[str]) -> str:
+def svg(height: int, parts: Sequence[str]) -> str:
+    """Return the picture of these elements, ``WIDTH`` wide and as wide as the page at most.
+
+    >>> svg(10, []).endswith("</svg>")
+    True
+    """
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'

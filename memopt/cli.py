@@ -89,10 +89,12 @@ def main() -> None:
     except MemoptError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
         where = f" ({error.filename})" if error.filename else ""
-        _fail(f"no space left on the disk{where}; free some and run the command again", 1)
+        if error.errno == errno.ENOSPC:
+            _fail(f"no space left on the disk{where}; free some and run the command again", 1)
+        if not isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
+            raise
+        _fail(f"{error.strerror}{where}; give another path", 1)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written", 130)
 

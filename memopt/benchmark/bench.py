@@ -7,13 +7,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from memopt.benchmark.peers import Contender, peer_contenders, peer_python
+from memopt.benchmark.peers import Contender, check_peers, peer_contenders, peer_python
 from memopt.benchmark.runner import BenchmarkMetrics, run
-from memopt.benchmark.workload import default_inputs, read_texts
+from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
-from memopt.errors import ConfigurationError, MemoptError
-from memopt.runtimes.providers import missing
+from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
+from memopt.runtimes.providers import canonical, missing
 from memopt.runtimes.selection import runnable
 
 Step = Callable[[str], None]
@@ -36,14 +37,17 @@ def bench(
     Args:
         path: bundle folder or name.
         variants: names, or "auto"; None measures all that passed their gate.
-        inputs: a text file; None takes seeded default inputs of the bundle's modality.
+        inputs: a file of texts, or a folder of images or sounds; None takes seeded default inputs
+            of the bundle's modality.
         count: how many inputs at most.
         peers: any of sentence-transformers, fastembed, optimum; installed on first use.
 
     Raises:
-        BundleError: no such bundle or variant. ConfigurationError: peers for a non-text bundle.
+        BundleError: no such bundle or variant, or nothing exported yet.
+        ConfigurationError: peers for a non-text bundle, or a bundle of no encoder.
+        InputError: inputs that cannot be read.
     """
-    bundle = open_bundle(path)
+    bundle = _encoder(path)
     names = (
         list(variants)
         if variants
@@ -52,29 +56,46 @@ def bench(
     for name in names:
         if name != "auto":
             bundle.variant(name)
-    texts = read_texts(inputs, count) if inputs else default_inputs(bundle.manifest, count)
-    contenders = [
-        Contender(
-            label=f"memopt {name}",
-            spec={
-                "kind": "memopt",
-                "path": str(bundle.path.absolute()),
-                "variant": name,
-                "device": device,
-            },
-        )
-        for name in names
-    ]
+    canonical(device)
+    items = _inputs(bundle, inputs, count)
+    contenders = [_contender(bundle, name, device) for name in names]
     if peers:
-        contenders += _peers(bundle, list(peers))
+        contenders += _peers(bundle, list(peers), on_step or (lambda line: None))
     return run(
         contenders,
-        texts,
+        items,
         rounds=rounds,
         singles=singles,
         on_step=on_step,
         reference=_reference(bundle, contenders[0]),
+        origin=str(inputs.absolute()) if inputs else "",
     )
+
+
+def _encoder(path: str | Path) -> Bundle:
+    bundle = open_bundle(path)
+    if bundle.manifest.modality == "joint" or bundle.manifest.task == "text-generation":
+        raise ConfigurationError(
+            f"{bundle.path} has task {bundle.manifest.task}; bench measures encoders",
+            fix="give the bundle of an embedding model",
+        )
+    if not bundle.manifest.variants:
+        raise BundleError(
+            f"{bundle.path} has no variant to measure", fix=f"run: memopt export {bundle.path}"
+        )
+    return bundle
+
+
+def _inputs(bundle: Bundle, file: Path | None, count: int) -> list[Any]:
+    if file is None:
+        return default_inputs(bundle.manifest, count)
+    return read_inputs(file, bundle.manifest.modality, count)
+
+
+def _contender(bundle: Bundle, variant: str, device: str) -> Contender:
+    path = str(bundle.path.absolute())
+    spec = {"kind": "memopt", "path": path, "variant": variant, "device": device}
+    return Contender(label=f"memopt {variant}", spec=spec)
 
 
 def _reference(bundle: Bundle, first: Contender) -> Contender | None:
@@ -84,14 +105,9 @@ def _reference(bundle: Bundle, first: Contender) -> Contender | None:
         for device in ("cpu", "openvino"):
             if variant is None or not runnable(variant, device) or missing(device) is not None:
                 continue
-            spec = {
-                "kind": "memopt",
-                "path": str(bundle.path.absolute()),
-                "variant": name,
-                "device": device,
-            }
-            same = (spec["path"], name) == (first.spec["path"], first.spec.get("variant"))
-            return None if same else Contender(label=f"memopt {name}", spec=spec)
+            made = _contender(bundle, name, device)
+            same = all(made.spec[key] == first.spec.get(key) for key in ("path", "variant"))
+            return None if same else made
     return None
 
 
@@ -112,34 +128,55 @@ def compare(
         InputError: a file that is no record. BundleError: a bundle that is gone.
     """
     records = [BenchmarkMetrics.load(first), BenchmarkMetrics.load(second)]
+    workloads = {(record.inputs, record.items) for record in records}
+    if len(workloads) > 1:
+        told = " and ".join(f"{count} of {file or 'seeded inputs'}" for file, count in workloads)
+        raise InputError(
+            f"{first} and {second} were measured on different inputs: {told}",
+            fix="measure both with the same --inputs and --count",
+        )
     contenders = [
         Contender(label=record.label, spec=dict(record.spec), python=record.python)
         for record in records
     ]
     if contenders[0].label == contenders[1].label:
         contenders = [
-            Contender(label=f"{c.label} ({path.name})", spec=c.spec, python=c.python)
-            for c, path in zip(contenders, (first, second), strict=True)
+            Contender(label=f"{c.label} ({name})", spec=c.spec, python=c.python)
+            for c, name in zip(contenders, _told_apart(first, second), strict=True)
         ]
-    bundle = open_bundle(records[0].spec["path"])
-    texts = default_inputs(bundle.manifest, records[0].items)
+    ours = [c.spec["path"] for c in contenders if c.spec.get("kind") == "memopt"]
+    if not ours:
+        raise InputError(
+            f"{first} and {second} are both of peers", fix="one must be of a bundle of memopt"
+        )
+    bundle = _encoder(ours[0])
+    origin = records[0].inputs
     return run(
         contenders,
-        texts,
+        _inputs(bundle, Path(origin) if origin else None, records[0].items),
         rounds=rounds,
         singles=singles,
         on_step=on_step,
         reference=_reference(bundle, contenders[0]),
+        origin=origin,
     )
 
 
-def _peers(bundle: Bundle, names: list[str]) -> list[Contender]:
+def _told_apart(first: Path, second: Path) -> tuple[str, str]:
+    """Return what to call two records of one label: their file names, or first and second."""
+    return (first.name, second.name) if first.name != second.name else ("first", "second")
+
+
+def _peers(bundle: Bundle, names: list[str], say: Step) -> list[Contender]:
+    check_peers(names)
     if bundle.manifest.modality != "text":
         raise ConfigurationError(
             f"peers embed text, {bundle.path} is an {bundle.manifest.modality} model",
             fix="leave --peers out; device torch gives the reference",
         )
+    say("the peers' own environment (minutes on first use)")
     python = peer_python()
+    say("the peers' own exports (a minute on first use)")
     folder = peer_model(bundle, python)
     return peer_contenders(names, bundle, folder, python)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def peer_python(home: Path = Path(".peers")) -> str:
     return str(python.absolute())
 
 
+def check_peers(names: Sequence[str]) -> None:
+    """Refuse a name that is no peer.
+
+    Raises:
+        ConfigurationError: naming the nearest.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise ConfigurationError(f"unknown peer {name!r}", fix=nearest(name, PEERS))
+
+
 def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str) -> list[Contender]:
     """Return the contenders for these peers, opened on ``source`` (a model folder).
 
@@ -65,6 +77,7 @@ def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str)
     Raises:
         ConfigurationError: an unknown peer.
     """
+    check_peers(names)
     manifest = bundle.manifest
     path = str(source.absolute())
     common = {
@@ -76,8 +89,6 @@ def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str)
     }
     contenders = []
     for name in names:
-        if name not in PEERS:
-            raise ConfigurationError(f"unknown peer {name!r}", fix=nearest(name, PEERS))
         kinds: list[tuple[str, dict[str, Any]]] = [(name, {})]
         if name == "sentence-transformers":
             kinds = [(f"{name} {backend}", {"backend": backend}) for backend in ("torch", "onnx")]

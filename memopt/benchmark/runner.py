@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,25 @@ from typing import Any
 import numpy as np
 
 from memopt.benchmark.peers import Contender
+from memopt.bundle import stamp
 from memopt.errors import InputError, MemoptError
 from memopt.files import atomic_path
+from memopt.runtimes.cpu import cpu_model, usable_cpus
 from memopt.runtimes.limits import process_vram_mb
 
 WORKER = Path(__file__).with_name("worker.py")
-PACKAGES = ("memopt", "onnxruntime", "openvino", "torch", "sentence-transformers", "numpy")
+# What decides speed; each contender tells the versions of its own environment.
+PACKAGES = (
+    "memopt",
+    "onnxruntime",
+    "openvino",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "fastembed",
+    "optimum",
+    "numpy",
+)
 BOOTSTRAP_SAMPLES = 2000
 
 
@@ -54,8 +70,10 @@ class BenchmarkMetrics:
     cosine_min: float | None  # against the contender `reference`
     cosine_mean: float | None
     reference: str = ""
+    inputs: str = ""  # the file they were read from; empty for seeded ones
+    at: str = ""  # UTC
     hardware: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  # of the contender's own environment
     vram_mb: float | None = None
 
     def save(self, folder: Path) -> Path:
@@ -94,8 +112,16 @@ class Ratio:
 
 
 class _Worker:
+    """A contender in a process of its own, and what was measured of it."""
+
     def __init__(self, contender: Contender, environment: Mapping[str, str]) -> None:
         self.contender = contender
+        self.opened: dict[str, Any] = {}
+        self.embedding: np.ndarray[Any, Any] = np.empty((0, 0), np.float32)
+        self.seconds: list[float] = []
+        self.latencies: list[float] = []
+        self.memory: dict[str, float] = {}
+        self.vram_mb: float | None = None
         # The worker needs only its own folder off the path: a file there must not shadow a package.
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self.process = subprocess.Popen(
@@ -117,18 +143,30 @@ class _Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            self.log.seek(0)
-            tail = self.log.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise MemoptError(f"{self.contender.label}: the benchmark process died {tail}")
+            raise MemoptError(f"{self.contender.label}: the benchmark process {self._end()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise MemoptError(f"{self.contender.label}: {answer['error']}")
         return answer
 
-    def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait(timeout=60)
+    def _end(self) -> str:
+        """Say how the process ended, with the last line it wrote."""
+        code = self.process.wait()
+        self.log.seek(0)
+        tail = self.log.read().decode(errors="replace").strip().splitlines()[-1:]
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return f"{how}: {tail[0]}" if tail else how
+
+    def leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process: after its last answer, or at once when something went wrong."""
+        if kind is not None:
+            self.process.kill()
+        try:
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        except BrokenPipeError:
+            self.process.kill()  # it died with a command unread
+        self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.log.close()
@@ -143,12 +181,15 @@ def run(
     on_step: Callable[[str], None] | None = None,
     vectors: dict[str, np.ndarray[Any, Any]] | None = None,
     reference: Contender | None = None,
+    failures: dict[str, str] | None = None,
+    deadline: float | None = None,
+    origin: str = "",
 ) -> list[BenchmarkMetrics]:
     """Measure every contender on the same inputs in one run.
 
     Args:
         contenders: what is measured; ratios are against the first one.
-        inputs: texts, or arrays of one shape (images, waveforms).
+        inputs: texts, paths of images or sounds, or arrays of one shape (images, waveforms).
         rounds: timed passes over all inputs per contender, after one that warms up.
         singles: how many inputs are also encoded one at a time, for the latency percentiles; after
             some untimed ones.
@@ -156,6 +197,11 @@ def run(
         vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
         reference: gives the vectors that cosines are against, and is not timed; None takes the
             first contender.
+        failures: filled with the reason, by label, of each contender but the first that fails and
+            is left out; None raises at the first failure.
+        deadline: in terms of ``time.monotonic``; no round that would pass it begins, except the
+            first.
+        origin: the file the inputs are of, recorded so that they can be found again.
 
     Returns:
         One record per contender, in order, sharing a ``run_id``.
@@ -166,76 +212,110 @@ def run(
     if not inputs:
         raise InputError("nothing to measure: the input list is empty")
     say = on_step or (lambda line: None)
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        file = _write_inputs(inputs, Path(folder))
+    threads = {"OMP_NUM_THREADS": str(usable_cpus()), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        file = _write_inputs(inputs, folder)
+        workers: list[_Worker] = []
+
+        def step(what: str, contender: Contender, work: Callable[[], None]) -> None:
+            say(f"{what} {contender.label}")
+            try:
+                work()
+            except MemoptError as error:
+                if failures is None or contender in (contenders[0], reference):
+                    raise
+                failures[contender.label] = str(error).removeprefix(f"{contender.label}: ")
+                workers[:] = [w for w in workers if w.contender is not contender]
+
+        def start(contender: Contender) -> None:
+            worker = _Worker(contender, threads)
+            stack.push(worker.leave)
+            worker.opened = worker.ask(do="open", inputs=str(file), packages=PACKAGES)
+            workers.append(worker)
+
         right = None
         if reference is not None:
-            say(f"reference {reference.label}")
-            out = Path(folder) / "reference.npy"
-            with closing(_Worker(reference, threads)) as worker:
-                worker.ask(do="open", inputs=str(file))
-                worker.ask(do="encode", out=str(out))
-            right = np.load(out)
-        workers = []
-        opened = []
+            step("open", reference, lambda: start(reference))
+            worker = workers.pop()
+            step("reference", reference, lambda: _encode(worker, folder))
+            right = worker.embedding
+            worker.leave(None)
         for contender in contenders:
-            say(f"open {contender.label}")
-            worker = _Worker(contender, threads)
-            stack.callback(worker.close)
-            workers.append(worker)
-            opened.append(worker.ask(do="open", inputs=str(file)))
-        embeddings = []
-        for index, worker in enumerate(workers):
-            say(f"warm up {worker.contender.label}")
-            out = Path(folder) / f"{index}.npy"
-            worker.ask(do="encode", out=str(out))
-            embeddings.append(np.load(out))
-            if vectors is not None:
-                vectors[worker.contender.label] = embeddings[-1]
-        seconds: list[list[float]] = [[] for _ in workers]
+            step("open", contender, partial(start, contender))
+        for worker in list(workers):
+            step("warm up", worker.contender, partial(_encode, worker, folder))
+        took = 0.0
         for number in range(rounds):
-            order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
-            for index in order:
-                say(f"round {number + 1} of {rounds}: {workers[index].contender.label}")
-                seconds[index].append(workers[index].ask(do="encode")["seconds"])
-        latencies = []
-        for worker in workers:
-            say(f"single inputs: {worker.contender.label}")
-            latencies.append(worker.ask(do="single", count=singles)["times"])
-        memory = [worker.ask(do="memory") for worker in workers]
-        vram = [process_vram_mb(worker.process.pid) for worker in workers]
-    run_id = uuid.uuid4().hex[:12]
-    records = []
-    for index, contender in enumerate(contenders):
-        cosines = _cosines(embeddings[0] if right is None else right, embeddings[index])
-        p50, p95, p99 = (float(v) for v in np.percentile(latencies[index], (50, 95, 99)))
-        records.append(
-            BenchmarkMetrics(
-                label=contender.label,
-                spec=contender.spec,
-                python=contender.python,
-                run_id=run_id,
-                items=len(inputs),
-                rounds_seconds=tuple(seconds[index]),
-                items_per_second=len(inputs) / float(np.median(seconds[index])),
-                load_seconds=opened[index]["load_seconds"],
-                first_vector_seconds=opened[index]["first_vector_seconds"],
-                latency_ms_p50=p50 * 1e3,
-                latency_ms_p95=p95 * 1e3,
-                latency_ms_p99=p99 * 1e3,
-                rss_mb=memory[index]["rss_mb"],
-                pss_mb=memory[index]["pss_mb"],
-                rss_increase_mb=memory[index]["rss_mb"] - opened[index]["base"]["rss_mb"],
-                cosine_min=None if cosines is None else float(cosines.min()),
-                cosine_mean=None if cosines is None else float(cosines.mean()),
-                reference=(reference or contenders[0]).label,
-                vram_mb=vram[index],
-                hardware=hardware(),
-                versions=versions(),
-            )
-        )
-    return records
+            begin = time.monotonic()
+            if number and deadline is not None and begin + took > deadline:
+                break
+            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
+                what = f"round {number + 1} of {rounds}:"
+                step(what, worker.contender, partial(_time_round, worker))
+            took = time.monotonic() - begin
+        for worker in list(workers):
+            step("single inputs:", worker.contender, partial(_time_singles, worker, singles))
+        for worker in list(workers):
+            step("memory of", worker.contender, partial(_weigh, worker))
+    if vectors is not None:
+        vectors.update({worker.contender.label: worker.embedding for worker in workers})
+    common = {
+        "run_id": uuid.uuid4().hex[:12],
+        "items": len(inputs),
+        "inputs": origin,
+        "at": stamp({})["at"],
+        "reference": (reference or contenders[0]).label,
+        "hardware": hardware(),
+    }
+    against = workers[0].embedding if right is None else right
+    return [_record(worker, against, common) for worker in workers]
+
+
+def _encode(worker: _Worker, folder: Path) -> None:
+    out = folder / "vectors.npy"
+    worker.ask(do="encode", out=str(out))
+    worker.embedding = np.load(out)
+
+
+def _time_round(worker: _Worker) -> None:
+    worker.seconds.append(worker.ask(do="encode")["seconds"])
+
+
+def _time_singles(worker: _Worker, count: int) -> None:
+    worker.latencies = worker.ask(do="single", count=count)["times"]
+
+
+def _weigh(worker: _Worker) -> None:
+    worker.memory = worker.ask(do="memory")
+    worker.vram_mb = process_vram_mb(worker.process.pid)
+
+
+def _record(
+    worker: _Worker, against: np.ndarray[Any, Any], common: Mapping[str, Any]
+) -> BenchmarkMetrics:
+    cosines = _cosines(against, worker.embedding)
+    p50, p95, p99 = (float(v) * 1e3 for v in np.percentile(worker.latencies, (50, 95, 99)))
+    return BenchmarkMetrics(
+        label=worker.contender.label,
+        spec=worker.contender.spec,
+        python=worker.contender.python,
+        rounds_seconds=tuple(worker.seconds),
+        items_per_second=common["items"] / float(np.median(worker.seconds)),
+        load_seconds=worker.opened["load_seconds"],
+        first_vector_seconds=worker.opened["first_vector_seconds"],
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
+        latency_ms_p99=p99,
+        rss_mb=worker.memory["rss_mb"],
+        pss_mb=worker.memory["pss_mb"],
+        rss_increase_mb=worker.memory["rss_mb"] - worker.opened["base"]["rss_mb"],
+        cosine_min=None if cosines is None else float(cosines.min()),
+        cosine_mean=None if cosines is None else float(cosines.mean()),
+        vram_mb=worker.vram_mb,
+        versions=worker.opened["versions"],
+        **common,
+    )
 
 
 def ratio(a: BenchmarkMetrics, b: BenchmarkMetrics) -> Ratio:
@@ -265,16 +345,9 @@ def hardware() -> dict[str, Any]:
     """Return processor, cores in use and memory of this machine."""
     import psutil
 
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
     return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": cpu_model(),
+        "cores": usable_cpus(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
     }
@@ -292,9 +365,10 @@ def versions() -> dict[str, str]:
 
 
 def _write_inputs(inputs: Sequence[Any], folder: Path) -> Path:
-    if isinstance(inputs[0], str):
+    if isinstance(inputs[0], str | Path):
         path = folder / "inputs.json"
-        path.write_text(json.dumps(list(inputs)), encoding="utf-8")
+        named = [str(item.absolute()) if isinstance(item, Path) else item for item in inputs]
+        path.write_text(json.dumps(named), encoding="utf-8")
     else:
         path = folder / "inputs.npy"
         np.save(path, np.stack([np.asarray(item) for item in inputs]))

@@ -79,6 +79,12 @@ def open_optimum(spec: dict[str, Any]) -> Encode:
     )
     tokenizer = AutoTokenizer.from_pretrained(spec["path"])
 
+    def pool(hidden: Any, mask: Any) -> Any:
+        if spec.get("pooling", "mean") == "cls":
+            return hidden[:, 0]
+        weight = mask[..., None].astype(hidden.dtype)
+        return (hidden * weight).sum(1) / np.maximum(weight.sum(1), 1e-9)
+
     def encode(inputs: list[str]) -> Any:
         rows = []
         for start in range(0, len(inputs), 32):
@@ -90,9 +96,10 @@ def open_optimum(spec: dict[str, Any]) -> Encode:
                 return_tensors="np",
             )
             hidden = np.asarray(model(**batch).last_hidden_state)
-            mask = batch["attention_mask"][..., None].astype(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / np.maximum(mask.sum(1), 1e-9)
-            rows.append(pooled / np.linalg.norm(pooled, axis=1, keepdims=True))
+            pooled = pool(hidden, batch["attention_mask"])
+            if spec.get("normalize", True):
+                pooled = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+            rows.append(pooled)
         return np.concatenate(rows)
 
     return encode
@@ -127,15 +134,36 @@ def warm_up(encode: Encode, inputs: list[Any]) -> None:
 
 
 def memory() -> dict[str, float]:
-    """Resident and proportional set size in MB (PSS counts a page shared by n processes 1/n)."""
+    """Resident and proportional set size in MB (PSS counts a page shared by n processes 1/n).
+
+    Where the system does not tell them (not Linux), both are the peak of the resident size.
+    """
     values = {"rss_mb": 0.0, "pss_mb": 0.0, "anonymous_mb": 0.0}
     names = {"Rss:": "rss_mb", "Pss:": "pss_mb", "Anonymous:": "anonymous_mb"}
+    if sys.platform != "linux":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return dict.fromkeys(values, peak)
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         for line in file:
             name, *rest = line.split()
             if name in names:
                 values[names[name]] = int(rest[0]) / 1024
     return values
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """Versions of Python and of the packages that are installed in this environment."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def main() -> None:
@@ -162,6 +190,7 @@ def main() -> None:
                     "load_seconds": opened - begin,
                     "first_vector_seconds": first - begin,
                     "base": before,
+                    "versions": versions(command["packages"]),
                 }
             elif command["do"] == "encode":
                 assert encode is not None

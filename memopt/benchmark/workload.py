@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from memopt.bundle import Manifest
 from memopt.errors import InputError
+from memopt.quantization.calibration import read
 
 # Lengths of the STS benchmark's sentences: median 10 words, log-normal, cut at 60.
 _MEDIAN_WORDS, _SIGMA, _MOST_WORDS = 10, 0.45, 60
@@ -59,43 +58,20 @@ def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any
     return list(generator.normal(0, 0.1, samples).astype(np.float32))
 
 
-def read_texts(path: Path, limit: int | None = None) -> list[str]:
-    """Read texts to measure with: every text column of a .csv, lines of .txt, strings of .jsonl.
+def read_inputs(path: Path, modality: str, limit: int | None = None) -> list[Any]:
+    """Read inputs to measure with: texts of a file, or the images or sounds of a folder.
+
+    The same files as for calibration: every text column of .csv, .tsv and .parquet, lines of .txt,
+    strings of .jsonl, each row's texts in turn; a folder gives its files' paths, sorted.
 
     Raises:
-        InputError: the file is missing, not UTF-8, or holds no text.
+        InputError: missing, empty, not UTF-8, or of another modality.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"no input file {str(path)!r}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if path.suffix == ".csv":
-        cells = [cell for row in csv.reader(text.splitlines()) for cell in row]
-        texts = [cell for cell in cells if cell.strip() and not _is_number(cell)]
-    elif path.suffix == ".jsonl":
-        texts = [_strings(json.loads(line)) for line in text.splitlines() if line.strip()]
-    else:
-        texts = [line for line in text.splitlines() if line.strip()]
-    if not texts:
-        raise InputError(f"{path} holds no text")
-    return texts[:limit]
-
-
-def _strings(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    found: Sequence[Any] = list(value.values()) if isinstance(value, dict) else list(value)
-    return next((item for item in found if isinstance(item, str)), "")
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    found = (item for record in read(path, modality=modality) for item in record.items)
+    inputs = list(islice(found, limit))
+    if not inputs:
+        raise InputError(f"{path} is empty: nothing to measure with", fix="give some inputs")
+    return inputs
 
 
 def _sentence(generator: np.random.Generator) -> str:

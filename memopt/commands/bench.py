@@ -20,7 +20,8 @@ def bench(
     all_variants: Annotated[bool, typer.Option("--all", help="Measure every variant.")] = False,
     device: Annotated[str, typer.Option(help="Device every variant is opened on.")] = "auto",
     inputs: Annotated[
-        Path | None, typer.Option("--inputs", "-i", help=".txt, .csv or .jsonl of texts.")
+        Path | None,
+        typer.Option("--inputs", "-i", help="File of texts, folder of images or sounds."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per contender.")] = 5,
@@ -44,9 +45,17 @@ def bench(
     from memopt.benchmark import bench as measure
     from memopt.benchmark import report as reports
     from memopt.benchmark.runner import ratio
-    from memopt.commands.console import stderr, stdout
+    from memopt.commands.console import check_target, stderr, stdout
     from memopt.errors import ConfigurationError
 
+    if compare and (bundle or variant or all_variants or peers or inputs):
+        raise ConfigurationError(
+            "--compare measures what its two records name",
+            fix="leave BUNDLE, --variant, --all, --inputs and --peers out",
+        )
+    check_target(output, folder=True)
+    if report:
+        check_target(report)
     console = stderr()
     with console.status("measuring") as status:
         if compare:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,3 +23,20 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_target(path: Path, *, folder: bool = False) -> None:
+    """Refuse a file (or folder) that could not be written, before the work that fills it.
+
+    Raises:
+        ConfigurationError: it is of the other kind, or there is no way to make it.
+    """
+    from memopt.errors import ConfigurationError
+
+    if path.exists() and path.is_dir() != folder:
+        kind = "a folder" if path.is_dir() else "a file"
+        raise ConfigurationError(f"{str(path)!r} is {kind}", fix="give another path")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    inside = parent if parent.is_dir() else parent.parent
+    if (parent != path and not parent.is_dir()) or not os.access(inside, os.W_OK):
+        raise ConfigurationError(f"{str(path)!r} cannot be written", fix="give another path")

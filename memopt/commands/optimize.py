@@ -32,13 +32,17 @@ def optimize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:
-    """Convert, export, quantize, prove and measure every sensible candidate; keep the best."""
+    """Convert, export, quantize, prove and measure every sensible candidate; keep the best.
+
+    Interrupted, it goes on where it stopped when called again.
+    """
     from memopt.commands.console import stderr, stdout
     from memopt.errors import ConfigurationError
-    from memopt.optimize.plan import Plan, check_targets, parse_budget
-    from memopt.optimize.report import table
+    from memopt.optimize.plan import Outcome, Plan, check_targets
+    from memopt.optimize.report import summary, table, told
     from memopt.optimize.run import PLAN_FILE, REPORT_FILE
     from memopt.optimize.run import optimize as run
+    from memopt.quantization.quantize import seconds
 
     replayed = Plan.load(plan) if plan else None
     source = source or (replayed.source if replayed else None)
@@ -54,26 +58,33 @@ def optimize(
         planned = getattr(replayed, name) if replayed else None
         return next(v for v in (given, planned, default) if v is not None)
 
-    with stderr().status("optimize") as status:
+    errors = stderr()
+
+    def show(number: int, count: int, outcome: Outcome) -> None:
+        errors.print(told(number, count, outcome))
+
+    with errors.status("optimize") as status:
         result = run(
             source,
             calibration,
             min_cosine=pick(min_cosine, "min_cosine", 0.98),
             targets=check_targets(targets) if targets else None,
-            budget=parse_budget(budget),
+            budget=seconds(budget),
             samples=int(pick(samples, "samples", 300)),
             seed=int(pick(seed, "seed", 0)),
             rounds=rounds,
             plan=replayed,
             step=status.update,
+            on_outcome=show,
         )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
-        return
-    console = stdout(170)
-    console.print(table(result))
-    chosen = result.plan.chosen
-    console.print(f"chosen: {chosen}" if chosen else "no candidate passed; auto stays as it was")
-    console.print(f"{result.seconds:.0f} s; ArrowEngine({str(result.bundle)!r}) now uses it")
-    for name in (REPORT_FILE, PLAN_FILE):
-        console.print(f"wrote {result.bundle / name}")
+    else:
+        console = stdout(190)
+        console.print(table(result))
+        for line in (summary(result), *result.notes):
+            console.print(line)
+        files = " and ".join(str(result.bundle / name) for name in (REPORT_FILE, PLAN_FILE))
+        console.print(f"{result.seconds:.0f} s; wrote {files}")
+    if result.plan.chosen is None:
+        raise typer.Exit(1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from memopt.bundle import Manifest
 from memopt.optimize.plan import Candidate
+from memopt.quantization.recipe import Recipe
 from memopt.runtimes.cpu import BF16
 
 # int8 dot products in hardware; without them int8 saturates or is no faster (onnxruntime#6004).
@@ -16,6 +18,8 @@ def candidates(
     manifest: Manifest, targets: Sequence[str], features: Collection[str]
 ) -> tuple[Candidate, ...]:
     """Return the candidates for these targets, the float reference of each target first.
+
+    Settings are complete, so that a plan does the same where the defaults are others.
 
     Args:
         manifest: the bundle's; only encoders are measured, so a language model has none.
@@ -35,9 +39,9 @@ def candidates(
     if "cpu" in targets:
         found += [
             _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "fused float on ONNX Runtime"),
-            _quantize("onnx-int8-dynamic", "cpu", int8_why, method="dynamic"),
-            _quantize("onnx-int8-static", "cpu", int8_why, method="static", target="cpu"),
-            _quantize("onnx-int8-weight-only", "cpu", "nearly exact", method="weight-only"),
+            _quantize("cpu", int8_why, method="dynamic"),
+            _quantize("cpu", int8_why, method="static", target="cpu"),
+            _quantize("cpu", "nearly exact", method="weight-only"),
         ]
     if "openvino" in targets:
         found.append(_export("openvino-fp32", "openvino", "openvino", "fp32", "float on OpenVINO"))
@@ -45,17 +49,21 @@ def candidates(
             why = "bf16 matrix products in hardware"
             found.append(_export("openvino-bf16", "openvino", "openvino", "bf16", why))
         found += [
-            _quantize("openvino-int8-static", "openvino", int8_why, method="static"),
-            _quantize(
-                "openvino-int8-weight-only", "openvino", "nearly exact", method="nncf-weights"
-            ),
+            _quantize("openvino", int8_why, method="static", target="openvino"),
+            _quantize("openvino", "nearly exact", method="nncf-weights", target="openvino"),
         ]
+        if "cpu" in targets:
+            # A graph of standard operators: OpenVINO's kernels may be the faster ones for it.
+            found.append(_quantize("openvino", "the same graph", method="static", target="cpu"))
     for device in ("cuda", "rocm", "coreml", "vulkan"):
         if device in targets:
             found += [
                 _export("onnx-fp32", device, "onnx", "fp32", f"float on {device}"),
                 _export("onnx-fp16", device, "onnx", "fp16", f"half precision on {device}"),
             ]
+            if device == "cuda":
+                why = "fused operators on CUDA"
+                found.append(_export("onnx-fp32-fused", device, "onnx", "fp32", why))
     return tuple(found)
 
 
@@ -64,5 +72,8 @@ def _export(name: str, device: str, format_: str, precision: str, why: str) -> C
     return Candidate(name=name, kind="export", device=device, settings=settings, why=why)
 
 
-def _quantize(name: str, device: str, why: str, **recipe: str) -> Candidate:
-    return Candidate(name=name, kind="quantize", device=device, settings=recipe, why=why)
+def _quantize(device: str, why: str, **fields: Any) -> Candidate:
+    recipe = Recipe(**fields)
+    return Candidate(
+        name=recipe.variant_name, kind="quantize", device=device, settings=recipe.to_dict(), why=why
+    )

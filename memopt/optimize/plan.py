@@ -1,10 +1,10 @@
-"""Candidates and the plan: frozen data that another machine can replay."""
+"""Candidates, what became of them, and the plan: frozen data that another machine can replay."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ class Candidate:
 
     ``settings`` are the keyword arguments of the exporter or the fields of the quantization
     recipe; ``device`` is a device name of the runtime.
+
+    >>> Candidate(name="onnx-fp32", kind="export", device="cpu").label
+    'onnx-fp32 on cpu'
     """
 
     name: str
@@ -32,15 +35,45 @@ class Candidate:
     why: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        for what, value, known in (("kind", self.kind, KINDS), ("device", self.device, TARGETS)):
+            if value not in known:
+                raise ConfigurationError(
+                    f"candidate {self.name!r} has {what} {value!r}",
+                    fix=nearest(str(value), known),
+                )
+        if not isinstance(self.settings, Mapping):
             raise ConfigurationError(
-                f"candidate {self.name!r} has kind {self.kind!r}", fix=nearest(self.kind, KINDS)
+                f"candidate {self.name!r} has settings {self.settings!r}", fix="give an object"
             )
+
+    @property
+    def label(self) -> str:
+        """Name and device: one graph may be a candidate on two devices."""
+        return f"{self.name} on {self.device}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one candidate, and why."""
+
+    candidate: Candidate
+    status: str  # chosen | kept | dropped | skipped
+    reason: str
+    reused: bool = False
+    seconds: float = 0.0  # spent on building it
+    bytes: int = 0
+    cosine_min: float | None = None
+    cosine_mean: float | None = None
+    items_per_second: float | None = None
+    latency_ms_p50: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What ``memopt optimize`` tried and chose, enough to do the same elsewhere."""
+    """What ``memopt optimize`` tried and chose, enough to do the same elsewhere.
+
+    ``chosen`` and ``chosen_device`` name the winner; ``machine`` says where that was so.
+    """
 
     source: str
     min_cosine: float
@@ -48,15 +81,46 @@ class Plan:
     seed: int
     candidates: tuple[Candidate, ...]
     chosen: str | None = None
+    chosen_device: str | None = None
     calibration: str = ""
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
+    def __post_init__(self) -> None:
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "source": str,
+            "min_cosine": (int, float),
+            "samples": int,
+            "seed": int,
+            "calibration": str,
+            "calibration_sha256": str,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(f"a plan's {name} cannot be {getattr(self, name)!r}")
+        if not -1 <= self.min_cosine <= 1:
+            raise ConfigurationError(f"min_cosine {self.min_cosine} is not in [-1, 1]")
+
     def save(self, target: Path) -> None:
         """Write the plan as JSON, whole or not at all."""
         with atomic_path(target) as path:
             path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def only(self, targets: Sequence[str]) -> Plan:
+        """Return the plan with the candidates of these targets alone.
+
+        Raises:
+            ConfigurationError: it has none of them.
+        """
+        kept = tuple(c for c in self.candidates if c.device in targets)
+        if not kept:
+            there = sorted({c.device for c in self.candidates})
+            raise ConfigurationError(
+                f"the plan has no candidate for {', '.join(targets)}",
+                fix="it has some for " + ", ".join(there),
+            )
+        return replace(self, candidates=kept)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -77,9 +141,16 @@ class Plan:
                 f"{path} has plan version {version}, this memopt reads {PLAN_VERSION}",
                 fix="upgrade memopt",
             )
+        known = {item.name for item in fields(cls)}
+        strangers = sorted(set(raw) - known)
+        if strangers:
+            raise ConfigurationError(
+                f"{path} is not an optimize plan: unknown key {strangers[0]!r}",
+                fix=nearest(strangers[0], sorted(known)),
+            )
         try:
             return cls(**raw, candidates=tuple(Candidate(**item) for item in items))
-        except TypeError as error:
+        except (TypeError, ConfigurationError) as error:
             raise ConfigurationError(f"{path} is not an optimize plan: {error}", fix=fix) from error
 
 
@@ -92,30 +163,10 @@ def check_targets(text: str) -> tuple[str, ...]:
     >>> check_targets("cpu, openvino")
     ('cpu', 'openvino')
     """
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise ConfigurationError("no target given", fix="choose from: " + ", ".join(TARGETS))
     for name in names:
         if name not in TARGETS:
             raise ConfigurationError(f"unknown target {name!r}", fix=nearest(name, TARGETS))
     return names
-
-
-def parse_budget(text: str) -> float:
-    """Return seconds of ``90``, ``90s``, ``15m`` or ``1h``.
-
-    Raises:
-        ConfigurationError: not a positive duration.
-
-    >>> parse_budget("15m")
-    900.0
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    try:
-        seconds = float(number) * units[unit]
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigurationError(f"budget {text!r} is not a duration", fix="write 90s, 15m or 1h")
-    return seconds

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memopt import charts
 from memopt.files import atomic_path
+from memopt.optimize.picture import Point, tradeoff
+from memopt.optimize.plan import Outcome
 
 if TYPE_CHECKING:
-    from memopt.optimize.run import Optimized, Outcome
+    from memopt.optimize.run import Optimized
 
 HEADER = (
     "candidate",
@@ -18,76 +23,124 @@ HEADER = (
     "min cosine",
     "mean",
     "items/s",
+    "x float",
     "p50 ms",
     "MB",
+    "built in s",
     "why",
 )
-_STYLES = {"chosen": "good", "kept": "bar", "dropped": "bad"}
+# Style of a bubble and of a cell.
+STYLES = {"chosen": "good", "kept": "bar", "dropped": "bad", "skipped": "soft"}
+# The same for a terminal.
+_COLOURS = {"chosen": "bold green", "dropped": "red", "skipped": "dim"}
 
 
-def rows(outcomes: tuple[Outcome, ...]) -> list[list[str]]:
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes fastest first, those not measured last."""
+    return sorted(outcomes, key=lambda outcome: -(outcome.items_per_second or 0.0))
+
+
+def rows(result: Optimized) -> list[list[str]]:
     """Return one row of formatted cells per candidate, fastest first, unmeasured ones last."""
 
     def number(value: float | None, pattern: str) -> str:
         return "-" if value is None else format(value, pattern)
 
-    ranked = sorted(outcomes, key=lambda o: -(o.items_per_second or 0.0))
-    return [
-        [
-            outcome.candidate.name + (" (reused)" if outcome.reused else ""),
-            outcome.candidate.device,
-            outcome.status,
-            number(outcome.cosine_min, ".4f"),
-            number(outcome.cosine_mean, ".5f"),
-            number(outcome.items_per_second, ",.0f"),
-            number(outcome.latency_ms_p50, ".2f"),
-            f"{outcome.bytes / 1e6:.1f}" if outcome.bytes else "-",
-            outcome.reason,
-        ]
-        for outcome in ranked
-    ]
+    lines = []
+    for outcome in ranked(result.outcomes):
+        speed = outcome.items_per_second
+        times = speed / result.reference if speed and result.reference else None
+        lines.append(
+            [
+                outcome.candidate.name,
+                outcome.candidate.device,
+                outcome.status,
+                number(outcome.cosine_min, ".4f"),
+                number(outcome.cosine_mean, ".5f"),
+                number(speed, ",.0f"),
+                number(times, ".2f"),
+                number(outcome.latency_ms_p50, ".2f"),
+                f"{outcome.bytes / 1e6:.1f}" if outcome.bytes else "-",
+                "reused" if outcome.reused else f"{outcome.seconds:.0f}",
+                outcome.reason,
+            ]
+        )
+    return lines
 
 
 def table(result: Optimized) -> Any:
     """Return a rich table of the outcomes."""
     from rich.table import Table
 
-    made = Table(
-        *HEADER, title=f"{result.inputs} inputs, gate: min cosine {result.plan.min_cosine}"
-    )
-    for line in rows(result.outcomes):
-        made.add_row(*line)
+    made = Table(title=f"{result.inputs} inputs, gate: min cosine {result.plan.min_cosine}")
+    for name in HEADER:
+        numeric = name not in ("candidate", "device", "result", "why")
+        made.add_column(name, justify="right" if numeric else "left")
+    for outcome, line in zip(ranked(result.outcomes), rows(result), strict=True):
+        made.add_row(*line, style=_COLOURS.get(outcome.status))
     return made
+
+
+def told(number: int, count: int, outcome: Outcome) -> str:
+    """Return the line that says what became of a candidate when it was built."""
+    if outcome.status in ("skipped", "dropped"):
+        what = f"{outcome.status}: {outcome.reason}"
+    else:
+        what = "there already" if outcome.reused else f"built in {outcome.seconds:.0f} s"
+    return f"{number}/{count} {outcome.candidate.label}: {what}"
+
+
+def summary(result: Optimized) -> str:
+    """Return one sentence: what was chosen, how fast and how right it is."""
+    best = next((o for o in result.outcomes if o.status == "chosen"), None)
+    if best is None or best.items_per_second is None:
+        return "no candidate passed; auto stays as it was"
+    times = f", {best.items_per_second / result.reference:.1f}x float32" if result.reference else ""
+    return (
+        f"chosen: {best.candidate.label}, {best.items_per_second:,.0f} items/s{times}, "
+        f"min cosine {best.cosine_min:.4f}, {best.bytes / 1e6:.1f} MB"
+    )
 
 
 def write_html(result: Optimized, target: Path) -> None:
     """Write the Pareto picture (quality against speed, bubble = size) and the table."""
+    names = Counter(outcome.candidate.name for outcome in result.outcomes)
     points = [
-        charts.Point(
+        Point(
             x=outcome.items_per_second,
             y=outcome.cosine_min,
             size=outcome.bytes,
-            label=outcome.candidate.name,
-            style=_STYLES.get(outcome.status, "bar"),
+            label=(
+                outcome.candidate.name
+                if names[outcome.candidate.name] == 1
+                else outcome.candidate.label
+            ),
+            style=STYLES[outcome.status],
         )
         for outcome in result.outcomes
         if outcome.items_per_second is not None and outcome.cosine_min is not None
     ]
     picture = (
-        charts.scatter(points, "items per second", "min cosine", gate=result.plan.min_cosine)
+        tradeoff(points, "items per second", "min cosine", gate=result.plan.min_cosine)
         if points
         else "<p>no candidate could be measured</p>"
     )
+    styles = [STYLES[outcome.status] for outcome in ranked(result.outcomes)]
+    reference = f"{result.reference:,.0f} items/s" if result.reference else "not measured"
     html = charts.page(
         f"memopt optimize: {result.bundle.name}",
         [
-            ("Quality against speed, bubble = size on disk", picture),
-            ("Candidates", charts.table(HEADER, rows(result.outcomes))),
+            ("Quality against speed", f"<p>{escape(summary(result))}</p>{picture}"),
+            ("Candidates", charts.table(HEADER, rows(result), styles=styles)),
             ("Machine", charts.table(("what", "value"), list(result.plan.machine.items()))),
         ],
-        note=(
-            f"chosen: {result.plan.chosen}; cosines are against float32 on {result.inputs} inputs "
-            f"not used for calibration; {result.seconds:.0f} s in all"
+        note=" ".join(
+            [
+                f"Cosines are against float32 on {result.inputs} inputs not used for calibration;",
+                f"portable float32 on ONNX Runtime gives {reference}.",
+                f"{result.seconds:.0f} s in all.",
+                *(f"{note}." for note in result.notes),
+            ]
         ),
     )
     with atomic_path(target) as path:

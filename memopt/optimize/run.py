@@ -9,17 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memopt.benchmark.peers import Contender
-from memopt.benchmark.runner import BenchmarkMetrics, hardware, run, versions
-from memopt.bundle import Bundle, Manifest, Variant, open_bundle, stamp
-from memopt.errors import ConfigurationError, InputError, MemoptError
-from memopt.exporters.base import export
+from memopt.benchmark.runner import hardware, versions
+from memopt.bundle import Manifest, Variant, open_bundle, stamp
+from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file
+from memopt.optimize.build import USED_UP, build, build_bases
 from memopt.optimize.candidates import candidates
-from memopt.optimize.plan import TARGETS, Candidate, Plan
-from memopt.quantization.calibration import CalibrationSet, split
-from memopt.quantization.quantize import Samples, quantize
-from memopt.quantization.recipe import Recipe
+from memopt.optimize.judge import Judged, judge
+from memopt.optimize.plan import TARGETS, Outcome, Plan
+from memopt.quantization.calibration import split
+from memopt.quantization.quantize import Samples
 from memopt.quantization.validate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, missing
@@ -30,46 +29,36 @@ Step = Callable[[str], None]
 PLAN_FILE, REPORT_FILE = "plan.json", "optimize.html"
 # Building may use this share of the budget; the rest is for measuring what was built.
 BUILD_SHARE = 0.7
-# Speeds closer than this are the same on a noisy machine: the better answers win then.
-SAME_SPEED = 1.03
 VALIDATION_SAMPLES = 512
 TUNING_SAMPLES = 256
-# The float graphs that quantization starts from and that quality is measured against.
-BASES = (("onnx", "fp32", "onnx-fp32"), ("openvino", "fp32", "openvino-fp32"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of one candidate, and why."""
-
-    candidate: Candidate
-    status: str  # chosen | kept | dropped | skipped
-    reason: str
-    reused: bool = False
-    bytes: int = 0
-    cosine_min: float | None = None
-    cosine_mean: float | None = None
-    items_per_second: float | None = None
-    latency_ms_p50: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimized:
-    """The result: the plan that was carried out and one outcome per candidate."""
+    """The result: the plan that was carried out and one outcome per candidate.
+
+    ``reference`` is the portable float graph's inputs per second, what speeds are multiples of;
+    ``notes`` are lines a reader should know, such as other calibration data than the plan's.
+    """
 
     bundle: Path
     plan: Plan
     outcomes: tuple[Outcome, ...]
     inputs: int
     seconds: float
+    reference: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {
             "bundle": str(self.bundle),
             "chosen": self.plan.chosen,
+            "chosen_device": self.plan.chosen_device,
             "seconds": self.seconds,
             "inputs": self.inputs,
+            "reference_items_per_second": self.reference,
+            "notes": list(self.notes),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
         }
 
@@ -86,6 +75,7 @@ def optimize(
     rounds: int = 5,
     plan: Plan | None = None,
     step: Step | None = None,
+    on_outcome: Callable[[int, int, Outcome], None] | None = None,
 ) -> Optimized:
     """Find the fastest variant whose answers stay right, and make it the bundle's ``auto``.
 
@@ -98,31 +88,35 @@ def optimize(
         source: a bundle, or anything ``memopt convert`` takes.
         calibration: inputs of the model's modality; split by ``seed`` into calibration and proof.
         min_cosine: the worst cosine a variant may have.
-        targets: what to build for; None takes what is usable here of cpu, openvino, cuda, ...
-        budget: seconds for all; what does not fit is skipped and said so.
+        targets: what to build for; None takes what is usable here of cpu, openvino, cuda, ..., or
+            all of the plan's.
+        budget: seconds for all; what does not fit is skipped and said so. Past it nothing new is
+            begun but one timed pass of what was built.
         samples: calibration inputs.
         rounds: timed passes per candidate.
         plan: candidates of an earlier call, to be replayed instead of this machine's own list.
         step: called with a line before each step.
+        on_outcome: called with number, count and outcome when a candidate was built, or was not.
 
     Raises:
         InputError: the calibration data cannot be used.
         ConfigurationError: a value out of range, or a model that is no encoder.
         MemoptError: the float model itself cannot be exported.
     """
-    if not -1 <= min_cosine <= 1:
-        raise ConfigurationError(f"min_cosine {min_cosine} is not in [-1, 1]", fix="use 0.98")
+    gate = Gate(min_cosine=min_cosine)
     begin = time.monotonic()
     say = step or (lambda line: None)
     calibration = Path(calibration)
     if not calibration.exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
+    if plan and targets:
+        plan = plan.only(targets)
     say("resolve the model")
     bundle = resolve(source)
     manifest = bundle.manifest
-    if manifest.task == "text-generation":
+    if manifest.task in ("text-generation", "joint-embedding"):
         raise ConfigurationError(
-            f"{bundle.path} is a language model; optimize chooses among encoders",
+            f"{bundle.path} has task {manifest.task}; optimize chooses among encoders",
             fix="use memopt quantize, which proves perplexity",
         )
     calibration_set, held_out = split(
@@ -132,253 +126,148 @@ def optimize(
         validation=VALIDATION_SAMPLES,
         seed=seed,
     )
-    wanted = plan.candidates if plan else _wanted(manifest, targets)
-    bundle = _bases(bundle, wanted, say)
+    wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
+    bundle = build_bases(bundle, wanted, say)
+    given = Samples(
+        calibration=calibration, samples=samples, validation_samples=VALIDATION_SAMPLES, seed=seed
+    )
     outcomes: list[Outcome] = []
-    source_samples = Samples(calibration=calibration, samples=samples, seed=seed)
+    slowest = 0.0
     for number, candidate in enumerate(wanted, start=1):
-        say(f"candidate {number} of {len(wanted)}: {candidate.name}")
-        if time.monotonic() - begin > budget * BUILD_SHARE:
-            outcomes.append(_skip(candidate, f"the budget of {budget:.0f} s was used up"))
-            continue
-        absent = missing(canonical(candidate.device))
-        if absent is not None:
-            outcomes.append(_skip(candidate, str(absent)))
-            continue
-        outcomes.append(_build(bundle.path, candidate, source_samples, calibration_set, min_cosine))
-    outcomes = _measure(bundle.path, outcomes, held_out, min_cosine, rounds, say)
-    chosen = next((o.candidate for o in outcomes if o.status == "chosen"), None)
+        say(f"candidate {number} of {len(wanted)}: {candidate.label}")
+        # Another may take as long as the slowest so far: it must still fit.
+        spent = time.monotonic() - begin
+        left = budget * BUILD_SHARE - spent - slowest
+        if spent > budget:
+            outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
+        else:
+            outcome = build(bundle.path, candidate, given, calibration_set, gate, seconds_left=left)
+        slowest = max(slowest, outcome.seconds)
+        outcomes.append(outcome)
+        if on_outcome:
+            on_outcome(number, len(wanted), outcome)
+    judged = judge(
+        bundle.path,
+        outcomes,
+        held_out.items,
+        min_cosine,
+        rounds=rounds,
+        deadline=begin + budget,
+        say=say,
+    )
+    digest = _digest(calibration)
+    best = _best(judged.outcomes)
     made = Plan(
         source=str(source),
         min_cosine=min_cosine,
         samples=samples,
         seed=seed,
         candidates=tuple(wanted),
-        chosen=chosen.name if chosen else None,
+        chosen=best.candidate.name if best else None,
+        chosen_device=best.candidate.device if best else None,
         calibration=str(calibration),
-        calibration_sha256=_digest(calibration),
+        calibration_sha256=digest,
         machine={"key": machine_key(), **hardware(), **versions()},
     )
-    result = Optimized(
-        bundle=bundle.path,
-        plan=made,
-        outcomes=tuple(outcomes),
-        inputs=len(held_out),
-        seconds=time.monotonic() - begin,
-    )
-    _record(result)
-    if chosen is not None:
+    _remember(bundle.path, made, judged)
+    if best is not None:
         say("choose the number of streams")
         tune_streams(
             open_bundle(bundle.path),
             held_out.items[:TUNING_SAMPLES],
-            device=canonical(chosen.device),
-            variant=chosen.name,
+            device=canonical(best.candidate.device),
+            variant=best.candidate.name,
         )
+    result = Optimized(
+        bundle=bundle.path,
+        plan=made,
+        outcomes=judged.outcomes,
+        inputs=len(held_out),
+        seconds=time.monotonic() - begin,
+        reference=judged.reference,
+        notes=_differences(plan, made),
+    )
+    _write(result)
     return result
 
 
-def _wanted(manifest: Manifest, targets: Sequence[str] | None) -> tuple[Candidate, ...]:
-    here = [name for name in TARGETS if missing(canonical(name)) is None]
-    return candidates(manifest, targets or here, cpu_features())
+def _here() -> list[str]:
+    return [name for name in TARGETS if missing(canonical(name)) is None]
 
 
-def _bases(bundle: Bundle, wanted: Sequence[Candidate], say: Step) -> Bundle:
-    """Export the float graphs the candidates start from, where they are not there yet."""
-    formats = {"onnx"} | {"openvino" for c in wanted if c.device == "openvino"}
-    for format_, precision, name in BASES:
-        if format_ in formats and not _fresh(open_bundle(bundle.path), name):
-            say(f"export {name}")
-            export(open_bundle(bundle.path), format=format_, precision=precision)
-    return open_bundle(bundle.path)
+def _best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    return next((outcome for outcome in outcomes if outcome.status == "chosen"), None)
 
 
-def _fresh(bundle: Bundle, name: str) -> bool:
-    """Say whether a float variant is there and of the bundle's present weights."""
-    variant = bundle.manifest.variants.get(name)
-    if variant is None or variant.check is None:
-        return False
-    weights = bundle.manifest.files["weights.parquet"]["sha256"]
-    made_of = variant.check.get("made_of") or {}
-    return made_of.get("weights") == weights and bundle.file(variant).is_file()
+def _differences(before: Plan | None, now: Plan) -> tuple[str, ...]:
+    """Return what a replay did otherwise than the plan it replays."""
+    if before is None:
+        return ()
+    notes = []
+    if before.calibration_sha256 and before.calibration_sha256 != now.calibration_sha256:
+        notes.append(f"the calibration data are not the plan's: {now.calibration} differs")
+    if before.chosen and (before.chosen, before.chosen_device) != (now.chosen, now.chosen_device):
+        where = before.machine.get("processor", "another machine")
+        notes.append(f"on {where} the choice was {before.chosen} on {before.chosen_device}")
+    return tuple(notes)
 
 
-def _build(
-    path: Path,
-    candidate: Candidate,
-    samples: Samples,
-    calibration: CalibrationSet,
-    min_cosine: float,
-) -> Outcome:
-    bundle = open_bundle(path)
-    try:
-        if candidate.kind == "export":
-            reused = _fresh(bundle, candidate.name)
-            if not reused:
-                export(bundle, **candidate.settings)
-        else:
-            recipe = Recipe.from_dict(candidate.settings)
-            reused = _same_recipe(bundle, candidate, recipe, calibration)
-            if not reused:
-                quantize(bundle, samples, recipe, gate=Gate(min_cosine=min_cosine))
-    except ConfigurationError:
-        raise
-    except MemoptError as error:
-        return Outcome(candidate=candidate, status="dropped", reason=str(error))
-    bundle = open_bundle(path)
-    if candidate.name not in bundle.manifest.variants:
-        reason = "the exporter made no such variant for this architecture"
-        return Outcome(candidate=candidate, status="dropped", reason=reason)
-    size = _bytes(bundle, bundle.variant(candidate.name))
-    return Outcome(candidate=candidate, status="kept", reason="", reused=reused, bytes=size)
-
-
-def _same_recipe(
-    bundle: Bundle, candidate: Candidate, recipe: Recipe, calibration: CalibrationSet
-) -> bool:
-    variant = bundle.manifest.variants.get(candidate.name)
-    if variant is None or not variant.passed or dict(variant.recipe or {}) != recipe.to_dict():
-        return False
-    events = [e for e in bundle.manifest.history if e.get("variant") == candidate.name]
-    converted = [e for e in bundle.manifest.history if e.get("event") == "convert"]
-    made = bool(events) and events[-1].get("calibration_sha256") == calibration.digest
-    newer = not converted or not events or converted[-1]["at"] <= events[-1]["at"]
-    return made and newer and bundle.file(variant).is_file()
-
-
-def _measure(
-    path: Path,
-    outcomes: list[Outcome],
-    held_out: CalibrationSet,
-    min_cosine: float,
-    rounds: int,
-    say: Step,
-) -> list[Outcome]:
-    """Measure what was built in one run, apply the gate, choose."""
-    built = [outcome for outcome in outcomes if outcome.status == "kept"]
-    if not built:
-        return outcomes
-    # The first contender is what cosines are against: the portable float graph.
-    contenders = [_contender(path, "onnx-fp32", "cpu")]
-    contenders += [_contender(path, o.candidate.name, o.candidate.device) for o in built]
-    records: list[BenchmarkMetrics] = []
-    failed: dict[str, str] = {}
-    while len(contenders) > 1:
-        try:
-            records = run(contenders, held_out.items, rounds=rounds, singles=50, on_step=say)
-            break
-        except MemoptError as error:
-            # One that cannot run here is dropped, with its reason, and the rest is measured anew.
-            label = str(error).partition(":")[0]
-            if label not in {c.label for c in contenders[1:]}:
-                raise
-            failed[label] = str(error).partition(": ")[2]
-            contenders = [c for c in contenders if c.label != label]
-    found = {record.label: record for record in records[1:]}
-    measured = []
-    for outcome in outcomes:
-        name = outcome.candidate.name
-        if outcome.status != "kept":
-            measured.append(outcome)
-        elif name in failed:
-            measured.append(replace(outcome, status="dropped", reason=failed[name]))
-        else:
-            measured.append(_judge(outcome, found[name], min_cosine))
-    return _choose(measured)
-
-
-def _judge(outcome: Outcome, record: BenchmarkMetrics, min_cosine: float) -> Outcome:
-    cosine = record.cosine_min if record.cosine_min is not None else -1.0
-    passed = cosine >= min_cosine
-    return replace(
-        outcome,
-        status="kept" if passed else "dropped",
-        reason="" if passed else f"min cosine {cosine:.4f} is below {min_cosine}",
-        cosine_min=record.cosine_min,
-        cosine_mean=record.cosine_mean,
-        items_per_second=record.items_per_second,
-        latency_ms_p50=record.latency_ms_p50,
-    )
-
-
-def _choose(outcomes: list[Outcome]) -> list[Outcome]:
-    def speed(outcome: Outcome) -> float:
-        return outcome.items_per_second or 0.0
-
-    passing = [o for o in outcomes if o.status == "kept"]
-    if not passing:
-        return outcomes
-    fastest = max(passing, key=speed)
-    near = [o for o in passing if speed(o) * SAME_SPEED >= speed(fastest)]
-    best = max(near, key=lambda o: (o.cosine_min or 0.0, -o.bytes))
-    decided = []
-    for outcome in outcomes:
-        if outcome is best:
-            outcome = replace(outcome, status="chosen", reason="the fastest that passes the gate")
-        elif outcome.status == "kept":
-            share = speed(outcome) / speed(best)
-            outcome = replace(outcome, reason=f"right, at {share:.2f}x the speed of the choice")
-        decided.append(outcome)
-    return decided
-
-
-def _contender(path: Path, variant: str, device: str) -> Contender:
-    # Two contenders of one name cannot be told apart: the reference gets a label of its own.
-    label = "reference" if variant == "onnx-fp32" and device == "cpu" else variant
-    spec = {"kind": "memopt", "path": str(path.absolute()), "variant": variant, "device": device}
-    return Contender(label=label, spec=spec)
-
-
-def _record(result: Optimized) -> None:
-    """Write plan and report into the bundle, and the choice into its manifest."""
+def _write(result: Optimized) -> None:
     from memopt.optimize.report import write_html
 
-    bundle = open_bundle(result.bundle)
-    result.plan.save(bundle.path / PLAN_FILE)
-    write_html(result, bundle.path / REPORT_FILE)
+    result.plan.save(result.bundle / PLAN_FILE)
+    write_html(result, result.bundle / REPORT_FILE)
+
+
+def _remember(path: Path, plan: Plan, judged: Judged) -> None:
+    """Put measurements, verdicts and the choice into the manifest."""
     key = machine_key()
-    best = next((o for o in result.outcomes if o.status == "chosen"), None)
+    best = _best(judged.outcomes)
+    measured: dict[str, Outcome] = {}
+    for outcome in judged.outcomes:
+        # The device a variant was made for comes first, and its verdict counts.
+        if outcome.items_per_second is not None:
+            measured.setdefault(outcome.candidate.name, outcome)
+    if best is not None:
+        measured[best.candidate.name] = best
 
     def change(manifest: Manifest) -> Manifest:
-        variants = dict(manifest.variants)
-        for outcome in result.outcomes:
-            name = outcome.candidate.name
-            if name in variants and outcome.items_per_second is not None:
-                record = {
-                    "items_per_second": round(outcome.items_per_second, 1),
-                    "latency_ms_p50": round(outcome.latency_ms_p50 or 0.0, 3),
-                    "cosine_min": outcome.cosine_min,
-                    "machine": key,
-                }
-                variants[name] = replace(variants[name], benchmark=record)
+        variants = {
+            name: _judged(variant, measured[name], plan, key) if name in measured else variant
+            for name, variant in manifest.variants.items()
+        }
         chosen = dict(manifest.chosen)
         if best is not None:
             before = chosen.get(key)
             kept = before if isinstance(before, dict) else {}
-            chosen[key] = {
-                **kept,
-                "variant": best.candidate.name,
-                "device": canonical(best.candidate.device),
-            }
+            device = canonical(best.candidate.device)
+            chosen[key] = {**kept, "variant": best.candidate.name, "device": device}
         event = {
             "event": "optimize",
-            "chosen": best.candidate.name if best else None,
-            "min_cosine": result.plan.min_cosine,
-            "calibration_sha256": result.plan.calibration_sha256,
+            "chosen": best.candidate.label if best else None,
+            "min_cosine": plan.min_cosine,
+            "calibration_sha256": plan.calibration_sha256,
         }
         history = (*manifest.history, stamp(event))
         return replace(manifest, variants=variants, chosen=chosen, history=history)
 
-    bundle.update(change)
+    open_bundle(path).update(change)
 
 
-def _skip(candidate: Candidate, reason: str) -> Outcome:
-    return Outcome(candidate=candidate, status="skipped", reason=reason)
-
-
-def _bytes(bundle: Bundle, variant: Variant) -> int:
-    files = bundle.manifest.files
-    return sum(files.get(n, {}).get("bytes", 0) for n in (variant.file, *variant.companions))
+def _judged(variant: Variant, outcome: Outcome, plan: Plan, key: str) -> Variant:
+    record = {
+        "items_per_second": round(outcome.items_per_second or 0.0, 1),
+        "latency_ms_p50": round(outcome.latency_ms_p50 or 0.0, 3),
+        "cosine_min": outcome.cosine_min,
+        "device": outcome.candidate.device,
+        "machine": key,
+    }
+    if outcome.candidate.kind == "export":
+        return replace(variant, benchmark=record)
+    # A variant of an earlier call may have been made under another gate: this one counts now.
+    proof = {**(variant.validation or {}), "gate": asdict(Gate(min_cosine=plan.min_cosine))}
+    passed = outcome.status in ("kept", "chosen")
+    return replace(variant, benchmark=record, passed=passed, validation=proof)
 
 
 def _digest(path: Path) -> str:

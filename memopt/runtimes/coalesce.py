@@ -25,6 +25,7 @@ class _Request:
     items: Sequence[Any]
     normalize: bool
     future: Future[NDArray[np.float32]]
+    since: float  # time.monotonic() when it came
 
 
 class Coalescer:
@@ -52,7 +53,7 @@ class Coalescer:
         Raises:
             DeviceError: closed.
         """
-        request = _Request(items, normalize, Future())
+        request = _Request(items, normalize, Future(), time.monotonic())
         with self._changed:
             if self._closed:
                 raise DeviceError("the engine is closed", fix="open a new ArrowEngine")
@@ -81,7 +82,8 @@ class Coalescer:
                     self._changed.wait()
                 if not self._waiting:
                     return
-                deadline = time.monotonic() + self._delay
+                # Those that came while a batch was running have waited already.
+                deadline = self._waiting[0].since + self._delay
                 while not self._closed and sum(len(r.items) for r in self._waiting) < _ENOUGH:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._changed.wait(left):

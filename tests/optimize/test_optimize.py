@@ -13,8 +13,10 @@ import pytest
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError
 from memopt.optimize.candidates import candidates
-from memopt.optimize.plan import Candidate, Plan, check_targets, parse_budget
-from memopt.optimize.run import Optimized, Outcome, _choose, optimize
+from memopt.optimize.judge import choose
+from memopt.optimize.plan import Candidate, Outcome, Plan, check_targets
+from memopt.optimize.run import Optimized, optimize
+from memopt.quantization.quantize import seconds
 
 WORDS = [
     "rain",
@@ -47,7 +49,7 @@ def outcome(name: str, speed: float | None, cosine: float | None, size: int = 1)
 
 
 def chosen(outcomes: list[Outcome]) -> str | None:
-    return next((o.candidate.name for o in _choose(outcomes) if o.status == "chosen"), None)
+    return next((o.candidate.name for o in choose(outcomes) if o.status == "chosen"), None)
 
 
 def test_candidates_follow_targets_and_instruction_sets() -> None:
@@ -97,7 +99,7 @@ def test_a_plan_reads_back_and_strangers_are_refused(tmp_path: Path) -> None:
 def test_a_budget_must_be_a_duration(text: str) -> None:
     """Anything that is not a positive time is refused with examples."""
     with pytest.raises(ConfigurationError, match="write 90s"):
-        parse_budget(text)
+        seconds(text)
 
 
 def test_an_unknown_target_names_the_nearest() -> None:

@@ -1,0 +1,146 @@
+"""Build the candidates, or find that they are there already: what makes an optimize resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from memopt.bundle import Bundle, Variant, open_bundle
+from memopt.errors import ConfigurationError, MemoptError
+from memopt.exporters.base import export
+from memopt.optimize.plan import Candidate, Outcome
+from memopt.quantization.calibration import CalibrationSet
+from memopt.quantization.quantize import Samples, Step, quantize, size_of
+from memopt.quantization.recipe import Recipe
+from memopt.quantization.validate import Gate
+from memopt.runtimes.providers import canonical, missing
+
+USED_UP = "the budget was used up"
+# The float graphs that quantization starts from and that quality is measured against.
+BASES = (("onnx", "fp32", "onnx-fp32"), ("openvino", "fp32", "openvino-fp32"))
+
+
+def build_bases(bundle: Bundle, wanted: Sequence[Candidate], say: Step) -> Bundle:
+    """Export the float graphs the candidates start from, where they are not there yet.
+
+    Raises:
+        MemoptError: one cannot be exported.
+    """
+    formats = {"onnx"} | {
+        "openvino" for c in wanted if c.device == "openvino" and c.name.startswith("openvino-")
+    }
+    for format_, precision, name in BASES:
+        if format_ in formats and not _fresh(open_bundle(bundle.path), name):
+            say(f"export {name}")
+            export(open_bundle(bundle.path), format=format_, precision=precision)
+    return open_bundle(bundle.path)
+
+
+def build(
+    path: Path,
+    candidate: Candidate,
+    samples: Samples,
+    calibration: CalibrationSet,
+    gate: Gate,
+    *,
+    seconds_left: float,
+) -> Outcome:
+    """Make the variant of one candidate, or take the one that an earlier call made.
+
+    A quantized variant that misses the gate is written all the same, marked as failed: the engine
+    never picks it, the picture shows what it would have been, and a later call need not make it
+    again. Only a passing variant of that name, from another recipe, is not replaced by it.
+
+    Args:
+        path: the bundle.
+        samples: what quantization reads; ``calibration`` is what that comes to.
+        seconds_left: of the budget; nothing is built when this is not positive.
+    """
+    absent = missing(canonical(candidate.device))
+    if absent is not None:
+        return Outcome(candidate=candidate, status="skipped", reason=str(absent))
+    begin = time.monotonic()
+    bundle = open_bundle(path)
+    try:
+        recipe = Recipe.from_dict(candidate.settings) if candidate.kind == "quantize" else None
+        reused = (
+            _fresh(bundle, candidate.name)
+            if recipe is None
+            else _same_recipe(bundle, candidate.name, recipe, calibration)
+        )
+        if not reused and seconds_left <= 0:
+            return Outcome(candidate=candidate, status="skipped", reason=USED_UP)
+        if not reused and recipe is None:
+            _export(bundle, candidate)
+        elif not reused and recipe is not None:
+            there = bundle.manifest.variants.get(candidate.name)
+            keep = there is None or not there.passed
+            quantize(bundle, samples, recipe, gate=gate, keep_failing=keep)
+    except ConfigurationError:
+        raise
+    except MemoptError as error:
+        spent = time.monotonic() - begin
+        return Outcome(candidate=candidate, status="dropped", reason=error.problem, seconds=spent)
+    bundle = open_bundle(path)
+    if candidate.name not in bundle.manifest.variants:
+        reason = "the exporter made no such variant for this architecture"
+        return Outcome(candidate=candidate, status="dropped", reason=reason)
+    return Outcome(
+        candidate=candidate,
+        status="kept",
+        reason="",
+        reused=reused,
+        seconds=time.monotonic() - begin,
+        bytes=size_of(bundle, bundle.variant(candidate.name)),
+    )
+
+
+def _export(bundle: Bundle, candidate: Candidate) -> None:
+    try:
+        export(bundle, **candidate.settings)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"candidate {candidate.name!r} has settings export does not know: {error}",
+            fix="format and precision are enough",
+        ) from error
+
+
+def _fresh(bundle: Bundle, name: str) -> bool:
+    """Say whether a float variant is there and of the bundle's present weights."""
+    variant = bundle.manifest.variants.get(name)
+    if variant is None or variant.check is None:
+        return False
+    weights = bundle.manifest.files.get("weights.parquet", {}).get("sha256")
+    made_of = variant.check.get("made_of") or {}
+    return weights is not None and made_of.get("weights") == weights and _whole(bundle, variant)
+
+
+def _same_recipe(bundle: Bundle, name: str, recipe: Recipe, calibration: CalibrationSet) -> bool:
+    """Say whether a quantized variant is there, of this recipe, this data and these weights."""
+    variant = bundle.manifest.variants.get(name)
+    if (
+        variant is None
+        or not variant.recipe
+        or _resolved(dict(variant.recipe)) != _resolved(recipe.to_dict())
+    ):
+        return False
+    events = [e for e in bundle.manifest.history if e.get("variant") == name]
+    converted = [e for e in bundle.manifest.history if e.get("event") == "convert"]
+    made = bool(events) and events[-1].get("calibration_sha256") == calibration.digest
+    newer = not converted or not events or converted[-1]["at"] <= events[-1]["at"]
+    return made and newer and _whole(bundle, variant)
+
+
+def _resolved(recipe: dict[str, object]) -> dict[str, object]:
+    """Return a recipe with the target that ``auto`` stands for."""
+    return {**recipe, "target": Recipe.from_dict(recipe).runtime}
+
+
+def _whole(bundle: Bundle, variant: Variant) -> bool:
+    """Say whether the variant's files are all there, at the size the manifest says."""
+    for name in (variant.file, *variant.companions):
+        file, record = bundle.path / name, bundle.manifest.files.get(name)
+        if record is None or not file.is_file() or file.stat().st_size != record["bytes"]:
+            return False
+    return True

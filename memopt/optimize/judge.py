@@ -1,0 +1,144 @@
+"""Measure what was built in one run, apply the gate, choose, and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memopt.benchmark.peers import Contender
+from memopt.benchmark.runner import BenchmarkMetrics, run
+from memopt.optimize.plan import Outcome
+
+# Speeds closer than this are the same on a noisy machine: the better answers win then.
+SAME_SPEED = 1.03
+# Inputs timed one by one per candidate: enough for a median.
+SINGLES = 50
+# What cosines are against and speed is told in multiples of: the portable float graph.
+REFERENCE = "onnx-fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Every outcome with its numbers, and the float reference's inputs per second."""
+
+    outcomes: tuple[Outcome, ...]
+    reference: float | None
+
+
+def judge(
+    path: Path,
+    outcomes: Sequence[Outcome],
+    inputs: Sequence[Any],
+    min_cosine: float,
+    *,
+    rounds: int,
+    deadline: float | None,
+    say: Callable[[str], None],
+) -> Judged:
+    """Measure every outcome that was built, drop what misses the gate, choose among the rest.
+
+    Args:
+        path: the bundle.
+        inputs: not used for calibration.
+        rounds: timed passes; fewer when ``deadline`` (of ``time.monotonic``) comes first.
+
+    Raises:
+        MemoptError: the float reference itself cannot run.
+    """
+    built = [outcome for outcome in outcomes if outcome.status == "kept"]
+    if not built:
+        return Judged(tuple(outcomes), None)
+    contenders = [_contender(path, "reference", REFERENCE, "cpu")]
+    contenders += [
+        _contender(path, o.candidate.label, o.candidate.name, o.candidate.device) for o in built
+    ]
+    failed: dict[str, str] = {}
+    records = run(
+        contenders,
+        inputs,
+        rounds=rounds,
+        singles=SINGLES,
+        on_step=say,
+        failures=failed,
+        deadline=deadline,
+    )
+    found = {record.label: record for record in records}
+    measured: list[Outcome] = []
+    for outcome in outcomes:
+        label = outcome.candidate.label
+        if outcome.status != "kept":
+            measured.append(outcome)
+        elif label in failed:
+            measured.append(replace(outcome, status="dropped", reason=failed[label]))
+        else:
+            measured.append(_gated(outcome, found[label], min_cosine))
+    return Judged(tuple(choose(_as_at_home(measured))), records[0].items_per_second)
+
+
+def _as_at_home(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Drop a graph on a second device where it missed the gate on the one it was made for.
+
+    The manifest has one verdict per graph, and a fallback may lead from one device to the other.
+    """
+    verdicts: dict[str, Outcome] = {}
+    checked = []
+    for outcome in outcomes:
+        home = verdicts.setdefault(outcome.candidate.name, outcome)
+        if outcome.status == "kept" and home.status == "dropped":
+            reason = f"as {home.candidate.label}: {home.reason}"
+            outcome = replace(outcome, status="dropped", reason=reason)
+        checked.append(outcome)
+    return checked
+
+
+def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Mark the fastest passing outcome as chosen and say of each other one how it compares.
+
+    Where speeds are the same within the noise, the better answers win, then the smaller file.
+    """
+    passing = [o for o in outcomes if o.status == "kept"]
+    if not passing:
+        return list(outcomes)
+    fastest = max(passing, key=_speed)
+    near = [o for o in passing if _speed(o) * SAME_SPEED >= _speed(fastest)]
+    best = max(near, key=lambda o: (o.cosine_min or 0.0, -o.bytes))
+    why = "the fastest that passes the gate"
+    if best is not fastest:
+        why = f"as fast as {fastest.candidate.label} within {SAME_SPEED - 1:.0%}, better answers"
+    decided = []
+    for outcome in outcomes:
+        if outcome is best:
+            outcome = replace(outcome, status="chosen", reason=why)
+        elif outcome.status == "kept":
+            share = _speed(outcome) / _speed(best)
+            closer = (outcome.cosine_min or 0.0) > (best.cosine_min or 0.0)
+            quality = "closer to float32, but" if closer else "no closer to float32, and"
+            reason = f"right, {quality} {share:.2f}x as fast as the choice"
+            outcome = replace(outcome, reason=reason)
+        decided.append(outcome)
+    return decided
+
+
+def _gated(outcome: Outcome, record: BenchmarkMetrics, min_cosine: float) -> Outcome:
+    cosine = record.cosine_min if record.cosine_min is not None else -1.0
+    passed = cosine >= min_cosine
+    return replace(
+        outcome,
+        status="kept" if passed else "dropped",
+        reason="" if passed else f"min cosine {cosine:.4f} is below {min_cosine}",
+        cosine_min=record.cosine_min,
+        cosine_mean=record.cosine_mean,
+        items_per_second=record.items_per_second,
+        latency_ms_p50=record.latency_ms_p50,
+    )
+
+
+def _speed(outcome: Outcome) -> float:
+    return outcome.items_per_second or 0.0
+
+
+def _contender(path: Path, label: str, variant: str, device: str) -> Contender:
+    spec = {"kind": "memopt", "path": str(path.absolute()), "variant": variant, "device": device}
+    return Contender(label=label, spec=spec)
