@@ -79,7 +79,9 @@ def tour(folder: Path, *, rounds: int, steps: int) -> bool:
                 sent[node] = clients[node].push(
                     own[node], lora_text.adapter(model), key=keys[node], node=node
                 )
-            averaged = clients["north"].aggregate("lora", [f"lora-{n}" for n in NODES])
+            averaged = clients["north"].aggregate(
+                "lora", [f"lora-{n}" for n in NODES], key=keys["north"], node="north"
+            )
             for node in NODES:
                 pulled[node] = clients[node].pull(shared[node], trust=trust)
                 current[node] = pulled[node].weights

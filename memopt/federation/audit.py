@@ -12,6 +12,8 @@ from pathlib import Path
 from memopt.federation.limits import canonical_json
 
 _START = "0" * 64
+# An entry holds a few names and hashes and at most 2,000 characters of a problem.
+_LONGEST_LINE = 64 * 1024
 
 
 class AuditLog:
@@ -22,7 +24,9 @@ class AuditLog:
         self._lock = threading.Lock()
         self._file = self._path.open("a+b")
         self._last = _START
-        self._file.seek(0)
+        # Only the end is read: the log of years is not loaded to go on with it.
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - _LONGEST_LINE))
         data = self._file.read()
         if data and not data.endswith(b"\n"):
             self._file.write(b"\n")
@@ -57,13 +61,14 @@ def check_audit(path: str | Path) -> list[str]:
     """Return one line for each place where the log was changed, cut or reordered."""
     problems = []
     before = _START
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            claimed = json.loads(line)["before"]
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"line {number} is not an entry")
-            claimed = before
-        if claimed != before:
-            problems.append(f"line {number} does not follow line {number - 1}")
-        before = hashlib.sha256(line).hexdigest()
+    with Path(path).open("rb") as file:
+        for number, line in enumerate((each.rstrip(b"\r\n") for each in file), 1):
+            try:
+                claimed = json.loads(line)["before"]
+            except (ValueError, KeyError, TypeError):
+                problems.append(f"line {number} is not an entry")
+                claimed = before
+            if claimed != before:
+                problems.append(f"line {number} does not follow line {number - 1}")
+            before = hashlib.sha256(line).hexdigest()
     return problems

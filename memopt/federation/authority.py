@@ -15,7 +15,7 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.failures import SyncFailure
-from memopt.federation.signing import check_node, write_private
+from memopt.federation.signing import check_node, check_private, write_private
 from memopt.files import atomic_path
 
 PREFIX = "spiffe://memopt/"
@@ -74,6 +74,7 @@ def issue(
     serialization = require(
         "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
     )
+    check_private(Path(ca) / "ca.key")
     try:
         authority = x509.load_pem_x509_certificate((Path(ca) / "ca.pem").read_bytes())
         signer = serialization.load_pem_private_key((Path(ca) / "ca.key").read_bytes(), None)

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from memopt.federation.arrays import Array, Weights, check_weights
 from memopt.federation.delta import DeltaSettings, TensorReport
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import TlsFiles
 from memopt.federation.jobs import Progress, PullJob, PushJob
-from memopt.federation.limits import Limits
+from memopt.federation.limits import Limits, canonical_json
 from memopt.federation.link import Link
 from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.signing import Manifest, SigningKey, Trust
-from memopt.metrics import count
-
-Result = TypeVar("Result")
-# Waiting grows from a fifth of a second to ten; full jitter keeps a fleet from coming in step
-# (Brooker 2015, "Exponential Backoff And Jitter").
-_BACKOFF_SECONDS, _BACKOFF_CEILING = 0.2, 10.0
+from memopt.federation.retries import Retries
+from memopt.federation.signing import (
+    NO_HASH,
+    Manifest,
+    Signed,
+    SigningKey,
+    Trust,
+    parse_signed,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,8 @@ class SyncClient:
         timeout: seconds a single step may take.
         max_retries: further attempts after a failure that may pass; an attempt that moved the
             transfer on does not count.
+        deadline: seconds that a whole push, pull or action may take, retries included; None for
+            as long as it moves on.
         insecure: allow the plain transport to another machine.
         limits: what is believed of the server.
         seed: of the jitter, for tests.
@@ -81,6 +86,7 @@ class SyncClient:
         tls: TlsFiles | None = None,
         timeout: float = 30.0,
         max_retries: int = 3,
+        deadline: float | None = None,
         insecure: bool = False,
         limits: Limits | None = None,
         seed: int | None = None,
@@ -95,8 +101,7 @@ class SyncClient:
             )
         self.limits = limits or Limits()
         self._link = Link(host, port, tls=tls, timeout=timeout, limits=self.limits)
-        self._retries = max_retries
-        self._random = random.Random(seed)
+        self._retries = Retries(most=max_retries, deadline=deadline, chance=random.Random(seed))
 
     # ------------------------------------------------------------------------------------- push
 
@@ -135,7 +140,7 @@ class SyncClient:
             progress,
         )
         started = time.perf_counter()
-        attempts = self._persist(job)
+        attempts = self._run(job)
         delta = job.delta
         assert delta is not None
         idle = job.sequence == 0
@@ -170,7 +175,7 @@ class SyncClient:
         """
         job = PullJob(self._link.timeout, self.limits, manager, trust, progress)
         started = time.perf_counter()
-        attempts = self._persist(job)
+        attempts = self._run(job)
         return PullReport(
             adapter=manager.adapter,
             sequence=manager.state.sequence,
@@ -186,50 +191,55 @@ class SyncClient:
     # ---------------------------------------------------------------------------------- actions
 
     def status(self, adapter: str | None = None) -> list[dict[str, Any]]:
-        """Return the newest version of every adapter, or of one."""
+        """Return the newest version of every adapter that this node may see, or of one."""
         request = {"adapter": adapter} if adapter else {}
-        answer: list[dict[str, Any]] = self._link.act("status", request)["adapters"]
-        return answer
+        return _objects(self._act("status", lambda: request), "adapters")
 
-    def history(self, adapter: str) -> list[dict[str, Any]]:
-        """Return the signed manifests of an adapter, oldest first."""
-        answer: list[dict[str, Any]] = self._link.act("history", {"adapter": adapter})["versions"]
-        return answer
+    def history(self, adapter: str) -> list[Signed]:
+        """Return the signed manifests of an adapter, oldest first.
 
-    def rollback(self, adapter: str, target: int, *, key: SigningKey, node: str) -> int:
+        They are checked for form; whether to believe one, :meth:`Trust.verify` says.
+        """
+        answer = self._act("history", lambda: {"adapter": adapter})
+        versions = [parse_signed(version, self.limits) for version in _objects(answer, "versions")]
+        for signed in versions:
+            if signed.manifest.adapter != adapter:
+                raise SyncFailure("forbidden", f"a version of {signed.manifest.adapter!r} came")
+        return versions
+
+    def rollback(
+        self, adapter: str, target: int, *, key: SigningKey, node: str, trust: Trust
+    ) -> int:
         """Make version ``target`` the newest again, under a new number; return that number.
 
+        What is signed is the hash of the target's weights: its own signature is checked against
+        ``trust`` first, so that no server can have an admin sign weights of its choice.
+
         Raises:
-            SyncFailure: no such version, or the node is not an admin.
+            SyncFailure: no such version, one that nobody trusted signed, or not an admin.
         """
-        versions = {v["manifest"]["sequence"]: v for v in self.history(adapter)}
-        if target not in versions:
-            raise SyncFailure(
-                "not-found", f"adapter {adapter!r} has no version {target}", fix="see history"
-            )
-        head = versions[max(versions)]
-        signed = key.sign(
-            Manifest(
-                adapter=adapter,
-                node=node,
-                kind="rollback",
-                sequence=head["manifest"]["sequence"] + 1,
-                base_hash=head["manifest"]["new_hash"],
-                new_hash=versions[target]["manifest"]["new_hash"],
-                previous=head["digest"],
-                payload_sha256=hashlib.sha256(b"").hexdigest(),
-                payload_bytes=0,
-                time=int(time.time()),
-                target=target,
-            )
-        )
-        return int(self._link.act("rollback", {"signed": signed.to_json()})["sequence"])
+
+        def order() -> dict[str, Any]:
+            versions = {v.manifest.sequence: v for v in self.history(adapter)}
+            if target not in versions:
+                raise SyncFailure(
+                    "not-found", f"adapter {adapter!r} has no version {target}", fix="see history"
+                )
+            trust.verify(versions[target], fresh=False)
+            wanted = versions[target].manifest.new_hash
+            head = versions[max(versions)].manifest
+            manifest = _order(adapter, head, "rollback", node, new_hash=wanted, target=target)
+            return {"signed": key.sign(manifest).to_json()}
+
+        return int(self._act("rollback", order)["sequence"])
 
     def aggregate(
         self,
         adapter: str,
         inputs: list[str],
         *,
+        key: SigningKey,
+        node: str,
         weights: list[float] | None = None,
         settings: dict[str, Any] | None = None,
         codec: str = "int8",
@@ -238,42 +248,76 @@ class SyncClient:
 
         Args:
             adapter: the adapter the result is a version of.
-            inputs: the adapters to average, their newest versions.
+            inputs: the adapters to average, their newest versions; the node must be allowed to
+                pull each of them.
+            key, node: who signs the order; the version that comes of it is signed by the server.
             weights: sample counts, equal by default.
             settings: fields of :class:`memopt.federation.aggregate.AggregateSettings`.
             codec: how the result is sent to those who pull it.
+
+        Returns:
+            sequence, digest, error (of the low-rank result), left_out and clipped (client numbers).
         """
-        return self._link.act(
-            "aggregate",
-            {
-                "adapter": adapter,
-                "inputs": inputs,
-                "weights": weights,
-                "settings": settings or {},
-                "codec": codec,
-            },
-        )
+        request = {
+            "inputs": inputs,
+            "weights": weights,
+            "settings": settings or {},
+            "codec": codec,
+        }
 
-    # ---------------------------------------------------------------------------------- retries
+        def order() -> dict[str, Any]:
+            versions = self.history(adapter)
+            head = versions[-1].manifest if versions else None
+            manifest = _order(adapter, head, "aggregate", node, body=canonical_json(request))
+            return {"signed": key.sign(manifest).to_json(), "request": request}
 
-    def _persist(self, job: PushJob | PullJob) -> int:
-        """Run the job until it succeeds, fails for good, or used up its retries."""
-        attempts = failures = 0
-        while True:
-            attempts += 1
-            before = job.moved
-            try:
-                with self._link.exchange() as exchange:
-                    job.run(exchange)
-                return attempts
-            except SyncFailure as error:
-                if error.code == "wrong-base" and job.fall_back():
-                    continue
-                if not error.retryable:
-                    raise
-                failures = 1 if job.moved > before else failures + 1
-                if failures > self._retries:
-                    raise
-                count("memopt_sync_retries_total", code=error.code)
-            ceiling = min(_BACKOFF_CEILING, _BACKOFF_SECONDS * 2 ** (failures - 1))
-            time.sleep(self._random.uniform(0, ceiling))
+        return self._act("aggregate", order)
+
+    def _act(self, name: str, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Ask until there is an answer; an order is made anew each time, on the newest version."""
+        answers: list[dict[str, Any]] = []
+        # The request may ask something itself: it has its own retries, outside of these.
+        self._retries.run(lambda ends: answers.append(self._link.act(name, request(), ends=ends)))
+        return answers[0]
+
+    def _run(self, job: PushJob | PullJob) -> int:
+        """Run a job to its end; return the number of attempts."""
+
+        def attempt(ends: float) -> None:
+            with self._link.exchange(ends=ends) as exchange:
+                job.run(exchange)
+
+        return self._retries.run(attempt, job)
+
+
+def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    rows = answer.get(name)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SyncFailure("malformed", f"the server's {name} are not a list of objects")
+    return rows
+
+
+def _order(
+    adapter: str,
+    head: Manifest | None,
+    kind: str,
+    node: str,
+    *,
+    new_hash: str = NO_HASH,
+    target: int = 0,
+    body: bytes = b"",
+) -> Manifest:
+    """Return the manifest of an action on what follows ``head``; ``body`` is what it is about."""
+    return Manifest(
+        adapter=adapter,
+        node=node,
+        kind=kind,
+        sequence=head.sequence + 1 if head else 1,
+        base_hash=head.new_hash if head else NO_HASH,
+        new_hash=new_hash,
+        previous=head.digest() if head else NO_HASH,
+        payload_sha256=hashlib.sha256(body).hexdigest(),
+        payload_bytes=len(body),
+        time=int(time.time()),
+        target=target,
+    )

@@ -19,7 +19,7 @@ CODES: dict[str, bool] = {
     "unauthenticated": False,
     "replay": False,  # a sequence number that was used already
     "stale": False,  # signed too long ago, or in the future
-    "wrong-base": False,  # the client answers by sending the full weights
+    "need-full": False,  # made for another base: the client answers by sending everything
     "conflict": True,  # another version came in between; look again and retry
     "wrong-result": False,  # decoded fine, and the weights are not those that were signed
     "not-found": False,

@@ -1,21 +1,24 @@
-"""The door of the server: TLS 1.3 with client certificates in front of Flight on loopback.
+"""The door of the server: TLS 1.3 with client certificates in front of Flight on a private socket.
 
 pyarrow's own TLS server also takes TLS 1.2 and has no setting against it, so Python's ``ssl``
-terminates TLS here (the relay), checks what comes in (:mod:`guard`) and passes it to a plain
-Flight server that listens on a random loopback port. The node's identity crosses by the source
-port of the relay's connection: it is registered before the first byte and removed before the
-port is free again, and the server serves nobody whose port is not registered, so another process
-on the machine gains nothing by connecting to the inner port.
+terminates TLS here, the bytes are looked at (:mod:`guard`) and passed on (:mod:`relay`) to a plain
+Flight server. That one listens on a Unix socket in a folder only its owner may enter, so no other
+user of the machine can go round the gate. The node's identity crosses by the name of the relay's
+end of the connection, a random ticket: it is registered before the first byte is passed on, and the
+server serves nobody whose ticket is not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import secrets
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +27,15 @@ from memopt.federation.authority import node_of
 from memopt.federation.failures import SyncFailure
 from memopt.federation.guard import StreamGuard
 from memopt.federation.limits import Limits
+from memopt.federation.relay import Relay
+from memopt.federation.signing import check_private
 from memopt.metrics import count
 
-_READ = 256 * 1024
 _HANDSHAKE_SECONDS = 10.0
+# Handshakes under way at once; who comes meanwhile waits in the kernel's queue of _BACKLOG.
+_HANDSHAKES, _BACKLOG = 256, 512
+# Lines of the audit log for refused connections: anyone can cause them.
+_REFUSALS_AT_ONCE, _REFUSALS_PER_SECOND = 20, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,12 @@ class Identity:
 
     node: str | None
     expires: float = float("inf")  # end of the certificate, Unix seconds
+
+    def require_valid(self) -> Identity:
+        """Raise ``unauthenticated`` when the certificate has ended; return the identity."""
+        if self.expires < time.time():
+            raise SyncFailure("unauthenticated", "the client's certificate has expired meanwhile")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,7 @@ class TlsFiles:
         return context
 
     def _load(self, context: ssl.SSLContext) -> None:
+        check_private(self.key)
         try:
             context.load_verify_locations(self.ca)
             context.load_cert_chain(self.certificate, self.key)
@@ -77,16 +92,16 @@ class TlsFiles:
 
 
 class Gate:
-    """Accepts connections and relays them to the Flight server on loopback.
+    """Accepts connections and relays them to the Flight server on a private socket.
 
     Args:
         host, port: where to listen; port 0 takes a free one.
-        inner: loopback port of the Flight server.
+        inner: path of the Flight server's Unix socket, in a folder that only its owner may enter.
         context: TLS, or None for a plain transport.
-        limits: connections and message size.
+        limits: connections, calls and message size.
         idle_seconds: a connection that sends nothing for so long is closed, unless the server is
             at work for it (``busy``).
-        on_refused: called with one line for each connection that was turned away.
+        on_refused: called with one line for connections that were turned away.
     """
 
     def __init__(
@@ -94,7 +109,7 @@ class Gate:
         host: str,
         port: int,
         *,
-        inner: int,
+        inner: Path,
         context: ssl.SSLContext | None,
         limits: Limits,
         idle_seconds: float = 60.0,
@@ -104,24 +119,22 @@ class Gate:
         self._context = context
         self._limits = limits
         self._idle = idle_seconds
-        self._on_refused = on_refused
+        self._refusals = _Refusals(on_refused)
         self._identities: dict[str, Identity] = {}
         self._busy: dict[str, int] = {}
-        self._open = 0
         self._lock = threading.Lock()
-        self._loop = asyncio.new_event_loop()
-        started: threading.Event = threading.Event()
-        problem: list[OSError] = []
-        self._thread = threading.Thread(
-            target=self._run, args=(host, port, started, problem), name="sync-gate", daemon=True
-        )
-        self._thread.start()
-        started.wait()
-        if problem:
+        self._handshakes = asyncio.Semaphore(_HANDSHAKES)
+        try:
+            self._listeners = _listen(host, port)
+        except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {host}:{port} ({problem[0].strerror or problem[0]})",
+                f"cannot listen on {host}:{port} ({error.strerror or error})",
                 fix="choose another address or port",
-            ) from problem[0]
+            ) from error
+        self.port: int = self._listeners[0].getsockname()[1]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="sync-gate", daemon=True)
+        self._thread.start()
 
     def identity(self, peer: str) -> Identity:
         """Return who is behind the inner connection ``peer`` (as ``ServerCallContext.peer()``).
@@ -130,25 +143,24 @@ class Gate:
             SyncFailure: the connection did not come through the gate, or its certificate ended.
         """
         with self._lock:
-            identity = self._identities.get(peer)
+            identity = self._identities.get(_ticket(peer))
         if identity is None:
             raise SyncFailure("unauthenticated", "this connection did not come through the gate")
-        if identity.expires < time.time():
-            raise SyncFailure("unauthenticated", "the client's certificate has expired meanwhile")
-        return identity
+        return identity.require_valid()
 
     @contextlib.contextmanager
-    def busy(self, peer: str):  # type: ignore[no-untyped-def]
+    def busy(self, peer: str) -> Iterator[None]:
         """While inside, the connection ``peer`` may be silent: the server is working for it."""
+        ticket = _ticket(peer)
         with self._lock:
-            self._busy[peer] = self._busy.get(peer, 0) + 1
+            self._busy[ticket] = self._busy.get(ticket, 0) + 1
         try:
             yield
         finally:
             with self._lock:
-                self._busy[peer] -= 1
-                if not self._busy[peer]:
-                    del self._busy[peer]
+                self._busy[ticket] -= 1
+                if not self._busy[ticket]:
+                    del self._busy[ticket]
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
@@ -156,134 +168,183 @@ class Gate:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
 
-    def _run(self, host: str, port: int, started: threading.Event, problem: list[OSError]) -> None:
+    def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        try:
-            server = self._loop.run_until_complete(
-                asyncio.start_server(
-                    self._serve,
-                    host,
-                    port,
-                    ssl=self._context,
-                    ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
-                    limit=4 * _READ,
-                    backlog=512,
-                )
+        # A transport reports here what it cannot tell its connection: one line each.
+        self._loop.set_exception_handler(
+            lambda loop, context: self._refuse(
+                str(context.get("exception") or context.get("message"))
             )
-            self.port: int = server.sockets[0].getsockname()[1]
-        except OSError as error:
-            problem.append(error)
-            started.set()
-            return
-        self._loop.set_exception_handler(self._quiet)
-        started.set()
+        )
+        accepting = [self._loop.create_task(self._accept(each)) for each in self._listeners]
         try:
             self._loop.run_forever()
         finally:
-            server.close()
+            for each in self._listeners:
+                each.close()
             # Each relay must get to its end, where it drops its two connections: Flight's shutdown
             # waits for the calls on them.
             tasks = asyncio.all_tasks(self._loop)
-            for task in tasks:
+            for task in (*accepting, *tasks):
                 task.cancel()
             if tasks:
                 self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
             self._loop.run_until_complete(asyncio.sleep(0))
             self._loop.close()
 
-    def _quiet(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        # Handshakes that fail (TLS 1.2, no certificate, a port scan) end up here: one line each.
-        self._refuse(str(context.get("exception") or context.get("message")))
-
     def _refuse(self, line: str) -> None:
         count("memopt_sync_refused_connections_total")
-        self._on_refused(line)
+        self._refusals.tell(line)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        key = ""
-        upstream: asyncio.StreamWriter | None = None
-        self._open += 1
+    async def _accept(self, listener: socket.socket) -> None:
+        serving: set[asyncio.Task[None]] = set()
+        while True:
+            # Whoever comes while all handshakes are taken waits in the kernel's queue.
+            await self._handshakes.acquire()
+            try:
+                plain, _ = await self._loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or the peer is gone already: neither may end the service.
+                self._handshakes.release()
+                self._refuse(f"a connection could not be accepted ({error.strerror})")
+                await asyncio.sleep(0.1)
+                continue
+            task = self._loop.create_task(self._serve(plain))
+            serving.add(task)
+            task.add_done_callback(serving.discard)
+
+    async def _serve(self, plain: socket.socket) -> None:
+        ticket = secrets.token_hex(16)
+        relay = Relay(StreamGuard(self._limits.message_bytes, self._limits.connection_streams))
         try:
-            if self._open > self._limits.connections:
-                raise SyncFailure("busy", f"more than {self._limits.connections} connections")
-            identity = self._identify(writer)
-            down, upstream = await asyncio.open_connection(
-                "127.0.0.1", self._inner, limit=4 * _READ
+            try:
+                await self._loop.connect_accepted_socket(
+                    lambda: relay.client,
+                    plain,
+                    ssl=self._context,
+                    ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
+                )
+            finally:
+                self._handshakes.release()
+            assert relay.client.transport is not None
+            self._register(ticket, self._identify(relay.client.transport))
+            await self._loop.create_unix_connection(
+                lambda: relay.server, sock=self._connect_inner(ticket)
             )
-            address, port = upstream.get_extra_info("sockname")[:2]
-            key = f"ipv4:{address}:{port}"
-            with self._lock:
-                self._identities[key] = identity
-            await self._relay(key, reader, writer, down, upstream)
+            await relay.run(self._alive(ticket))
         except SyncFailure as error:
             self._refuse(error.problem)
-        except (OSError, asyncio.IncompleteReadError):
-            # A peer that went away was not refused; its upload, if any, stays for it to resume.
-            count("memopt_sync_broken_connections_total")
+        except ssl.SSLError as error:
+            self._refuse(str(error))
+        except OSError as error:
+            if relay.client.transport is None:
+                # TLS 1.2, no certificate, a port scan.
+                self._refuse(f"the TLS handshake failed ({error})")
+            else:
+                # A peer that went away was not refused; its upload stays for it to resume.
+                count("memopt_sync_broken_connections_total")
         finally:
-            self._open -= 1
             with self._lock:
-                self._identities.pop(key, None)
-            for stream in (upstream, writer):
-                if stream is not None:
-                    # abort, not close: a peer that does not read must not keep the socket.
-                    stream.transport.abort()
+                self._identities.pop(ticket, None)
+            relay.abort()
 
-    def _identify(self, writer: asyncio.StreamWriter) -> Identity:
+    def _register(self, ticket: str, identity: Identity) -> None:
+        with self._lock:
+            # Checked and added at once: two connections cannot both be the last allowed one.
+            theirs = [i for i in self._identities.values() if i.node == identity.node]
+            if len(self._identities) >= self._limits.connections:
+                raise SyncFailure("busy", f"more than {self._limits.connections} connections")
+            if identity.node and len(theirs) >= self._limits.node_connections:
+                raise SyncFailure(
+                    "busy",
+                    f"node {identity.node!r} has {self._limits.node_connections} connections",
+                )
+            self._identities[ticket] = identity
+
+    def _connect_inner(self, ticket: str) -> socket.socket:
+        """Connect to Flight from an address that is the ticket: what Flight calls the peer."""
+        inner = socket.socket(socket.AF_UNIX)
+        path = self._inner.with_name(ticket)
+        try:
+            inner.bind(str(path))
+            inner.connect(str(self._inner))
+            inner.setblocking(False)
+        except OSError:
+            inner.close()
+            raise
+        finally:
+            path.unlink(missing_ok=True)
+        return inner
+
+    def _identify(self, transport: asyncio.BaseTransport) -> Identity:
         if self._context is None:
             return Identity(node=None)
-        if writer.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
             raise SyncFailure("malformed", "the client does not offer HTTP/2")
-        certificate = writer.get_extra_info("peercert") or {}
+        certificate = transport.get_extra_info("peercert") or {}
         return Identity(
             node=node_of(certificate),
             expires=float(ssl.cert_time_to_seconds(certificate["notAfter"])),
         )
 
-    async def _relay(
-        self,
-        key: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        down: asyncio.StreamReader,
-        upstream: asyncio.StreamWriter,
-    ) -> None:
-        guard = StreamGuard(self._limits.message_bytes)
-        last = time.monotonic()
+    def _alive(self, ticket: str) -> Callable[[float, float], None]:
+        """Return what judges a connection by its silence and its age, both in seconds."""
 
-        async def inwards() -> None:
-            nonlocal last
-            while data := await reader.read(_READ):
-                last = time.monotonic()
-                guard.feed(data)
-                upstream.write(data)
-                await upstream.drain()
+        def judge(silence: float, age: float) -> None:
+            if self._busy.get(ticket):
+                return
+            if silence > self._idle:
+                raise SyncFailure("timeout", f"no data for {self._idle:g} s")
+            if age > self._limits.connection_seconds:
+                raise SyncFailure("timeout", "the connection is too old; what it did resumes")
 
-        async def outwards() -> None:
-            nonlocal last
-            while data := await down.read(_READ):
-                writer.write(data)
-                await writer.drain()
+        return judge
 
-        async def watch() -> None:
-            nonlocal last
-            while time.monotonic() - last < self._idle:
-                await asyncio.sleep(min(1.0, self._idle / 4))
-                if self._busy.get(key):
-                    last = time.monotonic()
-            raise SyncFailure("timeout", f"no data for {self._idle:g} s")
 
-        tasks = [asyncio.ensure_future(c()) for c in (inwards, outwards, watch)]
+class _Refusals:
+    """Tells of refused connections, but not so often that a port scan fills the audit log."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._left = float(_REFUSALS_AT_ONCE)
+        self._at = time.monotonic()
+        self._untold = 0
+
+    def tell(self, line: str) -> None:
+        now = time.monotonic()
+        self._left = min(_REFUSALS_AT_ONCE, self._left + (now - self._at) * _REFUSALS_PER_SECOND)
+        self._at = now
+        if self._left < 1:
+            self._untold += 1
+            return
+        self._left -= 1
+        more, self._untold = self._untold, 0
+        self._tell(f"{line} (and {more} more before)" if more else line)
+
+
+def _ticket(peer: str) -> str:
+    """Return the last part of a peer's name, ``unix:/folder/ticket``."""
+    return peer.rpartition("/")[2]
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Return a listening socket for each address of ``host``, all on one port."""
+    listeners: list[socket.socket] = []
+    problem: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-            if tasks[1] in done or tasks[0] in done:
-                # What the server has sent last (a status, GOAWAY) still goes out.
-                await asyncio.wait({tasks[1]}, timeout=1.0)
-                if writer.can_write_eof():
-                    await writer.drain()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            taken = listeners[0].getsockname()[1] if listeners else address[1]
+            listener = socket.create_server((address[0], taken), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            # localhost is often ::1 too, on a machine that has no IPv6.
+            problem = error
+            continue
+        listener.setblocking(False)
+        listeners.append(listener)
+    if problem is not None and (not listeners or problem.errno == errno.EADDRINUSE):
+        for each in listeners:
+            each.close()
+        raise problem
+    return listeners

@@ -1,12 +1,16 @@
 """Looks at the gRPC stream before gRPC does, so that no claim of a peer is allocated for.
 
 Flight's server takes messages of any size and inflates compressed ones, and pyarrow has no
-setting for it. This reads the HTTP/2 frames on their way in (RFC 9113) and stops a connection
-that sends a message over the limit, a compressed message (gRPC flag 1: a zip bomb) or an Arrow
-record batch body (FlightData field 1000), which this service never takes. It changes nothing.
+setting for it, nor for how many calls run at once, each of which holds a thread. This reads the
+HTTP/2 frames on their way through (RFC 9113) and stops a connection that sends a message over the
+limit, holds too much in messages half sent, has too many calls open, sends a compressed message
+(gRPC flag 1: a zip bomb) or an Arrow record batch body (FlightData field 1000), which this service
+never takes. It changes nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from memopt.federation.failures import SyncFailure
 
@@ -15,16 +19,34 @@ _DATA, _HEADERS, _RST_STREAM = 0x0, 0x1, 0x3
 _END_STREAM, _PADDED = 0x1, 0x8
 # FlightData.data_body in Flight.proto
 _DATA_BODY = 1000
-# Messages half received at one time; gRPC clients have a handful.
-_MAX_PARTIAL = 1024
+# Messages half received may announce this many times the limit of one: a client has one or two.
+_PARTIAL_SHARE = 2
+# Bytes of a message outside its fields' contents. Flight's messages have at most five fields with a
+# few bytes of tag and length each; these bytes are read one by one, so they must stay few.
+_MAX_FRAMING = 256
 
 
 class StreamGuard:
-    """Checks the client's half of one HTTP/2 connection; :meth:`feed` raises on a violation."""
+    """Checks one HTTP/2 connection; :meth:`feed` and :meth:`sent` raise on a violation.
 
-    def __init__(self, message_bytes: int) -> None:
+    Args:
+        message_bytes: the largest gRPC message.
+        streams: calls that may be open at once.
+
+    >>> guard = StreamGuard(1000, 4)
+    >>> guard.feed(b"GET / HTTP/1.1")
+    Traceback (most recent call last):
+    ...
+    memopt.federation.failures.SyncFailure: the connection does not speak HTTP/2
+    """
+
+    def __init__(self, message_bytes: int, streams: int) -> None:
         self._limit = message_bytes
+        self._streams = streams
+        self._open: set[int] = set()
+        self._newest = 0
         self._preface = _PREFACE
+        self._replies = _Heads()
         self._head = bytearray()
         self._left = 0  # bytes of the current frame still to come
         self._data_left = 0  # of those, bytes that are not padding
@@ -32,8 +54,14 @@ class StreamGuard:
         self._type = self._flags = self._stream = 0
         self._messages: dict[int, _Message] = {}
 
-    def feed(self, data: bytes) -> None:
-        """Check the next bytes of the connection.
+    def sent(self, data: bytes | memoryview) -> None:
+        """Look at the server's next bytes, for the calls that they end."""
+        for kind, flags, stream in self._replies.feed(data):
+            if kind == _RST_STREAM or (kind in (_DATA, _HEADERS) and flags & _END_STREAM):
+                self._open.discard(stream)
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Check the client's next bytes.
 
         Raises:
             SyncFailure: they may not be passed on; the connection must be closed.
@@ -68,6 +96,11 @@ class StreamGuard:
         self._stream = int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
         self._pad_unknown = self._type == _DATA and bool(self._flags & _PADDED)
         self._head = bytearray()
+        if self._type == _HEADERS and self._stream > self._newest:
+            self._newest = self._stream
+            self._open.add(self._stream)
+            if len(self._open) > self._streams:
+                raise SyncFailure("too-large", f"more than {self._streams} calls are open")
         if self._left == 0:
             self._end()
 
@@ -81,9 +114,11 @@ class StreamGuard:
         message = self._messages.get(self._stream)
         if message is None:
             message = self._messages[self._stream] = _Message(self._limit)
-            if len(self._messages) > _MAX_PARTIAL:
-                raise SyncFailure("too-large", "too many messages are half sent")
+        before = message.claimed
         message.feed(part)
+        claimed = sum(m.claimed for m in self._messages.values()) if message.claimed > before else 0
+        if claimed > _PARTIAL_SHARE * self._limit or len(self._messages) > self._streams:
+            raise SyncFailure("too-large", "too much is in messages that are half sent")
         if message.idle:
             del self._messages[self._stream]
 
@@ -91,6 +126,32 @@ class StreamGuard:
         closing = self._type in (_DATA, _HEADERS) and self._flags & _END_STREAM
         if closing or self._type == _RST_STREAM:
             self._messages.pop(self._stream, None)
+        if self._type == _RST_STREAM:
+            self._open.discard(self._stream)
+
+
+class _Heads:
+    """Finds the frame heads in one direction of an HTTP/2 connection."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._left = 0
+
+    def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+        """Yield type, flags and stream of each frame that begins in the next bytes."""
+        view, at, end = memoryview(data), 0, len(data)
+        while at < end:
+            if self._left:
+                take = min(self._left, end - at)
+                self._left -= take
+            else:
+                take = min(9 - len(self._head), end - at)
+                self._head += view[at : at + take]
+                if len(self._head) == 9:
+                    head, self._head = self._head, bytearray()
+                    self._left = int.from_bytes(head[:3], "big")
+                    yield head[3], head[4], int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
+            at += take
 
 
 class _Message:
@@ -103,6 +164,8 @@ class _Message:
         self._skip = 0  # bytes of the current field still to come
         self._varint = self._shift = 0
         self._tag = -1  # tag whose length or value is being read; -1 while reading a tag
+        self._framing = 0  # bytes of the message that were tags and lengths
+        self.claimed = 0  # bytes of the message under way, as announced
 
     @property
     def idle(self) -> bool:
@@ -113,6 +176,7 @@ class _Message:
         at, end = 0, len(view)
         while at < end:
             if self._left == 0:
+                self.claimed = 0
                 take = min(5 - len(self._prefix), end - at)
                 self._prefix += view[at : at + take]
                 at += take
@@ -133,9 +197,9 @@ class _Message:
     def _start(self) -> None:
         if self._prefix[0]:
             raise SyncFailure("malformed", "compressed gRPC messages are not taken")
-        self._left = int.from_bytes(self._prefix[1:], "big")
+        self._left = self.claimed = int.from_bytes(self._prefix[1:], "big")
         self._prefix = bytearray()
-        self._varint = self._shift = self._skip = 0
+        self._varint = self._shift = self._skip = self._framing = 0
         self._tag = -1
         if self._left > self._limit:
             raise SyncFailure(
@@ -143,6 +207,9 @@ class _Message:
             )
 
     def _byte(self, value: int) -> None:
+        self._framing += 1
+        if self._framing > _MAX_FRAMING:
+            raise SyncFailure("malformed", "a message has too many fields")
         self._varint |= (value & 0x7F) << self._shift
         self._shift += 7
         if value & 0x80:

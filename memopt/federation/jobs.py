@@ -157,12 +157,14 @@ class PullJob:
         self._trust = trust
         self._progress = progress or (lambda done, total: None)
         self._timeout = timeout
+        self._full = False
         self.moved = self.bytes = self.versions = 0
         self.kind = "nothing"
 
     def fall_back(self) -> bool:
-        """A pull has no other way."""
-        return False
+        """Ask for everything from now on; False when that was tried already."""
+        again, self._full = not self._full, True
+        return again
 
     def run(self, exchange: Exchange) -> None:
         """Make one attempt."""
@@ -172,8 +174,8 @@ class PullJob:
             {
                 "operation": "pull",
                 "adapter": manager.adapter,
-                "sequence": mine.sequence,
-                "weights_hash": mine.weights_hash,
+                "sequence": 0 if self._full else mine.sequence,
+                "weights_hash": NO_HASH if self._full else mine.weights_hash,
             },
         )
         # The server may have to rebuild and pack everything first.
@@ -184,7 +186,8 @@ class PullJob:
         newest: Signed | None = None
         for number, (signed, size, sha256, full) in enumerate(items):
             data = self._fetch(exchange, number, size, sha256, done, total)
-            weights = manager.decode(signed, data, {} if full else weights)
+            kind = "full" if full else "delta"
+            weights = manager.decode(signed, data, {} if full else weights, kind=kind)
             newest = signed
             done += size
         if newest is not None:
@@ -210,6 +213,8 @@ class PullJob:
             if manifest.adapter != self._manager.adapter:
                 raise SyncFailure("forbidden", f"a version of {manifest.adapter!r} was offered")
             self._trust.verify(signed, fresh=False)
+            if manifest.kind == "aggregate":
+                raise SyncFailure("forbidden", "an order was offered as a version")
             if manifest.sequence <= sequence:
                 raise SyncFailure(
                     "replay",

@@ -13,6 +13,8 @@ from memopt.federation.failures import SyncFailure
 
 MIB = 1 << 20
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}\Z")
+# A plan of 500 versions has 1,500; a table of tensors asks for more by itself.
+_MAX_CONTAINERS = 10_000
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -24,6 +26,7 @@ class Limits:
     """
 
     message_bytes: int = 8 * MIB  # one gRPC message; chunks are at most half of it
+    fields_bytes: int = MIB  # the JSON part of a message: a plan of 500 versions has 0.4 MB
     header_bytes: int = 16 * MIB  # decompressed tensor table of a payload
     payload_bytes: int = 4096 * MIB
     total_bytes: int = 8192 * MIB  # all decoded tensors together
@@ -33,6 +36,9 @@ class Limits:
     uploads_per_node: int = 4  # unfinished uploads kept for resuming
     upload_seconds: float = 24 * 3600.0  # after which an unfinished upload is forgotten
     connections: int = 256
+    node_connections: int = 64  # of those, by one node
+    connection_seconds: float = 3600.0  # a connection's whole life; what it was doing resumes
+    connection_streams: int = 32  # calls open at once on one connection
     streams: int = 128  # exchanges running at once
 
     def __post_init__(self) -> None:
@@ -109,12 +115,23 @@ def check_hash(what: str, value: object) -> str:
     return value
 
 
-def strict_json(data: bytes | str, *, what: str) -> dict[str, Any]:
+def strict_json(
+    data: bytes | str, *, what: str, containers: int = _MAX_CONTAINERS
+) -> dict[str, Any]:
     """Parse a JSON object from a peer: no duplicate keys, no NaN, any damage is a SyncFailure.
+
+    Args:
+        data: the text.
+        what: what it is, for the message.
+        containers: the most objects and lists, which take many times their text in memory.
 
     >>> strict_json('{"a": 1}', what="manifest")
     {'a': 1}
     """
+    text = data.encode() if isinstance(data, str) else data
+    # Counted in the text, before anything is built; those inside strings count too.
+    if text.count(b"{") + text.count(b"[") > containers:
+        raise SyncFailure("too-large", f"{what} has more than {containers} objects and lists")
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

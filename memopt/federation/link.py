@@ -19,7 +19,7 @@ from memopt.federation import protocol
 from memopt.federation.authority import expired
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import TlsFiles
-from memopt.federation.limits import Limits
+from memopt.federation.limits import Limits, strict_json
 
 BROKEN = (flight.FlightError, pa.ArrowException, OSError)
 
@@ -84,14 +84,14 @@ class Link:
         self._tls = tls
         self._context = tls.client_context() if tls else None
 
-    def probe(self) -> None:
+    def probe(self, seconds: float) -> None:
         """Open and close a connection, to fail early and with the real reason.
 
         gRPC reports every failure to connect alike, an expired certificate as an unreachable
         host, and would accept TLS 1.2 from the server.
         """
         try:
-            with socket.create_connection((self.host, self.port), timeout=self.timeout) as plain:
+            with socket.create_connection((self.host, self.port), timeout=seconds) as plain:
                 if self._context is None:
                     return
                 with self._context.wrap_socket(plain, server_hostname=self.host) as secure:
@@ -122,16 +122,17 @@ class Link:
         )
 
     @contextmanager
-    def client(self) -> Iterator[Any]:
-        """Yield a Flight client on a fresh connection."""
-        self.probe()
+    def client(self, *, ends: float = float("inf")) -> Iterator[Any]:
+        """Yield a Flight client on a fresh connection; ``ends`` as in :meth:`exchange`."""
+        seconds = _left(self.timeout, ends)
+        self.probe(seconds)
         options = [
             # Without this, clients of one process share a connection, and a broken one its backoff.
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.max_receive_message_length", self.limits.message_bytes),
             # The time one attempt to connect may take (20 s otherwise): a peer that accepts and
             # then is silent is given up in time.
-            ("grpc.min_reconnect_backoff_ms", max(1000, int(self.timeout * 1000))),
+            ("grpc.min_reconnect_backoff_ms", max(1000, int(seconds * 1000))),
         ]
         try:
             if self._tls:
@@ -154,16 +155,20 @@ class Link:
             client.close()
 
     @contextmanager
-    def exchange(self) -> Iterator[Exchange]:
-        """Open an exchange; whatever breaks inside becomes a SyncFailure."""
-        with self.client() as client:
+    def exchange(self, *, ends: float = float("inf")) -> Iterator[Exchange]:
+        """Open an exchange; whatever breaks inside becomes a SyncFailure.
+
+        Args:
+            ends: when the whole of it must be over, in ``time.monotonic()``.
+        """
+        with self.client(ends=ends) as client:
             try:
                 descriptor = flight.FlightDescriptor.for_command(protocol.COMMAND)
                 writer, reader = client.do_exchange(descriptor)
             except BROKEN as error:
                 raise translate(error) from error
             watchdog = _Watchdog(reader.cancel)
-            exchange = Exchange(reader, writer, watchdog, self.timeout, self.limits)
+            exchange = Exchange(reader, writer, watchdog, self.timeout, ends, self.limits)
             try:
                 yield exchange
                 exchange.finish()
@@ -180,41 +185,53 @@ class Link:
                 with suppress(*BROKEN):
                     writer.close()
 
-    def act(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Call a Flight action and return its JSON answer."""
-        with self.client() as client:
+    def act(
+        self, name: str, request: Mapping[str, Any], *, ends: float = float("inf")
+    ) -> dict[str, Any]:
+        """Call a Flight action and return its JSON answer; ``ends`` as in :meth:`exchange`."""
+        with self.client(ends=ends) as client:
             try:
                 results = list(
                     client.do_action(
                         flight.Action(name, json.dumps(request).encode()),
-                        flight.FlightCallOptions(timeout=self.timeout),
+                        flight.FlightCallOptions(timeout=_left(self.timeout, ends)),
                     )
                 )
             except BROKEN as error:
                 raise translate(error) from error
         if len(results) != 1:
             raise SyncFailure("malformed", f"action {name} gave {len(results)} answers")
-        answer: dict[str, Any] = json.loads(results[0].body.to_pybytes())
-        return answer
+        try:
+            return strict_json(results[0].body.to_pybytes(), what=f"the answer to {name}")
+        except SyncFailure as error:
+            # An action's answer has no checksum: on a plain wire this may be a flipped bit.
+            raise SyncFailure("corrupt", error.problem) from error
 
 
 class Exchange:
     """Frames of one exchange, each step under the deadline."""
 
     def __init__(
-        self, reader: Any, writer: Any, watchdog: _Watchdog, timeout: float, limits: Limits
+        self,
+        reader: Any,
+        writer: Any,
+        watchdog: _Watchdog,
+        timeout: float,
+        ends: float,
+        limits: Limits,
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._watchdog = watchdog
         self._timeout = timeout
+        self._ends = ends
         self._limits = limits
         self.waiting = timeout
 
     def send(self, kind: int, fields: Mapping[str, Any] | None = None, body: Any = b"") -> None:
         """Write one message."""
         data = pa.py_buffer(protocol.encode(kind, dict(fields or {}), body))
-        with self._watchdog.within(self._timeout):
+        with self._step(self._timeout):
             self._writer.write_metadata(data)
 
     def receive(self, *kinds: int, within: float | None = None) -> protocol.Frame:
@@ -223,8 +240,7 @@ class Exchange:
         Raises:
             SyncFailure: the server's refusal, a message out of place, or the end of the exchange.
         """
-        self.waiting = within or self._timeout
-        with self._watchdog.within(self.waiting):
+        with self._step(within or self._timeout):
             try:
                 chunk = self._reader.read_chunk()
             except StopIteration:
@@ -235,11 +251,25 @@ class Exchange:
 
     def finish(self) -> None:
         """Say that nothing more is sent, and let the server end its side."""
-        with self._watchdog.within(self._timeout):
+        with self._step(self._timeout):
             self._writer.done_writing()
             with suppress(StopIteration):
                 while True:
                     self._reader.read_chunk()
+
+    @contextmanager
+    def _step(self, seconds: float) -> Iterator[None]:
+        self.waiting = _left(seconds, self._ends)
+        with self._watchdog.within(self.waiting):
+            yield
+
+
+def _left(seconds: float, ends: float) -> float:
+    """Return how long a step may take: ``seconds``, or less when the whole must be over sooner."""
+    left = min(seconds, ends - time.monotonic())
+    if left <= 0:
+        raise SyncFailure("timeout", "the time for all of it is used up")
+    return left
 
 
 def translate(error: BaseException) -> SyncFailure:

@@ -213,10 +213,14 @@ class DeltaSyncManager:
         return weights
 
     def decode(
-        self, signed: Signed, payload: bytes | memoryview, base: Weights
+        self, signed: Signed, payload: bytes | memoryview, base: Weights, *, kind: str | None = None
     ) -> dict[str, Array]:
-        """Return what a version's payload makes of ``base``, checked against the signed hash."""
-        weights = unpack(payload, base, self.limits, self._dictionaries)
+        """Return what a version's payload makes of ``base``, checked against the signed hash.
+
+        Args:
+            kind: what the payload must be; by default either, as it carries its own hash.
+        """
+        weights = unpack(payload, base, self.limits, self._dictionaries, kind=kind)
         require_same(signed.manifest.new_hash, weights, what="the received weights")
         return weights
 

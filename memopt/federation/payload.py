@@ -185,7 +185,9 @@ def read_table(payload: bytes | memoryview, limits: Limits) -> tuple[Table, int]
     if start + stored + _DIGEST > len(view):
         raise SyncFailure("malformed", "payload's table is longer than the payload")
     text = _inflate(view[start : start + stored], plain, b"", what="table")
-    table = _parse_table(strict_json(text, what="payload table"), limits)
+    # A row and its shape for each tensor; some more, so that too many tensors are called that.
+    fields = strict_json(text, what="payload table", containers=3 * limits.tensors + 100)
+    table = _parse_table(fields, limits)
     bodies = len(view) - start - stored - _DIGEST
     if sum(r.stored for r in table.rows) != bodies:
         raise SyncFailure("malformed", "payload's bodies do not add up to its length")
@@ -282,13 +284,20 @@ def unpack(
     base: Weights,
     limits: Limits,
     dictionaries: Mapping[str, bytes] | None = None,
+    *,
+    kind: str | None = None,
 ) -> dict[str, Array]:
     """Return the weights that ``payload`` makes of ``base``; ``base`` is left as it is.
+
+    Args:
+        kind: what its manifest says it is, ``delta`` or ``full``; None takes either.
 
     Raises:
         SyncFailure: the payload is damaged, over a limit, or does not suit ``base``.
     """
     table, offset = read_table(payload, limits)
+    if kind not in (None, table.kind):
+        raise SyncFailure("malformed", f"a {table.kind} payload with a manifest of kind {kind}")
     dictionary = b""
     if table.dictionary != _NO_DICTIONARY:
         dictionary = (dictionaries or {}).get(table.dictionary, b"")
@@ -325,13 +334,13 @@ def _check_against(table: Table, base: Weights, limits: Limits) -> None:
         known = base.get(row.name) if table.kind == "delta" else None
         if row.operation == "drop":
             if known is None:
-                raise SyncFailure("wrong-base", f"{row.name}: cannot drop what is not there")
+                raise SyncFailure("need-full", f"{row.name}: cannot drop what is not there")
             del sizes[row.name]
             continue
         if row.operation == "change" and (
             known is None or known.shape != row.shape or dtype_name(known) != row.dtype
         ):
-            raise SyncFailure("wrong-base", f"{row.name}: the base has another shape or dtype")
+            raise SyncFailure("need-full", f"{row.name}: the base has another shape or dtype")
         sizes[row.name] = row.count * DTYPES[row.dtype].itemsize
     if sum(sizes.values()) > limits.total_bytes or len(sizes) > limits.tensors:
         raise SyncFailure("too-large", "the weights would grow over the limit")

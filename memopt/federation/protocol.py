@@ -84,6 +84,8 @@ def decode(data: bytes | memoryview, limits: Limits) -> Frame:
         raise SyncFailure("malformed", f"message kind {kind} is unknown")
     if _HEAD.size + text + body + _CRC.size != len(view):
         raise SyncFailure("malformed", "message lengths do not add up")
+    if text > limits.fields_bytes:
+        raise SyncFailure("too-large", f"message fields have {text} bytes")
     start = _HEAD.size + text
     fields = strict_json(bytes(view[_HEAD.size : start]), what="message")
     return Frame(kind, fields, view[start : start + body])

@@ -86,8 +86,9 @@ def _chain(
 
 def send_versions(
     store: Store, channel: Channel, adapter: str, hello: Mapping[str, Any], busy: Busy
-) -> None:
-    """Send the plan, then whatever the client gets of it, until it says BYE."""
+) -> int:
+    """Send the plan, then whatever the client gets of it, until it says BYE; return the version
+    that the plan leads to, 0 when the client was up to date."""
     sequence = check_count("sequence", hello["sequence"], 1 << 53)
     weights_hash = check_hash("weights_hash", hello["weights_hash"])
     with busy():
@@ -102,6 +103,7 @@ def send_versions(
         _send_file(
             channel, store.vault.parts(items[number].file, offset), offset, rows[number]["bytes"]
         )
+    return items[-1].signed.manifest.sequence if items else 0
 
 
 def _send_file(channel: Channel, parts: Iterator[bytes], offset: int, total: int) -> None:

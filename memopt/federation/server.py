@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.flight as flight
@@ -36,10 +39,14 @@ ACTIONS = (
     ("status", "the newest version of every adapter, or of one: {adapter}"),
     ("history", "the signed manifests of an adapter: {adapter}"),
     ("rollback", "make an old version the newest: {signed} manifest of kind rollback"),
-    ("aggregate", "average adapters into one, signed by the server: {adapter, inputs, ...}"),
+    ("aggregate", "average adapters into one, signed by the server: {signed, request}"),
 )
 # Rows of do_get hold at most this much of a tensor, far from gRPC's message limit.
 _GET_BYTES = 2 << 20
+# Orders are small: the largest names 1,024 adapters of 100 characters.
+ACTION_BYTES = 256 * 1024
+# A Unix socket's path has at most 103 bytes on every system; the name of a peer's takes 33.
+_MAX_SOCKET_FOLDER = 70
 WEIGHTS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -138,14 +145,14 @@ class SyncServer:
             self.gate = Gate(
                 host,
                 port,
-                inner=self._flight.port,
+                inner=self._flight.path,
                 context=context,
                 limits=self.limits,
                 idle_seconds=idle_seconds,
                 on_refused=lambda line: self.audit.write("connection-refused", problem=line[:300]),
             )
         except BaseException:
-            self._flight.shutdown()
+            self._flight.close()
             self.store.close()
             raise
         self.host, self.port = host, self.gate.port
@@ -159,7 +166,7 @@ class SyncServer:
     def close(self) -> None:
         """Stop: drop connections, end running calls, release the store."""
         self.gate.close()
-        self._flight.shutdown()
+        self._flight.close()
         self.audit.close()
         self.store.close()
 
@@ -173,11 +180,17 @@ class SyncServer:
         """Return who calls; with TLS the node must have ``role`` (any role for None)."""
         identity = self.gate.identity(context.peer())
         if identity.node is not None:
-            if role is not None:
-                self.trust.allow(identity.node, role, adapter)
-            elif identity.node not in self.trust.nodes():
-                self.trust.allow(identity.node, "pull", adapter)
+            self.trust.allow(identity.node, role, adapter)
         return identity
+
+    def visible(self, context: Any) -> list[str]:
+        """Return the adapters that the caller may look at."""
+        identity = self.caller(context, None, None)
+        names = self.store.adapters()
+        if identity.node is None:
+            return names
+        node = self.trust.nodes().get(identity.node)
+        return [name for name in names if node is not None and node.may(None, name)]
 
     @contextlib.contextmanager
     def guarded(self, context: Any, event: str) -> Iterator[None]:
@@ -187,8 +200,8 @@ class SyncServer:
         except SyncFailure as error:
             self._refused(context, event, error)
             raise _flight_error(error) from error
-        except MemoptError as error:
-            failure = SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
+        except Exception as error:
+            failure = _unforeseen(error)
             self._refused(context, event, failure)
             raise _flight_error(failure) from error
 
@@ -212,21 +225,17 @@ class SyncServer:
                 self._exchange(context, channel)
             finally:
                 self._streams.release()
-        except MemoptError as error:
-            failure = (
-                error
-                if isinstance(error, SyncFailure)
-                else SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
-            )
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            # The client is gone: what it sent so far stays for it to resume.
+            self.audit.write("exchange-broken", problem=str(error)[:200])
+        except Exception as error:  # noqa: BLE001 - told to the client and to the audit log
+            failure = error if isinstance(error, SyncFailure) else _unforeseen(error)
             self._refused(context, "exchange", failure)
             with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):
                 channel.send(protocol.ERROR, protocol.encode_error(failure))
                 # Ending the call with the client's window still on the way would reset the stream,
                 # and the client might never read why.
                 channel.drain(2 * protocol.WINDOW_BYTES)
-        except (flight.FlightError, pa.ArrowException, OSError) as error:
-            # The client is gone: what it sent so far stays for it to resume.
-            self.audit.write("exchange-broken", problem=str(error)[:200])
 
     def _exchange(self, context: Any, channel: Channel) -> None:
         hello = channel.receive(protocol.HELLO).fields
@@ -239,9 +248,9 @@ class SyncServer:
         elif operation == "pull":
             check_keys("hello", hello, ("operation", "adapter", "sequence", "weights_hash"))
             adapter = check_adapter(hello["adapter"])
-            self.caller(context, "pull", adapter)
-            send_versions(self.store, channel, adapter, hello, self._busy(context))
-            self.audit.write("pull", adapter=adapter, node=self.caller(context, None, None).node)
+            node = self.caller(context, "pull", adapter).node
+            sequence = send_versions(self.store, channel, adapter, hello, self._busy(context))
+            self.audit.write("pull", adapter=adapter, node=node, sequence=sequence)
         else:
             raise SyncFailure("malformed", "hello asks neither for push nor pull")
 
@@ -250,29 +259,25 @@ class SyncServer:
 
     def act(self, context: Any, name: str, body: bytes) -> dict[str, Any]:
         """Answer one action."""
-        request = strict_json(body or b"{}", what=f"action {name}")
-        if len(body) > self.limits.message_bytes:
-            raise SyncFailure("too-large", "the action's body is over the message limit")
+        if len(body) > ACTION_BYTES:
+            raise SyncFailure("too-large", f"the action's body is over {ACTION_BYTES} bytes")
+        request = strict_json(body or b"{}", what=f"action {name[:40]!r}")
         if name == "status":
-            adapter = request.get("adapter")
-            self.caller(context, None, None)
-            names = [check_adapter(adapter)] if adapter else self.store.adapters()
-            return {"adapters": [self._describe(n) for n in names]}
+            if "adapter" not in request:
+                return {"adapters": [self._describe(n) for n in self.visible(context)]}
+            adapter = check_adapter(request["adapter"])
+            self.caller(context, None, adapter)
+            return {"adapters": [self._describe(adapter)]}
         if name == "history":
             adapter = check_adapter(request.get("adapter"))
-            self.caller(context, None, None)
+            self.caller(context, None, adapter)
             signed = [self.store.signed(adapter, s) for s in self.store.sequences(adapter)]
-            return {
-                "adapter": adapter,
-                "versions": [s.to_json() | {"digest": s.manifest.digest()} for s in signed],
-            }
+            return {"adapter": adapter, "versions": [s.to_json() for s in signed]}
         if name == "rollback":
             check_keys("rollback", request, ("signed",))
             return rollback_version(self, self.gate.identity(context.peer()), request["signed"])
         if name == "aggregate":
-            adapter = check_adapter(request.get("adapter"))
-            identity = self.caller(context, "admin", adapter)
-            return aggregate_version(self, identity, request)
+            return aggregate_version(self, self.gate.identity(context.peer()), request)
         raise SyncFailure("malformed", f"unknown action {name[:40]!r}")
 
     def _describe(self, adapter: str) -> dict[str, Any]:
@@ -293,21 +298,22 @@ class SyncServer:
         }
 
     def ticket(self, data: bytes) -> tuple[str, int]:
-        """Return adapter and sequence of a ticket: ``{"adapter"[, "sequence"]}``."""
+        """Return adapter and sequence (0: the newest) of ``{"adapter"[, "sequence"]}``."""
         request = strict_json(data, what="ticket")
         adapter = check_adapter(request.get("adapter"))
-        newest = self.store.head(adapter).sequence
-        sequence = check_count("sequence", request.get("sequence", newest), 1 << 53)
-        if sequence == 0:
+        return adapter, check_count("sequence", request.get("sequence", 0), 1 << 53)
+
+    def newest(self, adapter: str) -> int:
+        """Return the number of an adapter's newest version."""
+        sequence = self.store.head(adapter).sequence
+        if not sequence:
             raise SyncFailure("not-found", f"adapter {adapter!r} has no version yet")
-        return adapter, sequence
+        return sequence
 
     def info(self, adapter: str) -> Any:
         """Return the FlightInfo of an adapter's newest version."""
-        head = self.store.head(adapter)
-        if not head.sequence:
-            raise SyncFailure("not-found", f"adapter {adapter!r} has no version yet")
-        ticket = flight.Ticket(json.dumps({"adapter": adapter, "sequence": head.sequence}).encode())
+        sequence = self.newest(adapter)
+        ticket = flight.Ticket(json.dumps({"adapter": adapter, "sequence": sequence}).encode())
         return flight.FlightInfo(
             WEIGHTS_SCHEMA,
             flight.FlightDescriptor.for_path(adapter),
@@ -334,8 +340,19 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
     """The Flight methods; each hands over to the server at once."""
 
     def __init__(self, server: SyncServer) -> None:
-        super().__init__(("127.0.0.1", 0))
+        # mkdtemp makes a folder that only its owner may enter.
+        self._folder = Path(tempfile.mkdtemp(prefix="memopt-"))
+        if len(str(self._folder)) > _MAX_SOCKET_FOLDER:
+            self._folder.rmdir()
+            self._folder = Path(tempfile.mkdtemp(prefix="memopt-", dir="/tmp"))
+        self.path = self._folder / "flight"
+        super().__init__(f"grpc+unix://{quote(str(self.path))}")
         self._server = server
+
+    def close(self) -> None:
+        """Shut down, and remove the socket."""
+        self.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         with self._server.guarded(context, "exchange"):
@@ -343,17 +360,19 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
         self._server.exchange(context, descriptor.command or b"", reader, writer)
 
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
-        with self._server.guarded(context, action.type[:40]):
+        known = action.type in dict(ACTIONS)
+        with self._server.guarded(context, action.type if known else "action"):
             result = self._server.act(context, action.type, action.body.to_pybytes())
         return iter([flight.Result(json.dumps(result).encode())])
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
+        with self._server.guarded(context, "actions"):
+            self._server.caller(context, None, None)
         return list(ACTIONS)
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
         with self._server.guarded(context, "list"):
-            self._server.caller(context, None, None)
-            infos = [self._server.info(name) for name in self._server.store.adapters()]
+            infos = [self._server.info(name) for name in self._server.visible(context)]
         return iter(infos)
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
@@ -366,10 +385,19 @@ class _Flight(flight.FlightServerBase):  # type: ignore[misc]
     def do_get(self, context: Any, ticket: Any) -> Any:
         with self._server.guarded(context, "get"):
             adapter, sequence = self._server.ticket(ticket.ticket)
-            self._server.caller(context, "pull", adapter)
+            # Before the adapter is looked up: who may not read it does not learn whether it exists.
+            node = self._server.caller(context, "pull", adapter).node
+            sequence = sequence or self._server.newest(adapter)
             weights = self._server.store.weights(adapter, sequence)
-            self._server.audit.write("get", adapter=adapter, sequence=sequence)
+            self._server.audit.write("get", adapter=adapter, sequence=sequence, node=node)
         return flight.GeneratorStream(WEIGHTS_SCHEMA, weight_rows(weights))
+
+
+def _unforeseen(error: Exception) -> SyncFailure:
+    """Return what a client hears of an error that is not its own: never paths or values."""
+    if isinstance(error, MemoptError):
+        return SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
+    return SyncFailure("unavailable", f"the server failed ({type(error).__name__})")
 
 
 def _flight_error(error: SyncFailure) -> Exception:

@@ -33,7 +33,9 @@ from memopt.files import atomic_path
 
 FORMAT = 1
 ROLES = ("push", "pull", "admin")
-KINDS = ("delta", "full", "rollback")
+# The last is an order to the server, never a version: its "payload" is the request it goes with.
+KINDS = ("delta", "full", "rollback", "aggregate")
+_ROLE_OF = {"delta": "push", "full": "push", "rollback": "admin", "aggregate": "admin"}
 NO_HASH = "0" * 64
 _DOMAIN = b"memopt sync manifest 1\0"
 _WHY = "sign and check weight deltas"
@@ -144,15 +146,10 @@ class SigningKey:
         serialization = require(
             "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
         )
+        check_private(path)
         try:
-            if path.stat().st_mode & 0o077:
-                raise ConfigurationError(
-                    f"signing key {path} can be read by others", fix=f"run: chmod 600 {path}"
-                )
             private = serialization.load_pem_private_key(path.read_bytes(), None)
         except (OSError, ValueError, TypeError) as error:
-            if isinstance(error, ConfigurationError):
-                raise
             raise ConfigurationError(
                 f"signing key {path} cannot be read ({error})", fix="run: memopt sync keygen"
             ) from error
@@ -187,6 +184,14 @@ def _ed25519() -> Any:
     return require(
         "cryptography.hazmat.primitives.asymmetric.ed25519", extra="federation", why=_WHY
     )
+
+
+def check_private(path: Path) -> None:
+    """Raise ConfigurationError when others may read a secret; one that is not there passes."""
+    if path.is_file() and path.stat().st_mode & 0o077:
+        raise ConfigurationError(
+            f"private key {path} can be read by others", fix=f"run: chmod 600 {path}"
+        )
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -228,10 +233,10 @@ class Node:
     keys: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ("*",)  # shell patterns
 
-    def may(self, role: str, adapter: str | None) -> bool:
-        """Return whether the node has the role for the adapter (any adapter for None)."""
+    def may(self, role: str | None, adapter: str | None) -> bool:
+        """Return whether the node has the role (any, for None) for the adapter (any, for None)."""
         named = adapter is None or any(fnmatch.fnmatchcase(adapter, p) for p in self.adapters)
-        return named and role in self.roles
+        return named and (bool(self.roles) if role is None else role in self.roles)
 
 
 class Trust:
@@ -247,7 +252,7 @@ class Trust:
     def __init__(self, nodes: dict[str, Node] | None = None, *, path: Path | None = None) -> None:
         self._nodes = dict(nodes or {})
         self._path = path
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._lock = threading.Lock()
         if path is not None:
             self.nodes()
@@ -263,7 +268,13 @@ class Trust:
         with self._lock:
             try:
                 stat = self._path.stat()
-                stamp = (stat.st_mtime_ns, stat.st_size)
+                # The inode too: a file renamed into place may have the old one's time and size.
+                stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                if stat.st_mode & 0o002:
+                    raise ConfigurationError(
+                        f"trust file {self._path} can be changed by anyone",
+                        fix=f"run: chmod o-w {self._path}",
+                    )
                 if stamp != self._stamp:
                     self._nodes = _parse_trust(self._path.read_bytes(), str(self._path))
                     self._stamp = stamp
@@ -274,8 +285,8 @@ class Trust:
                 ) from error
             return self._nodes
 
-    def allow(self, node: str, role: str, adapter: str | None) -> None:
-        """Raise ``forbidden`` unless ``node`` has ``role`` for ``adapter``."""
+    def allow(self, node: str, role: str | None, adapter: str | None) -> None:
+        """Raise ``forbidden`` unless ``node`` has ``role`` (any, for None) for ``adapter``."""
         known = self.nodes().get(node)
         if known is None:
             raise SyncFailure(
@@ -284,7 +295,9 @@ class Trust:
         if not known.may(role, adapter):
             what = "" if adapter is None else f" {adapter!r}"
             raise SyncFailure(
-                "forbidden", f"node {node!r} may not {role}{what}", fix="add the role to its entry"
+                "forbidden",
+                f"node {node!r} may not {role or 'look at'}{what}",
+                fix="add the role to its entry",
             )
 
     def verify(self, signed: Signed, *, fresh: bool, now: float | None = None) -> None:
@@ -305,8 +318,7 @@ class Trust:
             )
         if not signature_holds(signed):
             raise SyncFailure("bad-signature", "the manifest's signature does not hold")
-        role = "admin" if manifest.kind == "rollback" else "push"
-        self.allow(manifest.node, role, manifest.adapter)
+        self.allow(manifest.node, _ROLE_OF[manifest.kind], manifest.adapter)
         now = time.time() if now is None else now
         if manifest.time > now + MAX_SKEW_SECONDS:
             raise SyncFailure(

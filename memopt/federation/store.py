@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -291,14 +292,15 @@ class Store:
             payload = self.payload(adapter, step)
             if payload is None:
                 continue
-            if self.vault.sha256(payload) != self.signed(adapter, step).manifest.payload_sha256:
+            manifest, data = self.signed(adapter, step).manifest, self.vault.read(payload)
+            if hashlib.sha256(data).hexdigest() != manifest.payload_sha256:
                 raise SyncFailure("storage", f"payload of {adapter} version {step} is damaged")
-            base = unpack(self.vault.read(payload), base, self.limits, self._dictionaries)
+            base = self.decode(data, base, kind=manifest.kind)
         return base
 
-    def decode(self, payload: bytes, base: dict[str, Array]) -> dict[str, Array]:
-        """Return what a payload makes of ``base``, within the limits."""
-        return unpack(payload, base, self.limits, self._dictionaries)
+    def decode(self, payload: bytes, base: dict[str, Array], *, kind: str) -> dict[str, Array]:
+        """Return what a payload of that kind makes of ``base``, within the limits."""
+        return unpack(payload, base, self.limits, self._dictionaries, kind=kind)
 
     def _cached(self, key: str) -> dict[str, Array] | None:
         with self._guard:

@@ -12,7 +12,8 @@ from memopt.federation import protocol
 from memopt.federation.arrays import require_same
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import Identity
-from memopt.federation.limits import check_adapter, check_count, check_keys
+from memopt.federation.limits import canonical_json, check_adapter, check_count, check_keys
+from memopt.federation.payload import KINDS
 from memopt.federation.signing import NO_HASH, Manifest, Signed, parse_signed
 from memopt.federation.store import storage
 from memopt.metrics import count
@@ -44,8 +45,8 @@ def take_push(
         return
     signed = _verified(server, identity, adapter, offer.fields.get("signed"))
     manifest = signed.manifest
-    if manifest.kind == "rollback":
-        raise SyncFailure("malformed", "a rollback is an action, not a push")
+    if manifest.kind not in KINDS:
+        raise SyncFailure("malformed", f"{manifest.kind} is an action, not a push")
     if _admit(server, manifest) == "done":
         _done(channel, manifest, already=True)
         return
@@ -58,7 +59,7 @@ def take_push(
                 upload.append(offset, frame.body)
             channel.send(protocol.ACK, {"offset": upload.size})
         with busy():
-            already = _finish(server, signed, upload.path)
+            already = _finish(server, identity, signed, upload.path)
     _done(channel, manifest, already=already)
 
 
@@ -102,7 +103,7 @@ def _admit(server: SyncServer, manifest: Manifest) -> str:
         )
     if manifest.base_hash != head.weights_hash:
         raise SyncFailure(
-            "wrong-base",
+            "need-full",
             f"the delta is made for {manifest.base_hash[:16]}, here is {head.weights_hash[:16]}",
             fix="send the full weights",
         )
@@ -116,19 +117,24 @@ def _was_here(server: SyncServer, manifest: Manifest) -> bool:
     return old.digest() == manifest.digest()
 
 
-def _finish(server: SyncServer, signed: Signed, path: Path) -> bool:
+def _finish(server: SyncServer, identity: Identity, signed: Signed, path: Path) -> bool:
     manifest = signed.manifest
-    if server.store.vault.sha256(path) != manifest.payload_sha256:
+    # Read once: what is hashed is what is decoded.
+    payload = server.store.vault.read(path)
+    if hashlib.sha256(payload).hexdigest() != manifest.payload_sha256:
         path.unlink(missing_ok=True)
         raise SyncFailure("corrupt", "the payload does not match its signed hash")
     with server.store.locked(manifest.adapter):
+        # An upload may take hours: the signer may have lost its trust, the certificate ended.
+        server.trust.verify(signed, fresh=False)
+        identity.require_valid()
         # Another push may have come in while this one was on the wire.
         if _admit(server, manifest) == "done":
             path.unlink(missing_ok=True)
             return True
         try:
             base = server.store.weights(manifest.adapter, manifest.sequence - 1)
-            weights = server.store.decode(server.store.vault.read(path), base)
+            weights = server.store.decode(payload, base, kind=manifest.kind)
             require_same(manifest.new_hash, weights, what="the pushed weights")
         except SyncFailure as error:
             # It will never decode to anything else: keep nothing of it.
@@ -141,7 +147,7 @@ def _finish(server: SyncServer, signed: Signed, path: Path) -> bool:
     return False
 
 
-def _record(server: SyncServer, event: str, manifest: Manifest) -> None:
+def _record(server: SyncServer, event: str, manifest: Manifest, **more: object) -> None:
     server.audit.write(
         event,
         adapter=manifest.adapter,
@@ -150,15 +156,15 @@ def _record(server: SyncServer, event: str, manifest: Manifest) -> None:
         kind=manifest.kind,
         digest=manifest.digest(),
         payload_bytes=manifest.payload_bytes,
+        **more,
     )
 
 
 def rollback_version(server: SyncServer, identity: Identity, value: object) -> dict[str, Any]:
     """Commit a signed rollback: the weights of an old version as the newest."""
+    # A rollback's signature asks for the role admin.
     signed = _verified(server, identity, None, value)
     manifest = signed.manifest
-    if identity.node is not None:
-        server.trust.allow(identity.node, "admin", manifest.adapter)
     if manifest.kind != "rollback" or manifest.payload_sha256 != EMPTY_SHA256:
         raise SyncFailure("malformed", "the manifest is not a rollback's")
     with server.store.locked(manifest.adapter):
@@ -173,11 +179,23 @@ def rollback_version(server: SyncServer, identity: Identity, value: object) -> d
 def aggregate_version(
     server: SyncServer, identity: Identity, request: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Average the newest versions of several adapters into one, signed by the server's key."""
+    """Average the newest versions of several adapters into one, signed by the server's key.
+
+    ``request`` is an admin's signed order, and what the order is: its hash is the order's
+    ``payload_sha256``, and the version the order follows must still be the newest. So the server
+    signs nothing for somebody without a key, on a plain transport as little as with TLS.
+    """
     from memopt.federation.aggregate import AggregateSettings, aggregate
     from memopt.federation.delta import CODEC_NAMES, DeltaSettings, compute_delta
 
-    check_keys("aggregate", request, ("adapter", "inputs", "weights", "settings", "codec"))
+    check_keys("aggregate", request, ("signed", "request"))
+    order = _verified(server, identity, None, request["signed"]).manifest
+    body = canonical_json(request["request"])
+    if order.kind != "aggregate" or order.payload_sha256 != hashlib.sha256(body).hexdigest():
+        raise SyncFailure("malformed", "the order is not signed for this request")
+    request = check_keys(
+        "aggregate request", request["request"], ("inputs", "weights", "settings", "codec")
+    )
     if request["codec"] not in CODEC_NAMES[:-1]:
         raise SyncFailure("unknown-codec", "the codec of the aggregate is unknown")
     if server.key is None:
@@ -186,20 +204,23 @@ def aggregate_version(
             "the server has no signing key, so it cannot make versions",
             fix="memopt sync serve --signing-key FILE --node NAME, trusted with the role push",
         )
-    adapter, inputs = request["adapter"], request["inputs"]
+    adapter, inputs = order.adapter, request["inputs"]
     if not isinstance(inputs, list) or not inputs or len(inputs) > 1024:
         raise SyncFailure("malformed", "inputs is not a list of 1 to 1024 adapters")
     if not isinstance(request["settings"], dict):
         raise SyncFailure("malformed", "settings is not an object")
     clients = []
     for name in inputs:
-        sequence = server.store.head(check_adapter(name)).sequence
+        # An average shows what it is made of: the admin must be allowed to read each input.
+        server.trust.allow(order.node, "pull", check_adapter(name))
+        sequence = server.store.head(name).sequence
         if not sequence:
             raise SyncFailure("not-found", f"adapter {name!r} has no version yet")
         clients.append(server.store.weights(name, sequence))
     settings = AggregateSettings.from_dict(request["settings"])
     result = aggregate(clients, request["weights"], settings)
     with server.store.locked(adapter):
+        _admit(server, order)
         head = server.store.head(adapter)
         # Made anew from all clients each time: what this delta leaves out is in the next one.
         held = server.store.weights(adapter, head.sequence)
@@ -221,11 +242,11 @@ def aggregate_version(
         server.trust.verify(signed, fresh=True)
         path = server.uploads.scratch(delta.payload)
         server.store.commit(signed, path, delta.received)
-    _record(server, "aggregate", manifest)
+    _record(server, "aggregate", manifest, by=order.node)
     return {
         "sequence": manifest.sequence,
         "digest": manifest.digest(),
-        "by": identity.node,
+        "by": order.node,
         "error": result.error,
         "left_out": list(result.left_out),
         "clipped": list(result.clipped),

@@ -19,18 +19,27 @@ from memopt.federation.store import storage
 from memopt.federation.vault import Appending, Vault
 
 
+class _Holder:
+    """Who writes a file now; taking it over waits for a write that is under way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.token: object = None
+
+
 class Upload:
     """One upload held by one exchange; a newer exchange for the same upload takes it over."""
 
-    def __init__(self, path: Path, total: int, owner: dict[Path, object], vault: Vault) -> None:
+    def __init__(self, path: Path, total: int, holder: _Holder, vault: Vault) -> None:
         self.path = path
         self._total = total
-        self._owner = owner
+        self._holder = holder
         self._token = object()
-        owner[path] = self._token
-        self._file = Appending(path, vault)
-        if self.size > total:
-            self._file.clear()
+        with holder.lock:
+            holder.token = self._token
+            self._file = Appending(path, vault)
+            if self.size > total:
+                self._file.clear()
 
     @property
     def size(self) -> int:
@@ -43,13 +52,19 @@ class Upload:
         Raises:
             SyncFailure: it is not the next one, or another connection took over.
         """
-        if self._owner.get(self.path) is not self._token:
-            raise SyncFailure("conflict", "another connection resumed this upload")
-        if offset != self.size:
-            raise SyncFailure("out-of-order", f"chunk at {offset}, expected {self.size}")
-        if not 0 < len(data) <= 2 * CHUNK_BYTES or self.size + len(data) > self._total:
-            raise SyncFailure("too-large", f"chunk of {len(data)} bytes does not fit")
-        self._file.append(data)
+        with self._holder.lock:
+            if not self.held:
+                raise SyncFailure("conflict", "another connection resumed this upload")
+            if offset != self.size:
+                raise SyncFailure("out-of-order", f"chunk at {offset}, expected {self.size}")
+            if not 0 < len(data) <= 2 * CHUNK_BYTES or self.size + len(data) > self._total:
+                raise SyncFailure("too-large", f"chunk of {len(data)} bytes does not fit")
+            self._file.append(data)
+
+    @property
+    def held(self) -> bool:
+        """Whether no other exchange has taken this upload over."""
+        return self._holder.token is self._token
 
     def __enter__(self) -> Upload:
         return self
@@ -61,8 +76,6 @@ class Upload:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if self._owner.get(self.path) is self._token:
-            del self._owner[self.path]
 
 
 class Uploads:
@@ -72,15 +85,15 @@ class Uploads:
         self._folder = folder
         self._vault = vault
         self._limits = limits
-        self._owner: dict[Path, object] = {}
+        self._holders: dict[Path, _Holder] = {}
         self._lock = threading.Lock()
         self._expire()
 
     @contextmanager
     def open(self, manifest: Manifest) -> Iterator[Upload]:
         """Open the upload that ``manifest`` is about, where it was left."""
-        name = f"{manifest.adapter}\0{manifest.node}\0{manifest.payload_sha256}"
-        key = hashlib.sha256(name.encode()).hexdigest()[:32]
+        name = (manifest.adapter, manifest.node, manifest.payload_sha256, manifest.payload_bytes)
+        key = hashlib.sha256("\0".join(map(str, name)).encode()).hexdigest()[:32]
         with self._lock, storage("upload"):
             folder = self._folder / manifest.node
             folder.mkdir(exist_ok=True)
@@ -88,9 +101,15 @@ class Uploads:
             self._expire()
             if not path.exists():
                 self._make_room(folder)
-            upload = Upload(path, manifest.payload_bytes, self._owner, self._vault)
-        with upload:
-            yield upload
+            holder = self._holders.setdefault(path, _Holder())
+            upload = Upload(path, manifest.payload_bytes, holder, self._vault)
+        try:
+            with upload:
+                yield upload
+        finally:
+            with self._lock:
+                if upload.held:
+                    self._holders.pop(path, None)
 
     def scratch(self, data: bytes) -> Path:
         """Write a payload the server made itself, for :meth:`Store.commit` to take."""
@@ -100,8 +119,8 @@ class Uploads:
         return path
 
     def _make_room(self, folder: Path) -> None:
-        there = sorted(folder.glob("*.part"), key=lambda p: p.stat().st_mtime)
-        idle = [path for path in there if path not in self._owner]
+        there = sorted(folder.glob("*.part"), key=_written)
+        idle = [path for path in there if path not in self._holders]
         for path in idle[: max(0, len(there) - self._limits.uploads_per_node + 1)]:
             path.unlink(missing_ok=True)
             there.remove(path)
@@ -111,5 +130,13 @@ class Uploads:
     def _expire(self) -> None:
         oldest = time.time() - self._limits.upload_seconds
         for path in self._folder.glob("**/*.part"):
-            if path not in self._owner and path.stat().st_mtime < oldest:
+            if path not in self._holders and _written(path) < oldest:
                 path.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> float:
+    """Return when a file was last written; infinity when a commit has just taken it away."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")

@@ -135,7 +135,7 @@ def test_a_bad_network_is_survived(fleet, plain, tmp_path: Path, kind, direction
         client.push(sender, weights, key=fleet.keys["alice"], node="alice")
         pulled = client.pull(fleet.manager(tmp_path / "b"), trust=fleet.trust)
     assert weights_hash(pulled.weights) == weights_hash(weights)
-    assert [v["manifest"]["sequence"] for v in fleet.client(plain.port).history("lora")] == [1]
+    assert [v.manifest.sequence for v in fleet.client(plain.port).history("lora")] == [1]
 
 
 def test_a_replayed_connection_changes_nothing(fleet, plain, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_replayed_connection_changes_nothing(fleet, plain, tmp_path: Path) -> 
             except TimeoutError:
                 pass
     versions = fleet.client(plain.port).history("lora")
-    assert [v["manifest"]["sequence"] for v in versions] == [1, 2]
+    assert [v.manifest.sequence for v in versions] == [1, 2]
     log = (tmp_path / "store" / "audit.log").read_text()
     assert '"code":"replay"' in log
 

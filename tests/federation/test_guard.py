@@ -38,7 +38,7 @@ def test_honest_messages_pass_however_they_are_cut(cuts: list[int], padded: bool
     for cut in [*cuts, len(data)]:
         part, data = data[:cut], data[cut:]
         frames += frame(0, b"\2" + part + b"\0\0", flags=8) if padded else frame(0, part)
-    guard, at = StreamGuard(1000), 0
+    guard, at = StreamGuard(1000, 32), 0
     for cut in [*cuts, len(frames)]:
         guard.feed(frames[at : at + cut])
         at += cut
@@ -60,8 +60,8 @@ def test_honest_messages_pass_however_they_are_cut(cuts: list[int], padded: bool
 def test_what_must_not_reach_grpc_is_stopped(data: bytes, words: str) -> None:
     """Bombs, giants, batches and nonsense are stopped, byte by byte or at once."""
     with pytest.raises(SyncFailure, match=words):
-        StreamGuard(1000).feed(data)
-    guard = StreamGuard(1000)
+        StreamGuard(1000, 32).feed(data)
+    guard = StreamGuard(1000, 32)
     with pytest.raises(SyncFailure, match=words):  # noqa: PT012
         for byte in data:
             guard.feed(bytes([byte]))
@@ -71,7 +71,7 @@ def test_what_must_not_reach_grpc_is_stopped(data: bytes, words: str) -> None:
 @given(st.binary(max_size=2000))
 def test_the_guard_never_fails_otherwise(data: bytes) -> None:
     """Random frames give a SyncFailure or nothing."""
-    guard = StreamGuard(1000)
+    guard = StreamGuard(1000, 32)
     guard.feed(PREFACE)
     try:
         guard.feed(data)

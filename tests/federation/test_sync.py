@@ -91,6 +91,10 @@ def test_new_removed_reshaped_and_retyped_tensors_travel(fleet, plain, tmp_path:
     assert weights_hash(pulled.weights) == weights_hash(changed)
 
 
+def roll_back(fleet, client, target: int, node: str = "alice") -> int:
+    return client.rollback("lora", target, key=fleet.keys[node], node=node, trust=fleet.trust)
+
+
 def test_a_rollback_is_a_new_version_that_all_follow(fleet, plain, tmp_path: Path) -> None:
     """An admin's rollback moves forward in number; pushes and pulls go on from it."""
     client, receiver = fleet.client(plain.port), fleet.manager(tmp_path / "b")
@@ -98,14 +102,14 @@ def test_a_rollback_is_a_new_version_that_all_follow(fleet, plain, tmp_path: Pat
     for seed in range(3):
         client.push(sender, lora(seed), key=fleet.keys["alice"], node="alice")
     client.pull(receiver, trust=fleet.trust)
-    assert client.rollback("lora", 1, key=fleet.keys["alice"], node="alice") == 4
+    assert roll_back(fleet, client, 1) == 4
     pulled = client.pull(receiver, trust=fleet.trust)
     assert (pulled.sequence, weights_hash(pulled.weights)) == (4, weights_hash(lora(0)))
     assert client.push(sender, lora(9), key=fleet.keys["alice"], node="alice").sequence == 5
     with pytest.raises(SyncFailure, match="no version 77"):
-        client.rollback("lora", 77, key=fleet.keys["alice"], node="alice")
+        roll_back(fleet, client, 77)
     with pytest.raises(SyncFailure, match="may not admin"):
-        client.rollback("lora", 1, key=fleet.keys["carol"], node="carol")
+        roll_back(fleet, client, 1, "carol")
 
 
 def test_any_flight_client_can_look(fleet, plain, tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_two_writers_of_one_adapter_never_mix(fleet, plain, tmp_path: Path) -> N
         thread.start()
     for thread in threads:
         thread.join()
-    hashes = [v["manifest"]["new_hash"] for v in fleet.client(plain.port).history("lora")]
+    hashes = [v.manifest.new_hash for v in fleet.client(plain.port).history("lora")]
     assert sorted(hashes) == sorted(pushed)
     assert len(hashes) == 10
 
@@ -358,13 +362,14 @@ def test_server_side_aggregation_is_signed_by_the_server(fleet, plain, tmp_path:
     for node in ("alice", "carol"):
         manager = fleet.manager(tmp_path / node, node)
         client.push(manager, lora(len(node)), key=fleet.keys[node], node=node)
-    answer = client.aggregate("global", ["alice", "carol"], weights=[1, 3])
+    by_alice = {"key": fleet.keys["alice"], "node": "alice"}
+    answer = client.aggregate("global", ["alice", "carol"], weights=[1, 3], **by_alice)
     assert answer["sequence"] == 1
     assert 0 < answer["error"] < 1
     receiver = fleet.manager(tmp_path / "b", "global")
     pulled = client.pull(receiver, trust=fleet.trust)
     assert set(pulled.weights) == set(lora())
-    client.aggregate("global", ["alice", "carol"], weights=[2, 3], codec="int8")
+    client.aggregate("global", ["alice", "carol"], weights=[2, 3], codec="int8", **by_alice)
     assert client.pull(receiver, trust=fleet.trust).kind == "delta"
     with pytest.raises(SyncFailure, match="unknown setting"):
-        client.aggregate("global", ["alice"], settings={"methd": "product"})
+        client.aggregate("global", ["alice"], settings={"methd": "product"}, **by_alice)

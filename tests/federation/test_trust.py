@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow.flight as flight
 import pytest
 
@@ -161,15 +162,20 @@ def test_a_server_certificate_for_another_host_is_refused(fleet, tmp_path: Path)
                 client.status()
 
 
-def test_no_certificate_and_the_inner_port_give_nothing(fleet, secure) -> None:
-    """A client without a certificate, and one that finds the inner port, are both refused."""
+def test_no_certificate_and_the_way_round_the_gate_give_nothing(fleet, secure) -> None:
+    """Without a certificate nothing; behind the gate no port, but a socket of the owner's only."""
     root = (fleet.folder / "ca.pem").read_bytes()
     with (
         flight.FlightClient(f"grpc+tls://localhost:{secure.port}", tls_root_certs=root) as client,
         pytest.raises(flight.FlightError),
     ):
         list(client.list_flights())
-    with flight.FlightClient(("127.0.0.1", secure._flight.port)) as client:
+    inner = secure._flight.path
+    listening = {c.laddr for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"}
+    assert {port for _, port in listening} == {secure.port}
+    assert inner.parent.stat().st_mode & 0o777 == 0o700
+    # Even the owner gets nothing there without the gate's ticket.
+    with flight.FlightClient(f"grpc+unix://{inner}") as client:
         with pytest.raises(flight.FlightUnauthenticatedError, match="come through the gate"):
             list(client.do_action(flight.Action("status", b"{}")))
         with pytest.raises(flight.FlightUnauthenticatedError):

@@ -53,19 +53,18 @@ def history(
     """Print an adapter's versions and check each signature against trust.json."""
     from memopt.errors import SyncError
     from memopt.federation.session import connect
-    from memopt.federation.signing import parse_signed
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     trust = session.files.trust()
     rows = []
-    for version in session.client.history(adapter):
-        signed = parse_signed({k: version[k] for k in ("manifest", "key", "signature")})
+    for signed in session.client.history(adapter):
         try:
             trust.verify(signed, fresh=False)
             verdict = "yes"
         except SyncError as error:
             verdict = f"NO: {error.problem}"
-        rows.append({**version, "trusted": verdict})
+        digest = signed.manifest.digest()
+        rows.append({**signed.to_json(), "digest": digest, "trusted": verdict})
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -90,10 +89,17 @@ def rollback(
     keys: Keys = DEFAULT_KEYS,
     plain: Plain = False,
     insecure: Insecure = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an old version the newest again, under a new number (role admin)."""
     from memopt.federation.session import connect
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
-    sequence = session.client.rollback(adapter, to, key=session.files.signing_key(), node=node)
+    files = session.files
+    sequence = session.client.rollback(
+        adapter, to, key=files.signing_key(), node=node, trust=files.trust()
+    )
+    if as_json:
+        typer.echo(json.dumps({"adapter": adapter, "sequence": sequence, "target": to}))
+        return
     typer.echo(f"{adapter}: version {sequence} has the weights of version {to}")
