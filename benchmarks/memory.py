@@ -33,7 +33,6 @@ from memopt.charts import table as html_table
 from memopt.files import atomic_path
 from memopt.memory.condense import ConsolidationRecipe, consolidate
 from memopt.memory.graph import AssociationGraph
-from memopt.memory.index import VectorIndex
 from memopt.memory.reclaim import reclaim
 from memopt.memory.retriever import MultimodalRetriever
 from memopt.memory.schema import Content, NewMemory
@@ -78,8 +77,7 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     names = [f"m{at:07}" for at in range(count)]
     times = [START + timedelta(seconds=90 * at) for at in range(count)]
-    with MemoryStore(folder / "store", dim=DIM) as store:
-        index = VectorIndex(store, background=False)
+    with MemoryStore(folder / "store", dim=DIM, background=False) as store:
         begin = time.perf_counter()
         for start in range(0, count, 8192):
             part = slice(start, start + 8192)
@@ -97,7 +95,7 @@ def measure(count: int, folder: Path) -> list[dict[str, Any]]:
             )
         added = count / (time.perf_counter() - begin)
         begin = time.perf_counter()
-        state = index.ensure()
+        state = store.index.ensure()
         built = time.perf_counter() - begin
         graph = AssociationGraph(store)
         begin = time.perf_counter()

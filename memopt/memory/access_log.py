@@ -56,6 +56,7 @@ class AccessLog:
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         store.observers.append(self.observe)
+        store.closing.append(self.flush)
 
     def observe(self, action: str, ids: Sequence[str]) -> None:
         """Note one access; called by the store."""
@@ -85,6 +86,7 @@ class AccessLog:
         self.flush()
         if self.observe in self.store.observers:
             self.store.observers.remove(self.observe)
+            self.store.closing.remove(self.flush)
 
 
 def read_log(

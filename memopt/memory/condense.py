@@ -385,8 +385,9 @@ class _Run:
 
 @contextmanager
 def _links_followed(store: MemoryStore) -> Iterator[None]:
-    """Have links go with their memories, also where nobody attached the graph to the store."""
-    if store.listeners or not store.table("edges").count_rows():
+    """Link the summaries, also where nobody attached the graph to the store."""
+    attached = any(isinstance(listener, AssociationGraph) for listener in store.listeners)
+    if attached or not store.table("edges").count_rows():
         yield
         return
     graph = AssociationGraph(store)

@@ -88,10 +88,7 @@ def erase(store: MemoryStore) -> int:
             )
         searching.create_indices(store.database)
         reclaim(store)
-    for listener in store.listeners:
-        rebuild = getattr(listener, "ensure", None)
-        if rebuild is not None:
-            rebuild(rebuild=True)
+    store.index.ensure(rebuild=True)
     return max(0, before - _size(store))
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConfigurationError
-from memopt.memory.adjacency import Adjacency, seconds
-from memopt.memory.filters import one_of, utc
+from memopt.memory.filters import utc
 from memopt.memory.neighbours import Pairs, close_in_meaning, close_in_time
+from memopt.memory.network import Asked, Network, seconds
 from memopt.memory.schema import EDGES, Filter
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class GraphRecipe:
 class AssociationGraph:
     """Keeps the ``edges`` table of a store in step with its memories.
 
-    Made once per open store; from then on new memories are linked as they are added, and links of
-    deleted ones go before they do.
+    Made once per open store; from then on new memories are linked as they are added. (Links of
+    deleted ones go with them, whether there is a graph or not.)
 
     Args:
         store: the store to keep in step.
@@ -93,16 +93,17 @@ class AssociationGraph:
     def __init__(self, store: MemoryStore, recipe: GraphRecipe | None = None) -> None:
         self.store = store
         self.recipe = recipe or GraphRecipe()
-        self.links = Adjacency(store)
+        self.links = store.adjacency
         self._together: Counter[tuple[str, str]] = Counter()
         store.listeners.append(self)
+        store.closing.append(self.flush)
 
     def close(self) -> None:
         """Write what is buffered and stop following the store."""
         self.flush()
-        self.links.close()
         if self in self.store.listeners:
             self.store.listeners.remove(self)
+            self.store.closing.remove(self.flush)
 
     # --- following the store ----------------------------------------------------------------
 
@@ -115,14 +116,9 @@ class AssociationGraph:
         self._write(links)
 
     def deleting(self, ids: Sequence[str]) -> None:
-        """Drop every link of memories about to be deleted."""
-        gone = list(ids)
-        edges = self.store.table("edges")
-        before = self.store.version("edges")
-        edges.delete(one_of("source", gone))
-        edges.delete(one_of("target", gone))
-        self.links.follow(before, self.store.version("edges"), None, gone)
-        for pair in [pair for pair in self._together if set(pair) & set(gone)]:
+        """Forget what was counted of memories about to be deleted."""
+        gone = set(ids)
+        for pair in [pair for pair in self._together if gone.intersection(pair)]:
             del self._together[pair]
 
     def retrieved(self, ids: Sequence[str]) -> None:
@@ -209,23 +205,12 @@ class AssociationGraph:
 
     def around(self, ids: Sequence[str]) -> Around:
         """Return the links that leave ``ids``: sources, targets, weights as of now."""
-        return self.view()(ids)
+        sources, targets, weights, updated = self.network()(ids)
+        return sources, targets, self.faded(weights, updated, utc(self.store.clock()))
 
-    def view(self) -> Callable[[Sequence[str]], Around]:
-        """Return :meth:`around` for several calls in a row, from memory where it is up to date."""
-        now = utc(self.store.clock())
-        current = self.links.current()
-
-        def around(ids: Sequence[str]) -> Around:
-            if current is not None:
-                sources, targets, weights, updated = current(ids)
-                return sources, targets, self.faded(weights, updated, now)
-            query = self.store.query("edges").where(one_of("source", list(ids)))
-            table = self.store.fetch(query.select(["source", "target", "weight", "updated_at"]))
-            weights = self.faded(table["weight"].to_numpy(), seconds(table["updated_at"]), now)
-            return table["source"].to_pylist(), table["target"].to_pylist(), weights
-
-        return around
+    def network(self) -> Network:
+        """Return all links for several steps in a row, from memory where it is up to date."""
+        return self.links.current() or Asked(self.store)
 
     # --- how links are found and written ----------------------------------------------------
 

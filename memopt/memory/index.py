@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memopt.errors import ConsolidationError
+from memopt.memory.opening import named_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import datetime
-
     from numpy.typing import NDArray
 
     from memopt.memory.store import MemoryStore
@@ -33,6 +32,8 @@ _COLUMN = "joint_embedding"
 # Tried in this order until the recall is reached: (cells looked into, candidates per result).
 _SETTINGS = ((16, 2), (32, 2), (32, 5), (64, 5), (128, 10), (512, 10))
 _EVENT = "index"
+# Seconds between two looks whether another process built or dropped the index.
+_LOOK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,63 +58,102 @@ class IndexState:
 class VectorIndex:
     """Keeps an inverted file with 8-bit vectors (IVF_SQ) over the memories of a store.
 
+    Every store has one, ``store.index``. What another process built is used too, as soon as it is
+    noticed; an index nobody checked is passed by.
+
     Args:
-        store: from now on its searches use the index.
+        store: its searches use the index.
         background: build in a thread when additions call for it; else only :meth:`ensure` builds.
     """
 
     def __init__(self, store: MemoryStore, *, background: bool = True) -> None:
         self.store = store
         self.background = background
-        self.state = last_state(store)
+        self._state: IndexState | None = None
+        self._looked = -_LOOK_S
+        self._seen_version = -1
         self._thread: threading.Thread | None = None
+        self._one_at_a_time = threading.Lock()
         self._counted = 0
-        store.tune = self._tune
-        store.listeners.append(self)
+
+    @property
+    def state(self) -> IndexState | None:
+        """How the index is used; None where there is none or nobody checked it."""
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            version = self.store.version("events")
+            if version != self._seen_version:
+                self._state, self._seen_version = last_state(self.store), version
+        return self._state
 
     def close(self) -> None:
-        """Wait for a build in progress and leave the store."""
+        """Wait for a build in progress; take in what a short-lived writer added."""
         if self._thread is not None:
             self._thread.join()
-        if self in self.store.listeners:
-            self.store.listeners.remove(self)
+        if self.background and self._counted:
+            self._counted = 0
+            self._quietly()
 
-    def added(
-        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
-    ) -> None:
+    def added(self, count: int) -> None:
         """Take new rows in, in the background, when there are enough of them."""
-        self._counted += len(ids)
+        self._counted += count
+        if not self.background or self._counted < MOST_FRESH * MIN_ROWS:
+            return
         known = self.state.rows if self.state else 0
         busy = self._thread is not None and self._thread.is_alive()
-        if self.background and not busy and self._counted >= max(MIN_ROWS, MOST_FRESH * known):
+        if not busy and self._counted >= max(MOST_FRESH * MIN_ROWS, MOST_FRESH * known):
             self._counted = 0
             self._thread = threading.Thread(target=self._quietly, name="memopt-index", daemon=True)
             self._thread.start()
-
-    def deleting(self, ids: Sequence[str]) -> None:
-        """Nothing to do: a deleted row is skipped by every search."""
 
     def ensure(self, *, rebuild: bool = False) -> IndexState | None:
         """Build or refresh the index where that is due, and check its recall.
 
         Returns:
             How it is used from now on; None where the store is small and searched exactly.
+
+        Raises:
+            ConsolidationError: the disk takes no more, or there is no memory for it; searches go on
+                without the index.
         """
         memories = self.store.table("memories")
-        rows = memories.count_rows()
-        if rows < MIN_ROWS:
-            return None
-        name = _name(memories)
-        grown = self.state is None or rows > REBUILD_GROWTH * max(1, self.state.rows)
-        if name is None or grown or rebuild:
-            self._build(memories, rows)
-        elif memories.index_stats(name).num_unindexed_rows > MOST_FRESH * rows:
-            memories.optimize()
-        elif self.state is not None:
-            return self.state
-        self.state = self._checked(memories, rows)
-        self.store.event(_EVENT, json.dumps(asdict(self.state)))
-        return self.state
+        with self._one_at_a_time, named_errors(self.store.place, "indexed"):
+            rows = memories.count_rows()
+            if rows < MIN_ROWS:
+                return None
+            state = last_state(self.store)
+            if rebuild or state is None or rows > REBUILD_GROWTH * max(1, state.rows):
+                self._build(memories, rows)
+            elif state.cells and _unindexed(memories) > MOST_FRESH * rows:
+                memories.optimize()
+            else:
+                self._state = state
+                return state
+            state = self._checked(memories, rows)
+            self.store.event(_EVENT, json.dumps(asdict(state)))
+            self._state, self._looked = state, time.monotonic()
+            return state
+
+    def tune(self, query: Any, top_k: int, spare: int) -> Any:
+        """Return a vector query that looks into as many cells as the recall needs.
+
+        Args:
+            query: a query of the store's vectors.
+            top_k: rows it returns.
+            spare: rows asked for per row that is wanted; the caller compares them itself.
+        """
+        state = self.state
+        if state is None or not state.cells:
+            # Whatever another tool indexed has a recall that nobody measured.
+            return query.bypass_vector_index()
+        # More results lie in more cells.
+        nprobes = min(state.cells, state.nprobes * max(1, top_k // (4 * _AT)))
+        refine = -(-state.refine // spare)
+        # A factor of 1 still reads the full vectors of all results.
+        return (
+            query.nprobes(nprobes).refine_factor(refine) if refine > 1 else query.nprobes(nprobes)
+        )
 
     def _build(self, memories: Any, rows: int) -> None:
         from lancedb.index import IvfSq
@@ -150,17 +190,6 @@ class VectorIndex:
         table = self.store.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
         return set(table["memory_id"].to_pylist())
 
-    def _tune(self, query: Any, top_k: int, spare: int) -> Any:
-        if self.state is None or not self.state.cells:
-            return query
-        # More results lie in more cells.
-        nprobes = min(self.state.cells, self.state.nprobes * max(1, top_k // (4 * _AT)))
-        refine = -(-self.state.refine // spare)
-        # A factor of 1 still reads the full vectors of all results.
-        return (
-            query.nprobes(nprobes).refine_factor(refine) if refine > 1 else query.nprobes(nprobes)
-        )
-
     def _quietly(self) -> None:
         try:
             self.ensure()
@@ -169,11 +198,20 @@ class VectorIndex:
 
 
 def last_state(store: MemoryStore) -> IndexState | None:
-    """Return how the index was used when it was last checked; None when there is none."""
+    """Return how the index was used when it was last checked.
+
+    None where nobody checked it, or it was made or dropped since.
+    """
     events = store.events(_EVENT)
-    if not events or _name(store.table("memories")) is None:
+    if not events:
         return None
-    return IndexState(**json.loads(events[-1].detail))
+    state = IndexState(**json.loads(events[-1].detail))
+    there = _name(store.table("memories")) is not None
+    return state if there == bool(state.cells) else None
+
+
+def _unindexed(memories: Any) -> int:
+    return int(memories.index_stats(_name(memories)).num_unindexed_rows)
 
 
 def _name(memories: Any) -> str | None:

@@ -145,22 +145,44 @@ def by_row_id(
 def light_and_rows(
     store: MemoryStore,
     ids: Sequence[str],
+    seen: Mapping[str, int],
     columns: Sequence[str],
     row_ids: Mapping[str, int],
     names: Sequence[str],
-) -> tuple[pa.Table, pa.Table | None]:
-    """Do :func:`light` of a few ids and :func:`by_row_id` at the same time."""
-    if not ids or not row_ids:
-        return light(store, ids, columns), by_row_id(store, row_ids, names) if row_ids else None
-    both = [
-        _where(store.query(), present(one_of("memory_id", ids)), columns),
-        _rows_query(store, row_ids, names),
-    ]
+) -> tuple[pa.Table, pa.Table | None, int]:
+    """Do :func:`light` of a few ids and :func:`by_row_id` at the same time.
+
+    Args:
+        ids: with the ``columns`` to read, ``memory_id`` and ``_rowid`` among them.
+        seen: id -> row id that some of them had once: where the row is still there, that saves the
+            look-up by id, and a row that is not is looked up after all.
+        row_ids: id -> row id, with the ``names`` to read.
+
+    Returns:
+        Both tables, and how many rows had moved from where they were seen.
+    """
+    at = {key: seen[key] for key in ids if key in seen}
+    rest = [key for key in ids if key not in seen]
+    asked = {
+        "seen": _rows_query(store, at, columns) if at else None,
+        "rest": _where(store.query(), present(one_of("memory_id", rest)), columns)
+        if rest
+        else None,
+        "rows": _rows_query(store, row_ids, names) if row_ids else None,
+    }
+    wanted = {name: query for name, query in asked.items() if query is not None}
     try:
-        found, taken = store.fetch_all(both)
+        found = dict(zip(wanted, store.fetch_all(list(wanted.values())), strict=True))
     except ConsolidationError:
-        return light(store, ids, columns), None
-    return found, _unmoved(taken, row_ids)
+        return light(store, ids, columns), None, len(at)
+    # A place may be empty by now, never another memory's: Lance gives no row id twice.
+    moved = sorted(set(at) - set(found["seen"]["memory_id"].to_pylist())) if at else []
+    parts = [found[name].select(columns) for name in ("seen", "rest") if name in found]
+    if moved or not parts:
+        parts.append(light(store, moved, columns))
+    table = pa.concat_tables(parts)
+    taken = _unmoved(found["rows"], row_ids) if row_ids else None
+    return table, taken, len(moved)
 
 
 def _rows_query(store: MemoryStore, row_ids: Mapping[str, int], names: Sequence[str]) -> Any:

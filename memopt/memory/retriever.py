@@ -14,6 +14,7 @@ from memopt.memory.filters import utc
 from memopt.memory.incoming import check_content
 from memopt.memory.schema import Content, Filter, Memory
 from memopt.memory.searching import check_top_k
+from memopt.memory.spreading import Activation, spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,14 +24,9 @@ if TYPE_CHECKING:
     from memopt.memory.graph import AssociationGraph
     from memopt.memory.store import MemoryStore
 
-# Activation passed on per link, and how far it goes: Collins & Loftus 1975; two hops and a decay of
-# 0.5 are in the range Crestani 1997 reports as useful, beyond it everything is lit.
-_HOPS = 2
-_PASSED_ON = 0.5
-# Memories whose links are followed per hop: the strongest, so that a query stays milliseconds.
-_FRONTIER = 64
 # Associated memories looked at, the strongest; those that cannot win are left out before.
 _MOST_READ = 32
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,38 +116,41 @@ class MultimodalRetriever:
         )
         where = where or Filter()
         asked = searching.SPARE * top_k
-        tables = [searching.nearest(self.store, query, where=where, top_k=asked)]
+        # An encrypted store has no word index.
+        words = text if text and self.store.cipher is None else None
+        tables = searching.nearest(self.store, query, text=words, where=where, top_k=asked)
         similar = self._similarity(tables[0], query)
         # Whatever the search did not return is less similar than its last result.
         below = min(similar.values()) if len(similar) == asked else 1.0
-        if text and self.store.cipher is None:
-            words = searching.with_words(self.store, text, where=where, top_k=top_k)
-            tables.append(_rows_without(words, similar))
-            similar |= self._similarity(tables[-1], query)
-        activation: dict[str, float] = {}
-        new: list[str] = []
-        if enable_association and self.graph is not None and similar:
-            activation = self._spread(similar)
-            new = _worth_reading(similar, activation, below, alpha, beta, top_k)
-        if not activation:
+        for table in tables[1:]:
+            similar |= self._similarity(_rows_without(table, similar), query)
+        activation = self._activation(similar) if enable_association else None
+        if activation is None:
             alpha, beta = 1.0, 0.0
+        reached = dict.fromkeys(similar, 0.0)
+        new: dict[str, float] = {}
+        if activation is not None:
+            reached = dict(zip(similar, activation.of(list(similar)), strict=True))
+            new = _worth_reading(similar, reached, activation, below, alpha, beta, top_k)
 
         def best() -> list[tuple[float, str]]:
             scores = [
-                (-(alpha * value + beta * activation.get(key, 0.0)) / (alpha + beta), key)
+                (-(alpha * value + beta * reached[key]) / (alpha + beta), key)
                 for key, value in similar.items()
             ]
             return sorted(scores)[:top_k]
 
         # Association seldom changes all of the first: they are read while it is looked at.
         likely = self._row_ids(tables, [key for _, key in best()])
-        associated, early = self._read(new, where, likely)
+        seen = activation.network.row_ids(list(new)) if activation is not None else {}
+        associated, early = self._read(list(new), seen, where, likely)
         tables.append(associated)
         similar |= self._similarity(associated, query)
+        reached |= new
         ranked = best()
         memories = self._memories(self._row_ids(tables, [key for _, key in ranked]), early)
         found = [
-            Retrieved(memories[key], similar[key], activation.get(key, 0.0), -score)
+            Retrieved(memories[key], similar[key], reached[key], -score)
             for score, key in ranked
             if key in memories
         ]
@@ -168,9 +167,12 @@ class MultimodalRetriever:
         return dict(zip(table["memory_id"].to_pylist(), cosines.tolist(), strict=True))
 
     def _read(
-        self, ids: Sequence[str], where: Filter, likely: Mapping[str, int]
+        self, ids: Sequence[str], seen: Mapping[str, int], where: Filter, likely: Mapping[str, int]
     ) -> tuple[pa.Table, pa.Table | None]:
-        """Return what ranks those of ``ids`` that the filter lets pass, and the ``likely`` rows."""
+        """Return what ranks those of ``ids`` that the filter lets pass, and the ``likely`` rows.
+
+        ``seen`` are row ids that some of ``ids`` had; where most are wrong, all are read anew.
+        """
         if where.ids:
             ids = [key for key in ids if key in where.ids]
         conditions = {
@@ -180,9 +182,11 @@ class MultimodalRetriever:
             f"has_{where.modality}": where.modality,
         }
         names = [name for name, condition in conditions.items() if condition]
-        table, early = reading.light_and_rows(
-            self.store, ids, [*searching.RANKED, *names], likely, self._columns()
+        table, early, moved = reading.light_and_rows(
+            self.store, ids, seen, [*searching.RANKED, *names], likely, self._columns()
         )
+        if moved > len(seen) // 2:
+            self.store.adjacency.refresh()
         now = utc(self.store.clock())
         kept = [
             (row["expires_at"] is None or row["expires_at"] > now)
@@ -205,25 +209,14 @@ class MultimodalRetriever:
             at.update(zip(names, table["_rowid"].to_pylist(), strict=True))
         return {key: at[key] for key in ids}
 
-    def _spread(self, similar: Mapping[str, float]) -> dict[str, float]:
-        """Return the activation that reaches each memory over the links, the largest being 1."""
-        assert self.graph is not None
-        frontier = dict(similar)
-        reached: dict[str, float] = {}
-        around = self.graph.view()
-        for _ in range(_HOPS):
-            strongest = sorted(frontier, key=lambda key: (-frontier[key], key))[:_FRONTIER]
-            sources, targets, weights = around(strongest)
-            passed: dict[str, float] = {}
-            for source, target, weight in zip(sources, targets, weights.tolist(), strict=True):
-                given = frontier[source] * weight * _PASSED_ON
-                passed[target] = max(passed.get(target, 0.0), given)
-            frontier = {k: a for k, a in passed.items() if a > reached.get(k, 0.0)}
-            reached |= frontier
-            if not frontier:
-                break
-        highest = max(reached.values(), default=0.0)
-        return {key: value / highest for key, value in reached.items()} if highest else {}
+    def _activation(self, similar: Mapping[str, float]) -> Activation | None:
+        """Return what the similar ones remind of; None where it is nothing."""
+        if self.graph is None or not similar:
+            return None
+        now = utc(self.store.clock())
+        graph = self.graph
+        found = spread(similar, graph.network(), lambda w, when: graph.faded(w, when, now))
+        return found if len(found.nodes) else None
 
     def _memories(self, row_ids: Mapping[str, int], early: pa.Table | None) -> dict[str, Memory]:
         read = set(early["memory_id"].to_pylist()) if early is not None else set()
@@ -263,25 +256,26 @@ class MultimodalRetriever:
 
 def _worth_reading(
     similar: Mapping[str, float],
-    activation: Mapping[str, float],
+    reached: Mapping[str, float],
+    activation: Activation,
     below: float,
     alpha: float,
     beta: float,
     top_k: int,
-) -> list[str]:
+) -> dict[str, float]:
     """Return the associated memories that could still get among the first, strongest first.
 
     The threshold algorithm (Fagin, Lotem & Naor 2001): what was not found by similarity is at most
     ``below`` similar, so with too little activation it cannot pass the ``top_k``-th result.
     """
-    known = [alpha * value + beta * activation.get(key, 0.0) for key, value in similar.items()]
+    known = [alpha * value + beta * reached[key] for key, value in similar.items()]
     needed = sorted(known, reverse=True)[top_k - 1] if len(known) >= top_k else 0.0
-    new = [
-        key
-        for key, value in activation.items()
-        if key not in similar and alpha * below + beta * value >= needed
-    ]
-    return sorted(new, key=lambda key: (-activation[key], key))[:_MOST_READ]
+    missing = needed - alpha * below - _ROUNDING
+    if missing > beta:
+        return {}
+    strong = activation.above(missing / beta if beta else 0.0)
+    new = [(-value, key) for key, value in strong.items() if key not in similar]
+    return {key: -value for value, key in sorted(new)[:_MOST_READ]}
 
 
 def _rows_without(table: pa.Table, known: Mapping[str, float]) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,19 +99,16 @@ def search(
         text = None
     if text is None:
         assert query is not None
-        found = _vector_rows(store, query, where, top_k)
+        (found,) = _living(store, [_by_vector(store, query, top_k)], where)
         return _hits(store, found, np.clip(1 - found["_distance"].to_numpy(), 0, 1), top_k)
     if query is None:
-        found = _text_rows(store, text, where, top_k)
+        (found,) = _living(store, [_by_words(store, text, top_k)], where)
         scores = found["_score"].to_numpy()
         return _hits(store, found, scores / max(scores.max(initial=0), 1e-9), top_k)
     depth = min(MAX_TOP_K, top_k * _FUSION_DEPTH)
-    return _fuse(
-        store,
-        _vector_rows(store, query, where, depth, _ID_ONLY),
-        _text_rows(store, text, where, depth, _ID_ONLY),
-        top_k,
-    )
+    asks = [_by_vector(store, query, depth, _ID_ONLY), _by_words(store, text, depth, _ID_ONLY)]
+    by_vector, by_words = _living(store, asks, where)
+    return _fuse(store, by_vector, by_words, top_k)
 
 
 def candidates(
@@ -118,24 +116,28 @@ def candidates(
 ) -> list[tuple[str, float]]:
     """Do what :meth:`MemoryStore.candidates` says."""
     check_top_k(top_k)
-    found = _vector_rows(store, query_vector(store, vector), where, top_k, _ID_ONLY)
+    ask = _by_vector(store, query_vector(store, vector), top_k, _ID_ONLY)
+    (found,) = _living(store, [ask], where)
     scores = np.clip(1 - found["_distance"].to_numpy(), 0, 1).tolist()
     return list(zip(found["memory_id"].to_pylist(), scores, strict=True))
 
 
 def nearest(
-    store: MemoryStore, query: NDArray[np.float32], *, where: Filter, top_k: int
-) -> pa.Table:
-    """Return rows near the query with the columns of ``RANKED``, by rough distances.
+    store: MemoryStore, query: NDArray[np.float32], *, text: str | None, where: Filter, top_k: int
+) -> list[pa.Table]:
+    """Return rows near the query, by rough distances, with the columns of ``RANKED``.
 
-    The first ``top_k / SPARE`` are among them; the caller finds them by their vectors.
+    Args:
+        query: float32 (dim,), of length 1.
+        text: words to search for as well; the rows with them are a second table.
+        top_k: rows of each table at most, SPARE times as many as are wanted: the first
+            ``top_k / SPARE`` are among them, and the caller finds them by their vectors. Words are
+            ranked exactly, so that only ``top_k / SPARE`` rows come of them.
     """
-    return _vector_rows(store, query, where, top_k, RANKED).select(RANKED)
-
-
-def with_words(store: MemoryStore, text: str, *, where: Filter, top_k: int) -> pa.Table:
-    """Return the rows with the words of ``text`` in them, with the columns of ``RANKED``."""
-    return _text_rows(store, text, where, top_k, RANKED).select(RANKED)
+    asks = [_by_vector(store, query, top_k, RANKED)]
+    if text is not None:
+        asks.append(_by_words(store, text, top_k // SPARE, RANKED))
+    return [table.select(RANKED) for table in _living(store, asks, where)]
 
 
 def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
@@ -154,30 +156,35 @@ def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> 
     return query
 
 
-def _vector_rows(
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """A search: its queries for a number of rows, what they are ranked by, what is read of them."""
+
+    build: Callable[[int], list[Any]]
+    top_k: int
+    score: str
+    columns: Sequence[str] | None
+
+
+def _by_vector(
     store: MemoryStore,
     query: NDArray[np.float32],
-    where: Filter,
     top_k: int,
-    names: Sequence[str] | None = None,
-) -> pa.Table:
+    columns: Sequence[str] | None = None,
+) -> _Ask:
     # Who asks for more than it needs, with their vectors, compares them itself.
-    spare = SPARE if names is RANKED else 1
+    spare = SPARE if columns is RANKED else 1
 
     def build(count: int) -> list[Any]:
         search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
-        return [store.tune(search, count, spare)]
+        return [store.index.tune(search, count, spare)]
 
-    return _living(store, build, where, top_k, "_distance", names)
+    return _Ask(build, top_k, "_distance", columns)
 
 
-def _text_rows(
-    store: MemoryStore,
-    text: str,
-    where: Filter,
-    top_k: int,
-    names: Sequence[str] | None = None,
-) -> pa.Table:
+def _by_words(
+    store: MemoryStore, text: str, top_k: int, columns: Sequence[str] | None = None
+) -> _Ask:
     from lancedb.query import MatchQuery
 
     def build(count: int) -> list[Any]:
@@ -185,44 +192,50 @@ def _text_rows(
         # One query per column, since Lance stops early only in those: 2 ms instead of 15 ms.
         return [store.query().nearest_to_text(MatchQuery(text, column)) for column in _TEXT_COLUMNS]
 
-    return _living(store, build, where, top_k, "_score", names)
+    return _Ask(build, top_k, "_score", columns)
 
 
-def _living(
-    store: MemoryStore,
-    build: Callable[[int], list[Any]],
-    where: Filter,
-    top_k: int,
-    score: str,
-    columns: Sequence[str] | None,
-) -> pa.Table:
-    """Run searches, and leave out what has expired and is not erased yet.
+def _living(store: MemoryStore, asks: Sequence[_Ask], where: Filter) -> list[pa.Table]:
+    """Run searches at the same time, and leave out what has expired and is not erased yet.
 
     Done after the search: expired rows are few, and a filter would cost every query a scan. Without
     ``columns`` all that hold something in the rows found are read.
     """
     now = utc(store.clock())
     condition = expression(where)
-    count = top_k
-    while True:
-        names = columns or [*ALWAYS, *sorted(store.wanted_columns)]
-        searches = [
-            (search if condition is None else search.where(condition))
-            .select([*names, score])
-            .limit(count)
-            for search in build(count)
-        ]
-        found = _best(store.fetch_all(searches), score, count)
-        missing = set() if columns else needed_columns(found) - store.wanted_columns
-        if missing:
-            # The first row that uses a column is met: it is read from now on. One query sees one
-            # version, so the search is repeated rather than completed.
-            store.wanted_columns |= missing
-            continue
-        alive = [at is None or at > now for at in found["expires_at"].to_pylist()]
-        if sum(alive) >= top_k or found.num_rows < count:
-            return found.filter(pa.array(alive, pa.bool_())).slice(0, top_k)
-        count *= 2
+    counts = [ask.top_k for ask in asks]
+    done: dict[int, pa.Table] = {}
+    while len(done) < len(asks):
+        queries: list[Any] = []
+        parts: dict[int, slice] = {}
+        for at, (ask, count) in enumerate(zip(asks, counts, strict=True)):
+            if at in done:
+                continue
+            names = [*(ask.columns or [*ALWAYS, *sorted(store.wanted_columns)]), ask.score]
+            built = ask.build(count)
+            parts[at] = slice(len(queries), len(queries) + len(built))
+            queries += [
+                (search if condition is None else search.where(condition))
+                .select(names)
+                .limit(count)
+                for search in built
+            ]
+        tables = store.fetch_all(queries)
+        for at, part in parts.items():
+            ask = asks[at]
+            found = _best(tables[part], ask.score, counts[at])
+            missing = set() if ask.columns else needed_columns(found) - store.wanted_columns
+            if missing:
+                # The first row that uses a column is met: it is read from now on. One query sees
+                # one version, so the search is repeated rather than completed.
+                store.wanted_columns |= missing
+                continue
+            alive = [moment is None or moment > now for moment in found["expires_at"].to_pylist()]
+            if sum(alive) >= ask.top_k or found.num_rows < counts[at]:
+                done[at] = found.filter(pa.array(alive, pa.bool_())).slice(0, ask.top_k)
+            else:
+                counts[at] *= 2
+    return [done[at] for at in range(len(asks))]
 
 
 def _best(tables: list[pa.Table], score: str, count: int) -> pa.Table:

@@ -16,8 +16,10 @@ import pyarrow as pa
 
 from memopt.errors import InputError
 from memopt.memory import events, incoming, opening, payload, reading, rows, searching, writing
+from memopt.memory.adjacency import Adjacency
 from memopt.memory.connection import Connection
 from memopt.memory.filters import EVERYTHING, id_list, utc
+from memopt.memory.index import VectorIndex
 from memopt.memory.meta import TABLES
 from memopt.memory.schema import AddResult, Content, Embedder, Filter, Hit, Link, Memory, NewMemory
 from memopt.memory.stats import Stats, stats
@@ -51,12 +53,15 @@ class MemoryStore(Connection):
         actor: who reads and writes, for the access log.
         clock: the current time, UTC.
         create: make the store when it is absent; False raises instead.
+        background: build the vector index in a thread when additions call for it; else only
+            ``index.ensure()`` builds it.
 
     Attributes:
         listeners: called on every add and delete.
+        adjacency: the links of the association graph, which go with the memories they link.
         observers: called with (action, ids) on every 'read', 'write' and 'delete'.
-        tune: (vector query, top_k, spare) -> query; sets how many partitions of the index are
-            probed, and how exact it is where ``spare`` rows are asked for each that is wanted.
+        closing: called by :meth:`close`, to write what is buffered.
+        index: the vector index; it keeps itself fresh.
 
     Raises:
         ConsolidationError: the path is no store, the store is of a newer format, or the key is
@@ -82,13 +87,16 @@ class MemoryStore(Connection):
         actor: str | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         create: bool = True,
+        background: bool = True,
     ) -> None:
         super().__init__(path, dim, embedder, cipher, clock, create=create)
         self.redact = redact
         self.actor = actor or os.environ.get("USER", "")
         self.listeners: list[Listener] = []
         self.observers: list[Callable[[str, Sequence[str]], None]] = []
-        self.tune: Callable[[Any, int, int], Any] = lambda query, top_k, spare: query
+        self.closing: list[Callable[[], None]] = []
+        self.index = VectorIndex(self, background=background)
+        self.adjacency = Adjacency(self)
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
         self._id_key = opening.id_key(self.place, self.meta, cipher)
@@ -102,8 +110,12 @@ class MemoryStore(Connection):
         self.close()
 
     def close(self) -> None:
-        """Write what is buffered (access counts). The store can still be used afterwards."""
+        """Write what is buffered and wait for the index. The store can still be used afterwards."""
+        for write in self.closing:
+            write()
         self.flush()
+        self.adjacency.close()
+        self.index.close()
 
     # --- writing ----------------------------------------------------------------------------
 

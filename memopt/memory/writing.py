@@ -243,7 +243,8 @@ def sealed(store: MemoryStore, table: pa.Table) -> pa.Table:
 
 
 def announce(store: MemoryStore, table: pa.Table) -> None:
-    """Tell the listeners of new rows."""
+    """Tell the index and the listeners of new rows."""
+    store.index.added(table.num_rows)
     if not table.num_rows or not store.listeners:
         return
     ids = _ids(table)
@@ -316,6 +317,8 @@ def _vectors_of(store: MemoryStore, memories: Sequence[NewMemory]) -> NDArray[np
 
 
 def _deleting(store: MemoryStore, ids: Sequence[str]) -> None:
+    # Links go first: a crash in between leaves a memory without links, never a link to nothing.
+    store.adjacency.drop(ids)
     for listener in store.listeners:
         listener.deleting(ids)
 

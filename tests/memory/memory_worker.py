@@ -9,7 +9,6 @@ import numpy as np
 
 from memopt.errors import ConsolidationError
 from memopt.memory.graph import AssociationGraph
-from memopt.memory.index import VectorIndex
 from memopt.memory.retriever import MultimodalRetriever
 from memopt.memory.schema import Content, NewMemory
 from memopt.memory.store import MemoryStore
@@ -37,7 +36,6 @@ def say(*words: object) -> None:
 def write(store: MemoryStore, seed: int) -> None:
     """Add and delete without end."""
     AssociationGraph(store)
-    index = VectorIndex(store)
     first = 0
     while True:
         ids = store.add(memories(first, 16, seed)).ids
@@ -48,13 +46,12 @@ def write(store: MemoryStore, seed: int) -> None:
         first += 16
         if first % 512 == 0:
             store.optimize()
-            index.ensure()
+            store.index.ensure()
 
 
 def read(store: MemoryStore, seed: int) -> None:
     """Search without end; every answer must be whole."""
     retriever = MultimodalRetriever(store, AssociationGraph(store))
-    VectorIndex(store, background=False)
     generator = np.random.default_rng(seed)
     while True:
         found = retriever.retrieve(vector=generator.normal(size=DIM), top_k=5)
@@ -68,10 +65,9 @@ def read(store: MemoryStore, seed: int) -> None:
 def build(store: MemoryStore, seed: int) -> None:
     """Add enough for an index, then build it again and again."""
     say("added", *store.add(memories(0, 6000, seed)).ids)
-    index = VectorIndex(store, background=False)
     while True:
         say("building")
-        index.ensure(rebuild=True)
+        store.index.ensure(rebuild=True)
 
 
 def fill(store: MemoryStore, seed: int) -> None:

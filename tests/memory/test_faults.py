@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memopt.memory.index import VectorIndex
 from memopt.memory.store import MemoryStore
 from memopt.memory.verify import Report, verify
 from tests.memory import memory_worker
@@ -60,14 +59,13 @@ def test_killed_while_the_index_is_built(tmp_path: Path, delay: float) -> None:
     time.sleep(delay)
     process.kill()
     process.communicate()
-    store = MemoryStore(tmp_path)
-    index = VectorIndex(store, background=False)
+    store = MemoryStore(tmp_path, background=False)
     assert not checked(store, set(added)).problems
     ids, vectors = store.vectors()
     query = vectors[7]
     exact = {ids[at] for at in np.argsort(-(vectors @ query))[:10]}
     assert len(exact & {key for key, _ in store.candidates(query, top_k=10)}) >= 9
-    state = index.ensure(rebuild=True)
+    state = store.index.ensure(rebuild=True)
     assert state is not None
     assert state.recall >= 0.95
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from memopt.memory import index as module
-from memopt.memory.index import VectorIndex, last_state
+from memopt.memory.index import last_state
 from memopt.memory.store import MemoryStore
 from tests.memory.kit import DIM
 
@@ -29,8 +29,8 @@ def test_recall_is_measured_and_fresh_rows_are_found(
 ) -> None:
     """At least 0.95 at ten on random vectors, the hardest kind; new rows at once."""
     monkeypatch.setattr(module, "MIN_ROWS", 1000)
-    with MemoryStore(tmp_path / "s", dim=DIM) as store:
-        index = VectorIndex(store, background=False)
+    with MemoryStore(tmp_path / "s", dim=DIM, background=False) as store:
+        index = store.index
         assert index.ensure() is None
         vectors = fill(store, 3000)
         state = index.ensure()
@@ -54,10 +54,9 @@ def test_an_index_below_the_recall_is_dropped(
     """Search is then exact, and the state says so."""
     monkeypatch.setattr(module, "MIN_ROWS", 1000)
     monkeypatch.setattr(module, "_SETTINGS", ((1, 1),))
-    with MemoryStore(tmp_path / "s", dim=DIM) as store:
+    with MemoryStore(tmp_path / "s", dim=DIM, background=False) as store:
         vectors = fill(store, 2000)
-        index = VectorIndex(store, background=False)
-        state = index.ensure()
+        state = store.index.ensure()
         assert state is not None
         assert state.cells == 0
         exact = {f"m{at}" for at in np.argsort(-(vectors @ vectors[3]))[:10]}
@@ -70,9 +69,8 @@ def test_additions_start_a_build_in_the_background(
     """Without anybody asking; close() waits for it."""
     monkeypatch.setattr(module, "MIN_ROWS", 1000)
     with MemoryStore(tmp_path / "s", dim=DIM) as store:
-        index = VectorIndex(store)
         fill(store, 1500)
-        index.close()
+        store.index.close()
         state = last_state(store)
         assert state is not None
         assert state.rows == 1500

@@ -68,7 +68,7 @@ def add(
                 bar.advance(task)
 
         result = here.store.add(watched())
-        here.index.ensure()
+        here.store.index.ensure()
     if as_json:
         typer.echo(
             json.dumps(

@@ -29,7 +29,7 @@ def import_(
         here.store.listeners.remove(here.graph)  # the links come from the file
         done = import_parquet(here.store, folder)
         here.store.listeners.append(here.graph)
-        here.index.ensure()
+        here.store.index.ensure()
     stdout().print(
         f"{done.memories} added, links of {done.linked}, {done.long_term} of them long-term"
     )

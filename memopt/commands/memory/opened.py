@@ -1,21 +1,16 @@
-"""A store as the commands open it: with its models, key, redaction, graph, index and log."""
+"""What the memory commands share: their options, and how they open a store and show a memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from memopt.memory.access_log import AccessLog
-    from memopt.memory.graph import AssociationGraph
-    from memopt.memory.index import VectorIndex
-    from memopt.memory.models import Models
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.session import Session
 
 Store = Annotated[str, typer.Argument(help="Folder or URI of the store.")]
 Text = Annotated[str | None, typer.Option("--model", help="Bundle that encodes texts.")]
@@ -33,18 +28,6 @@ Since = Annotated[str | None, typer.Option(help="ISO time, inclusive.")]
 Until = Annotated[str | None, typer.Option(help="ISO time, exclusive.")]
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """An open store and what follows it."""
-
-    store: MemoryStore
-    graph: AssociationGraph
-    index: VectorIndex
-    log: AccessLog
-    models: Models
-
-
-@contextmanager
 def opened(
     place: str,
     *,
@@ -53,40 +36,25 @@ def opened(
     embed: bool = True,
     key: Path | None = None,
     redaction: str = "patterns",
-) -> Iterator[Opened]:
-    """Open a store; bundles that are given are remembered, those that are not are recalled.
+) -> AbstractContextManager[Session]:
+    """Open a store as :func:`memopt.memory.session.open_memory` does.
 
     Args:
-        given: text, vision, audio, joint.
-        embed: open the bundles; reading by id needs none.
+        given: the bundles of text, vision, audio and joint, by name or folder.
     """
-    from memopt.memory.access_log import AccessLog
-    from memopt.memory.graph import AssociationGraph
-    from memopt.memory.index import VectorIndex
-    from memopt.memory.keys import read_cipher
-    from memopt.memory.models import Models, remember, remembered
-    from memopt.memory.redaction import redactor
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.models import Models
+    from memopt.memory.session import open_memory
 
-    known = Models() if "://" in place else remembered(place)
-    changes = {name: _absolute(value) for name, value in (given or {}).items() if value}
-    models = replace(known, **changes)
-    embedder = models.open() if embed else None
-    redact = None if redaction == "none" else redactor(redaction)
-    with MemoryStore(
-        place, embedder=embedder, cipher=read_cipher(key), redact=redact, create=create
-    ) as store:
-        if changes and models != known:
-            remember(store, models)
-        graph = AssociationGraph(store)
-        index = VectorIndex(store, background=False)
-        log = AccessLog(store)
-        try:
-            yield Opened(store, graph, index, log, models)
-        finally:
-            graph.close()
-            index.close()
-            log.close()
+    named = {name: _absolute(value) for name, value in (given or {}).items() if value}
+    return open_memory(
+        place,
+        models=Models(**named),
+        embed=embed,
+        key=key,
+        redaction=redaction,
+        create=create,
+        background=False,
+    )
 
 
 def _absolute(path: str) -> str:

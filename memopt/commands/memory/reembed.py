@@ -47,6 +47,6 @@ def reembed(
         )
         remember(here.store, models)
     with opened(store, embed=False, key=key) as here:
-        here.index.ensure(rebuild=True)
+        here.store.index.ensure(rebuild=True)
         here.graph.build()
     stdout().print(f"{count} memories moved to {embedder.model_id}")

@@ -33,7 +33,6 @@ def search(
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import as_dict, moment, opened, shown
-    from memopt.memory.retriever import MultimodalRetriever
     from memopt.memory.schema import Filter
 
     times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
@@ -42,7 +41,7 @@ def search(
     )
     picture, sound = _bytes(image), _bytes(audio)
     with opened(store, key=key) as here:
-        found = MultimodalRetriever(here.store, here.graph).retrieve(
+        found = here.retriever.retrieve(
             text,
             vision=picture,
             audio=sound,

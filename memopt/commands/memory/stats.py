@@ -20,7 +20,7 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
 
     with opened(store, embed=False, key=key) as here:
         found = here.store.stats()
-        state = here.index.state
+        state = here.store.index.state
         condensed = sum(
             batch["source_count"].to_numpy().sum()
             for batch in here.store.scan(columns=["source_count"], batch_size=65536)

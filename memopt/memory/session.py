@@ -1,0 +1,90 @@
+"""The front door: a store with all that keeps it linked, searched fast, logged and private."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memopt.memory.access_log import AccessLog
+from memopt.memory.graph import AssociationGraph
+from memopt.memory.keys import read_cipher
+from memopt.memory.models import Models, remember, remembered
+from memopt.memory.redaction import redactor
+from memopt.memory.retriever import MultimodalRetriever
+from memopt.memory.store import MemoryStore
+
+if TYPE_CHECKING:
+    from memopt.memory.schema import Embedder
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open store and what goes with it."""
+
+    store: MemoryStore
+    graph: AssociationGraph
+    retriever: MultimodalRetriever
+    log: AccessLog
+    models: Models
+
+
+@contextmanager
+def open_memory(
+    place: str | Path,
+    *,
+    embedder: Embedder | None = None,
+    models: Models | None = None,
+    embed: bool = True,
+    key: str | Path | None = None,
+    redaction: str = "patterns",
+    create: bool = True,
+    background: bool = True,
+) -> Iterator[Session]:
+    """Open a memory: texts are redacted, accesses logged, memories linked and indexed.
+
+    Args:
+        place: folder or URI of the store; made when absent.
+        embedder: makes the vectors; by default the bundles of ``models``.
+        models: bundles that are given are remembered beside the store, those that are not are
+            recalled.
+        embed: open the bundles; reading by id needs none.
+        key: file of the key of an encrypted store; by default MEMOPT_MEMORY_KEY, where it is set.
+        redaction: what is taken out of texts: 'patterns', 'presidio', 'auto' or 'none'.
+        create: False refuses a place where no store is.
+        background: see :class:`memopt.memory.store.MemoryStore`.
+
+    Raises:
+        ConsolidationError: the place is no store, is newer than this memopt, or the key is wrong.
+        ConfigurationError: models that do not go together, an unknown redaction, an unreadable key.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from memopt.memory.schema import Content, NewMemory
+    >>> with open_memory(tempfile.mkdtemp()) as memory:
+    ...     content = Content(text="write to ann@example.org")
+    ...     _ = memory.store.add(NewMemory(content=content, embedding=np.ones(768)))
+    ...     memory.retriever.retrieve(vector=np.ones(768))[0].memory.text
+    'write to [EMAIL]'
+    """
+    known = Models() if "://" in str(place) else remembered(place)
+    given = {name: value for name, value in asdict(models or Models()).items() if value}
+    chosen = replace(known, **given)
+    if embedder is None and embed:
+        embedder = chosen.open()
+    redact = None if redaction == "none" else redactor(redaction)
+    with MemoryStore(
+        place,
+        embedder=embedder,
+        cipher=read_cipher(key),
+        redact=redact,
+        create=create,
+        background=background,
+    ) as store:
+        if chosen != known:
+            remember(store, chosen)
+        graph = AssociationGraph(store)
+        log = AccessLog(store)
+        yield Session(store, graph, MultimodalRetriever(store, graph), log, chosen)
