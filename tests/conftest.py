@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def _code_key() -> str:
     digest = hashlib.sha256()
     sources = [ROOT / "memopt" / "bundle.py", ROOT / "constraints.txt"]
+    sources.append(ROOT / "memopt" / "runtimes" / "torch_model.py")
     for folder in ("weights", "exporters"):
         sources += (ROOT / "memopt" / folder).glob("*.py")
     for source in sorted(sources):

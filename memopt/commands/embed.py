@@ -44,14 +44,11 @@ def embed(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
 ) -> None:
     """Encode texts, images or sounds into vectors; memory stays flat, a kill loses little."""
-    from memopt.config import load_config
+    from memopt.runtimes.configured import open_engine
     from memopt.runtimes.embed import embed as embed_file
-    from memopt.runtimes.engine import ArrowEngine
 
-    settings = load_config().device
-    strict = strict or not settings.fallback_enabled
     begin = time.perf_counter()
-    with ArrowEngine(bundle, device or settings.target, variant, strict) as engine:
+    with open_engine(bundle, device, variant, strict) as engine:
         done = embed_file(
             engine,
             source,

@@ -13,10 +13,10 @@ from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
-from memopt.exporters.model import LoadedModel, load_model
 from memopt.files import publish, sha256_file, staged_directory
 from memopt.registry import nearest
 from memopt.runtimes.joint import JOINT_TASK
+from memopt.runtimes.torch_model import LoadedModel, load_model
 from memopt.weights.reader import WeightLoader
 
 Step = Callable[[str], None]

@@ -25,10 +25,10 @@ from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check, onnx, tasks
 from memopt.exporters.blocks import Blocks, to_blocks
-from memopt.exporters.model import load_model
 from memopt.extras import require
 from memopt.files import publish, sha256_file, staged_directory
 from memopt.registry import nearest
+from memopt.runtimes.torch_model import load_model
 from memopt.weights.layout import is_transposed
 from memopt.weights.packing import pack
 from memopt.weights.quantized import QuantizedWeight

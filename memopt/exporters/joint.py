@@ -13,7 +13,6 @@ import numpy as np
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import BundleError, ExportError
-from memopt.exporters.model import LoadedModel
 from memopt.exporters.tasks import Shape, Signature
 from memopt.runtimes.joint import (
     JOINT_INPUTS,
@@ -23,6 +22,7 @@ from memopt.runtimes.joint import (
     JointConfig,
     network,
 )
+from memopt.runtimes.torch_model import LoadedModel
 from memopt.weights.reader import WeightLoader
 
 # What an absent slot holds while the graph is checked.

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ExportError
-from memopt.exporters.model import LoadedModel
 from memopt.exporters.tasks import Signature
 from memopt.extras import require
+from memopt.runtimes.torch_model import LoadedModel
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)  # what torch's dynamo exporter writes

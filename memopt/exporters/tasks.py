@@ -15,7 +15,7 @@ import numpy as np
 
 from memopt.bundle import Manifest
 from memopt.errors import ExportError
-from memopt.exporters.model import LoadedModel
+from memopt.runtimes.torch_model import LoadedModel
 
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.

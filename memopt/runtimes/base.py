@@ -37,7 +37,9 @@ class Settings:
     streams: int | None = None
     memory_limit_mb: float | None = None
     vram_threshold: float = 0.9
-    use_compile: bool = False
+    use_compile: bool = False  # this and the two below: the torch backend's
+    compile_mode: str = "default"
+    use_ipex: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams", "memory_limit_mb"):

@@ -18,12 +18,21 @@ _TARGETS = {
 _FLOAT = ("fp32", "bf16", "fp16")
 
 
-def candidates(bundle: Bundle, device: str, variant: str) -> list[Candidate]:
+def candidates(
+    bundle: Bundle, device: str, variant: str, *, half: bool = True, cpu_fallback: bool = True
+) -> list[Candidate]:
     """Return what to try, best first.
 
     The provider asked for comes first, then what may take over: for the variant asked for (or
     tuned on this machine, or the best), each provider of the automatic order, then the float
     variants. A variant that failed its quality gate is only there when asked for by name.
+
+    Args:
+        bundle: what to run.
+        device: a provider, one of its other names, or auto.
+        variant: a variant's name, or auto.
+        half: take float16 before float32 on a GPU.
+        cpu_fallback: let the CPU take over from a GPU; False leaves GPUs only, where there are any.
 
     Raises:
         DeviceError: an unknown device.
@@ -31,12 +40,20 @@ def candidates(bundle: Bundle, device: str, variant: str) -> list[Candidate]:
     """
     asked = canonical(device)
     forced = bundle.variant(variant) if variant != "auto" else None
-    wanted = _wanted(bundle, asked, forced)
+    found = _all(bundle, asked, forced, half)
+    gpus = _TARGETS["gpu"]
+    if cpu_fallback or asked not in ("auto", *gpus):
+        return found
+    return [c for c in found if c.provider in gpus] or found
+
+
+def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Candidate]:
+    wanted = _wanted(bundle, asked, forced, half)
     if asked not in ("auto", "torch") and not any(c.provider == asked for c in wanted):
         raise _nothing_for(bundle, asked, forced)
     others: list[Candidate] = []
     for provider in AUTO_ORDER:
-        found = _of_provider(bundle, provider)
+        found = _of_provider(bundle, provider, half)
         if provider == "openvino":
             # Its reader of ONNX graphs is for when ONNX Runtime is not there.
             foreign = [c for c in found if c.variant.format != "openvino"]
@@ -55,7 +72,7 @@ def candidates(bundle: Bundle, device: str, variant: str) -> list[Candidate]:
     return ranked
 
 
-def _wanted(bundle: Bundle, asked: str, forced: Variant | None) -> list[Candidate]:
+def _wanted(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Candidate]:
     """Return what was asked for by name, or tuned here: told about even if it is not installed."""
     if asked == "torch":
         return [Candidate("torch", forced or _reference())]
@@ -64,9 +81,10 @@ def _wanted(bundle: Bundle, asked: str, forced: Variant | None) -> list[Candidat
         here = [c for c in able if c.provider == asked or missing(c.provider) is None]
         wanted = here or able[-1:]
         # When its graph is what fails, a float one on the same provider is the nearest.
-        return [*wanted, *(_of_provider(bundle, wanted[-1].provider) if wanted else [])]
+        return [*wanted, *(_of_provider(bundle, wanted[-1].provider, half) if wanted else [])]
     tuned = _tuned(bundle, asked)
-    return ([tuned] if tuned else []) + (_of_provider(bundle, asked) if asked != "auto" else [])
+    named = _of_provider(bundle, asked, half) if asked != "auto" else []
+    return [*([tuned] if tuned else []), *named]
 
 
 def runnable(variant: Variant, provider: str) -> bool:
@@ -85,16 +103,19 @@ def runnable(variant: Variant, provider: str) -> bool:
     return row.fused or not variant.fused
 
 
-def _of_provider(bundle: Bundle, provider: str) -> list[Candidate]:
+def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
     """Return the variants for one provider, best first: its own format, float, fused."""
     row = PROVIDERS[provider]
+    ranks = {name: rank for rank, name in enumerate(row.precisions)}
+    if not half and ranks["fp16"] < ranks["fp32"]:
+        ranks["fp16"], ranks["fp32"] = ranks["fp32"], ranks["fp16"]
     usable = [v for v in bundle.manifest.variants.values() if v.passed and runnable(v, provider)]
     # Quantized variants come after float ones until `memopt optimize` measured them here: without
     # that nobody knows that they are faster on this processor.
     usable.sort(
         key=lambda v: (
             row.formats.index(v.format),
-            row.precisions.index(v.precision),
+            ranks[v.precision],
             not v.fused,
             v.name,
         )

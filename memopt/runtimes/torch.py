@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from memopt.bundle import Bundle, Manifest
-from memopt.errors import BundleError, DeviceError
+from memopt.errors import BundleError, DeviceError, ExportError, MissingExtra
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings
 from memopt.runtimes.cpu import usable_cpus
@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 
     from memopt.runtimes.base import Feed, Rows
 
-# Where AutoModel would build more than the embedding needs, or leave the projection out.
-_CLASSES = {
-    ("clip", "text"): "CLIPTextModelWithProjection",
-    ("clip_text_model", "text"): "CLIPTextModelWithProjection",
-    ("clip", "image"): "CLIPVisionModelWithProjection",
-    ("clip_vision_model", "image"): "CLIPVisionModelWithProjection",
-    ("siglip", "text"): "SiglipTextModel",
-    ("siglip", "image"): "SiglipVisionModel",
-    ("siglip_vision_model", "image"): "SiglipVisionModel",
-    ("t5", "text"): "T5EncoderModel",
-}
 _POOLED = ("image_embeds", "text_embeds", "pooler_output")
 
 
@@ -68,12 +57,14 @@ class TorchBackend:
         self.step = 1
         torch.set_num_threads(self._threads)
         self._model: Any = _load(bundle)
+        if settings.use_ipex:
+            self._model = _optimized(self._model)
         self.inputs = _inputs(self._model.config, bundle.manifest)
         self.dimension = bundle.manifest.dimension
         self.streams = 1
         if settings.use_compile:
-            self._model = torch.compile(self._model, dynamic=True)
-        self._compiled = settings.use_compile
+            self._model = torch.compile(self._model, dynamic=True, mode=settings.compile_mode)
+        self._compiled = settings.compile_mode if settings.use_compile else None
         self._pool = Streams(1, "memopt-torch")
         # The modules are shared between threads; torch.compile is not safe to enter twice.
         self._lock = threading.Lock()
@@ -110,40 +101,32 @@ class TorchBackend:
         self._pool.close()
 
 
-def _load(bundle: Bundle) -> Any:
-    transformers = require("transformers", extra="export", why="run the reference")
-    torch = require("torch", extra="export", why="run the reference")
-    import numpy as np
+def _optimized(model: Any) -> Any:
+    """Return the model with Intel's own kernels.
 
-    from memopt.weights.reader import WeightLoader
+    Raises:
+        MissingExtra: intel_extension_for_pytorch is not installed.
+    """
+    import importlib
 
-    config = bundle.config()
-    key = (str(config.get("model_type")), bundle.manifest.modality)
-    cls = getattr(transformers, _CLASSES.get(key, "AutoModel"))
-    known = getattr(cls, "config_class", None) or transformers.AutoConfig
-    with WeightLoader(bundle.weights) as loader:
-        # float32 whatever is stored: numpy has no bfloat16 torch could take over.
-        state = {
-            name: torch.from_numpy(np.array(array, dtype=np.float32))
-            for name, array in loader.items()
-        }
     try:
-        model, report = cls.from_pretrained(
-            None,
-            config=known.from_pretrained(bundle.path, local_files_only=True),
-            state_dict=state,
-            output_loading_info=True,
-        )
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise BundleError(f"torch cannot build the model of {bundle.path}: {error}") from error
-    # Poolers that the head does not use may be absent; anything else absent would be random.
-    absent = [name for name in report["missing_keys"] if "pooler" not in name]
-    if absent or (report["missing_keys"] and bundle.manifest.pooling == "model"):
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise BundleError(f"{bundle.weights} lacks {missing}", fix="convert the model again")
-    if key[0] == "whisper":
-        model = model.get_encoder()
-    return model.eval()
+        ipex = importlib.import_module("intel_extension_for_pytorch")
+    except ImportError as error:
+        raise MissingExtra(
+            f"use_ipex needs intel_extension_for_pytorch, which cannot be imported ({error})",
+            fix="leave use_ipex out; Intel's successor is OpenVINO (device openvino)",
+        ) from error
+    return ipex.optimize(model)
+
+
+def _load(bundle: Bundle) -> Any:
+    from memopt.runtimes.torch_model import load_model
+
+    try:
+        return load_model(bundle, bundle.manifest.task, attention=None).module
+    except ExportError as error:
+        problem = f"torch cannot build the model of {bundle.path}: {error.problem}"
+        raise BundleError(problem, fix=error.fix) from error
 
 
 def _inputs(config: Any, manifest: Manifest) -> tuple[str, ...]:

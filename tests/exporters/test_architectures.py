@@ -20,8 +20,10 @@ import pytest
 import torch
 import transformers
 
-from memopt.bundle import Bundle, open_bundle
+from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.exporters.base import export
+from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 from memopt.weights.reader import WeightLoader
 
@@ -371,3 +373,24 @@ def test_the_graph_is_standard_and_its_weights_keep_their_names(
             assert tensor.name.removesuffix(".transposed") in names
     batch = {value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input}
     assert batch == {"batch"}
+
+
+ENCODERS = tuple(n for n, a in ARCHITECTURES.items() if a.task != "text-generation")
+TORCH = Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_torch_backend_gives_what_the_graph_gives(
+    name: str, made: Callable[[str], Bundle]
+) -> None:
+    """The reference runs every encoder that exports, through its own pooling and mask."""
+    bundle = made(name)
+    variant = bundle.variant("onnx-fp32")
+    session = ort.InferenceSession(bundle.file(variant), providers=["CPUExecutionProvider"])
+    feeds = _feeds(session, transformers.AutoConfig.from_pretrained(bundle.path))
+    (wanted,) = session.run(["sentence_embedding"], feeds)
+    backend = opener("torch")(bundle, Candidate("torch", TORCH), Settings(threads=1))
+    np.testing.assert_allclose(
+        backend.run(feeds), wanted, atol=1e-5 * max(1.0, float(np.abs(wanted).max()))
+    )
+    backend.close()

@@ -22,9 +22,9 @@ from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check
 from memopt.exporters.base import export
 from memopt.exporters.half import to_half
-from memopt.exporters.model import load_model
 from memopt.exporters.onnx import save_onnx
 from memopt.files import sha256_file
+from memopt.runtimes.torch_model import load_model
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 
 from memopt.bundle import Bundle
 from memopt.exporters import tasks
-from memopt.exporters.model import load_model
+from memopt.runtimes.torch_model import load_model
 
 HIDDEN = np.random.default_rng(3).normal(size=(3, 6, 4)).astype(np.float32) - 5.0
 LEFT = np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])

@@ -267,6 +267,7 @@ def table(*variants: Variant, chosen: dict[str, object] | None = None) -> Bundle
 
 FLOAT = Variant(name="onnx-fp32", format="onnx", precision="fp32", file="a.onnx")
 FUSED = Variant(name="onnx-fp32-fused", format="onnx", precision="fp32", file="b", fused=True)
+HALF = Variant(name="onnx-fp16", format="onnx", precision="fp16", file="h.onnx")
 INT8 = Variant(name="onnx-int8-static", format="onnx", precision="int8", file="c", target="cpu")
 IR = Variant(name="openvino-fp32", format="openvino", precision="fp32", file="d.xml")
 
@@ -281,6 +282,28 @@ def test_auto_prefers_the_fused_float_graph_on_onnxruntime() -> None:
     assert found[:3] == ["cpu:onnx-fp32-fused", "cpu:onnx-fp32", "cpu:onnx-int8-static"]
     # OpenVINO's reader of ONNX is the last resort, and not for graphs with foreign operators.
     assert found[3:] == ["openvino:onnx-fp32", "openvino:onnx-int8-static"]
+
+
+def test_half_precision_on_a_gpu_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 comes first on a GPU unless it is not wanted; on a CPU it never does."""
+    monkeypatch.setattr("memopt.runtimes.selection.missing", lambda name: None)
+    bundle = table(FLOAT, HALF)
+    assert names(candidates(bundle, "cuda", "auto"))[0] == "cuda:onnx-fp16"
+    found = names(candidates(bundle, "cuda", "auto", half=False))
+    assert found[:2] == ["cuda:onnx-fp32", "cuda:onnx-fp16"]
+    assert names(candidates(bundle, "cpu", "auto"))[0] == "cpu:onnx-fp32"
+
+
+def test_the_cpu_may_be_forbidden_to_take_over_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only GPUs are tried, unless a CPU was asked for or there is no GPU at all."""
+    monkeypatch.setattr("memopt.runtimes.selection.missing", lambda name: None)
+    for device in ("auto", "cuda"):
+        found = candidates(table(FLOAT, IR), device, "auto", cpu_fallback=False)
+        assert {c.provider for c in found} == {"cuda", "rocm", "coreml"}
+    found = candidates(table(FLOAT, IR), "cpu", "auto", cpu_fallback=False)
+    assert found[0].provider == "cpu"
+    found = candidates(table(IR), "auto", "auto", cpu_fallback=False)
+    assert names(found) == ["openvino:openvino-fp32"]
 
 
 def test_the_tuned_choice_of_this_machine_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def load_config(folder: Path) -> Any:
     Raises:
         ExportError: transformers does not know the model type, or the config is unusable.
     """
-    transformers = require("transformers", extra="export", why="build the model to export")
+    transformers = require("transformers", extra="export", why="build the model")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -70,13 +70,17 @@ def load_config(folder: Path) -> Any:
         ) from error
 
 
-def load_model(bundle: Bundle, task: str, weights: Path | None = None) -> LoadedModel:
+def load_model(
+    bundle: Bundle, task: str, weights: Path | None = None, *, attention: str | None = "eager"
+) -> LoadedModel:
     """Return the model for ``task`` with the weights of the bundle, in float32, eval mode.
 
     Args:
         bundle: a converted bundle.
         task: one of ``memopt.bundle.TASKS``.
         weights: the Parquet file; None takes the bundle's float weights.
+        attention: transformers' name of the implementation; None takes its fastest. Eager is plain
+            matrix products and a softmax: its graph is regular and portable.
 
     Raises:
         ExportError: the config is unusable, a weight the architecture needs is missing or has
@@ -86,9 +90,9 @@ def load_model(bundle: Bundle, task: str, weights: Path | None = None) -> Loaded
             left at a random value.
         WeightsError: the weight file is damaged.
     """
-    require("torch", extra="export", why="export a model")
+    require("torch", extra="export", why="build the model")
     config = load_config(bundle.path)
-    module, config = _construct(config, task)
+    module, config = _construct(config, task, attention)
     with WeightLoader(weights or bundle.weights) as loader:
         current = _current_names(module, loader.names())
         part = PARTS.get((config.model_type, task))
@@ -121,11 +125,10 @@ def _current_names(module: Any, stored: list[str]) -> dict[str, str]:
     return {apply_renamings(name, renamings): name for name in stored}
 
 
-def _construct(config: Any, task: str) -> tuple[Any, Any]:
+def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]:
     import transformers
 
     name = CLASSES.get((config.model_type, task))
-    # Eager attention is plain matrix products and a softmax: the graph stays regular and portable.
     try:
         with _meta_parameters():
             if name:
@@ -133,14 +136,14 @@ def _construct(config: Any, task: str) -> tuple[Any, Any]:
                 wanted = cls.config_class
                 if not isinstance(config, wanted):
                     config = _tower(config, wanted)
-                module = cls._from_config(config, attn_implementation="eager")
+                module = cls._from_config(config, attn_implementation=attention)
             else:
                 auto = (
                     transformers.AutoModelForCausalLM
                     if task == "text-generation"
                     else transformers.AutoModel
                 )
-                module = auto.from_config(config, attn_implementation="eager")
+                module = auto.from_config(config, attn_implementation=attention)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ExportError(
             f"cannot build {config.model_type!r} for task {task!r}: {_first_line(error)}",
