@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from memopt.benchmark.runner import hardware, versions
@@ -132,17 +133,18 @@ def optimize(
         calibration=calibration, samples=samples, validation_samples=VALIDATION_SAMPLES, seed=seed
     )
     outcomes: list[Outcome] = []
-    slowest = 0.0
+    built: list[float] = []
     for number, candidate in enumerate(wanted, start=1):
         say(f"candidate {number} of {len(wanted)}: {candidate.label}")
-        # Another may take as long as the slowest so far: it must still fit.
         spent = time.monotonic() - begin
-        left = budget * BUILD_SHARE - spent - slowest
+        # Another takes about as long as those before it, and must still fit.
+        left = budget * BUILD_SHARE - spent - (fmean(built) if built else 0.0)
         if spent > budget:
             outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
         else:
             outcome = build(bundle.path, candidate, given, calibration_set, gate, seconds_left=left)
-        slowest = max(slowest, outcome.seconds)
+        if outcome.status != "skipped" and not outcome.reused:
+            built.append(outcome.seconds)
         outcomes.append(outcome)
         if on_outcome:
             on_outcome(number, len(wanted), outcome)
