@@ -17,6 +17,7 @@ from typing import Any
 from memopt.bundle import Variant
 from memopt.files import publish, staged_directory
 from memopt.runtimes.cpu import cpu_features
+from memopt.runtimes.cpu_graph import REVISION, split_skip_layer_norm
 
 log = logging.getLogger("memopt.runtimes")
 FOLDER = ".ort-cache"
@@ -58,7 +59,7 @@ def open_cached(
 
 def _key(model: Path, variant: Variant, version: str) -> str:
     """Return what must be equal for a cached graph to be the right one."""
-    parts = [version, "CPUExecutionProvider", *sorted(cpu_features())]
+    parts = [version, REVISION, "CPUExecutionProvider", *sorted(cpu_features())]
     folder = model.parents[len(Path(variant.file).parts) - 1]
     for name in (variant.file, *variant.companions):
         stat = (folder / name).stat()
@@ -81,6 +82,7 @@ def _make(model: Path, path: Path, options: Any) -> None:
         ):
             options.add_session_config_entry(key, value)
         ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        split_skip_layer_norm(graph)
         # Weights first: a graph is never there without them.
         if weights.is_file():
             publish(weights, path.with_suffix(".bin"))

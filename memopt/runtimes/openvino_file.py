@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+from memopt.errors import ExportError
 from memopt.extras import require
+
+# What a failed write leaves free on a full disk: less than its last buffer.
+_ALMOST_FULL = 1 << 20
 
 
 def save_openvino(model: Any, target: Path, *, half: bool = False) -> None:
@@ -20,6 +27,10 @@ def save_openvino(model: Any, target: Path, *, half: bool = False) -> None:
         model: an ``openvino.Model``; its operations may be renamed.
         target: path of the .xml.
         half: store weights as float16.
+
+    Raises:
+        OSError: the disk is full.
+        ExportError: OpenVINO cannot write the files for another reason.
     """
     openvino = require("openvino", extra="openvino", why="write OpenVINO files")
     for number, node in enumerate(model.get_ordered_ops()):
@@ -27,4 +38,10 @@ def save_openvino(model: Any, target: Path, *, half: bool = False) -> None:
         made_up = re.fullmatch(r"([A-Z][A-Za-z0-9]*)_\d+", node.get_friendly_name())
         if made_up and node.get_type_name() not in ("Parameter", "Result"):
             node.set_friendly_name(f"{made_up[1]}_n{number}")
-    openvino.save_model(model, str(target), compress_to_fp16=half)
+    try:
+        openvino.save_model(model, str(target), compress_to_fp16=half)
+    except RuntimeError as error:
+        # Its C++ streams fail without a reason: "basic_ios::clear: iostream error".
+        if shutil.disk_usage(target.parent).free < _ALMOST_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise ExportError(f"OpenVINO cannot write {target}: {error}") from error
