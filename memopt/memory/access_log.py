@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from memopt.memory.schema import ACCESS_LOG
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
 
-# Reads are written in groups: a commit each would cost more than the read.
+# Reads are written in groups: a commit each would cost more than the read. A crash may forget so
+# many, or those of so many seconds.
 MOST_PENDING = 256
-# What changes data is on the disk before the call returns.
-_AT_ONCE = ("delete", "export", "erase")
+LONGEST_PENDING = 5.0
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Access:
 
 class AccessLog:
     """Writes down every read, write and delete of an open store.
+
+    What changes or gives away data is on the disk before the call returns, reads soon after.
 
     Args:
         store: watched from now on; ``store.actor`` says who.
@@ -55,6 +59,7 @@ class AccessLog:
         self.store = store
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
         store.observers.append(self.observe)
         store.closing.append(self.flush)
 
@@ -69,7 +74,11 @@ class AccessLog:
         }
         with self._lock:
             self._pending.append(line)
-            full = action in _AT_ONCE or len(self._pending) >= MOST_PENDING
+            full = action != "read" or len(self._pending) >= MOST_PENDING
+            if not full and self._timer is None:
+                self._timer = threading.Timer(LONGEST_PENDING, self._flush_quietly)
+                self._timer.daemon = True
+                self._timer.start()
         if full:
             self.flush()
 
@@ -77,9 +86,24 @@ class AccessLog:
         """Write what is buffered."""
         with self._lock:
             lines, self._pending = self._pending, []
-        if lines:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        if not lines:
+            return
+        try:
             with self.store.changing():
                 self.store.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
+        except Exception:
+            with self._lock:
+                self._pending = lines + self._pending
+            raise
+
+    def _flush_quietly(self) -> None:
+        try:
+            self.flush()
+        except Exception as error:  # noqa: BLE001 - the lines stay, the next flush() raises it
+            _LOG.warning("the access log could not be written yet: %s", error)
 
     def close(self) -> None:
         """Write what is buffered and stop watching."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from memopt.memory import searching, writing
-from memopt.memory.filters import utc
+from memopt.memory import events, searching, writing
+from memopt.memory.filters import one_of, utc
 from memopt.memory.reclaim import reclaim
+from memopt.memory.reembed import unfinished
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,16 +81,28 @@ def erase(store: MemoryStore) -> int:
     with store.changing():
         writing.sweep(store)
         for name in _REWRITTEN:
-            table = store.table(name)
-            schema = table.schema
-            batches = table.search().limit(None).to_batches(_BATCH)
-            table.add(
-                pa.RecordBatchReader.from_batches(schema, _cast(batches, schema)), mode="overwrite"
-            )
+            _rewrite(store.table(name))
+        moving = unfinished(store)
+        if moving is not None:
+            # Vectors of a new model are vectors too.
+            made = moving.search().select(["memory_id"]).limit(None).to_arrow()["memory_id"]
+            there = store.light(made.to_pylist(), ["memory_id"])["memory_id"].to_pylist()
+            gone = sorted(set(made.to_pylist()) - set(there))
+            if gone:
+                moving.delete(one_of("memory_id", gone))
+            _rewrite(moving)
+        events.scrub(store)
         searching.create_indices(store.database)
         reclaim(store)
     store.index.ensure(rebuild=True)
     return max(0, before - _size(store))
+
+
+def _rewrite(table: Any) -> None:
+    schema = table.schema
+    batches = table.search().limit(None).to_batches(_BATCH)
+    stream = pa.RecordBatchReader.from_batches(schema, _cast(batches, schema))
+    table.add(stream, mode="overwrite")
 
 
 def _cast(batches: Any, schema: pa.Schema) -> Any:

@@ -52,3 +52,18 @@ def read(store: MemoryStore, kind: str | None) -> list[Event]:
         for row in store.fetch(query).to_pylist()
     ]
     return sorted(found, key=lambda event: event.at)
+
+
+def scrub(store: MemoryStore) -> None:
+    """Blank the details of events about memories that are gone: they may quote them."""
+    with store.changing():
+        table = store.table("events")
+        found = table.search().limit(None).to_arrow()
+        named = sorted({key for ids in found["memory_ids"].to_pylist() for key in ids})
+        there = set(store.light(named, ["memory_id"])["memory_id"].to_pylist())
+        rows = found.to_pylist()
+        quoting = [row for row in rows if row["detail"] and set(row["memory_ids"]) - there]
+        if quoting:
+            for row in quoting:
+                row["detail"] = ""
+            table.add(pa.Table.from_pylist(rows, schema=EVENTS), mode="overwrite")

@@ -23,12 +23,14 @@ from urllib.parse import urlsplit
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
+from memopt.memory.redaction import redactor
 
 # Statuses that may pass by themselves: timeout, conflict, too early, too many, any server error.
 _PASSING = frozenset({408, 409, 425, 429})
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 # The size of an answer that is read at most: a summary is kilobytes.
 _MOST_BYTES = 4 << 20
+_PATTERNS = redactor("patterns")
 _DEFAULT_MODELS = {"ollama": "llama3.2", "anthropic": "claude-haiku-4-5", "openai": "gpt-5-mini"}
 
 
@@ -164,7 +166,7 @@ def language_model(
     spec: str,
     *,
     limits: Limits | None = None,
-    redact: Callable[[str], str] | None = None,
+    redact: Callable[[str], str] | None = _PATTERNS,
 ) -> LanguageModel:
     """Open a language model by its name.
 
@@ -173,7 +175,8 @@ def language_model(
             where openai is any endpoint that speaks its chat completions. Keys come from the
             environment: ANTHROPIC_API_KEY, OPENAI_API_KEY (a local server needs none).
         limits: pacing and retries.
-        redact: applied to all that is sent.
+        redact: applied to all that is sent; by default what identifies or unlocks is taken out,
+            None sends texts as they are.
 
     Raises:
         ConfigurationError: an unknown backend or a URL that is none.

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from memopt.memory.meta import TABLES
+from memopt.memory.reembed import unfinished
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -28,8 +29,9 @@ def reclaim(store: MemoryStore) -> None:
     with store.changing(), warnings.catch_warnings():
         # Lance warns that old versions go: that is what this is for.
         warnings.filterwarnings("ignore", message="optimize\\(cleanup_older_than=0\\)")
-        for name in TABLES:
+        moving = unfinished(store)
+        for table in [*map(store.table, TABLES), *([] if moving is None else [moving])]:
             # Under the writer lock no commit is under way, so unverified files are leftovers.
-            store.table(name).optimize(
+            table.optimize(
                 cleanup_older_than=timedelta(0), delete_unverified=store.place.local is not None
             )

@@ -57,13 +57,12 @@ def reembed(
         ],
         metadata={"model_id": embedder.model_id},
     )
-    present = TABLE in folder.list_tables().tables
-    if present and dict(folder.open_table(TABLE).schema.metadata or {}) != {
-        b"model_id": embedder.model_id.encode()
-    }:
+    table = unfinished(store)
+    if table is not None and dict(table.schema.metadata or {}) != schema.metadata:
         folder.drop_table(TABLE)
-        present = False
-    table = folder.open_table(TABLE) if present else folder.create_table(TABLE, schema=schema)
+        table = None
+    if table is None:
+        table = folder.create_table(TABLE, schema=schema)
     if not meta.model_id.startswith(MOVING):
         _collect(store, embedder, table, schema, on_step)
     with store.changing():
@@ -72,7 +71,14 @@ def reembed(
             store.write_meta(model_id=f"{MOVING}{embedder.model_id}")
         _replace(store, embedder, table)
         folder.drop_table(TABLE)
+    store.index.ensure(rebuild=True)
     return int(store.memories.count_rows())
+
+
+def unfinished(store: MemoryStore) -> Any | None:
+    """Return the table of a run that was cut short, or is under way; None where there is none."""
+    database = store.database
+    return database.open_table(TABLE) if TABLE in database.list_tables().tables else None
 
 
 def _collect(

@@ -71,6 +71,18 @@ class Embedder(Protocol):
         """Return L2-normalised vectors, float32 (n, dim), one per item."""
 
 
+class Listener(Protocol):
+    """What follows every new and every vanishing memory, as the graph does."""
+
+    def added(
+        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
+    ) -> None:
+        """Rows were committed; called after the commit, outside the writer lock."""
+
+    def deleting(self, ids: Sequence[str]) -> None:
+        """Rows are about to be deleted; called inside the writer lock, before the commit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """One edge of the association graph, seen from a memory."""

@@ -9,36 +9,45 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from memopt.errors import InputError
-from memopt.memory import events, incoming, opening, payload, reading, rows, searching, writing
+from memopt.memory import (
+    events,
+    incoming,
+    interchange,
+    opening,
+    payload,
+    reading,
+    rows,
+    searching,
+    writing,
+)
+from memopt.memory import reembed as reembedding
 from memopt.memory.adjacency import Adjacency
 from memopt.memory.connection import Connection
 from memopt.memory.filters import EVERYTHING, id_list, utc
 from memopt.memory.index import VectorIndex
 from memopt.memory.meta import TABLES
-from memopt.memory.schema import AddResult, Content, Embedder, Filter, Hit, Link, Memory, NewMemory
+from memopt.memory.schema import (
+    AddResult,
+    Content,
+    Embedder,
+    Filter,
+    Hit,
+    Link,
+    Listener,
+    Memory,
+    NewMemory,
+)
 from memopt.memory.stats import Stats, stats
 from memopt.memory.touches import Touches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-class Listener(Protocol):
-    """What follows every new and every vanishing memory, as the graph does."""
-
-    def added(
-        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
-    ) -> None:
-        """Rows were committed; called after the commit, outside the writer lock."""
-
-    def deleting(self, ids: Sequence[str]) -> None:
-        """Rows are about to be deleted; called inside the writer lock, before the commit."""
 
 
 class MemoryStore(Connection):
@@ -343,6 +352,30 @@ class MemoryStore(Connection):
     def stats(self) -> Stats:
         """Count what is there, by tier, modality and category, and measure the folder."""
         return stats(self)
+
+    # --- the whole store --------------------------------------------------------------------
+
+    def export_parquet(self, folder: str | Path) -> interchange.Transfer:
+        """Write the three files other tools read; see :mod:`memopt.memory.interchange`."""
+        return interchange.export_parquet(self, folder)
+
+    def import_parquet(self, folder: str | Path) -> interchange.Transfer:
+        """Add what :meth:`export_parquet` wrote; ids that are there are left alone.
+
+        Raises:
+            InputError: a file is missing, damaged, or of another schema, dimension or model.
+        """
+        return interchange.import_parquet(self, folder)
+
+    def reembed(self, embedder: Embedder) -> int:
+        """Move the store to another model; see :func:`memopt.memory.reembed.reembed`.
+
+        Raises:
+            InputError: the new model cannot embed a memory; the store stays as it is.
+        """
+        moved = reembedding.reembed(self, embedder)
+        self.embedder = embedder
+        return moved
 
     # --- events and what others build on ----------------------------------------------------
 

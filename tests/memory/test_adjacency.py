@@ -111,3 +111,32 @@ def test_a_large_graph_is_not_held(store: MemoryStore, monkeypatch: pytest.Monke
     graph.links.read()
     assert graph.links.current() is None
     assert len(graph.around(["a"])[1]) == 2
+
+
+def test_rows_that_moved_are_found_all_the_same(store: MemoryStore) -> None:
+    """Where rows lay is remembered with the links; deleting and compacting moves them."""
+    graph = AssociationGraph(store)
+    retriever = MultimodalRetriever(store, graph)
+    add(store, [f"m{at}" for at in range(60)])
+    query = np.ones(DIM)
+
+    def answers() -> list[str]:
+        found = retriever.retrieve(vector=query, top_k=3, alpha=0.1, beta=0.9, touch=False)
+        return [result.memory.memory_id for result in found]
+
+    graph.links.read()
+    before = answers()
+    held = graph.links.current()
+    assert held is not None
+    seen = held.row_ids(before)
+    assert set(seen) == set(before)
+    store.delete([f"m{at}" for at in range(60) if f"m{at}" not in before][:20])
+    expected = answers()
+    store.optimize()
+    assert answers() == expected
+    graph.links.close()
+    graph.links.read()
+    held = graph.links.current()
+    assert held is not None
+    assert held.row_ids(before) != seen
+    assert answers() == expected

@@ -6,13 +6,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from memopt.memory.erase import erase, expire, forget
 from memopt.memory.graph import AssociationGraph
+from memopt.memory.reembed import reembed
 from memopt.memory.schema import Content, NewMemory
 from memopt.memory.store import MemoryStore
 from memopt.memory.verify import verify
-from tests.memory.kit import DIM, Hashing, files_with, note, png
+from tests.memory.kit import DIM, Hashing, files_with, note, png, wav
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 # Random words: dictionary and entropy coding cannot shorten what a byte search looks for.
@@ -43,16 +45,52 @@ def test_forgotten_bytes_are_in_no_file(tmp_path: Path) -> None:
         assert store.search(text="number 7", top_k=1)[0].memory.text is not None
 
 
+def test_indices_half_moved_vectors_and_events_are_erased_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, sound and vectors, with a built index, an interrupted reembed and a quoting event."""
+    monkeypatch.setattr("memopt.memory.index.MIN_ROWS", 200)
+    moved = Hashing("new", 24)
+    with MemoryStore(tmp_path / "s", embedder=Hashing(), background=False) as store:
+        content = Content(text=SECRET, audio=wav(7))
+        store.add([*(note(f"number {at}") for at in range(300)), NewMemory(content=content)])
+        (key,) = [hit.memory.memory_id for hit in store.find(content, top_k=1)]
+        assert store.index.ensure() is not None
+
+        def stop(done: int, _: int) -> None:
+            if done > 256:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            reembed(store, moved, on_step=stop)
+        store.event("refused", f"the answer was: {SECRET}", [key])
+        old = store.get(key).joint_embedding
+        assert old is not None
+        new = moved.embed([content])[0]
+        needles = [SECRET.encode(), wav(7), old.tobytes(), new.tobytes()]
+        assert all(files_with(tmp_path / "s", needle) for needle in needles)
+        forget(store, [key])
+        assert [files_with(tmp_path / "s", needle) for needle in needles] == [[], [], [], []]
+        assert store.events("refused")[0].detail == ""
+        assert store.index.state is not None
+        assert store.index.state.rows == 300
+        assert reembed(store, moved) == 300
+
+
 def test_expired_memories_go_the_same_way(tmp_path: Path) -> None:
-    """By their own time, without being named."""
+    """By their own time, without being named; the picture and the vector too."""
     now = [NOW]
     with MemoryStore(tmp_path / "s", embedder=Hashing(), clock=lambda: now[0]) as store:
-        store.add([note("stays"), note(SECRET, expires_at=NOW + timedelta(days=1))])
+        content = Content(text=SECRET, vision=png(3))
+        gone = NewMemory(content=content, expires_at=NOW + timedelta(days=1))
+        store.add([note("stays"), gone])
         assert expire(store) == 0
         now[0] += timedelta(days=2)
         assert expire(store) == 1
         erase(store)
-        assert files_with(tmp_path / "s", SECRET.encode()) == []
+        vector = Hashing().embed([content])[0]
+        for needle in (SECRET.encode(), png(3), vector.tobytes()):
+            assert files_with(tmp_path / "s", needle) == []
         assert store.count() == 1
 
 

@@ -171,3 +171,20 @@ def test_the_graph_never_links_to_a_missing_memory(tmp_path: Path, data: st.Data
             else:
                 graph.flush()
             assert orphans(store) == set()
+
+
+def test_links_go_with_their_memories_without_a_graph(tmp_path: Path) -> None:
+    """A process that opened the store alone leaves no link to nothing either."""
+    with MemoryStore(tmp_path / "s", dim=4) as store:
+        graph = AssociationGraph(store)
+        vectors = np.eye(4, dtype=np.float32)[[0, 0, 0]]
+        new = [
+            NewMemory(content=Content(text=key), embedding=vector, memory_id=key)
+            for key, vector in zip("abc", vectors, strict=True)
+        ]
+        store.add(new)
+        graph.close()
+    with MemoryStore(tmp_path / "s") as store:
+        assert store.delete(["a"]) == 1
+        ends = store.table("edges").to_arrow()
+        assert set(ends["source"].to_pylist()) == set(ends["target"].to_pylist()) == {"b", "c"}

@@ -74,3 +74,33 @@ def test_additions_start_a_build_in_the_background(
         state = last_state(store)
         assert state is not None
         assert state.rows == 1500
+
+
+def test_what_another_process_built_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its checked settings; until it is noticed search is exact."""
+    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    with MemoryStore(tmp_path / "s", dim=DIM, background=False) as reader:
+        vectors = fill(reader, 1500)
+        assert reader.index.state is None
+        with MemoryStore(tmp_path / "s", background=False) as other:
+            built = other.index.ensure()
+        exact = {f"m{at}" for at in np.argsort(-(vectors @ vectors[3]))[:10]}
+        assert {key for key, _ in reader.candidates(vectors[3], top_k=10)} == exact
+        monkeypatch.setattr(module, "_LOOK_S", 0.0)
+        assert built is not None
+        assert reader.index.state == built
+
+
+def test_short_lived_writers_keep_the_index_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each adds less than calls for a build while it runs; closing takes it in where it is due."""
+    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    for start in range(0, 1200, 60):
+        with MemoryStore(tmp_path / "s", dim=DIM) as store:
+            fill(store, 60, start=start)
+    state = last_state(store)
+    assert state is not None
+    assert state.rows >= 1000

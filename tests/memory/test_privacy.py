@@ -13,6 +13,7 @@ from memopt.memory.erase import erase
 from memopt.memory.keys import AesGcm, read_cipher, rotate
 from memopt.memory.redaction import redact, redactor
 from memopt.memory.schema import Content, NewMemory
+from memopt.memory.session import open_memory
 from memopt.memory.store import MemoryStore
 from tests.memory.kit import Hashing, files_with, note, png
 
@@ -180,3 +181,36 @@ def test_every_access_is_in_the_log(tmp_path: Path) -> None:
         assert found == [("ann", "write"), *reads, ("carl", "delete")]
         assert {line.actor for line in read_log(store, action="delete")} == {"carl"}
         assert read_log(store, actor="bob", action="write")[0].memory_ids == ("by-bob",)
+
+
+def test_writes_are_in_the_log_before_they_return_and_reads_soon_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a process that is killed has left its traces."""
+    monkeypatch.setattr("memopt.memory.access_log.LONGEST_PENDING", 0.05)
+    with MemoryStore(tmp_path / "s", embedder=Hashing(), actor="ann") as store:
+        AccessLog(store)
+        store.add(note("a"))
+        other = MemoryStore(tmp_path / "s", actor="bob")
+        assert [line.action for line in read_log(other)] == ["write"]
+        store.get("a")
+        deadline = time.monotonic() + 20
+        while len(read_log(other)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert [line.action for line in read_log(other)] == ["write", "read"]
+
+
+def test_a_memory_is_opened_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front door redacts, logs, links and encrypts without being asked for each."""
+    monkeypatch.setenv("MEMOPT_MEMORY_KEY", "11" * 32)
+    with open_memory(tmp_path / "s", embedder=Hashing()) as memory:
+        ids = memory.store.add([note("mail ann@example.org now"), note("an hour later")]).ids
+        assert memory.store.get(ids[0]).text == "mail [EMAIL] now"
+        found = memory.retriever.retrieve("an hour later", top_k=1)
+        assert [result.memory.memory_id for result in found] == [ids[1]]
+        assert memory.store.links([ids[0]])[ids[0]][0].linked_id == ids[1]
+        assert {line.action for line in read_log(memory.store)} == {"write", "read"}
+    assert files_with(tmp_path / "s", b"an hour later") == []
+    monkeypatch.setenv("MEMOPT_MEMORY_KEY", "22" * 32)
+    with pytest.raises(ConsolidationError, match="does not open"), open_memory(tmp_path / "s"):
+        pass

@@ -47,6 +47,5 @@ def reembed(
         )
         remember(here.store, models)
     with opened(store, embed=False, key=key) as here:
-        here.store.index.ensure(rebuild=True)
         here.graph.build()
     stdout().print(f"{count} memories moved to {embedder.model_id}")
