@@ -56,7 +56,7 @@ def split_skip_layer_norm(path: Path) -> int:
     model = _messages()["Model"]()
     model.ParseFromString(path.read_bytes())
     standard = [item.version for item in model.opset_import if not item.domain]
-    found = sum(node.op_type == _FUSED for node in model.graph.node)
+    found = [node.op_type for node in model.graph.node].count(_FUSED)
     if not found or max(standard, default=0) < _FIRST_OPSET:
         return 0
     nodes = []
