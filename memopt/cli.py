@@ -1,7 +1,7 @@
 """The ``memopt`` command: a table of commands, and the only place that prints errors.
 
 Exit codes: 0 done, 1 the work failed (any MemoptError, a full disk), 2 wrong usage or
-configuration, 130 interrupted.
+configuration, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -84,19 +85,33 @@ _register()
 
 def main() -> None:
     """Run the command line and turn every expected failure into one line and an exit code."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        app(prog_name="memopt")
+        app(_debug_anywhere(sys.argv[1:]), prog_name="memopt")
     except MemoptError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"no space left on the disk{where}; free some and run the command again", 1)
-        if not isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
+        if not error.filename or isinstance(error, BrokenPipeError):
             raise
         _fail(f"{error.strerror}{where}; give another path", 1)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was left half-written", 130)
+
+
+def _debug_anywhere(arguments: list[str]) -> list[str]:
+    """Move --debug to the front: it belongs to memopt, but is thought of after a command failed."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" not in arguments[:end]:
+        return arguments
+    return ["--debug", *(a for a in arguments[:end] if a != "--debug"), *arguments[end:]]
+
+
+def _stop(number: int, frame: object) -> None:
+    # What `docker stop` and `kill` send: unwinding removes what was being written.
+    sys.exit(128 + number)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,33 @@ def test_errors_are_one_line_and_debug_adds_the_traceback(tmp_path: Path) -> Non
         f"error: no bundle at {missing!r}; run: memopt convert SOURCE -o {missing}"
     ]
     assert "Traceback" in run("--debug", "info", missing).stderr
+    assert "Traceback" in run("info", missing, "--debug").stderr
+
+
+@pytest.mark.parametrize("path", ["file/config.yaml", "/proc/config.yaml"])
+def test_a_path_that_cannot_be_written_is_one_line(path: str, tmp_path: Path) -> None:
+    """Below a file, or where the system lets nobody write: the path is named, exit 1."""
+    (tmp_path / "file").write_text("x")
+    result = run("config", "init", path, cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("; give another path")
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    """--show-completion prints a script, and what the script asks for is answered."""
+    assert "complete -o default -F _memopt_completion memopt" in run(
+        "--show-completion", "bash"
+    ).stdout.replace("\n", " ")
+    for words, wanted in (
+        ("memopt ex", ["export"]),
+        ("memopt config ", ["show", "check", "init"]),
+        ("memopt embed --dev", ["--device"]),
+    ):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = run(env={**os.environ, **asked, "_MEMOPT_COMPLETE": "complete_bash"})
+        assert done.stdout.split() == wanted
 
 
 def test_a_broken_pipe_is_no_error() -> None:

@@ -205,11 +205,24 @@ def test_a_full_disk_during_export_keeps_the_bundle(bundle: Path, small_disk: Pa
     assert files_below(inside) == before
 
 
+def test_openvino_says_that_the_disk_is_full(small_disk: Path) -> None:
+    """Its own writer only knows of an iostream error; the command line names the disk."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    from memopt.runtimes.openvino_file import save_openvino
+
+    x = ops.parameter([1, 512], np.float32)
+    product = ops.matmul(x, np.ones((512, 512), np.float32), False, False)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_openvino(ov.Model([product], [x]), small_disk / "model.xml")
+
+
 def test_interrupting_an_export_leaves_nothing(bundle: Path) -> None:
-    """Ctrl-C at several moments of an export leaves the bundle's files as they were."""
+    """Ctrl-C and `kill` at several moments of an export leave the bundle's files as they were."""
     before = files_below(bundle)
     manifest = (bundle / "memopt.json").read_bytes()
-    for delay in (0.3, 3.0, 6.0):
+    for delay, number in ((0.3, signal.SIGINT), (3.0, signal.SIGTERM), (6.0, signal.SIGINT)):
         process = subprocess.Popen(
             [*MEMOPT, "export", str(bundle), "--format", "onnx"],
             stdout=subprocess.PIPE,
@@ -219,7 +232,7 @@ def test_interrupting_an_export_leaves_nothing(bundle: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         time.sleep(delay)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         if process.returncode == 0:
             break  # The export was faster than the delay: nothing to interrupt any more.
