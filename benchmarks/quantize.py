@@ -1,167 +1,91 @@
 """Quality, speed, size and memory of every quantized variant, beside the peers' defaults.
 
-    python benchmarks/quantize.py [models/minilm] [--rounds 5] [--quick]
+    python benchmarks/quantize.py [models/minilm] [--rounds 5] [--quick] [--json]
 
 One run: every graph is made from the bundle's own float graphs and the same calibration texts, and
 encodes the same length-sorted batches, in turn, round by round. OpenVINO graphs run in two streams,
-ONNX Runtime with two threads. Quality is measured on the STS-B dev sentences that nobody calibrated
-with; Spearman on the pairs of which both sentences are such.
+ONNX Runtime and torch with two threads. Quality is measured on the STS-B dev sentences that nobody
+calibrated with; Spearman on the pairs of which both sentences are such. ``--quick`` leaves out the
+memory measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from quantize_peers import PLAIN, TORCH, Batches, Contender, opened, peers
 from rich.console import Console
 from rich.table import Table
 
-from memopt.bundle import Bundle, Variant, open_bundle
+from memopt.bundle import Bundle, open_bundle
+from memopt.exporters.from_v2 import export_v2
+from memopt.quantization.arrow_method import quantize_arrow
 from memopt.quantization.calibration import CalibrationSet, split
 from memopt.quantization.graph_runner import feeds
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import _cosines, _spearman
+from memopt.quantization.validate import Gate, _cosines, _spearman
 from memopt.weights.convert import resolve
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "stsb-en-dev.csv"
-PLAIN = "nncf.quantize, defaults"
+STATIC, NEARLY, RTN, GPTQ = (
+    "openvino-int8-static",
+    "onnx-int8-weight-only",
+    "onnx-int4-weight-only",
+    "onnx-int4-weight-only-gptq",
+)
 OURS = (
     Recipe(method="static"),
     Recipe(method="nncf"),
     Recipe(method="static", target="cpu"),
+    Recipe(method="nncf", target="cpu"),
     Recipe(method="dynamic"),
     Recipe(method="nncf-weights"),
     Recipe(method="weight-only"),
     Recipe(method="weight-only", weight_type="int4"),
     Recipe(method="weight-only", weight_type="int4", algorithm="gptq"),
     Recipe(method="nncf-weights", weight_type="int4", algorithm="awq+scale-estimation"),
+    Recipe(method="nncf-weights", weight_type="int4", algorithm="gptq"),
+    Recipe(method="nncf-weights", weight_type="nf4"),
+    Recipe(method="weight-only", weight_type="int2"),
+    Recipe(method="weight-only", weight_type="int2", algorithm="gptq"),
 )
-Batches = list[tuple[list[int], dict[str, Any]]]
+# Weights as Parquet, run as the graph that `memopt export --weights` makes of them.
+ARROW = (
+    Recipe(method="arrow"),
+    Recipe(method="arrow", weight_type="int4", algorithm="gptq"),
+)
+# Memory is measured of these.
+RESIDENT = ("openvino-int8-static", "onnx-int8-static", "onnx-int8-dynamic", NEARLY)
 
 
-@dataclass
-class Contender:
-    """One graph: how to encode all batches with it, and its bytes."""
-
-    name: str
-    encode: Callable[[Batches], np.ndarray]
-    bytes: int
-
-
-def openvino(name: str, path: Path, options: dict[str, str], width: int) -> Contender:
-    """Open a graph in two streams behind an AsyncInferQueue."""
-    import openvino as ov
-
-    config = {"NUM_STREAMS": "2", "INFERENCE_NUM_THREADS": "2", "PERFORMANCE_HINT": "THROUGHPUT"}
-    compiled = ov.Core().compile_model(path, "CPU", {**config, **options})
-    queue = ov.AsyncInferQueue(compiled, 2)
-
-    def encode(batches: Batches) -> np.ndarray:
-        rows = np.zeros((sum(len(places) for places, _ in batches), width), np.float32)
-
-        def store(request: Any, places: list[int]) -> None:
-            rows[places] = request.get_tensor("sentence_embedding").data
-
-        queue.set_callback(store)
-        for places, feed in batches:
-            queue.start_async(feed, places)
-        queue.wait_all()
-        return rows
-
-    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    return Contender(name, encode, size)
-
-
-def onnx(name: str, path: Path, width: int) -> Contender:
-    """Open a graph in ONNX Runtime with two threads."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def encode(batches: Batches) -> np.ndarray:
-        rows = np.zeros((sum(len(places) for places, _ in batches), width), np.float32)
-        for places, feed in batches:
-            rows[places] = session.run(["sentence_embedding"], feed)[0]
-        return rows
-
-    return Contender(name, encode, path.stat().st_size)
-
-
-def peers(bundle: Bundle, calibration: list[dict[str, Any]], folder: Path) -> list[Contender]:
-    """Quantize the bundle's float graphs with each library's own defaults."""
-    import nncf
-    import openvino as ov
-    from onnxruntime import quantization as ort_tools
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    width = bundle.manifest.dimension or 0
-    graph = bundle.path / "onnx" / "model.onnx"
-    model = ov.Core().read_model(bundle.path / "openvino" / "openvino_model.xml")
+def variants(bundle: Bundle) -> list[Contender]:
+    """Make every variant of ours, failing ones too, and open it."""
+    samples = Samples(calibration=DATA)
     made = []
-    nncf.set_log_level(logging.ERROR)
-    with redirect_stdout(io.StringIO()):
-        for name, graph_made in (
-            (
-                PLAIN,
-                nncf.quantize(
-                    model.clone(), nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER
-                ),
-            ),
-            ("nncf.compress_weights, int8", nncf.compress_weights(model.clone())),
-        ):
-            path = folder / f"{len(made)}.xml"
-            ov.save_model(graph_made, path, compress_to_fp16=False)
-            made.append(openvino(name, path, {"INFERENCE_PRECISION_HINT": "f32"}, width))
-    logging.disable(logging.WARNING)
-
-    class Reader(ort_tools.CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._feeds = iter(calibration)
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self._feeds, None)
-
-    path = folder / "static.onnx"
-    ort_tools.quantize_static(graph, path, Reader(), per_channel=True)
-    made.append(onnx("onnxruntime quantize_static, per channel", path, width))
-    path = folder / "dynamic.onnx"
-    # What sentence-transformers' export_dynamic_quantized_onnx_model asks for with avx512_vnni.
-    ort_tools.quantize_dynamic(graph, path, per_channel=True)
-    made.append(onnx("onnxruntime quantize_dynamic, per channel", path, width))
-    for bits in (8, 4):
-        tool = MatMulNBitsQuantizer(str(graph), bits=bits, block_size=32, is_symmetric=True)
-        tool.process()
-        path = folder / f"nbits{bits}.onnx"
-        tool.model.save_model_to_file(str(path))
-        made.append(onnx(f"onnxruntime MatMulNBits, int{bits}, block 32", path, width))
-    logging.disable(logging.NOTSET)
+    with Console(stderr=True).status("quantizing") as status:
+        for recipe in (*OURS, *ARROW):
+            status.update(recipe.variant_name)
+            if recipe.method == "arrow":
+                gate = Gate()
+                file = quantize_arrow(bundle, samples, recipe, gate=gate, keep_failing=True).file
+                variant = export_v2(open_bundle(bundle.path), file)
+            else:
+                variant = quantize(bundle, samples, recipe, keep_failing=True).variant
+            mark = "" if variant.passed else " (fails its gate)"
+            made.append(opened(bundle, variant, f"memopt {variant.name}{mark}"))
     return made
-
-
-def opened(bundle: Bundle, variant: Variant, label: str) -> Contender:
-    """Open a variant of the bundle as the contenders are opened."""
-    path, width = bundle.file(variant), bundle.manifest.dimension or 0
-    if variant.format == "openvino":
-        return openvino(label, path, dict(variant.options), width)
-    return onnx(label, path, width)
 
 
 def held_out(calibration: CalibrationSet) -> tuple[list[str], list[tuple[int, int, float]]]:
@@ -186,26 +110,89 @@ def measure(contenders: list[Contender], batches: Batches, rounds: int) -> dict[
     return {name: median(values) for name, values in times.items()}
 
 
+def rows_of(
+    contenders: list[Contender],
+    batches: Batches,
+    pairs: list[tuple[int, int, float]],
+    seconds: dict[str, float],
+) -> list[dict[str, Any]]:
+    """Return size, speed and quality of each; the first contender is what the rest must equal."""
+    reference = contenders[0].encode(batches)
+    scores = [score for _, _, score in pairs]
+
+    def spearman(rows: np.ndarray) -> float:
+        left, right = rows[[p[0] for p in pairs]], rows[[p[1] for p in pairs]]
+        return _spearman(_cosines(left, right), scores)
+
+    expected = spearman(reference)
+    found = []
+    for contender in contenders:
+        rows = contender.encode(batches)
+        cosines = _cosines(rows, reference)
+        found.append(
+            {
+                "name": contender.name,
+                "bytes": contender.bytes,
+                "of_float": contender.bytes / contenders[0].bytes,
+                "per_second": len(reference) / seconds[contender.name],
+                "x_torch": seconds[TORCH] / seconds[contender.name],
+                "x_plain": seconds[PLAIN] / seconds[contender.name],
+                "cosine_min": float(cosines.min()),
+                "cosine_p1": float(np.percentile(cosines, 1)),
+                "cosine_mean": float(cosines.mean()),
+                "spearman": spearman(rows),
+                "spearman_change": spearman(rows) - expected,
+            }
+        )
+    return found
+
+
+def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return what is to be reached, what was, and whether that suffices."""
+    by_name = {row["name"].removeprefix("memopt ").partition(" (")[0]: row for row in rows}
+    full = by_name[STATIC]
+    gain = by_name[GPTQ]["cosine_min"] - by_name[RTN]["cosine_min"]
+    checks = (
+        ("full int8: min cosine >= 0.98", full["cosine_min"], full["cosine_min"] >= 0.98),
+        ("full int8: mean cosine >= 0.995", full["cosine_mean"], full["cosine_mean"] >= 0.995),
+        (
+            "full int8: Spearman within 0.003",
+            full["spearman_change"],
+            abs(full["spearman_change"]) <= 0.003,
+        ),
+        (f"full int8: >= 0.95x {PLAIN}", full["x_plain"], full["x_plain"] >= 0.95),
+        ("full int8: file <= 26 %", full["of_float"], full["of_float"] <= 0.26),
+        (
+            "weight-only int8: min cosine >= 0.995",
+            by_name[NEARLY]["cosine_min"],
+            by_name[NEARLY]["cosine_min"] >= 0.995,
+        ),
+        ("int4 GPTQ: min cosine above RTN", gain, gain > 0.01),
+    )
+    return [(what, f"{value:+.4f}", "yes" if good else "NO") for what, value, good in checks]
+
+
 _RESIDENT = """
 import json, sys
 import memopt, numpy, openvino, onnxruntime, tokenizers
 from memopt.runtimes.engine import ArrowEngine
-def anonymous():
+def resident():
     for line in open("/proc/self/smaps_rollup"):
-        if line.startswith("Pss:"):
+        if line.startswith("Rss:"):
             return int(line.split()[1]) / 1024
-before = anonymous()
+texts = json.load(sys.stdin)
+before = resident()
 with ArrowEngine(sys.argv[1], variant=sys.argv[2]) as engine:
-    engine.encode(json.load(sys.stdin))
-    print(anonymous() - before)
+    engine.encode(texts)
+    print(resident() - before)
 """
 
 
 def resident(bundle: Bundle, variant: str, texts: list[str]) -> float:
-    """Return the MB a process grew by, opening a variant and encoding 100 texts."""
+    """Return the MB a process grew by, libraries loaded, opening a variant and encoding texts."""
     done = subprocess.run(
         [sys.executable, "-c", _RESIDENT, str(bundle.path), variant],
-        input=json.dumps(texts[:100]), capture_output=True, text=True, check=True,
+        input=json.dumps(texts), capture_output=True, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout.split()[-1])
 
@@ -214,29 +201,77 @@ _PEAK = """
 import resource, sys
 from pathlib import Path
 from memopt.quantization.quantize import Samples, quantize
+from memopt.quantization.recipe import Recipe
 quantize(sys.argv[1], Samples(calibration=Path(sys.argv[2]), samples=int(sys.argv[3]),
-         validation_samples=64), keep_failing=True)
+         validation_samples=64), Recipe(ranges=sys.argv[4]), keep_failing=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def peak(bundle: Bundle, samples: int) -> float:
+def peak(bundle: Bundle, samples: int, ranges: str) -> float:
     """Return the peak MB of a process that calibrates static int8 with so many samples."""
-    command = [sys.executable, "-c", _PEAK, str(bundle.path), str(DATA), str(samples)]
+    command = [sys.executable, "-c", _PEAK, str(bundle.path), str(DATA), str(samples), ranges]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
+def memory(bundle: Bundle, texts: list[str]) -> list[dict[str, Any]]:
+    """Return what processes that open variants, and that calibrate, take."""
+    rows: list[dict[str, Any]] = []
+    for base, names in (("openvino-fp32", RESIDENT[:1]), ("onnx-fp32-fused", RESIDENT[1:])):
+        grown = resident(bundle, base, texts[:100])
+        rows.append({"what": f"opens {base}, encodes 100", "mb": grown, "share": 1.0})
+        for name in names:
+            mine = resident(bundle, name, texts[:100])
+            rows.append({"what": f"opens {name}, encodes 100", "mb": mine, "share": mine / grown})
+    for ranges in ("minmax", "entropy"):
+        for count in (100, 1000):
+            mb = peak(bundle, count, ranges)
+            rows.append(
+                {"what": f"peak, calibrates static int8, {ranges}, {count} samples", "mb": mb}
+            )
+    return rows
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the table of variants, and the one of what is to be reached."""
+    table = Table(
+        "variant", "MB", "of float", "texts/s", "x torch", f"x {PLAIN}",
+        "min cosine", "1 %", "mean", "Spearman", title=title,
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['of_float']:.1%}",
+            f"{row['per_second']:,.0f}",
+            f"{row['x_torch']:.2f}",
+            f"{row['x_plain']:.2f}",
+            f"{row['cosine_min']:.4f}",
+            f"{row['cosine_p1']:.4f}",
+            f"{row['cosine_mean']:.4f}",
+            f"{row['spearman']:.4f} ({row['spearman_change']:+.4f})",
+        )
+    console = Console(width=150)
+    console.print(table)
+    goals = Table("to reach", "measured", "reached")
+    for goal in targets(rows):
+        goals.add_row(*goal)
+    console.print(goals)
+
+
 def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("bundle", nargs="?", default="models/minilm")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="no memory measurements")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not DATA.is_file():
         raise SystemExit(f"{DATA} is not there: this benchmark needs the STS-B dev sentences")
-    console = Console(width=150)
     with tempfile.TemporaryDirectory(prefix="memopt-quantize-") as temporary:
         folder = Path(temporary) / "bundle"
         shutil.copytree(resolve(args.bundle).path, folder)
@@ -250,56 +285,24 @@ def main() -> None:
             opened(bundle, base, "float, OpenVINO"),
             opened(bundle, bundle.variant("onnx-fp32-fused"), "float, ONNX Runtime fused"),
             *peers(bundle, inputs, Path(temporary)),
+            *variants(bundle),
         ]
-        samples = Samples(calibration=DATA)
-        for recipe in OURS:
-            result = quantize(bundle, samples, recipe, keep_failing=True)
-            mark = "" if result.variant.passed else " (fails its gate)"
-            label = f"memopt {result.variant.name}{mark}"
-            contenders.append(opened(bundle, result.variant, label))
-        seconds = measure(contenders, batches, args.rounds)
-        reference = contenders[0].encode(batches)
-        scores = [score for _, _, score in pairs]
-
-        def spearman(rows: np.ndarray) -> float:
-            left, right = rows[[p[0] for p in pairs]], rows[[p[1] for p in pairs]]
-            return _spearman(_cosines(left, right), scores)
-
-        table = Table(
-            "variant", "MB", "of float", "sentences/s", f"x {PLAIN}",
-            "min cosine", "1 %", "mean", "Spearman - float",
-            title=f"{len(texts)} held-out sentences, {len(pairs)} pairs, "
-            f"{len(calibration)} calibration texts, median of {args.rounds} rounds",
-        )  # fmt: skip
-        for contender in contenders:
-            rows = contender.encode(batches)
-            cosines = _cosines(rows, reference)
-            speed = len(texts) / seconds[contender.name]
-            table.add_row(
-                contender.name,
-                f"{contender.bytes / 1e6:.1f}",
-                f"{contender.bytes / contenders[0].bytes:.1%}",
-                f"{speed:,.0f}",
-                f"{seconds[PLAIN] / seconds[contender.name]:.2f}",
-                f"{cosines.min():.4f}",
-                f"{np.percentile(cosines, 1):.4f}",
-                f"{cosines.mean():.4f}",
-                f"{spearman(rows) - spearman(reference):+.4f}",
-            )
-        console.print(table)
-        if args.quick:
-            return
-        memory = Table("process", "MB", title="Memory")
-        float_growth = resident(bundle, "openvino-fp32", texts)
-        memory.add_row("opens openvino-fp32, encodes 100", f"{float_growth:.0f}")
-        for name in ("openvino-int8-static", "openvino-int8-weight-only", "onnx-int8-dynamic"):
-            growth = resident(bundle, name, texts)
-            memory.add_row(
-                f"opens {name}, encodes 100", f"{growth:.0f} ({growth / float_growth:.0%})"
-            )
-        for count in (100, 1000):
-            memory.add_row(f"peak, static calibration with {count}", f"{peak(bundle, count):.0f}")
-        console.print(memory)
+        rows = rows_of(contenders, batches, pairs, measure(contenders, batches, args.rounds))
+        spent = [] if args.quick else memory(bundle, texts)
+    if args.json:
+        print(json.dumps({"variants": rows, "memory": spent}, indent=1))
+        return
+    show(
+        rows,
+        f"{len(texts)} held-out sentences, {len(pairs)} pairs, {len(calibration)} calibration "
+        f"texts, median of {args.rounds} rounds",
+    )
+    if spent:
+        table = Table("process", "MB", "of float", title="Memory")
+        for row in spent:
+            share = f"{row['share']:.0%}" if "share" in row else ""
+            table.add_row(row["what"], f"{row['mb']:.0f}", share)
+        Console(width=150).print(table)
 
 
 if __name__ == "__main__":

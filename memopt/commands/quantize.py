@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from memopt.quantization.arrow_method import ArrowResult
-    from memopt.quantization.quantize import Result
+    from collections.abc import Callable, Iterator
+
+    from memopt.quantization.result import Proven
     from memopt.settings import QuantizationSection
 
 _RECIPE = "Recipe"
@@ -24,7 +26,11 @@ def quantize(
         Path, typer.Option("--calibration", "-c", help=".txt .csv .tsv .jsonl .parquet, or folder.")
     ],
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML recipe; flags win over it.", rich_help_panel=_RECIPE)
+        Path | None,
+        typer.Option(
+            help="YAML recipe; flags win over it [default: settings, models/*.yaml].",
+            rich_help_panel=_RECIPE,
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -182,7 +188,10 @@ def quantize(
         ),
     ] = False,
     budget: Annotated[
-        str, typer.Option(help="Time for --search: 90s, 10m, 1h.", rich_help_panel=_PROOF)
+        str,
+        typer.Option(
+            help="Time with --search, calibration included: 90s, 10m, 1h.", rich_help_panel=_PROOF
+        ),
     ] = "10m",
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report.", rich_help_panel=_PROOF)
@@ -194,12 +203,10 @@ def quantize(
     The default is full int8 on OpenVINO: every weighted product in integers.
     """
     from memopt.bundle import open_bundle
-    from memopt.commands.console import stderr
     from memopt.config import load_config
-    from memopt.errors import ConfigurationError
     from memopt.quantization import quantize as library
     from memopt.quantization.arrow_method import quantize_arrow
-    from memopt.quantization.recipe import Recipe, load_recipe
+    from memopt.quantization.recipe import Recipe, known_recipe, load_recipe
     from memopt.quantization.validate import Gate
 
     given: dict[str, Any] = {
@@ -222,7 +229,12 @@ def quantize(
         "max_drop": max_drop,
     }
     settings = load_config().quantization
-    base = load_recipe(recipe) if recipe else Recipe.from_dict(_recipe_fields(settings))
+    opened = open_bundle(bundle)
+    base = (
+        load_recipe(recipe)
+        if recipe
+        else Recipe.from_dict({**known_recipe(opened), **_recipe_fields(settings)})
+    )
     changed = {key: value for key, value in given.items() if value is not None}
     chosen = Recipe.from_dict({**base.to_dict(), **changed})
     data = library.Samples(
@@ -242,33 +254,19 @@ def quantize(
             settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
         ),
     )
-    result: Result | ArrowResult
-    with stderr().status("quantizing") as status:
-        if chosen.method == "arrow":
-            if search or report:
-                raise ConfigurationError(
-                    "method arrow writes weights, it has no --search and no --report",
-                    fix="leave them out, or use weight-only",
-                )
-            result = quantize_arrow(
-                open_bundle(bundle),
-                data,
-                chosen,
-                gate=gate,
-                keep_failing=keep_failing,
-                step=status.update,
-            )
-        else:
-            result = library.quantize(
-                bundle,
-                data,
-                chosen,
-                gate=gate,
-                keep_failing=keep_failing,
-                budget=library.seconds(budget) if search else None,
-                step=status.update,
-            )
-    if report and isinstance(result, library.Result):
+    make = quantize_arrow if chosen.method == "arrow" else library.quantize
+    with _progress() as (step, progress):
+        result: Proven = make(
+            opened,
+            data,
+            chosen,
+            gate=gate,
+            keep_failing=keep_failing,
+            budget=library.seconds(budget) if search else None,
+            step=step,
+            progress=progress,
+        )
+    if report:
         from memopt.quantization.report import write_report
 
         write_report(result, report)
@@ -278,6 +276,30 @@ def quantize(
     _print(result)
     if report:
         typer.echo(f"wrote {report}")
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Show a bar on a terminal's standard error; yield (say a step, say how many of how many)."""
+    from rich import progress as bars
+
+    from memopt.commands.console import stderr
+
+    console = stderr()
+    columns = (
+        bars.SpinnerColumn(),
+        bars.BarColumn(30),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.description}", markup=False),
+    )
+    hidden = not console.is_terminal
+    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
+        task = shown.add_task("quantizing", total=None)
+        yield (
+            lambda line: shown.update(task, description=line),
+            lambda done, whole: shown.update(task, completed=done, total=whole),
+        )
 
 
 def _recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
@@ -310,24 +332,19 @@ def _alpha(text: str | None) -> str | float | None:
         return text
 
 
-def _print(result: Result | ArrowResult) -> None:
+def _print(result: Proven) -> None:
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.quantization.arrow_method import ArrowResult
 
     console = stdout(120)
-    if isinstance(result, ArrowResult):
-        name, passed, where = result.file, result.passed, "weights"
-    else:
-        name, passed, where = result.variant.name, result.variant.passed, result.variant.file
-    table = Table("measure", name, "gate")
+    table = Table("measure", result.name, "gate")
     for row in _rows(result):
         table.add_row(*row)
     console.print(table)
-    if not isinstance(result, ArrowResult) and result.tradeoff:
+    if trail := result.trail:
         trade = Table("layers in float", "work in float", "quality", "passes")
-        for point in result.tradeoff:
+        for point in trail.tried:
             trade.add_row(
                 str(len(point.kept)),
                 f"{point.float_macs:.1%}",
@@ -335,12 +352,14 @@ def _print(result: Result | ArrowResult) -> None:
                 "yes" if point.passed else "no",
             )
         console.print(trade)
-        kept = (result.variant.recipe or {}).get("keep_float") or ["none"]
-        typer.echo("kept in float: " + ", ".join(kept))
-    typer.echo(f"{name} ({where}) " + ("passed" if passed else "FAILED") + " its gate")
+        typer.echo("kept in float: " + (", ".join(result.recipe["keep_float"]) or "none"))
+        if not trail.complete:
+            typer.echo(f"the budget ended the search after {trail.seconds:.0f} s; fewer might do")
+    verdict = "passed" if result.passed else "FAILED"
+    typer.echo(f"{result.name} ({result.file}) {verdict} its gate")
 
 
-def _rows(result: Result | ArrowResult) -> list[tuple[str, str, str]]:
+def _rows(result: Proven) -> list[tuple[str, str, str]]:
     proof, gate = result.validation, result.gate
     rows: list[tuple[str, str, str]] = []
     if proof.cosine_min is not None:
@@ -363,7 +382,6 @@ def _rows(result: Result | ArrowResult) -> list[tuple[str, str, str]]:
     rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
     if proof.speedup is not None:
         rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))
-    macs = getattr(result, "int8_macs", None)
-    if macs is not None:
+    if (macs := result.work.get("int8_macs")) is not None:
         rows.append(("work in int8", f"{macs:.1%} of multiply-adds", ""))
     return rows

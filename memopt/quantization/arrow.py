@@ -48,6 +48,8 @@ class LayerReport:
     bytes: int
     error: float  # root mean square error / root mean square of the weight
     output_error: float | None = None  # of the layer's outputs on the calibration inputs
+    size: int = 0  # values
+    matrix: bool = False  # two axes or more, floats: what is quantized unless it is kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,8 +244,18 @@ def _report(
     seen: Calibrated | None,
     algorithm: str,
 ) -> LayerReport:
+    matrix = weight.ndim >= 2 and is_float(weight.dtype)
     if made is None:
-        return LayerReport(name=name, kind="kept", bits=16, bytes=weight.size * 2, error=0.0)
+        bytes_ = weight.size * 2
+        return LayerReport(
+            name=name,
+            kind="kept",
+            bits=16,
+            bytes=bytes_,
+            error=0.0,
+            size=weight.size,
+            matrix=matrix,
+        )
     back, exact = made.dequantize(), weight.astype(np.float32)
     power = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64)))) if exact.size else 0.0
     noise = float(np.sqrt(np.mean(np.square(exact - back, dtype=np.float64)))) if exact.size else 0
@@ -259,4 +271,6 @@ def _report(
         bytes=size,
         error=noise / power if power else 0.0,
         output_error=output,
+        size=weight.size,
+        matrix=matrix,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,47 +14,29 @@ from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
 from memopt.files import publish, staged_directory
 from memopt.quantization.activations import GraphCalibration
-from memopt.quantization.arrow import ArrowQuantizer, ArrowReport
+from memopt.quantization.arrow import ArrowQuantizer, ArrowReport, LayerReport
 from memopt.quantization.graph_runner import open_graph
 from memopt.quantization.onnx_graph import read_onnx
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import Gate, PrecisionValidator, Validation
+from memopt.quantization.result import Proven
+from memopt.quantization.static import Context, Layer, Quantized
+from memopt.quantization.validate import Gate, PrecisionValidator
 from memopt.weights.layout import is_transposed
 from memopt.weights.reader import WeightLoader
 
 if TYPE_CHECKING:
     from memopt.bundle import Variant
     from memopt.quantization.quantize import Samples
+    from memopt.quantization.search import Trail
 
 _BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArrowResult:
-    """The V2 file and how a graph with its numbers compares with the float graph."""
+class ArrowResult(Proven):
+    """A V2 file, and how a graph with its numbers compares with the float graph."""
 
-    file: str
-    passed: bool
-    failures: tuple[str, ...]
-    validation: Validation
-    gate: Gate
     report: ArrowReport
-    bytes: int
-    float_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        proof = {k: v for k, v in asdict(self.validation).items() if k != "cosines"}
-        return {
-            "file": self.file,
-            "passed": self.passed,
-            "failures": list(self.failures),
-            "validation": proof,
-            "gate": asdict(self.gate),
-            "bytes": self.bytes,
-            "float_bytes": self.float_bytes,
-            "layers": [asdict(layer) for layer in self.report.layers],
-        }
 
 
 def quantize_arrow(
@@ -63,55 +46,74 @@ def quantize_arrow(
     *,
     gate: Gate,
     keep_failing: bool = False,
+    budget: float | None = None,
     step: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, whole: None,
 ) -> ArrowResult:
     """Write ``weights_<type>[_gptq].parquet`` once a graph with its numbers passes the gate.
 
     The proof runs the portable float graph with every weight replaced by its dequantized value,
     which is what ``memopt export --weights`` computes with.
 
+    Args:
+        bundle, samples, recipe, gate, keep_failing, budget, step: as of
+            :func:`memopt.quantization.quantize.quantize`.
+        progress: called with (weights or tries done, in all).
+
     Raises:
         QuantizationError: the gate fails (nothing is written then), NaN weights (by name).
         ConfigurationError: a pattern of ``recipe.keep_float`` matches no weight.
     """
-    from memopt.quantization.quantize import float_variant, make_context, read_samples
+    from memopt.quantization.quantize import (
+        describe_data,
+        float_variant,
+        make_context,
+        read_samples,
+    )
 
+    started = time.monotonic()
     base = float_variant(bundle, ("weight-only", "onnx"))
     calibration, held_out = read_samples(bundle, samples)
     context = make_context(bundle, base, recipe, calibration, samples, step)
     step("float reference")
     validator = PrecisionValidator(bundle, base, held_out, max_length=samples.max_length)
-    grouped = recipe.grain == "per-group"
-    gptq = recipe.algorithm == "gptq"
-    quantizer = ArrowQuantizer(
-        bits=_BITS[recipe.weight_type],
-        axis=-1 if recipe.grain == "per-tensor" else None,
-        group_size=recipe.group if grouped else 0,
-        symmetric=recipe.symmetric,
-        algorithm=recipe.algorithm,
-        keep=recipe.keep_float,
-    )
-    name = f"weights_{recipe.weight_type}{'_gptq' if gptq else ''}.parquet"
+    name = f"weights_{recipe.weight_type}{'_gptq' if recipe.algorithm == 'gptq' else ''}.parquet"
+    trail: Trail | None = None
     with staged_directory(bundle.path) as folder:
-        seen = GraphCalibration(bundle, lambda: map(_plain, context.feeds())) if gptq else None
-        report = quantizer.quantize(
-            bundle.weights,
-            folder / name,
-            calibration=seen,
-            on_step=lambda weight, done, whole: step(f"{done}/{whole} {weight}"),
-        )
+        file = folder / name
+        quantizer = _quantizer(recipe)
+        report = _write(bundle, quantizer, context, file, progress)
+        if budget is not None:
+            from memopt.quantization.search import search
+
+            found = search(
+                _maker(bundle, base, file, report),
+                validator,
+                gate,
+                "onnx",
+                folder,
+                budget=budget - (time.monotonic() - started),
+                step=step,
+                progress=progress,
+            )
+            trail = found.trail
+            if found.kept:
+                quantizer = replace(quantizer, keep=(*quantizer.keep, *found.kept))
+                recipe = replace(recipe, keep_float=(*recipe.keep_float, *found.kept))
+                report = _write(bundle, quantizer, context, file, progress)
         step("validation")
         graph = folder / "dequantized.onnx"
-        _dequantized_graph(bundle, base, folder / name, graph)
+        graph.write_bytes(_dequantized(bundle, base, file, ()).SerializeToString())
         validation = validator.validate(open_graph(graph, "onnx", base.output), timed=False)
         failures = tuple(validation.failures(gate))
         if failures and not keep_failing:
             raise QuantizationError(
                 f"{name} fails its gate: {'; '.join(failures)}",
-                fix="try gptq, more bits, smaller groups, or --keep-failing",
+                fix="try --search, gptq, more bits, smaller groups, or --keep-failing",
             )
-        size = (folder / name).stat().st_size
-        publish(folder / name, bundle.path / name)
+        size = file.stat().st_size
+        publish(file, bundle.path / name)
+    data = describe_data(samples, calibration, held_out)
     bundle.add_files(
         name,
         event={
@@ -120,37 +122,103 @@ def quantize_arrow(
             "file": name,
             "passed": not failures,
             "validation": validation.record(gate),
-            "calibration_sha256": calibration.digest,
+            **data,
             **asdict(quantizer),
         },
     )
     return ArrowResult(
+        name=name,
         file=name,
         passed=not failures,
         failures=failures,
         validation=validation,
         gate=gate,
-        report=report,
+        layers=_layers(report.layers),
+        recipe=recipe.to_dict(),
+        data=data,
         bytes=size,
         float_bytes=bundle.weights.stat().st_size,
+        trail=trail,
+        report=report,
     )
 
 
-def _plain(feed: Any) -> dict[str, Any]:
-    return dict(feed)
+def _quantizer(recipe: Recipe) -> ArrowQuantizer:
+    return ArrowQuantizer(
+        bits=_BITS[recipe.weight_type],
+        axis=-1 if recipe.grain == "per-tensor" else None,
+        group_size=recipe.group if recipe.grain == "per-group" else 0,
+        symmetric=recipe.symmetric,
+        algorithm=recipe.algorithm,
+        keep=recipe.keep_float,
+    )
 
 
-def _dequantized_graph(bundle: Bundle, base: Variant, weights: Path, target: Path) -> None:
+def _write(
+    bundle: Bundle,
+    quantizer: ArrowQuantizer,
+    context: Context,
+    file: Path,
+    progress: Callable[[int, int], None],
+) -> ArrowReport:
+    gptq = quantizer.algorithm == "gptq"
+
+    def on_step(weight: str, done: int, whole: int) -> None:
+        context.step(weight)
+        progress(done, whole)
+
+    def feeds() -> Iterable[dict[str, Any]]:
+        return map(dict, context.feeds())
+
+    seen = GraphCalibration(bundle, feeds) if gptq else None
+    return quantizer.quantize(bundle.weights, file, calibration=seen, on_step=on_step)
+
+
+def _layers(reports: Sequence[LayerReport]) -> tuple[Layer, ...]:
+    """Return the matrices: their output's error where calibration tells it, else their own."""
+    return tuple(
+        Layer(
+            name=item.name,
+            kind="float" if item.kind == "kept" else f"int{item.bits}",
+            error=None
+            if item.kind == "kept"
+            else (item.error if item.output_error is None else item.output_error) ** 2,
+            macs=item.size,
+        )
+        for item in reports
+        if item.matrix
+    )
+
+
+def _maker(
+    bundle: Bundle, base: Variant, file: Path, report: ArrowReport
+) -> Callable[[Collection[str]], Quantized]:
+    """Return what a search tries: the float graph with a V2 file's numbers, some layers kept."""
+    inside = {tensor.name for tensor in read_onnx(bundle.file(base)).graph.initializer}
+    layers = [layer for layer in _layers(report.layers) if layer.name in inside]
+
+    def make(kept: Collection[str]) -> Quantized:
+        shown = tuple(
+            replace(layer, kind="float", error=None) if layer.name in kept else layer
+            for layer in layers
+        )
+        return Quantized(model=_dequantized(bundle, base, file, kept), layers=shown)
+
+    return make
+
+
+def _dequantized(bundle: Bundle, base: Variant, weights: Path, kept: Collection[str]) -> Any:
+    """Return the float graph with the dequantized values of a V2 file, ``kept`` ones excepted."""
     from onnx import numpy_helper
 
     model = read_onnx(bundle.file(base))
     with WeightLoader(weights) as quantized, WeightLoader(bundle.weights) as original:
         for tensor in model.graph.initializer:
             stored = numpy_helper.to_array(tensor)
-            if tensor.name not in quantized or stored.dtype != np.float32:
+            if tensor.name not in quantized or tensor.name in kept or stored.dtype != np.float32:
                 continue
             turned = is_transposed(stored, original.load(tensor.name), name=tensor.name)
             value = np.asarray(quantized.load(tensor.name), np.float32)
             value = np.ascontiguousarray(value.T if turned else value)
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    target.write_bytes(model.SerializeToString())
+    return model

@@ -7,8 +7,6 @@ activation order and lazy block updates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +20,9 @@ BLOCK = 128
 # Share of the mean diagonal added to the diagonal; the paper's 1 %.
 DAMPING = 0.01
 _ATTEMPTS = 4
+# Shares of the seen range that a scale may cover: a clipped outlier can cost less than coarse steps
+# for all others. Two bits have four steps, so the best range is far inside the extremes.
+RANGE_SHARES = {8: (1.0,), 4: tuple(np.linspace(1, 0.5, 21)), 2: tuple(np.linspace(1, 0.2, 33))}
 
 
 class HessianAccumulator:
@@ -71,6 +72,7 @@ def gptq_quantize(
     group_size: int = 0,
     symmetric: bool = True,
     act_order: bool = True,
+    fit_scales: bool = True,
     damping: float = DAMPING,
     block_size: int = BLOCK,
     name: str = "weight",
@@ -85,6 +87,8 @@ def gptq_quantize(
         symmetric: no zero points.
         act_order: quantize the inputs with the largest activations first. Group scales are then
             fixed beforehand, so that groups stay contiguous in the file.
+        fit_scales: choose each scale by least squared error, inputs weighted by their power, rather
+            than by the extremes (below eight bits; RANGE_SHARES).
         damping: share of the mean diagonal that is added to it.
         block_size: columns per lazy update; speed only.
         name: for messages.
@@ -123,7 +127,8 @@ def gptq_quantize(
     # (in, out): one input's weights are contiguous, which the inner loop walks over.
     left = np.ascontiguousarray(weight.T[order], np.float64)
     groups = order // (group_size or columns)
-    grids = _Grids(weight, group_size, bits, symmetric, static=act_order)
+    power = np.diag(hessian) if fit_scales else None
+    grids = _Grids(weight, group_size, bits, symmetric, power, static=act_order)
     integers = np.empty((columns, rows), np.int8)
     bottom, top = RANGES[bits]
     for start in range(0, columns, block_size):
@@ -157,12 +162,19 @@ class _Grids:
     """Scale and zero point of every (group, output)."""
 
     def __init__(
-        self, weight: np.ndarray, group_size: int, bits: int, symmetric: bool, *, static: bool
+        self,
+        weight: np.ndarray,
+        group_size: int,
+        bits: int,
+        symmetric: bool,
+        power: np.ndarray | None,
+        *,
+        static: bool,
     ) -> None:
         rows, columns = weight.shape
         self._size = group_size or columns
         self._ready = -(-columns // self._size) * [False]
-        self._options: Mapping[str, int | bool] = {"bits": bits, "symmetric": symmetric}
+        self._bits, self._symmetric, self._power = bits, symmetric, power
         self.scales = np.ones((len(self._ready), rows))
         self.points = np.zeros((len(self._ready), rows))
         if static or not group_size:
@@ -176,12 +188,25 @@ class _Grids:
             self._fit(group, left[at : at + self._size])
 
     def _fit(self, group: int, values: np.ndarray) -> None:
-        scales, points = scales_for(
-            values.min(0),
-            values.max(0),
-            **self._options,  # type: ignore[arg-type]
-        )
-        self.scales[group], self.points[group] = scales, points
+        """Choose scale and zero point for ``values`` (inputs of the group, outputs)."""
+        low, high = values.min(0), values.max(0)
+        bottom, top = RANGES[self._bits]
+        shares = RANGE_SHARES[self._bits] if self._power is not None else (1.0,)
+        # Inputs never seen weigh nothing: a group of such keeps its whole range, the first share.
+        power = None if self._power is None else self._power[group * self._size :][: len(values)]
+        least = np.full(values.shape[1], np.inf)
+        for share in shares:
+            scales, points = scales_for(
+                low * share, high * share, bits=self._bits, symmetric=self._symmetric
+            )
+            error = np.zeros_like(least)
+            if power is not None:
+                steps = np.clip(np.rint(values / scales) + points, bottom, top)
+                error = power @ ((steps - points) * scales - values) ** 2
+            better = error < least
+            least[better] = error[better]
+            self.scales[group, better] = scales[better]
+            self.points[group, better] = points[better]
         self._ready[group] = True
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from memopt.errors import ConfigurationError, QuantizationError
 from memopt.extras import require
+from memopt.quantization import onnx_graph
 from memopt.quantization.openvino_static import find_linears, read_openvino
 from memopt.quantization.recipe import Recipe, match_layers
 from memopt.quantization.static import Context, Layer, Make, Quantized
-
-if TYPE_CHECKING:
-    from memopt.quantization.onnx_graph import Linear as OnnxLinear
-    from memopt.quantization.openvino_static import Linear
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
 AUTO_ALPHA = 0.7
@@ -39,9 +37,8 @@ def prepare(context: Context) -> Make:
     """
     nncf = _nncf()
     recipe = context.recipe
-    model, nodes = _read(context)
-    patterns = match_layers(recipe.keep_float, nodes)
-    feeds = [dict(feed) for feed in context.feeds()]
+    model, linears = _read(context)
+    patterns = match_layers(recipe.keep_float, linears)
     advanced = nncf.AdvancedQuantizationParameters(
         smooth_quant_alphas=_alphas(recipe), activations_range_estimator_params=_ranges(recipe)
     )
@@ -53,18 +50,18 @@ def prepare(context: Context) -> Make:
     preset = nncf.QuantizationPreset.MIXED if mixed else nncf.QuantizationPreset.PERFORMANCE
     options: dict[str, Any] = {
         "preset": preset,
-        "subset_size": len(feeds),
+        "subset_size": context.samples,  # at most: nncf stops where the data does
         "model_type": nncf.ModelType.TRANSFORMER,
         "fast_bias_correction": recipe.bias_correction,
     }
 
     def make(keep: Collection[str]) -> Quantized:
         kept = patterns | set(keep)
-        ignored = nncf.IgnoredScope(names=[nodes[name] for name in sorted(kept)])
-        dataset = nncf.Dataset(feeds)
+        ignored = nncf.IgnoredScope(names=[linears[name].node for name in sorted(kept)])
+        dataset = nncf.Dataset(_Feeds(context))
         with _quiet():
             if recipe.max_drop:
-                made = _with_accuracy_control(context, model, dataset, feeds, ignored, options)
+                made = _with_accuracy_control(context, model, dataset, ignored, advanced, options)
             else:
                 made = nncf.quantize(
                     _copy(model),
@@ -73,8 +70,9 @@ def prepare(context: Context) -> Make:
                     advanced_parameters=advanced,
                     **options,
                 )
-        layers = [Layer(name=n, kind="float" if n in kept else "int8") for n in nodes]
-        return Quantized(model=made, layers=tuple(layers), options=_options(context))
+        return Quantized(
+            model=made, layers=_layers(linears, kept, "int8"), options=_options(context)
+        )
 
     return make
 
@@ -101,10 +99,8 @@ def prepare_weights(context: Context) -> Make:
             f"nncf has no {recipe.weight_type} with {recipe.algorithm} on ONNX",
             fix="use target openvino",
         )
-    model, nodes = _read(context)
-    patterns = match_layers(recipe.keep_float, nodes)
-    needs_data = recipe.algorithm != "rtn"
-    feeds = [dict(feed) for feed in context.feeds()] if needs_data else []
+    model, linears = _read(context)
+    patterns = match_layers(recipe.keep_float, linears)
 
     def make(keep: Collection[str]) -> Quantized:
         kept = patterns | set(keep)
@@ -117,18 +113,17 @@ def prepare_weights(context: Context) -> Make:
                 "scale_estimation": "scale-estimation" in recipe.algorithm,
                 "gptq": recipe.algorithm == "gptq",
             }
-        if needs_data:
-            options |= {"dataset": nncf.Dataset(feeds), "subset_size": len(feeds)}
+        if recipe.algorithm != "rtn":
+            options |= {"dataset": nncf.Dataset(_Feeds(context)), "subset_size": context.samples}
         with _quiet():
             made = nncf.compress_weights(
                 _copy(model),
                 mode=getattr(nncf.CompressWeightsMode, mode),
-                ignored_scope=nncf.IgnoredScope(names=[nodes[name] for name in sorted(kept)]),
+                ignored_scope=nncf.IgnoredScope(names=[linears[n].node for n in sorted(kept)]),
                 **options,
             )
-        kind = recipe.weight_type
-        layers = [Layer(name=n, kind="float" if n in kept else kind) for n in nodes]
-        return Quantized(model=made, layers=tuple(layers), options=_options(context))
+        layers = _layers(linears, kept, recipe.weight_type)
+        return Quantized(model=made, layers=layers, options=_options(context))
 
     return make
 
@@ -137,8 +132,8 @@ def _with_accuracy_control(
     context: Context,
     model: Any,
     dataset: Any,
-    feeds: list[dict[str, Any]],
     ignored: Any,
+    advanced: Any,
     options: dict[str, Any],
 ) -> Any:
     """Quantize, then let nncf return layers to float until the mean cosine drops no further."""
@@ -151,7 +146,7 @@ def _with_accuracy_control(
 
     output = context.base.output
     reference = open_graph(context.graph, "openvino", output, context.base.options)
-    expected = [reference(feed) for feed in feeds]
+    expected = [reference(feed) for feed in context.feeds()]
 
     def measure(compiled: Any, data: Iterable[Any]) -> tuple[float, None]:
         cosines: list[float] = []
@@ -165,10 +160,11 @@ def _with_accuracy_control(
     return nncf.quantize_with_accuracy_control(
         _copy(model),
         dataset,
-        nncf.Dataset(feeds),
+        nncf.Dataset(_Feeds(context)),
         measure,
         max_drop=context.recipe.max_drop,
         ignored_scope=ignored,
+        advanced_quantization_parameters=advanced,
         **options,
     )
 
@@ -189,21 +185,49 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-def _read(context: Context) -> tuple[Any, dict[str, str]]:
-    """Return the float model, and layer name -> node name."""
-    found: list[Linear] | list[OnnxLinear]
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A layer by its node's name, the value it makes and how many weights it has."""
+
+    node: str
+    value: str
+    size: int
+
+
+class _Feeds:
+    """Calibration inputs anew for each of nncf's passes, so that none of them is kept."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (dict(feed) for feed in self._context.feeds())
+
+
+def _read(context: Context) -> tuple[Any, dict[str, _Linear]]:
+    """Return the float model, and its layers by name."""
     if context.base.format == "openvino":
         model = read_openvino(context.graph)
-        found = find_linears(model, context.name_of)
-        nodes = {item.name: item.node.get_friendly_name() for item in found}
+        found = {}
+        for item in find_linears(model, context.name_of):
+            node = item.node.get_friendly_name()
+            found[item.name] = _Linear(node, f"{node}:0", item.weight.size)
     else:
-        from memopt.quantization import onnx_graph
-
         model = onnx_graph.read_onnx(context.graph)
-        nodes = {item.name: item.node.name for item in onnx_graph.find_linears(model)}
-    if not nodes:
+        found = {
+            item.name: _Linear(item.node.name, item.node.output[0], item.weight.size)
+            for item in onnx_graph.find_linears(model)
+        }
+    if not found:
         raise QuantizationError("this graph has no matrix product with a constant weight")
-    return model, nodes
+    return model, found
+
+
+def _layers(linears: Mapping[str, _Linear], kept: Collection[str], kind: str) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(name=name, kind="float" if name in kept else kind, macs=item.size, value=item.value)
+        for name, item in linears.items()
+    )
 
 
 def _alphas(recipe: Recipe) -> Any:

@@ -8,6 +8,7 @@ validator compares batches as they come.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Collection
@@ -39,6 +40,7 @@ def prepare(context: Context) -> Make:
     tools = require("onnxruntime.quantization", extra="cpu", why="quantize ONNX graphs")
     original = _read(context)
     layers = _layers(original)
+    sizes = {item.name: math.prod(item.dims) for item in original.graph.initializer}
     names = [*layers, *(name for name, _ in find_tables(original))]
     patterns = match_layers(context.recipe.keep_float, names)
 
@@ -56,13 +58,21 @@ def prepare(context: Context) -> Make:
                     op_types_to_quantize=["MatMul", "Attention", "Gemm"],
                     per_channel=context.recipe.grain == "per-channel",
                     weight_type=tools.QuantType.QInt8,
-                    nodes_to_exclude=[layers[name] for name in sorted(kept & set(layers))],
+                    nodes_to_exclude=[layers[name].name for name in sorted(kept & set(layers))],
                     extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
                 )
                 made = read_onnx(target)
         finally:
             logging.disable(logging.NOTSET)
-        found = [Layer(name=n, kind="float" if n in kept else "int8") for n in layers]
+        found = [
+            Layer(
+                name=name,
+                kind="float" if name in kept else "int8",
+                macs=sizes[name],
+                value=node.output[0],
+            )
+            for name, node in layers.items()
+        ]
         if context.recipe.embeddings:
             found += [
                 Layer(name=name, kind="int8-table", error=error)
@@ -125,11 +135,11 @@ def expand_embeddings(model: Any) -> int:
     return done
 
 
-def _layers(model: Any) -> dict[str, str]:
-    """Return weight name -> node name of what can be quantized."""
+def _layers(model: Any) -> dict[str, Any]:
+    """Return weight name -> node of what can be quantized."""
     constants = {item.name for item in model.graph.initializer if len(item.dims) == 2}
     return {
-        node.input[1]: node.name
+        node.input[1]: node
         for node in model.graph.node
         if node.op_type in ("MatMul", "Attention", "Gemm") and node.input[1] in constants
     }

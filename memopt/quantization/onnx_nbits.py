@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import QuantizationError
-from memopt.quantization.gptq import HessianAccumulator, gptq_quantize
+from memopt.quantization.gptq import HessianAccumulator, gptq_quantize, output_error
 from memopt.quantization.onnx_graph import (
     Linear,
     add_domain,
@@ -58,7 +58,7 @@ def prepare(context: Context) -> Make:
         raise QuantizationError("this graph has no matrix product with a constant weight")
     names = [item.name for item in linears] + [name for name, _ in find_tables(model)]
     patterns = match_layers(recipe.keep_float, names)
-    rounded: dict[str, QuantizedWeight] = {}
+    rounded: dict[str, tuple[QuantizedWeight, float]] = {}
     if recipe.algorithm == "gptq":
         wanted = [item for item in linears if item.name not in patterns]
         for batch in _batches(wanted):
@@ -93,7 +93,10 @@ def pack_blocks(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return packed
 
 
-def _round(linear: Linear, recipe: Recipe, hessian: NDArray[Any] | None) -> QuantizedWeight:
+def _round(
+    linear: Linear, recipe: Recipe, hessian: NDArray[Any] | None
+) -> tuple[QuantizedWeight, float]:
+    """Return a rounded weight and its error: of the layer's output where its inputs are known."""
     bits = _BITS[recipe.weight_type]
     options: dict[str, Any] = {
         "bits": bits,
@@ -102,8 +105,12 @@ def _round(linear: Linear, recipe: Recipe, hessian: NDArray[Any] | None) -> Quan
         "name": linear.name,
     }
     if hessian is None:
-        return rtn_quantize(linear.weight, axis=1, **options)
-    return gptq_quantize(linear.weight, hessian, **options)
+        made = rtn_quantize(linear.weight, axis=1, **options)
+        # With inputs that do not depend on each other the output's error is the weight's.
+        hessian = np.eye(linear.weight.shape[1])
+    else:
+        made = gptq_quantize(linear.weight, hessian, **options)
+    return made, output_error(linear.weight, made.dequantize(), hessian) ** 2
 
 
 def _batches(linears: Sequence[Linear]) -> list[list[Linear]]:
@@ -140,7 +147,9 @@ def _hessians(
     return {source: accumulated.hessian for source, accumulated in sums.items()}
 
 
-def _build(context: Context, rounded: Mapping[str, QuantizedWeight], kept: set[str]) -> Quantized:
+def _build(
+    context: Context, rounded: Mapping[str, tuple[QuantizedWeight, float]], kept: set[str]
+) -> Quantized:
     model = read_onnx(context.graph)
     add_domain(model, "com.microsoft")
     layers: list[Layer] = []
@@ -149,10 +158,8 @@ def _build(context: Context, rounded: Mapping[str, QuantizedWeight], kept: set[s
         if linear.name in kept:
             layers.append(Layer(name=linear.name, kind="float", macs=size))
             continue
-        weight = rounded[linear.node.name]
+        weight, error = rounded[linear.node.name]
         replace_node(model, linear.node, _product(model, linear, weight))
-        power = max(float((linear.weight**2).sum()), 1e-12)
-        error = float(((weight.dequantize() - linear.weight) ** 2).sum()) / power
         layers.append(
             Layer(name=linear.name, kind=context.recipe.weight_type, error=error, macs=size)
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import QuantizationError
+from memopt.quantization.onnx_fold import fold_smoothing
 from memopt.quantization.onnx_graph import (
     Linear,
     add_initializers,
@@ -83,14 +84,25 @@ def _build(
 ) -> Quantized:
     model = read_onnx(context.graph)
     layers: list[Layer] = []
+    found = find_linears(model)
+    # A layer that stays in float reads its activation as it is: nothing is folded beside it.
+    float_sources = {linear.source for linear in found if linear.name in kept}
+    free, rounded = fold_smoothing(
+        model,
+        [item for item in found if item.name not in kept and item.source not in float_sources],
+        plans,
+        rounded,
+    )
     ready: set[str] = set()
-    for linear in find_linears(model):
+    for linear in found:
         size = linear.weight.size
         if linear.name in kept:
             layers.append(Layer(name=linear.name, kind="float", macs=size))
             continue
         made, source = plans[linear.source], linear.source
-        nodes = [] if source in ready else _activation(model, source, made)
+        nodes = []
+        if source not in ready:
+            nodes = _activation(model, source, made, smoothed=source in free)
         ready.add(source)
         weight = rounded[linear.node.name]
         nodes += _product(model, linear, weight)
@@ -108,8 +120,11 @@ def _build(
     return Quantized(model=model, layers=tuple(layers))
 
 
-def _activation(model: Any, source: str, made: Plan) -> list[Any]:
-    """Return the nodes from a float activation to ``<source>/uint8_float``."""
+def _activation(model: Any, source: str, made: Plan, *, smoothed: bool) -> list[Any]:
+    """Return the nodes from a float activation to ``<source>/uint8_float``.
+
+    ``smoothed`` says that the graph makes the activation shifted and divided already.
+    """
     from onnx import helper
 
     add_initializers(
@@ -127,7 +142,7 @@ def _activation(model: Any, source: str, made: Plan) -> list[Any]:
         ("Mul", "factor", bool(np.any(made.divisor != 1))),
         ("Add", "shift", bool(np.any(made.low != 0))),
     ):
-        if needed:
+        if needed and not smoothed:
             output = f"{source}/{constant}ed"
             nodes.append(helper.make_node(operator, [value, f"{source}/{constant}"], [output]))
             value = output

@@ -107,7 +107,7 @@ def prepare(context: Context) -> Make:
         groups.setdefault(linear.source, []).append(linear)
     plans = plan_activations(
         {source: [item.weight for item in group] for source, group in groups.items()},
-        _observer(model, list(groups)),
+        observer(model, list(groups)),
         context.feeds,
         context.probes,
         recipe,
@@ -165,7 +165,8 @@ def _build(
     return Quantized(model=made, layers=tuple(layers), options=options)
 
 
-def _observer(model: Any, sources: Sequence[str]) -> Observe:
+def observer(model: Any, sources: Sequence[str]) -> Observe:
+    """Return a function that runs the graph in float32 and returns the values ``node:port``."""
     ov = require("openvino", extra="openvino", why="calibrate an OpenVINO model")
     watched = model.clone()
     ports = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,20 @@ from memopt.errors import BundleError, ConfigurationError, QuantizationError, We
 from memopt.files import publish, staged_directory
 from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split
 from memopt.quantization.graph_runner import feeds, open_graph
+from memopt.quantization.layer_error import with_errors
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.static import Context, Layer, Make, Quantized
+from memopt.quantization.result import Result
+from memopt.quantization.static import Context, Make, Quantized
 from memopt.quantization.statistics import token_probes
-from memopt.quantization.validate import MIN_COSINE, Gate, PrecisionValidator, Validation
+from memopt.quantization.validate import MIN_COSINE, Gate, PrecisionValidator
 from memopt.registry import Entry
 from memopt.runtimes.openvino_file import save_openvino
 
 if TYPE_CHECKING:
-    from memopt.quantization.search import Tradeoff
+    from memopt.quantization.search import Trail
 
 Step = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 _AT = "memopt.quantization"
 # (method, format) -> what builds it.
@@ -65,41 +69,6 @@ class Samples:
     column: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What came out: the variant as recorded, the proof, and what became of each layer."""
-
-    variant: Variant
-    validation: Validation
-    gate: Gate
-    failures: tuple[str, ...]
-    layers: tuple[Layer, ...]
-    float_bytes: int
-    bytes: int
-    int8_macs: float | None = None
-    kernels: Mapping[str, int] | None = None
-    tradeoff: tuple[Tradeoff, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        proof = {k: v for k, v in asdict(self.validation).items() if k != "cosines"}
-        return {
-            "variant": self.variant.name,
-            "file": self.variant.file,
-            "passed": self.variant.passed,
-            "failures": list(self.failures),
-            "validation": proof,
-            "gate": asdict(self.gate),
-            "recipe": dict(self.variant.recipe or {}),
-            "bytes": self.bytes,
-            "float_bytes": self.float_bytes,
-            "int8_macs": self.int8_macs,
-            "kernels": dict(self.kernels or {}),
-            "layers": [asdict(layer) for layer in self.layers],
-            "search": [asdict(row) for row in self.tradeoff],
-        }
-
-
 def quantize(
     bundle: str | Path | Bundle,
     samples: Samples,
@@ -109,6 +78,7 @@ def quantize(
     keep_failing: bool = False,
     budget: float | None = None,
     step: Step = lambda _: None,
+    progress: Progress = lambda done, whole: None,
 ) -> Result:
     """Quantize a bundle's float graph, compare it with the float one, and record the variant.
 
@@ -118,8 +88,10 @@ def quantize(
         recipe: what to do; the default is full int8 on OpenVINO with smoothing.
         gate: what to reach; by default min cosine .95, or .98 for GPTQ, perplexity at most +15 %.
         keep_failing: write a variant that fails its gate, marked so; the engine never picks it.
-        budget: seconds for a search of layers to keep in float, None for no search.
+        budget: seconds, calibration included, for a search of layers to keep in float; None for no
+            search.
         step: called with a line before each step.
+        progress: called with (tries done, tries in all) of a search.
 
     Raises:
         QuantizationError: the variant fails its gate (nothing is written then), or cannot be built.
@@ -127,6 +99,7 @@ def quantize(
         BundleError: no bundle, or no float graph of the wanted kind in it.
         ConfigurationError: a recipe that does not fit.
     """
+    started = time.monotonic()
     recipe = recipe or Recipe()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     gate = gate or Gate(min_cosine=least_cosine(recipe))
@@ -141,7 +114,7 @@ def quantize(
     step("float reference")
     validator = PrecisionValidator(opened, base, held_out, max_length=samples.max_length)
     make: Make = METHODS[key].load()(context)
-    tradeoff: tuple[Tradeoff, ...] = ()
+    trail: Trail | None = None
     with staged_directory(opened.path) as folder:
         if budget is None:
             step("building the graph")
@@ -149,8 +122,18 @@ def quantize(
         else:
             from memopt.quantization.search import search
 
-            found = search(make, validator, gate, recipe.format, folder, budget=budget, step=step)
-            made, tradeoff = found.made, found.tradeoff
+            left = budget - (time.monotonic() - started)
+            found = search(
+                make,
+                validator,
+                gate,
+                recipe.format,
+                folder,
+                budget=left,
+                step=step,
+                progress=progress,
+            )
+            made, trail = found.made, found.trail
             recipe = replace(recipe, keep_float=(*recipe.keep_float, *found.kept))
         files = write_graph(made, recipe.format, folder, file_stem(recipe))
         step("validation")
@@ -163,7 +146,9 @@ def quantize(
                 f"{recipe.variant_name} fails its gate: {'; '.join(failures)}",
                 fix="try --search, another recipe, or --keep-failing to write it marked as failed",
             )
-        share = _share(files[0], recipe.format, context, made, options)
+        step("work in integers, error by layer")
+        share = _share(files[0], recipe.format, context, options)
+        layers = with_errors(made.layers, context, files[0])
         variant = Variant(
             name=recipe.variant_name,
             format=recipe.format,
@@ -182,31 +167,39 @@ def quantize(
         )
         for file in files:
             publish(file, opened.path / recipe.format / file.name)
-    opened.add_variants(
-        variant,
-        event={
-            "event": "quantize",
-            "variant": variant.name,
-            "passed": variant.passed,
-            "calibration": Path(samples.calibration).name,
-            "calibration_sha256": calibration.digest,
-            "samples": len(calibration),
-            "validated_on": len(held_out),
-            "seed": samples.seed,
-        },
-    )
+    data = describe_data(samples, calibration, held_out)
+    event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
+    opened.add_variants(variant, event=event)
     return Result(
-        variant=variant,
+        name=variant.name,
+        file=variant.file,
+        passed=variant.passed,
+        failures=failures,
         validation=validation,
         gate=gate,
-        failures=failures,
-        layers=made.layers,
-        float_bytes=size_of(opened, base),
+        layers=layers,
+        recipe=recipe.to_dict(),
+        data=data,
         bytes=size_of(opened, variant),
+        float_bytes=size_of(opened, base),
+        trail=trail,
+        variant=variant,
         int8_macs=share.get("int8_macs"),
-        kernels=share.get("kernels"),
-        tradeoff=tradeoff,
+        kernels=share.get("kernels", {}),
     )
+
+
+def describe_data(
+    samples: Samples, calibration: CalibrationSet, held_out: CalibrationSet
+) -> dict[str, Any]:
+    """Return what the manifest records of the data a variant was made and proven with."""
+    return {
+        "calibration": Path(samples.calibration).name,
+        "calibration_sha256": calibration.digest,
+        "samples": len(calibration),
+        "validated_on": len(held_out),
+        "seed": samples.seed,
+    }
 
 
 def least_cosine(recipe: Recipe) -> float:
@@ -336,9 +329,7 @@ def size_of(bundle: Bundle, variant: Variant) -> int:
     return sum((bundle.path / name).stat().st_size for name in names)
 
 
-def _share(
-    path: Path, format: str, context: Context, made: Quantized, options: Mapping[str, str]
-) -> dict[str, Any]:
+def _share(path: Path, format: str, context: Context, options: Mapping[str, str]) -> dict[str, Any]:
     if context.recipe.method in ("weight-only", "nncf-weights"):
         return {}
     feed = next(iter(context.feeds()))

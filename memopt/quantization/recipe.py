@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError
 from memopt.registry import nearest
 
@@ -249,6 +250,29 @@ def load_recipe(path: Path) -> Recipe:
             f"{path} holds no recipe", fix="write fields such as 'method: static'"
         )
     return Recipe.from_dict(raw)
+
+
+def known_recipe(bundle: Bundle) -> dict[str, Any]:
+    """Return the recipe fields that ``models/*.yaml`` gives a bundle's model, {} for others.
+
+    A model is known by the bundle's name, or by where it came from, whatever its revision.
+
+    Raises:
+        ConfigurationError: ``quantize:`` is not a mapping.
+    """
+    from memopt.weights.sources import known_models
+
+    name, source = bundle.manifest.name, bundle.manifest.source.partition("@")[0]
+    for known, entry in known_models().items():
+        if known == name or entry["source"] == source:
+            fields_ = entry.get("quantize") or {}
+            if not isinstance(fields_, dict):
+                raise ConfigurationError(
+                    f"models/{known}.yaml: quantize is {fields_!r}, not a recipe",
+                    fix="write fields such as 'method: static' below it",
+                )
+            return dict(fields_)
+    return {}
 
 
 def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:

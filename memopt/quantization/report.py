@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,54 +11,89 @@ from memopt import charts
 from memopt.files import atomic_path
 
 if TYPE_CHECKING:
-    from memopt.quantization.quantize import Result
+    from memopt.quantization.result import Proven
 
 # Bars of the layer chart: the worst ones; the table below it has every layer.
 BARS = 40
 
 
-def write_report(result: Result, target: Path) -> None:
+def write_report(result: Proven, target: Path) -> None:
     """Write the report of one quantization, whole or not at all."""
     with atomic_path(target) as path:
         path.write_text(render(result), encoding="utf-8")
 
 
-def render(result: Result) -> str:
+def render(result: Proven) -> str:
     """Return the report as HTML: no script, no request, inline SVG only."""
     proof = result.validation
     sections = [("Verdict", _verdict(result))]
     if proof.cosines:
         label = "cosine to the float model, per validation input"
         sections.append(("How close the answers are", charts.histogram(proof.cosines, label)))
-    errors = sorted(
-        ((layer.name, layer.error) for layer in result.layers if layer.error is not None),
-        key=lambda item: -item[1],
-    )
-    if errors:
-        chart = charts.bars([(name, error) for name, error in errors[:BARS]], "")
-        lead = "<p>Squared error of each layer's output over its power, on calibration inputs.</p>"
-        sections.append(("Error by layer", lead + chart))
+    sections += _errors(result)
     if proof.worst:
         unit = "nats a token lost" if proof.perplexity is not None else "cosine"
         rows = [[value, text] for text, value in proof.worst]
         sections.append(("Worst inputs", charts.table([unit, "input"], rows)))
-    if result.tradeoff:
-        rows = [
-            [len(p.kept), f"{p.float_macs:.1%}", p.quality, "yes" if p.passed else "no"]
-            for p in result.tradeoff
-        ]
-        head = ["layers in float", "work in float", "quality", "passes"]
-        sections.append(("Search", charts.table(head, rows)))
+    sections += _search(result)
     sections.append(("Size and speed", _size_and_speed(result)))
     sections.append(("Layers", _layers(result)))
-    recipe = [[key, str(value)] for key, value in (result.variant.recipe or {}).items()]
-    sections.append(("Recipe", charts.table(["field", "value"], recipe)))
-    return charts.page(f"memopt quantize: {result.variant.name}", sections)
+    for title, values in (("Recipe", result.recipe), ("Data", result.data)):
+        shown = [[key, _words(value)] for key, value in values.items()]
+        sections.append((title, charts.table(["field", "value"], shown)))
+    return charts.page(f"memopt quantize: {result.name}", sections)
 
 
-def _verdict(result: Result) -> str:
+def _errors(result: Proven) -> list[tuple[str, str]]:
+    errors = sorted(
+        ((layer.name, layer.error) for layer in result.layers if layer.error is not None),
+        key=lambda item: -item[1],
+    )
+    if not errors:
+        return []
+    method, gptq = result.recipe["method"], result.recipe["algorithm"] == "gptq"
+    if method in ("dynamic", "nncf", "nncf-weights"):
+        of = "the layer's output beside the float graph's, with what the layers before it added"
+    elif method == "static" or gptq:
+        of = "the layer's output, on calibration inputs; of a table's values"
+    else:
+        of = "the layer's weight"
+    lead = f"<p>Squared error over power of {of}. The {min(BARS, len(errors))} largest.</p>"
+    return [("Error by layer", lead + charts.bars(errors[:BARS], ""))]
+
+
+def _search(result: Proven) -> list[tuple[str, str]]:
+    trail = result.trail
+    if trail is None:
+        return []
+    parts = [f"<p>{len(trail.tried)} choices of layers tried in {trail.seconds:.0f} s. "]
+    if not trail.complete:
+        parts.append("The budget ended the search: fewer layers in float might do. ")
+    kept = result.recipe["keep_float"]
+    parts.append(f"Kept in float: {escape(', '.join(kept) or 'none')}.</p>")
+    rows = [
+        [len(p.kept), f"{p.float_macs:.1%}", p.quality, "yes" if p.passed else "no"]
+        for p in trail.tried
+    ]
+    parts.append(charts.table(["layers in float", "work in float", "quality", "passes"], rows))
+    if trail.sensitivity:
+        worst = sorted(trail.sensitivity.items(), key=lambda item: -item[1])[:BARS]
+        parts.append("<p>Quality lost when this layer alone is quantized:</p>")
+        parts.append(charts.bars(worst, ""))
+    return [("Search", "".join(parts))]
+
+
+def _words(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _verdict(result: Proven) -> str:
     rows: list[list[object]] = [
-        ["gate", "passed" if result.variant.passed else "failed: " + "; ".join(result.failures)]
+        ["gate", "passed" if result.passed else "failed: " + "; ".join(result.failures)]
     ]
     names = {
         "samples": "validation inputs",
@@ -77,19 +113,22 @@ def _verdict(result: Result) -> str:
     return charts.table(["what", "value"], rows)
 
 
-def _size_and_speed(result: Result) -> str:
-    megabytes = [("float", result.float_bytes / 1e6), (result.variant.name, result.bytes / 1e6)]
-    parts = [charts.bars(megabytes, "MB", highlight=result.variant.name)]
+def _size_and_speed(result: Proven) -> str:
+    megabytes = [("float", result.float_bytes / 1e6), (result.name, result.bytes / 1e6)]
+    parts = [charts.bars(megabytes, "MB", highlight=result.name)]
     if result.validation.speedup is not None:
-        speeds = [("float", 1.0), (result.variant.name, result.validation.speedup)]
-        parts.append(charts.bars(speeds, "x", highlight=result.variant.name))
-    if result.int8_macs is not None:
-        kernels = ", ".join(f"{count} {name}" for name, count in (result.kernels or {}).items())
-        parts.append(f"<p>{result.int8_macs:.1%} of the multiply-adds run in int8 ({kernels}).</p>")
+        speeds = [("float", 1.0), (result.name, result.validation.speedup)]
+        parts.append(charts.bars(speeds, "x", highlight=result.name))
+    work = result.work
+    if work.get("int8_macs") is not None:
+        kernels = ", ".join(f"{count} {name}" for name, count in work["kernels"].items())
+        parts.append(
+            f"<p>{work['int8_macs']:.1%} of the multiply-adds run in int8 ({escape(kernels)}).</p>"
+        )
     return "".join(parts)
 
 
-def _layers(result: Result) -> str:
+def _layers(result: Proven) -> str:
     rows = [
         [
             layer.name,

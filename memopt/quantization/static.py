@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """What became of one layer: ``error`` is the relative squared error of its output."""
+    """What became of one layer: ``error`` is a squared error over the power of what was exact.
+
+    Of the layer's output where calibration inputs tell it, else of its weight.
+    """
 
     name: str
     kind: str  # int8 | float | embedding | ...
     error: float | None = None
     alpha: float | None = None
     macs: int = 0  # multiply-accumulates per token
+    value: str | None = None  # its output in the graph, for errors measured there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

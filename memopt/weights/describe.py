@@ -64,6 +64,7 @@ def describe(
     """
     known = dict(known or {})
     allowed = {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension"}
+    allowed |= {"quantize"}  # a recipe, read by memopt quantize
     if unknown := set(known) - allowed:
         key = sorted(unknown)[0]
         raise ConfigurationError(

@@ -12,9 +12,11 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError, QuantizationError
 from memopt.quantization import quantize as library
 from memopt.quantization.arrow_method import quantize_arrow
-from memopt.quantization.quantize import Result, Samples, quantize
+from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
+from memopt.quantization.result import Result
 from memopt.quantization.validate import Gate
+from memopt.weights.reader import WeightLoader
 
 # A quarter, and what scales and what stays float take (biases, norms): the issue's limit.
 MOST_BYTES = 0.26
@@ -72,6 +74,7 @@ def test_dynamic(bundle: Bundle, samples: Samples) -> None:
     """Dynamic int8 starts from the fused graph: attention is QAttention, tables are int8."""
     result = run(bundle, samples, method="dynamic")
     assert result.kernels["QAttention"] == 6
+    assert all(0 < layer.error < 0.1 for layer in result.layers)
     assert result.bytes <= MOST_BYTES * result.float_bytes
     assert result.validation.cosine_min >= 0.95
 
@@ -93,6 +96,42 @@ def test_nncf_weights(bundle: Bundle, samples: Samples) -> None:
     result = run(bundle, samples, method="nncf-weights")
     assert result.validation.cosine_min >= 0.99
     assert result.variant.name == "openvino-int8-weight-only"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        (Recipe(method="nncf"), "openvino-int8-nncf"),
+        (Recipe(method="nncf", target="cpu", smooth=0.5), "onnx-int8-nncf"),
+        (Recipe(method="nncf", max_drop=0.001, ranges="percentile"), "openvino-int8-nncf"),
+        (
+            Recipe(method="nncf-weights", weight_type="int4", algorithm="awq+scale-estimation"),
+            "openvino-int4-weight-only-awq-scale-estimation",
+        ),
+        (
+            Recipe(method="nncf-weights", weight_type="int4", algorithm="gptq"),
+            "openvino-int4-weight-only-gptq",
+        ),
+        (Recipe(method="nncf-weights", weight_type="nf4"), "openvino-nf4-weight-only"),
+        (
+            Recipe(method="nncf-weights", weight_type="int4", target="cpu"),
+            "onnx-int4-nncf-weights",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_nncf_can(tiny_copy: Bundle, texts: Path, recipe: Recipe, name: str) -> None:
+    """Every mode of nncf makes a variant with an error of each layer, and keeps what it is told."""
+    samples = Samples(calibration=texts, samples=16, validation_samples=16)
+    kept = replace(recipe, keep_float=("*layer.1.output.dense*",))
+    result = quantize(tiny_copy, samples, kept, keep_failing=True)
+    assert result.name == name
+    assert result.validation.cosine_min > 0.8
+    (left,) = (layer for layer in result.layers if layer.kind == "float")
+    assert "layer.1.output.dense" in left.name
+    errors = {layer.name: layer.error for layer in result.layers if layer is not left}
+    assert len(errors) == 11
+    assert all(error is not None and 0 < error < 0.5 for error in errors.values())
 
 
 def test_the_engine_opens_each_variant_and_skips_failed_ones(
@@ -201,6 +240,28 @@ def test_arrow_method(tiny_copy: Bundle, texts: Path) -> None:
             tiny_copy, samples, replace(recipe, weight_type="int2"), gate=Gate(min_cosine=1.0)
         )
     assert not (tiny_copy.path / "weights_int2_gptq.parquet").exists()
+
+
+def test_arrow_searches_and_reports(tiny_copy: Bundle, texts: Path, tmp_path: Path) -> None:
+    """The search keeps weights in float16 until the gate passes; the report shows it."""
+    from memopt.quantization.report import write_report
+
+    samples = Samples(calibration=texts, samples=16, validation_samples=16)
+    recipe = Recipe(method="arrow", weight_type="int2")
+    plain = quantize_arrow(tiny_copy, samples, recipe, gate=Gate(), keep_failing=True)
+    gate = Gate(min_cosine=plain.validation.cosine_min + 0.02)
+    done = quantize_arrow(tiny_copy, samples, recipe, gate=gate, budget=600)
+    assert done.passed
+    kept = done.recipe["keep_float"]
+    assert kept
+    assert {layer.name for layer in done.layers if layer.kind == "float"} == set(kept)
+    with WeightLoader(tiny_copy.path / done.file) as loader:
+        assert all(loader.info(name).quant_type == "fp16" for name in kept)
+    write_report(done, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for heading in ("Error by layer", "Worst inputs", "Search", "Size and speed", "Recipe"):
+        assert f"<h2>{heading}</h2>" in page
+    assert kept[0] in page
 
 
 def test_a_graph_of_arrow_weights_has_their_verdict(tiny_copy: Bundle, texts: Path) -> None:

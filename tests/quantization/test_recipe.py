@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from memopt.bundle import Bundle
 from memopt.commands.quantize import quantize
 from memopt.errors import ConfigurationError
-from memopt.quantization.recipe import HELP, Recipe, load_recipe, match_layers
+from memopt.quantization.recipe import HELP, Recipe, known_recipe, load_recipe, match_layers
 
 
 def test_round_trip() -> None:
@@ -61,6 +62,32 @@ def test_yaml(tmp_path: Path) -> None:
     )
     assert load_recipe(bare) == load_recipe(nested)
     assert load_recipe(bare).variant_name == "onnx-int4-weight-only"
+
+
+def test_a_known_model_brings_its_recipe(
+    tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``quantize:`` of models/*.yaml holds for a bundle of that name or source, and no other."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    entry = tmp_path / "models" / "other.yaml"
+    entry.write_text(f"source: {tiny.manifest.source}\nquantize:\n  method: dynamic\n")
+    assert known_recipe(tiny) == {"method": "dynamic"}
+    entry.write_text("source: somebody/else\nquantize:\n  method: dynamic\n")
+    assert known_recipe(tiny) == {}
+    entry.rename(entry.with_name(f"{tiny.manifest.name}.yaml"))
+    assert known_recipe(tiny) == {"method": "dynamic"}
+    entry.with_name(f"{tiny.manifest.name}.yaml").write_text("source: x/y\nquantize: int8\n")
+    with pytest.raises(ConfigurationError, match="quantize is 'int8', not a recipe"):
+        known_recipe(tiny)
+
+
+def test_every_shipped_model_has_a_recipe_that_is_one() -> None:
+    """The recipes of models/*.yaml are read without complaint, and the entry by convert too."""
+    files = sorted((Path(__file__).parents[2] / "models").glob("*.yaml"))
+    assert len(files) >= 3
+    for file in files:
+        assert load_recipe(file).method == "static"
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: b: c", ""])

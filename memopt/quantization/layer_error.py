@@ -1,0 +1,78 @@
+"""How far each layer's output in a quantized graph is from the float graph's, measured.
+
+For methods that other libraries carry out and that say nothing of single layers. Both graphs run on
+the same calibration inputs with the layers' outputs as extra outputs, so what the layers before
+added is part of each number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memopt.quantization import onnx_graph, openvino_static
+from memopt.quantization.static import Context, Layer
+from memopt.quantization.statistics import valid_rows
+
+if TYPE_CHECKING:
+    from memopt.quantization.statistics import Observe
+
+# Batches of calibration inputs, longest first: enough to tell layers apart.
+BATCHES = 4
+
+
+def with_errors(layers: Sequence[Layer], context: Context, graph: Path) -> tuple[Layer, ...]:
+    """Return the layers with their measured errors; those that have one already keep it.
+
+    Args:
+        layers: as a method made them; ``value`` names their output in both graphs.
+        context: the float graph and the calibration inputs.
+        graph: the quantized graph's file, of the float graph's format.
+    """
+    wanted = [item for item in layers if item.error is None and item.value and item.kind != "float"]
+    if not wanted:
+        return tuple(layers)
+    context.step("error by layer")
+    look = _onnx if context.base.format == "onnx" else _openvino
+    names = [str(item.value) for item in wanted]
+    there, quantized = look(graph, names)
+    _, original = look(context.graph, there)
+    noise = dict.fromkeys(there, 0.0)
+    power = dict.fromkeys(there, 0.0)
+    for feed in islice(context.feeds(), BATCHES):
+        for name, got, expected in zip(there, quantized(feed), original(feed), strict=True):
+            a, b = valid_rows(got, feed), valid_rows(expected, feed)
+            noise[name] += float(np.sum((a - b) ** 2, dtype=np.float64))
+            power[name] += float(np.sum(b**2, dtype=np.float64))
+    errors = {name: noise[name] / max(power[name], 1e-12) for name in there}
+    return tuple(
+        replace(item, error=errors[str(item.value)])
+        if item in wanted and item.value in errors
+        else item
+        for item in layers
+    )
+
+
+def _onnx(path: Path, names: Iterable[str]) -> tuple[list[str], Observe]:
+    """Return the values of an ONNX graph that are there, and a function that computes them."""
+    model = onnx_graph.read_onnx(path)
+    have = {name for node in model.graph.node for name in node.output}
+    there = [name for name in names if name in have]
+    return there, onnx_graph.observer(model, there)
+
+
+def _openvino(path: Path, names: Iterable[str]) -> tuple[list[str], Observe]:
+    """Return the values ``node:port`` of an OpenVINO graph that are there, and their function."""
+    model = openvino_static.read_openvino(path)
+    have = {
+        f"{node.get_friendly_name()}:{place}"
+        for node in model.get_ordered_ops()
+        for place in range(node.get_output_size())
+    }
+    there = [name for name in names if name in have]
+    return there, openvino_static.observer(model, there)
