@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ def check(memory: NewMemory, position: int, dim: int) -> None:
     name = f"memory {position}"
     if not isinstance(memory, NewMemory):
         raise InputError(f"{name} is {type(memory).__name__}, not a NewMemory")
+    name = memory.origin or name
     check_content(memory.content, name)
     for label, value, limit in (
         ("memory_id", memory.memory_id, MAX_ID_BYTES),
@@ -197,7 +199,8 @@ def _decode_image(data: bytes, name: str) -> None:
             image_module.open(io.BytesIO(data)).load()
     except Exception as error:
         raise InputError(
-            f"{name} is no image that can be decoded ({error})", fix="give a whole .png or .jpg"
+            f"{name} is no image that can be decoded ({_reason(error)})",
+            fix="give a whole .png or .jpg",
         ) from error
 
 
@@ -207,7 +210,7 @@ def _decode_sound(data: bytes, name: str) -> None:
         samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     except Exception as error:
         raise InputError(
-            f"{name} is no sound that can be decoded ({error})", fix="give a whole .wav"
+            f"{name} is no sound that can be decoded ({_reason(error)})", fix="give a whole .wav"
         ) from error
     if not len(samples):
         raise InputError(f"{name} holds no sample")
@@ -218,6 +221,11 @@ def _decode_sound(data: bytes, name: str) -> None:
             raise InputError(
                 f"{name} is cut short: {len(data)} of {declared + 8} bytes", fix="give a whole .wav"
             )
+
+
+def _reason(error: Exception) -> str:
+    # Where the buffer lies in memory tells nobody anything.
+    return re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error))
 
 
 def _mebibytes(size: int) -> str:

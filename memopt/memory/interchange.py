@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from pathlib import Path
@@ -104,7 +104,8 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     """Add what :func:`export_parquet` (or another tool) wrote; ids that are there are left alone.
 
     Args:
-        folder: holds ``memories.parquet``; the two others may be absent.
+        folder: holds ``memories.parquet``; the two others may be absent (links are in the memories
+            as well).
 
     Returns:
         Memories added, memories whose links were added, summaries added.
@@ -119,6 +120,12 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     if model and store.meta.model_id and model != store.meta.model_id:
         raise InputError(
             f"{folder / MEMORIES} holds vectors of {model!r}, the store of {store.meta.model_id!r}",
+            fix="import into a new store, or reembed",
+        )
+    dim = check_export(folder)
+    if dim not in (None, store.dim):
+        raise InputError(
+            f"{folder / MEMORIES} has vectors of {dim} numbers, the store of {store.dim}",
             fix="import into a new store, or reembed",
         )
     summaries: dict[str, dict[str, Any]] = {}
@@ -140,20 +147,56 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
                 store.commit(inserts=table)
         added += table.num_rows
         condensed += table["tier"].to_pylist().count(LONG_TERM)
-    linked = sum(_add_links(store, batch) for batch in graph.iter_batches(_CHUNK)) if graph else 0
+    if graph is not None:
+        batches = graph.iter_batches(_CHUNK)
+    else:
+        # The memories carry their links too.
+        named = ["memory_id", "association_links"]
+        batches = (
+            batch.rename_columns(GRAPH_FILE.names)
+            for batch in file.iter_batches(_CHUNK, columns=named)
+        )
+    linked = sum(_add_links(store, batch) for batch in batches)
     return Transfer(added, linked, condensed)
 
 
-def exported_dim(folder: str | Path) -> int | None:
-    """Return the dimension of the vectors in an export; None when it is empty.
+def check_export(folder: str | Path) -> int | None:
+    """Look at every id, time and vector of an export before anything is made of it.
+
+    Returns:
+        The dimension of its vectors; None when it is empty.
 
     Raises:
-        InputError: it is no export.
+        InputError: it is no export, an id or a time is missing, an id comes twice, or a vector is
+            NaN, infinite, all zeros, or not as long as the first.
     """
-    file = _opened(Path(folder) / MEMORIES, MEMORIES_FILE)
-    for batch in file.iter_batches(1, columns=["joint_embedding"]):
-        return len(batch["joint_embedding"][0].as_py() or []) or None
-    return None
+    path = Path(folder) / MEMORIES
+    dim: int | None = None
+    seen: set[str] = set()
+    columns = ["memory_id", "timestamp", "joint_embedding"]
+    for batch in _opened(path, MEMORIES_FILE).iter_batches(_CHUNK, columns=columns):
+        for key, moment, vector in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+            dim = dim or len(vector or ()) or None
+            problem = _problem(key, moment, vector or (), dim, seen)
+            if problem:
+                raise InputError(f"{path}: memory {key!r} {problem}", fix="export it again")
+            seen.add(key)
+    return dim
+
+
+def _problem(
+    key: str | None, moment: Any, vector: Sequence[float], dim: int | None, seen: set[str]
+) -> str | None:
+    array = np.asarray(vector, np.float32)
+    if not key or moment is None:
+        return "has no id" if not key else "has no timestamp"
+    if key in seen:
+        return "comes twice"
+    if not len(array) or len(array) != dim:
+        return f"has a vector of {len(array)} numbers, not {dim or 'any'}"
+    if not np.isfinite(array).all():
+        return "has a vector with NaN or infinity"
+    return None if array.any() else "has a vector of zeros"
 
 
 def _read(store: MemoryStore, ids: list[str]) -> list[Memory]:
@@ -213,15 +256,7 @@ def _new_rows(
     store: MemoryStore, batch: pa.RecordBatch, summaries: dict[str, dict[str, Any]]
 ) -> pa.Table:
     found = batch.to_pylist()
-    vectors = []
-    for row in found:
-        vector = np.asarray(row["joint_embedding"] or [], np.float32)
-        if vector.shape != (store.dim,) or not np.isfinite(vector).all() or not vector.any():
-            raise InputError(
-                f"memory {row['memory_id']!r} has a vector of {vector.size} numbers that is no "
-                f"direction of {store.dim} dimensions"
-            )
-        vectors.append(vector)
+    vectors = [row["joint_embedding"] for row in found]
     own = [summaries.get(row["memory_id"]) for row in found]
     columns: dict[str, Any] = {
         name: [row[name] for row in found]
@@ -244,7 +279,7 @@ def _new_rows(
         has or summary is not None
         for has, summary in zip(columns["has_text"], columns["summary"], strict=True)
     ]
-    return rows.new_rows(rows.unit(np.array(vectors), store.dim), columns)
+    return rows.new_rows(rows.unit(np.array(vectors, np.float32), store.dim), columns)
 
 
 def _add_links(store: MemoryStore, batch: pa.RecordBatch) -> int:

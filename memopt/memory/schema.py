@@ -132,6 +132,7 @@ class NewMemory:
         embedding: float (dim,); computed by the store's embedder when absent.
         memory_id: chosen by the caller; by default a hash of the content and the category, so that
             adding the same thing twice stores it once.
+        origin: where it comes from, as a file and line; named in errors, not stored.
     """
 
     content: Content
@@ -140,6 +141,7 @@ class NewMemory:
     embedding: NDArray[np.float32] | None = None
     expires_at: datetime | None = None
     memory_id: str | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

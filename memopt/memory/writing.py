@@ -355,7 +355,9 @@ def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
         size = 0
         for memory in part:
             content = getattr(memory, "content", Content())
-            new = sum(len(getattr(content, name) or b"") for name in _CONTENT.values())
+            values = [getattr(content, name) for name in _CONTENT.values()]
+            # What is neither text nor bytes is refused when the chunk is checked.
+            new = sum(len(value) for value in values if isinstance(value, str | bytes))
             if chunk and size + new > BYTES_PER_COMMIT:
                 yield chunk
                 chunk, size = [], 0

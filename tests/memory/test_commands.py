@@ -107,15 +107,17 @@ def test_bad_input_is_one_line(store: Path, minilm: Bundle, tmp_path: Path) -> N
     (tmp_path / "huge.txt").write_text("x" * (50 << 20))
     (tmp_path / "latin.txt").write_bytes("Größe\n".encode("latin-1"))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "number.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / "memory.json").write_text('{"format": 9, "dim": 4}')
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").write_text("x")
     before = json.loads(memopt("stats", store, "--json").stdout)["memories"]
     cases: list[tuple[list[object], int, str]] = [
-        (["add", store, tmp_path / "broken.png"], 1, "image"),
-        (["add", store, tmp_path / "broken.wav"], 1, "sound"),
-        (["add", store, tmp_path / "huge.txt"], 1, "MiB"),
+        (["add", store, tmp_path / "broken.png"], 1, "broken.png: vision is no image"),
+        (["add", store, tmp_path / "broken.wav"], 1, "broken.wav: audio is no sound"),
+        (["add", store, tmp_path / "huge.txt"], 1, "huge.txt line 1: text has 50.0 MiB"),
+        (["add", store, tmp_path / "number.jsonl"], 1, "number.jsonl row 2: text is int"),
         (["add", store, tmp_path / "latin.txt"], 1, "UTF-8"),
         (["add", store, tmp_path / "bad.jsonl"], 1, "line 2"),
         (["add", store, tmp_path / "none.png"], 1, "none.png"),

@@ -123,3 +123,54 @@ def test_bad_files_are_named_and_add_nothing(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=named):
                 import_parquet(store, folder)
         assert store.count() == 1
+
+
+def damaged(path: Path, **columns: list[object]) -> None:
+    """Put other values into the second row of an export's memories."""
+    table = pq.read_table(path)
+    for name, (value,) in columns.items():
+        values = table[name].to_pylist()
+        values[1] = value
+        column = pa.array(values, table.schema.field(name).type)
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("joint_embedding", [float("nan")] * DIM, "NaN"),
+        ("joint_embedding", [0.0] * DIM, "zeros"),
+        ("joint_embedding", [1.0] * (DIM - 1), f"{DIM - 1} numbers"),
+        ("joint_embedding", None, "0 numbers"),
+        ("memory_id", None, "no id"),
+        ("memory_id", "a", "twice"),
+        ("timestamp", None, "no timestamp"),
+    ],
+)
+def test_one_bad_row_refuses_the_whole_export(
+    tmp_path: Path, column: str, value: object, named: str
+) -> None:
+    """Also when it comes after rows that are good."""
+    with MemoryStore(tmp_path / "s", embedder=Hashing()) as store:
+        store.add([note("a"), note("b")])
+        store.export_parquet(tmp_path / "out")
+    damaged(tmp_path / "out" / "memories.parquet", **{column: [value]})
+    with (
+        MemoryStore(tmp_path / "t", embedder=Hashing()) as other,
+        pytest.raises(InputError, match=named),
+    ):
+        other.import_parquet(tmp_path / "out")
+    assert other.count() == 0
+
+
+def test_links_come_from_the_memories_where_the_graph_file_is_absent(tmp_path: Path) -> None:
+    """Both files hold them."""
+    with MemoryStore(tmp_path / "s", embedder=Hashing()) as store:
+        AssociationGraph(store)
+        store.add([note("a"), note("b")])
+        store.export_parquet(tmp_path / "out")
+    (tmp_path / "out" / "associations.parquet").unlink()
+    with MemoryStore(tmp_path / "t", embedder=Hashing()) as other:
+        assert other.import_parquet(tmp_path / "out").linked == 2
+        assert other.links(["a"]) == store.links(["a"]) != {}

@@ -96,17 +96,18 @@ def read(
         path = Path(source)
         suffix = path.suffix.lower()
         if source == "-":
-            for line in sys.stdin:
+            for number, line in enumerate(sys.stdin, start=1):
                 if line.strip():
-                    yield NewMemory(content=Content(text=line.strip()), **usual)
+                    text = Content(text=line.strip())
+                    yield NewMemory(content=text, origin=f"line {number} of the input", **usual)
         elif suffix not in _FILES or "\n" in source:
             yield NewMemory(content=Content(text=source), **usual)
         elif not path.is_file():
             raise InputError(f"{source} is no file", fix="check the path")
         elif suffix in _PICTURES:
-            yield NewMemory(content=Content(vision=path.read_bytes()), **usual)
+            yield NewMemory(content=Content(vision=path.read_bytes()), origin=source, **usual)
         elif suffix in _SOUNDS:
-            yield NewMemory(content=Content(audio=path.read_bytes()), **usual)
+            yield NewMemory(content=Content(audio=path.read_bytes()), origin=source, **usual)
         elif suffix == ".parquet":
             yield from _rows(path, usual)
         else:
@@ -123,7 +124,8 @@ def _lines(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
                 if not line.strip():
                     continue
                 if path.suffix.lower() == ".txt":
-                    yield NewMemory(content=Content(text=line.strip()), **usual)
+                    text = Content(text=line.strip())
+                    yield NewMemory(content=text, origin=f"{path} line {number}", **usual)
                     continue
                 try:
                     entry = json.loads(line)
@@ -187,4 +189,5 @@ def _entry(entry: Any, path: Path, number: int, usual: dict[str, Any]) -> NewMem
     }
     content = Content(text=entry.get("text"), vision=media["image"], audio=media["audio"])
     own = {name: entry[name] for name in ("memory_id", "category") if name in entry}
-    return NewMemory(content=content, **{**usual, **own, **times})
+    origin = f"{path} row {number}"
+    return NewMemory(content=content, origin=origin, **{**usual, **own, **times})

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memopt.commands.memory.opened import Key, Store
+from memopt.commands.memory.opened import AsJson, Key, Store
 
 
 def export(
     store: Store,
     folder: Annotated[Path, typer.Argument(help="Where the files go; made when absent.")],
     key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write memories.parquet, associations.parquet and long_term.parquet, in plain."""
-    from memopt.commands.console import stdout
+    from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.interchange import export_parquet
 
-    with opened(store, embed=False, key=key) as here:
-        done = export_parquet(here.store, folder)
+    with stderr().status("export"), opened(store, embed=False, key=key) as here:
+        done = here.store.export_parquet(folder)
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+        return
     stdout().print(
         f"{done.memories} memories, {done.linked} with links, {done.long_term} long-term: {folder}"
     )

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memopt.commands.memory.opened import Key, Store
+from memopt.commands.memory.opened import AsJson, Key, Store
 
 
 def import_(
     store: Store,
     folder: Annotated[Path, typer.Argument(help="Folder of an export.")],
     key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
-    from memopt.commands.console import stdout
+    from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.interchange import exported_dim, import_parquet
+    from memopt.memory.interchange import check_export
     from memopt.memory.keys import read_cipher
     from memopt.memory.store import MemoryStore
 
-    dim = exported_dim(folder)
-    with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
-        pass  # made with the dimension of the export when it is new
-    with opened(store, embed=False, key=key) as here:
-        here.store.listeners.remove(here.graph)  # the links come from the file
-        done = import_parquet(here.store, folder)
-        here.store.listeners.append(here.graph)
-        here.store.index.ensure()
+    with stderr().status("import"):
+        dim = check_export(folder)
+        with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
+            pass  # made with the dimension of the export when it is new
+        with opened(store, embed=False, key=key) as here:
+            here.store.listeners.remove(here.graph)  # the links come from the file
+            done = here.store.import_parquet(folder)
+            here.store.listeners.append(here.graph)
+            here.store.index.ensure()
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+        return
     stdout().print(
         f"{done.memories} added, links of {done.linked}, {done.long_term} of them long-term"
     )

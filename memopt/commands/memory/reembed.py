@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from memopt.commands.memory.opened import Audio, Joint, Key, Store, Text, Vision
+import json
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
 
 
 def reembed(
@@ -12,6 +16,7 @@ def reembed(
     audio: Audio = None,
     joint: Joint = None,
     key: Key = None,
+    as_json: AsJson = False,
 ) -> None:
     """Embed every memory with other bundles; searchable all the while, resumable after a kill."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -48,4 +53,7 @@ def reembed(
         remember(here.store, models)
     with opened(store, embed=False, key=key) as here:
         here.graph.build()
+    if as_json:
+        typer.echo(json.dumps({"memories": count, "model_id": embedder.model_id}))
+        return
     stdout().print(f"{count} memories moved to {embedder.model_id}")

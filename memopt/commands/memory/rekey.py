@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from memopt.commands.memory.opened import Key, Store
+import json
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Key, Store
 
 
-def rekey(store: Store, key: Key = None) -> None:
+def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     """Seal every memory under the first key given; the present key comes after it.
 
     The key file, or MEMOPT_MEMORY_KEY, holds both: the new one first, one a line or separated by
@@ -25,4 +29,7 @@ def rekey(store: Store, key: Key = None) -> None:
     with opened(store, embed=False, key=key) as here:
         count = rotate(here.store, cipher)
         erase(here.store)
+    if as_json:
+        typer.echo(json.dumps({"memories": count, "key_id": cipher.key_id}))
+        return
     stdout().print(f"{count} memories sealed under key {cipher.key_id}")
