@@ -33,8 +33,15 @@ def export(
     from memopt.exporters.base import export as run
     from memopt.weights.convert import resolve
 
-    with stderr().status("resolve") as status:
-        bundle = resolve(source, on_step=None)
+    errors = stderr()
+    with errors.status("resolve") as status:
+        bundle = resolve(
+            source,
+            on_step=lambda name, done, total: status.update(
+                f"convert {done * 100 // (total or 1)} %"
+            ),
+            on_warning=lambda line: errors.print(f"warning: {line}"),
+        )
         if weights is not None:
             from memopt.exporters.from_v2 import export_v2
 

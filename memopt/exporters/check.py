@@ -67,7 +67,10 @@ def compare(
                 )
             got, wanted = _kept(got, wanted, feeds.get("attention_mask"))
             if not np.isfinite(got).all():
-                raise ExportError(f"{name}: output {output!r} is not finite on {_shape(feeds)}")
+                raise ExportError(
+                    f"{name}: output {output!r} is not finite on {_shape(feeds)}",
+                    fix="nothing was written; memopt convert names the weights that hold NaN",
+                )
             difference = float(np.abs(got - wanted).max(initial=0.0))
             error = max(error, difference)
             relative = max(relative, difference / max(1.0, float(np.abs(wanted).max(initial=0.0))))

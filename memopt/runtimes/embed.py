@@ -71,7 +71,7 @@ def embed(
 
     Raises:
         InputError: an input that cannot be used, or what is there to resume differs.
-        ConfigurationError: an output ending that is not known.
+        ConfigurationError: an output ending that is not known, or the input's own file.
     """
     target = Path(output)
     if target.suffix not in OUTPUTS:
@@ -81,6 +81,8 @@ def embed(
         )
     if on_error not in ("fail", "skip"):
         raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise ConfigurationError(f"output {output} is the input", fix="give another file")
     modality = engine.bundle.manifest.modality
     items = read_items(source, modality, column)
     parts = _Parts(target, engine, normalize, resume)
@@ -97,11 +99,14 @@ def embed(
                         batch_size=batch_size,
                         fail=False,
                     )
-                    if encoded.failures and on_error == "fail":
-                        raise _refusal(encoded.failures, count)
+                    failures = {
+                        i: chunk[i].problem or why for i, why in sorted(encoded.failures.items())
+                    }
+                    if failures and on_error == "fail":
+                        raise _refusal(failures, count)
                     done = [
                         {"index": count + i, "input": chunk[i].label, "reason": why}
-                        for i, why in sorted(encoded.failures.items())
+                        for i, why in failures.items()
                     ]
                     parts.write(number, chunk, count, encoded.vectors, done)
                 else:

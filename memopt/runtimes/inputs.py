@@ -22,14 +22,17 @@ _FILES = (".txt", ".jsonl", ".csv", ".parquet")
 # Column names tried when none is given.
 _USUAL = ("text", "sentence", "content", "image", "audio", "wav", "bytes", "path")
 _ROWS = 1024  # Parquet rows read at a time
+# The csv module's own limit of 128 KiB is below a long document; a C long holds this everywhere.
+_LONGEST_CELL = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One input and what it is called in the output."""
+    """One input and what it is called in the output; ``problem`` says why it has no value."""
 
     value: Any
     label: str | None
+    problem: str | None = None
 
 
 def read_items(source: str, modality: str, column: str | None = None) -> Iterator[Item]:
@@ -44,8 +47,11 @@ def read_items(source: str, modality: str, column: str | None = None) -> Iterato
         column: the field to take. In a CSV file a number is a position, counted from 0, in a file
             without a header; a name needs a header.
 
+    Returns:
+        The items; a row or line that holds no input is one with a ``problem`` that names it.
+
     Raises:
-        InputError: no such file or column, not UTF-8 (with the byte), not JSON (with the line).
+        InputError: no such file or column, or not UTF-8 (with the byte).
     """
     if source == "-":
         return _lines(sys.stdin.buffer, "stdin")
@@ -120,17 +126,19 @@ def _jsonl(path: Path, column: str | None) -> Iterator[Item]:
         for number, line in enumerate(decoded_lines(file, str(path)), 1):
             if not line.strip():
                 continue
+            where = f"{path} line {number}"
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number} is not JSON ({error})") from None
+                yield Item(None, None, f"({where}) is not JSON: {error}")
+                continue
             if isinstance(value, dict):
-                column = column or _usual(value, f"{path} line {number}")
+                column = column or _usual(value, where)
                 if column not in value:
-                    fix = nearest(column, value)
-                    raise InputError(f"{path} line {number} has no {column!r}", fix=fix)
+                    yield Item(None, None, f"({where}) has no {column!r}, {nearest(column, value)}")
+                    continue
                 value = value[column]
-            yield _cell(value, f"{path} line {number}")
+            yield _cell(value, where)
 
 
 def _csv(path: Path, column: str | None) -> Iterator[Item]:
@@ -138,6 +146,7 @@ def _csv(path: Path, column: str | None) -> Iterator[Item]:
         # Lines keep their ends for the csv module: a quoted cell may hold one.
         rows = csv.reader(f"{line}\n" for line in decoded_lines(file, str(path)))
         position = int(column) if column is not None and column.isdecimal() else None
+        csv.field_size_limit(_LONGEST_CELL)
         for row in rows:
             where = f"{path} line {rows.line_num}"
             if not row:
@@ -149,9 +158,11 @@ def _csv(path: Path, column: str | None) -> Iterator[Item]:
                     raise InputError(f"{path} has no column {name!r}", fix=nearest(name, header))
                 position = header[name]
                 continue
-            if position >= len(row):
-                raise InputError(f"{where} has {len(row)} cells, column {position} is not there")
-            yield Item(row[position], row[position])
+            if position < len(row):
+                yield Item(row[position], row[position])
+            else:
+                told = f"({where}) has {len(row)} cells, column {position} is not there"
+                yield Item(None, None, told)
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Item]:
@@ -180,7 +191,8 @@ def _cell(value: Any, where: str) -> Item:
         return Item(value, value)
     if isinstance(value, bytes):
         return Item(value, None)
-    raise InputError(f"{where} is {type(value).__name__}, not text or bytes")
+    kind = "null" if value is None else type(value).__name__
+    return Item(None, None, f"({where}) is {kind}, not text or bytes")
 
 
 def _usual(names: Mapping[str, Any], where: str) -> str:

@@ -82,7 +82,6 @@ def test_an_unreadable_input_is_named_and_leaves_nothing(
         embed(engine, str(bad), tmp_path / "out.npy")
     assert [p.name for p in tmp_path.iterdir()] == ["in.txt"]
     cases = {
-        "in.jsonl": (b'"a"\n{"text"\n', "line 2 is not JSON"),
         "in.csv": (b"id,txt\n1,a\n", "columns 'id', 'txt'.*--column"),
         "in.parquet": (b"PAR1 no", "not a readable Parquet file"),
         "in.pdf": (b"", "ending '.pdf'"),
@@ -97,6 +96,49 @@ def test_an_unreadable_input_is_named_and_leaves_nothing(
         list(read_items(str(source(tmp_path, ".csv")), "text", "txet"))
     with pytest.raises(ConfigurationError, match=r"ending '\.csv'"):
         embed(engine, str(bad), tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("in.jsonl", b'"a"\n{"text"\n"b"', r"\(.*in\.jsonl line 2\) is not JSON"),
+        ("in.jsonl", b'{"text": "a"}\n{"txt": "b"}\n"b"', r"has no 'text', did you mean 'txt'"),
+        ("in.jsonl", b'"a"\nnull\n"b"', "is null, not text"),
+        ("in.csv", b"id,text\n1,a\n2\n3,b\n", r"in\.csv line 3\) has 1 cells"),
+        ("in.parquet", b"", r"in\.parquet row 1\) is null"),
+    ],
+)
+def test_a_row_that_holds_no_text_is_named_or_skipped(
+    engine: ArrowEngine, tmp_path: Path, name: str, data: bytes, reason: str
+) -> None:
+    """fail stops with file and line; skip leaves out that one row and reports it."""
+    path, out = tmp_path / name, tmp_path / "out.parquet"
+    if data:
+        path.write_bytes(data)
+    else:
+        pq.write_table(pa.table({"text": ["a", None, "b"]}), path)
+    with pytest.raises(InputError, match=f"input 1 .*{reason}"):
+        embed(engine, str(path), out)
+    assert not out.exists()
+    done = embed(engine, str(path), out, on_error="skip")
+    assert [entry["index"] for entry in done.skipped] == [1]
+    assert pq.read_table(out)["input"].to_pylist() == ["a", "b"]
+
+
+def test_a_cell_of_a_csv_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    """The csv module's own limit of 128 KiB does not apply."""
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "word " * 50_000 + "\n")
+    assert [len(item.value) for item in read_items(str(path), "text")] == [250_000]
+
+
+def test_the_output_is_never_the_input(engine: ArrowEngine, tmp_path: Path) -> None:
+    """A file of texts is not replaced by its own vectors."""
+    path = source(tmp_path, ".jsonl")
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="is the input"):
+        embed(engine, str(path), path)
+    assert path.read_bytes() == before
 
 
 def test_a_csv_without_header_is_read_by_position(tmp_path: Path) -> None:
