@@ -27,7 +27,8 @@ max-width:1120px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
 table{border-collapse:collapse;width:100%;font-size:.86rem}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line)}
-th{vertical-align:bottom}td:first-child{white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+th{vertical-align:bottom}td:first-child{white-space:nowrap}td:last-child{min-width:9rem}
+.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap;min-width:0}
 .wide{overflow-x:auto}.row-good{font-weight:600}.row-good td{background:
 color-mix(in srgb,var(--good) 14%,transparent)}.row-bad,.row-soft{color:var(--soft)}
 svg{width:100%;max-width:860px;height:auto}svg text{fill:var(--ink);font:12px system-ui,sans-serif}
@@ -59,7 +60,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], note: str = "") -> str
 def table(
     header: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] = ()
 ) -> str:
-    """Return an HTML table; numbers are right-aligned, everything is escaped.
+    """Return an HTML table; columns of numbers are right-aligned, everything is escaped.
 
     Args:
         styles: a style per row (good, bar, bad, soft), none for plain rows.
@@ -67,31 +68,45 @@ def table(
     >>> table(["a"], [["<b>"]]).count("&lt;b&gt;")
     1
     """
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
+    numeric = [
+        sum(_is_number(row[column]) for row in rows) * 2 > len(rows)
+        for column in range(len(header))
+    ]
+    kinds = [' class="n"' if number else "" for number in numeric]
+    head = "".join(
+        f"<th{kind}>{escape(str(cell))}</th>" for cell, kind in zip(header, kinds, strict=True)
+    )
     lines = []
     for index, row in enumerate(rows):
-        cells = "".join(_cell(cell) for cell in row)
+        cells = "".join(
+            f"<td{kind}>{escape(_text(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
+        )
         style = f' class="row-{styles[index]}"' if styles else ""
         lines.append(f"<tr{style}>{cells}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _cell(cell: object) -> str:
-    if isinstance(cell, int | float) and not isinstance(cell, bool):
-        return f'<td class="n">{cell:,.4g}</td>'
-    text = str(cell)
-    kind = ' class="n"' if _NUMBER.fullmatch(text) else ""
-    return f"<td{kind}>{escape(text)}</td>"
+def _is_number(cell: object) -> bool:
+    if isinstance(cell, int | float):
+        return not isinstance(cell, bool)
+    return _NUMBER.fullmatch(str(cell)) is not None
+
+
+def _text(cell: object) -> str:
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return f"{cell:,}"
+    return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
 
 
 def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None = None) -> str:
-    """Return a horizontal bar chart of (label, value >= 0) rows, longest label first readable.
+    """Return a horizontal bar chart of (label, value >= 0) rows; a long label loses its middle.
 
     >>> bars([("x", 2.0)], "s").startswith("<svg")
     True
     """
     height = 26 * len(rows) + 12
-    label_width = min(280, 8 + max((7 * len(label) for label, _ in rows), default=0))
+    rows = [(_short(label), value) for label, value in rows]
+    label_width = 8 + max((7 * len(label) for label, _ in rows), default=0)
     top = max((value for _, value in rows), default=0.0) or 1.0
     parts = []
     for index, (label, value) in enumerate(rows):
@@ -105,6 +120,11 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None 
             f"{value:,.4g} {escape(unit)}</text>"
         )
     return svg(height, parts)
+
+
+def _short(label: str, most: int = 48) -> str:
+    half = (most - 1) // 2
+    return label if len(label) <= most else f"{label[:half]}…{label[-half:]}"
 
 
 def histogram(values: Sequence[float], label: str, *, bins: int = 40) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from memopt.optimize.plan import Outcome
 
 # Speeds closer than this are the same on a noisy machine: the better answers win then.
 SAME_SPEED = 1.03
+# Cosines this near to 1 differ by float32's own rounding.
+_NO_ERROR = 1e-5
 # Inputs timed one by one per candidate: enough for a median.
 SINGLES = 50
 # What cosines are against and speed is told in multiples of: the portable float graph.
@@ -96,17 +99,26 @@ def _as_at_home(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Mark the fastest passing outcome as chosen and say of each other one how it compares.
 
-    Where speeds are the same within the noise, the better answers win, then the smaller file.
+    Where speeds are the same within the noise, the better answers win, then the smaller file, then
+    the earlier candidate.
     """
     passing = [o for o in outcomes if o.status == "kept"]
     if not passing:
         return list(outcomes)
     fastest = max(passing, key=_speed)
     near = [o for o in passing if _speed(o) * SAME_SPEED >= _speed(fastest)]
-    best = max(near, key=lambda o: (o.cosine_min or 0.0, -o.bytes))
+    largest = max(o.bytes for o in near) or 1
+
+    def merit(outcome: Outcome) -> tuple[float, float]:
+        # Rounded: a tenth of a nine and a few percent of the size decide nothing.
+        error = max(1.0 - (outcome.cosine_min or 0.0), _NO_ERROR)
+        return round(-math.log10(error), 1), -round(outcome.bytes / largest, 1)
+
+    best = max(near, key=merit)
     why = "the fastest that passes the gate"
     if best is not fastest:
-        why = f"as fast as {fastest.candidate.label} within {SAME_SPEED - 1:.0%}, better answers"
+        better = "better answers" if merit(best) > merit(fastest) else "as good answers"
+        why = f"as fast as {fastest.candidate.label} within {SAME_SPEED - 1:.0%}, {better}"
     decided = []
     for outcome in outcomes:
         if outcome is best:

@@ -13,6 +13,8 @@ from memopt.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Frame, svg
 _QUALITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
 # Beyond five nines are the roundings of float32 itself: nothing to tell apart.
 _MOST_NINES = 5.0
+_SIDES = ((1, "start"), (-1, "end"))
+_GLYPH = 6.6  # pixels: width of a letter at 12 pixels, on the safe side
 _LEGEND = 52  # pixels: the largest bubble fits
 _KINDS = (
     ("good", "chosen"),
@@ -61,10 +63,10 @@ def tradeoff(
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in front)
     parts.append(f'<polyline class="front" points="{path}"/>')
     largest = max(p.size for p in points) or 1.0
-    placed = _strips(front)
+    crossed, placed = _strips(front), []
     if gate is not None:
         y = frame.y(_nines(gate))
-        placed.append(_Box(LEFT, y - 2, WIDTH - RIGHT, y + 2))
+        crossed.append(_Box(LEFT, y - 2, WIDTH - RIGHT, y + 2))
         placed.append(_Box(LEFT, y + 2, LEFT + 140, y + 18))
     circles = []
     for point in sorted(points, key=lambda p: -p.size):
@@ -79,7 +81,7 @@ def tradeoff(
         )
     # The chosen one is labelled first: it has the best place.
     for point, x, y, radius in sorted(circles, key=lambda c: c[0].style != "good"):
-        parts.append(_label(point, x, y, radius, placed))
+        parts.append(_label(point, x, y, radius, placed, crossed))
     parts += _legend(points, largest)
     return svg(HEIGHT + _LEGEND, parts)
 
@@ -98,6 +100,15 @@ class _Box:
     top: float
     right: float
     bottom: float
+
+    def inside(self) -> bool:
+        """Say whether it lies between the axes."""
+        return (
+            self.left > LEFT
+            and self.right < WIDTH
+            and self.top >= TOP
+            and self.bottom < HEIGHT - BOTTOM
+        )
 
     def hits(self, other: _Box) -> bool:
         return (
@@ -118,7 +129,7 @@ def _front(points: Sequence[Point], frame: Frame) -> list[tuple[float, float]]:
 
 
 def _strips(path: Sequence[tuple[float, float]]) -> list[_Box]:
-    """Return small boxes along a line, so that no label is put on it."""
+    """Return small boxes along a line, so that a label keeps off it where it can."""
     boxes = []
     for (x0, y0), (x1, y1) in pairwise(path):
         steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 10))
@@ -128,32 +139,45 @@ def _strips(path: Sequence[tuple[float, float]]) -> list[_Box]:
     return boxes
 
 
-def _label(point: Point, x: float, y: float, radius: float, placed: list[_Box]) -> str:
-    """Return the text of a bubble at the first free place around it, and take that place."""
-    width, height = 6.6 * len(point.label), 14.0
+def _label(
+    point: Point, x: float, y: float, radius: float, placed: list[_Box], crossed: list[_Box]
+) -> str:
+    """Return the text of a bubble at the best place around it, and take that place.
+
+    Beside it and free of everything; else beside it over a line; else farther off, with a pointer.
+    """
+    width, height = _GLYPH * len(point.label), 14.0
     shift = radius + 5
-    places = [
+    near = [
         (x + shift, y, "start"),
         (x - shift, y, "end"),
         (x, y - shift - 4, "middle"),
         (x, y + shift + 5, "middle"),
     ]
-    # Then farther and farther off, right and left in turn.
-    for step in range(1, 12):
-        for sign in (-1, 1):
-            places.append((x + shift, y + sign * 13 * step, "start"))
-            places.append((x - shift, y + sign * 13 * step, "end"))
-    chosen = places[0]
-    for place in places:
-        at, middle, anchor = place
-        left = at - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-        box = _Box(left, middle - height / 2, left + width, middle + height / 2)
-        inside = box.left > LEFT and box.right < WIDTH and box.top >= TOP
-        if inside and box.bottom < HEIGHT - BOTTOM and not any(box.hits(b) for b in placed):
-            placed.append(box)
-            chosen = place
-            break
-    at, middle, anchor = chosen
+    # Aslant: half beside, half above or below.
+    near += [(x + side * shift * 0.7, y + up * shift, a) for up in (-1, 1) for side, a in _SIDES]
+    far = [
+        (x + side * shift, y + up * 13 * step, a)
+        for step in range(2, 12)
+        for up in (-1, 1)
+        for side, a in _SIDES
+    ]
+    for places, others in ((near, [*placed, *crossed]), (near, placed), (far, placed)):
+        for at, middle, anchor in places:
+            left = at - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+            box = _Box(left, middle - height / 2, left + width, middle + height / 2)
+            if box.inside() and not any(box.hits(other) for other in others):
+                placed.append(box)
+                pointer = "" if places is near else _pointer(x, y, at, middle)
+                return pointer + _text(point, at, middle, anchor)
+    return _text(point, x + shift, y, "start")
+
+
+def _pointer(x: float, y: float, at: float, middle: float) -> str:
+    return f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{at:.1f}" y2="{middle:.1f}"/>'
+
+
+def _text(point: Point, at: float, middle: float, anchor: str) -> str:
     weight = ' font-weight="600"' if point.style == "good" else ""
     return (
         f'<text class="halo" x="{at:.1f}" y="{middle + 4:.1f}" text-anchor="{anchor}"{weight}>'
