@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -10,7 +11,7 @@ from importlib import metadata
 
 from memopt import __version__
 from memopt.runtimes.cpu import cpu_features, cpu_model, memory_limit_bytes, usable_cpus
-from memopt.runtimes.providers import Status, detect
+from memopt.runtimes.providers import Status, damaged, detect
 
 # Wheels that all install the package `onnxruntime` over each other.
 _SAME_PACKAGE = (
@@ -82,17 +83,19 @@ def diagnose() -> Diagnosis:
 
 
 def conflicts() -> list[Conflict]:
-    """Return what is installed twice over the same package."""
+    """Return what is installed twice over the same package, or was and left damage."""
     installed = [name for name in _SAME_PACKAGE if _version(name)]
-    if len(installed) < 2:
+    there = importlib.util.find_spec("onnxruntime") is not None
+    if len(installed) > 1:
+        problem = f"{' and '.join(installed)} are installed and overwrite each other's files"
+    elif there and (damage := damaged()):
+        problem = damage
+    else:
         return []
+    installed = installed or ["onnxruntime"]
     keep = "onnxruntime-gpu" if "onnxruntime-gpu" in installed else installed[0]
-    return [
-        Conflict(
-            problem=f"{' and '.join(installed)} are installed and overwrite each other's files",
-            fix=f"run: pip uninstall -y {' '.join(installed)} && pip install {keep}",
-        )
-    ]
+    fix = f"run: pip uninstall -y {' '.join(installed)} && pip install {keep}"
+    return [Conflict(problem=problem, fix=fix)]
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import threading
 from collections import Counter
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.base import Feed, Rows
 
 _CPU = "CPUExecutionProvider"
+_WARNING, _FATAL = 2, 4  # ONNX Runtime's log levels; the first is its default
 # y = x @ x over (2, 2) float32, opset 17, serialized: what a provider must open to count.
 _PROBE = bytes.fromhex(
     "08083a400a110a01780a017812017922064d61744d756c1201675a130a0178120e0a0c080112080a0208020a0208"
@@ -199,8 +202,24 @@ def _session(model: Path | bytes, name: str, options: Any, settings: Settings) -
     assert wanted is not None
     if wanted == _CPU:
         return ort.InferenceSession(source, options, providers=[_CPU])
+    said = io.StringIO()
     if name == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+        # It prints what it cannot load, and to standard output, where a command's JSON goes.
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+    # What fails here is in the error that is raised; the library's own pages of it are not needed.
+    options.log_severity_level = _FATAL
+    ort.set_default_logger_severity(_FATAL)
+    try:
+        return _gpu_session(source, name, wanted, options, settings, said.getvalue())
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+
+
+def _gpu_session(
+    source: str | bytes, name: str, wanted: str, options: Any, settings: Settings, said: str
+) -> Any:
+    ort = _onnxruntime()
     providers: list[Any] | None = [(wanted, _provider_options(name, settings))]
     if wanted not in ort.get_available_providers():
         _add_plugin(ort, name, options)
@@ -215,9 +234,11 @@ def _session(model: Path | bytes, name: str, options: Any, settings: Settings) -
         # Some nodes stay on the CPU. Shape arithmetic may; anything that carries the work may not.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
         session = ort.InferenceSession(source, options, providers=providers)
-        _refuse_heavy_on_cpu(session, name)
+        if wanted in session.get_providers():
+            _refuse_heavy_on_cpu(session, name)
     if wanted not in session.get_providers():
-        raise DeviceError(f"onnxruntime opened {session.get_providers()} instead of {wanted}")
+        why = f": {said.splitlines()[0]}" if said else ""
+        raise DeviceError(f"onnxruntime cannot start {wanted} here{why}")
     return session
 
 

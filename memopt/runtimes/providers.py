@@ -120,6 +120,8 @@ def missing(name: str) -> str | None:
     if provider.execution_provider is not None:
         if importlib.util.find_spec("onnxruntime") is None:
             return "onnxruntime is not installed (pip install 'memopt[cpu]' or 'memopt[gpu]')"
+        if damage := damaged():
+            return f"{damage} (run: memopt doctor)"
         if provider.execution_provider in compiled():
             return None
         if provider.plugin and importlib.util.find_spec(provider.plugin) is not None:
@@ -133,6 +135,22 @@ def missing(name: str) -> str | None:
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed (pip install 'memopt[{provider.extra}]')"
     return None
+
+
+@lru_cache(maxsize=1)
+def damaged() -> str | None:
+    """Return why the installed onnxruntime is of no use, None when it is whole.
+
+    Its wheels share one folder: uninstalling one of two takes the other's files along, and Python
+    then imports what is left as an empty package.
+    """
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        return f"onnxruntime cannot be imported: {one_line(error)}"
+    if hasattr(onnxruntime, "get_available_providers"):
+        return None
+    return "onnxruntime is damaged: another wheel of it has overwritten or removed its files"
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from memopt.bundle import Bundle
 from memopt.runtimes.cpu import cgroup_cpu_quota, cpu_features
 from memopt.runtimes.providers import PROVIDERS
 
@@ -52,6 +55,37 @@ def test_both_onnxruntime_wheels_are_a_conflict_with_its_fix(tmp_path: Path) -> 
     assert result.returncode == 1
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in result.stdout
     assert "pip install onnxruntime-gpu" in result.stdout
+
+
+@pytest.mark.parametrize("code", ["", "raise ImportError('libonnxruntime.so: not found')"])
+def test_what_is_left_of_an_uninstalled_wheel_is_told_and_survived(
+    code: str, tmp_path: Path, minilm: Bundle
+) -> None:
+    """doctor names the damage and the repair; an engine says so and runs on OpenVINO."""
+    package = tmp_path / "onnxruntime"
+    package.mkdir()
+    (package / "__init__.py").write_text(code)
+    result = doctor(tmp_path, "--json")
+    assert result.returncode == 1
+    found = json.loads(result.stdout)
+    (conflict,) = found["conflicts"]
+    assert "onnxruntime" in conflict["problem"]
+    assert conflict["fix"] == "run: pip uninstall -y onnxruntime && pip install onnxruntime"
+    usable = {status["name"] for status in found["providers"] if status["usable"]}
+    assert "openvino" in usable
+    assert "cpu" not in usable
+    ask = (
+        f"import memopt; e = memopt.ArrowEngine({str(minilm.path)!r}, 'cpu'); "
+        "print(e.events[0].to, e.encode(['a cat']).shape)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", ask],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert answer.stdout == "openvino (1, 384)\n"
 
 
 def test_a_cgroup_quota_limits_the_cores(tmp_path: Path) -> None:
