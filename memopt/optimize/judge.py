@@ -14,6 +14,9 @@ from memopt.optimize.plan import Outcome
 
 # Speeds closer than this are the same on a noisy machine: the better answers win then.
 SAME_SPEED = 1.03
+# Up to here the paired rounds are asked: one that was slower in each of them is slower (five of
+# five by chance: 3 %), one that won a round is not.
+DOUBTFUL_SPEED = 1.15
 # Cosines this near to 1 differ by float32's own rounding.
 _NO_ERROR = 1e-5
 # Inputs timed one by one per candidate: enough for a median.
@@ -106,7 +109,7 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
     if not passing:
         return list(outcomes)
     fastest = max(passing, key=_speed)
-    near = [o for o in passing if _speed(o) * SAME_SPEED >= _speed(fastest)]
+    near = [o for o in passing if _as_fast(o, fastest)]
     largest = max(o.bytes for o in near) or 1
 
     def merit(outcome: Outcome) -> tuple[float, float]:
@@ -118,7 +121,7 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
     why = "the fastest that passes the gate"
     if best is not fastest:
         better = "better answers" if merit(best) > merit(fastest) else "as good answers"
-        why = f"as fast as {fastest.candidate.label} within {SAME_SPEED - 1:.0%}, {better}"
+        why = f"as fast as {fastest.candidate.label} within the noise, {better}"
     decided = []
     for outcome in outcomes:
         if outcome is best:
@@ -144,7 +147,15 @@ def _gated(outcome: Outcome, record: BenchmarkMetrics, min_cosine: float) -> Out
         cosine_mean=record.cosine_mean,
         items_per_second=record.items_per_second,
         latency_ms_p50=record.latency_ms_p50,
+        rounds_seconds=record.rounds_seconds,
     )
+
+
+def _as_fast(outcome: Outcome, fastest: Outcome) -> bool:
+    lag = _speed(fastest) / _speed(outcome) if _speed(outcome) else math.inf
+    pairs = zip(outcome.rounds_seconds, fastest.rounds_seconds, strict=False)
+    won = any(mine < other for mine, other in pairs)
+    return lag <= SAME_SPEED or (lag <= DOUBTFUL_SPEED and won)
 
 
 def _speed(outcome: Outcome) -> float:

@@ -66,6 +66,7 @@ class Outcome:
     cosine_mean: float | None = None
     items_per_second: float | None = None
     latency_ms_p50: float | None = None
+    rounds_seconds: tuple[float, ...] = ()  # paired by position with those of the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
