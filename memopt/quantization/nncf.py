@@ -20,6 +20,7 @@ from memopt.quantization.static import Context, Layer, Make, Quantized
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
 AUTO_ALPHA = 0.7
+_DATA_AWARE = ("awq", "scale-estimation", "gptq")
 _MODES = {
     ("int8", True): "INT8_SYM",
     ("int8", False): "INT8_ASYM",
@@ -109,9 +110,10 @@ def prepare_weights(context: Context) -> Make:
             options = {
                 "group_size": recipe.group if recipe.grain == "per-group" else -1,
                 "ratio": 1.0,
-                "awq": "awq" in recipe.algorithm,
-                "scale_estimation": "scale-estimation" in recipe.algorithm,
-                "gptq": recipe.algorithm == "gptq",
+                # Only what is wanted: nncf refuses `gptq` on ONNX even when it is False.
+                **{
+                    name.replace("-", "_"): True for name in _DATA_AWARE if name in recipe.algorithm
+                },
             }
         if recipe.algorithm != "rtn":
             options |= {"dataset": nncf.Dataset(_Feeds(context)), "subset_size": context.samples}

@@ -92,11 +92,15 @@ def _words(value: object) -> str:
 
 
 def _verdict(result: Proven) -> str:
-    rows: list[list[object]] = [
-        ["gate", "passed" if result.passed else "failed: " + "; ".join(result.failures)]
-    ]
+    proof, gate = result.validation, result.gate
+    verdict = "passed its gate" if result.passed else "FAILED: " + "; ".join(result.failures)
+    lead = f"<p><b>{escape(verdict)}</b>, compared with the float model on {proof.samples} inputs"
+    lead += " that it was not calibrated with.</p>"
+    limits = {
+        "cosine_min": f"at least {gate.min_cosine:g}",
+        "perplexity_increase": f"at most {gate.max_perplexity_increase:.0%}",
+    }
     names = {
-        "samples": "validation inputs",
         "cosine_min": "cosine, least",
         "cosine_p1": "cosine, 1st percentile",
         "cosine_mean": "cosine, mean",
@@ -107,17 +111,24 @@ def _verdict(result: Proven) -> str:
         "perplexity_float": "perplexity of the float model",
         "perplexity_increase": "perplexity increase",
     }
-    values = asdict(result.validation)
-    rows += [[text, values[key]] for key, text in names.items() if values[key] is not None]
-    rows += [[f"gate: {key}", value] for key, value in asdict(result.gate).items()]
-    return charts.table(["what", "value"], rows)
+    values = asdict(proof)
+    forms = {"perplexity_increase": "{:+.2%}"}
+    rows = [
+        [text, forms.get(key, "{:.4f}").format(values[key]), limits.get(key, "")]
+        for key, text in names.items()
+        if values[key] is not None
+    ]
+    return lead + charts.table(["measure", "value", "gate"], rows)
 
 
 def _size_and_speed(result: Proven) -> str:
     megabytes = [("float", result.float_bytes / 1e6), (result.name, result.bytes / 1e6)]
-    parts = [charts.bars(megabytes, "MB", highlight=result.name)]
+    share = result.bytes / result.float_bytes
+    parts = [f"<p>{share:.1%} of the float model's bytes:</p>"]
+    parts.append(charts.bars(megabytes, "MB", highlight=result.name))
     if result.validation.speedup is not None:
         speeds = [("float", 1.0), (result.name, result.validation.speedup)]
+        parts.append("<p>Speed beside the float model in the same runtime:</p>")
         parts.append(charts.bars(speeds, "x", highlight=result.name))
     work = result.work
     if work.get("int8_macs") is not None:
