@@ -336,7 +336,8 @@ class _Run:
                 asked = summarise.prompt(texts, group.category)
                 if self.store.redact:
                     asked = self.store.redact(asked)
-                answer = self.llm.complete(summarise.SYSTEM, asked)[: self.recipe.summary_length]
+                answer = self.llm.complete(summarise.SYSTEM, asked)
+                answer = _cut(answer, self.recipe.summary_length)
                 self.refusals = 0
                 wrong = summarise.problem(answer, texts, embed, bound)
                 if wrong is None:

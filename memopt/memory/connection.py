@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -39,6 +40,8 @@ class Connection:
         *,
         create: bool,
     ) -> None:
+        # Read when lancedb is imported: a line per empty cell of an index tells nobody anything.
+        os.environ.setdefault("LANCEDB_LOG", "error")
         lancedb = require("lancedb", extra="memory", why="keep memories")
         if dim is not None and dim < 1:
             raise InputError(f"dim is {dim}", fix="give the length of a vector, 1 or more")

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConfigurationError
-from memopt.memory.filters import utc
+from memopt.memory.filters import EVERYTHING, utc
 from memopt.memory.neighbours import Pairs, close_in_meaning, close_in_time
 from memopt.memory.network import Asked, Network, seconds
 from memopt.memory.schema import EDGES, Filter
+from memopt.memory.searching import candidates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -237,8 +238,9 @@ class AssociationGraph:
             pairs = close_in_meaning(vectors, recipe.similarity, recipe.most)
             return _named(ids, pairs, SIMILARITY, known)
         links: _Links = {}
-        for key, vector in zip(ids, vectors, strict=True):
-            for other, similar in self.store.candidates(vector, top_k=recipe.most + 1):
+        near = candidates(self.store, list(vectors), where=EVERYTHING, top_k=recipe.most + 1)
+        for key, others in zip(ids, near, strict=True):
+            for other, similar in others:
                 pair = _ordered(key, other)
                 weaker = similar <= known.get(pair, (recipe.similarity,))[0]
                 if other != key and similar > recipe.similarity and not weaker:

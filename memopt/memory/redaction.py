@@ -14,14 +14,23 @@ from memopt.errors import ConfigurationError
 from memopt.extras import require
 
 # Every pattern is linear: no group repeats something that can itself be split in several ways.
-_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b")
+# Letters of any script: addresses may be internationalised (RFC 6531).
+_EMAIL = re.compile(
+    r"(?<![\w.+%'-])[\w.+%'-]{1,64}@(?:(?!_)[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?!\w)"
+)
 _DIGITS = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?![\w])")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{1,4}){3,8}\b")
+_IBAN = re.compile(r"\b[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]{1,4}){3,8}\b")
 _PHONE = re.compile(
     r"(?<![\w.+])(?:\+\d{1,3}[ ./-]?(?:\(\d{1,4}\)[ ./-]?)?\d(?:[ ./-]?\d){5,12}"
     r"|\(\d{2,5}\)[ ./-]?\d(?:[ ./-]?\d){4,9}"
+    r"|00 ?\d(?:[ /-]?\d){6,13}"
     r"|0\d{1,4}[ /-]\d(?:[ /-]?\d){4,9}"
     r"|\d{3}[ .-]\d{3}[ .-]\d{4})(?![\w])"
+)
+# Plain digits are a telephone number where the text says so.
+_CALLED = re.compile(
+    r"(?i)\b(?P<name>(?:phone|tel(?:e(?:ph|f)on[eo]?)?|mobile|cell|handy|fax)\b[^\d\n]{0,12}?)"
+    r"(?P<value>\d{7,15})(?!\w)"
 )
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
@@ -42,13 +51,16 @@ _TOKEN = re.compile(
     r"|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{4,4000}\.[A-Za-z0-9_-]{8,1000})"
 )
 _ASSIGNED = re.compile(
-    r"(?i)\b(?P<name>(?:api[_-]?key|secret(?:[_-]?key)?|access[_-]?key|token|passw(?:or)?d|pwd"
-    r"|auth(?:orization)?|bearer))(?P<gap>[\"']?\s{0,3}(?:[:=]|\bis\b)?\s{0,3}[\"']?)"
+    r"(?i)(?<![A-Za-z0-9])(?P<name>(?:api[_-]?key|secret(?:[_-]?access)?(?:[_-]?key)?"
+    r"|access[_-]?key|token|passw(?:or)?[dt]|pwd|auth(?:orization)?|bearer))"
+    r"(?P<gap>[\"']?\s{0,3}(?:[:=]|\bis\b)?\s{0,3}[\"']?)"
     r"(?P<value>[^\s\"',;]{8,512})"
 )
 # Bits per character: English words have 2 to 3.2, random base64 of 20 characters about 4.
 _RANDOM_BITS = 3.3
 _IBAN_LENGTHS = range(15, 35)
+# Country and checksum, four characters that are read before the search goes on.
+_IBAN_START = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +100,20 @@ def redact(text: str) -> Found:
         counts["KEY"] += 1
         return f"{match['name']}{match['gap']}[KEY]"
 
+    def called(match: re.Match[str]) -> str:
+        counts["PHONE"] += 1
+        return f"{match['name']}[PHONE]"
+
     text = _PEM.sub(put("KEY"), text)
     text = _TOKEN.sub(put("KEY"), text)
     text = _ASSIGNED.sub(assigned, text)
     text = _EMAIL.sub(put("EMAIL"), text)
-    text = _IBAN.sub(put("IBAN", _is_iban), text)
+    text = _without_ibans(text, counts)
     text = _DIGITS.sub(put("CARD", _is_card), text)
     text = _IPV4.sub(put("IP", _is_address), text)
     text = _IPV6.sub(put("IP", _is_address), text)
     text = _PHONE.sub(put("PHONE", _is_phone), text)
+    text = _CALLED.sub(called, text)
     return Found(text, dict(counts))
 
 
@@ -140,6 +157,25 @@ def _is_card(text: str) -> bool:
     digits = [int(character) for character in text if character.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _without_ibans(text: str, counts: Counter[str]) -> str:
+    """Replace IBANs; what looks like one may run on into the words after it."""
+    parts: list[str] = []
+    at = 0
+    while match := _IBAN.search(text, at):
+        found = match[0]
+        ends = [len(found), *(space.start() for space in re.finditer(" ", found))]
+        end = next((end for end in sorted(ends, reverse=True) if _is_iban(found[:end])), 0)
+        parts.append(text[at : match.start()])
+        if end:
+            parts.append("[IBAN]")
+            counts["IBAN"] += 1
+        else:
+            end = _IBAN_START
+            parts.append(found[:end])
+        at = match.start() + end
+    return "".join([*parts, text[at:]])
 
 
 def _is_iban(text: str) -> bool:

@@ -35,6 +35,8 @@ _SELDOM = (
     "source_count",
     "consolidated_at",
 )
+# Searches run at the same time: enough for every core, few enough that others get their turn.
+_AT_ONCE = 16
 # Rows that :func:`nearest` returns for each that is wanted.
 SPARE = 4
 _ID_ONLY = ("memory_id", "expires_at")
@@ -112,14 +114,22 @@ def search(
 
 
 def candidates(
-    store: MemoryStore, vector: NDArray[Any] | Sequence[float], *, where: Filter, top_k: int
-) -> list[tuple[str, float]]:
-    """Do what :meth:`MemoryStore.candidates` says."""
+    store: MemoryStore,
+    vectors: Sequence[NDArray[Any] | Sequence[float]],
+    *,
+    where: Filter,
+    top_k: int,
+) -> list[list[tuple[str, float]]]:
+    """Do what :meth:`MemoryStore.candidates` says, for several vectors at the same time."""
     check_top_k(top_k)
-    ask = _by_vector(store, query_vector(store, vector), top_k, _ID_ONLY)
-    (found,) = _living(store, [ask], where)
-    scores = np.clip(1 - found["_distance"].to_numpy(), 0, 1).tolist()
-    return list(zip(found["memory_id"].to_pylist(), scores, strict=True))
+    found: list[list[tuple[str, float]]] = []
+    for start in range(0, len(vectors), _AT_ONCE):
+        part = [query_vector(store, vector) for vector in vectors[start : start + _AT_ONCE]]
+        asks = [_by_vector(store, query, top_k, _ID_ONLY) for query in part]
+        for table in _living(store, asks, where):
+            scores = np.clip(1 - table["_distance"].to_numpy(), 0, 1).tolist()
+            found.append(list(zip(table["memory_id"].to_pylist(), scores, strict=True)))
+    return found
 
 
 def nearest(

@@ -330,7 +330,7 @@ class MemoryStore(Connection):
         Raises:
             InputError: as :meth:`search`.
         """
-        return searching.candidates(self, vector, where=where, top_k=top_k)
+        return searching.candidates(self, [vector], where=where, top_k=top_k)[0]
 
     def find(
         self,
