@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memopt.errors import ConfigurationError, ConsolidationError
+from memopt.memory.graph import AssociationGraph
+from memopt.memory.keys import AesGcm
 from memopt.memory.schema import Content, NewMemory
 from memopt.memory.store import MemoryStore
 from memopt.memory.tiering import HotColdTiering
+from memopt.memory.verify import verify
+from tests.memory.kit import Hashing, png, wav
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
@@ -40,9 +48,7 @@ def test_rank_mixes_use_and_words(store: MemoryStore) -> None:
     for found in ranked:
         mixed = 0.6 * found.recency + 0.4 * found.relevance
         assert found.score == pytest.approx(mixed)
-    assert [found.memory_id for found in ranked][:2] == ["blue lake", "lake shore"] or (
-        ranked[0].memory_id == "blue lake"
-    )
+    assert ranked[0].memory_id == "blue lake"
     assert {found.memory_id: found.recency for found in ranked}["red door"] == 1
 
 
@@ -67,3 +73,45 @@ def test_bad_requests_are_refused(store: MemoryStore) -> None:
         HotColdTiering(store).rebalance(-1)
     with pytest.raises(ConsolidationError, match="no memory 'x'"):
         HotColdTiering(store).archive(["x"])
+
+
+MOVES = st.tuples(
+    st.sampled_from(["archive", "recall", "rebalance"]), st.sets(st.integers(0, 5), min_size=1)
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(MOVES, min_size=1, max_size=5), st.booleans())
+def test_moves_lose_nothing(moves: list[tuple[str, set[int]]], encrypted: bool) -> None:
+    """Content, vector, times, counts and links are the same wherever a memory went."""
+    cipher = AesGcm((bytes(32),)) if encrypted else None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        MemoryStore(folder, embedder=Hashing(), cipher=cipher, clock=lambda: NOW) as store,
+    ):
+        AssociationGraph(store)
+        contents = [
+            Content(
+                text=f"note {at}" if at % 2 == 0 else None,
+                vision=png(at) if at % 3 == 1 else None,
+                audio=wav(at) if at % 3 == 2 or at == 3 else None,
+            )
+            for at in range(6)
+        ]
+        ids = list(store.add([NewMemory(content=content) for content in contents]).ids)
+        store.touch(ids[:3])
+        before = store.get_many(ids)
+        tiers = HotColdTiering(store)
+        for kind, places in moves:
+            if kind == "rebalance":
+                tiers.rebalance(len(places))
+            else:
+                getattr(tiers, kind)([ids[place] for place in places])
+        after = store.get_many(ids)
+        for one, two in zip(before, after, strict=True):
+            for field in dataclasses.fields(one):
+                if field.name not in ("tier", "joint_embedding"):
+                    assert getattr(one, field.name) == getattr(two, field.name)
+            np.testing.assert_array_equal(one.joint_embedding, two.joint_embedding)
+        assert store.count() == 6
+        assert verify(store).problems == {}

@@ -45,6 +45,7 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
         elif isinstance(value, int) and not isinstance(value, bool):
             text = f"{value:,}"
         else:
-            text = "-" if value is None else str(value)
+            exact = name == "index_recall"
+            text = ("exact search" if exact else "-") if value is None else str(value)
         table.add_row(name.replace("_", " "), text)
     stdout(140).print(table)
