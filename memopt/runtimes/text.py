@@ -22,6 +22,8 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-robert
 # Texts tokenized at once: enough for the tokenizer's own threads, small enough that the first batch
 # starts early and the next chunk is tokenized while this one runs.
 CHUNK = 512
+# The first of many is smaller: nothing runs beside its tokenization.
+FIRST_CHUNK = 64
 # Longer texts already have few widths; every model has positions for this many tokens.
 LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
@@ -75,7 +77,8 @@ class TextFrontEnd:
         """
         lengths = np.fromiter((len(text) for text in items), np.intp, len(items))
         order = np.argsort(-lengths, kind="stable")
-        return [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+        first = FIRST_CHUNK if len(order) > 2 * FIRST_CHUNK else len(order)
+        return np.split(order, range(first, len(order), CHUNK)) if len(order) else []
 
     def prepare(
         self,
