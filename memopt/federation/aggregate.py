@@ -6,7 +6,9 @@ Bai et al. 2024, arXiv:2402.11505); ``freeze-a`` needs the same A everywhere and
 is exact (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313); ``naive`` averages both, for comparison
 (FedIT, Zhang et al. 2023, arXiv:2305.05644). Weights are the clients' sample counts (FedAvg,
 McMahan et al. 2017, arXiv:1602.05629); ``median`` and ``trimmed`` are coordinate-wise (Yin et al.
-2018, arXiv:1803.01498).
+2018, arXiv:1803.01498). A product counts as PEFT adds it to the weights, scaled by
+``lora_alpha / r`` of its client's config (:mod:`memopt.federation.lora`); the result's config says
+the rank and the alpha that make it what it should be.
 """
 
 from __future__ import annotations
@@ -23,21 +25,24 @@ from memopt.errors import ConfigurationError
 from memopt.federation.adapters import CONFIG_TENSOR
 from memopt.federation.arrays import DTYPES, FLOATS, Array, Weights, check_weights, dtype_name, raw
 from memopt.federation.failures import SyncFailure
+from memopt.federation.lora import config_of, read_config, scaling
 from memopt.registry import nearest
 
 METHODS = ("product", "freeze-a", "naive")
 ROBUST = ("mean", "median", "trimmed")
 _A = re.compile(r"(.*\blora_(?:embedding_)?)A(\b.*)\Z", re.DOTALL)
 Matrix = NDArray[np.float64]
+# Ranks in use end at a few hundred; the result's factors take memory for each.
+_MAX_RANK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregateSettings:
     """How adapters are averaged.
 
-    ``max_norm`` bounds the Frobenius norm of a client's whole update (all B A together); a larger
-    one is scaled down to it. ``trim`` is the share cut off at each end. ``rank`` is the rank of the
-    result, the clients' largest by default.
+    ``max_norm`` bounds the Frobenius norm of a client's whole update (all B A together, as PEFT
+    scales them); a larger one is scaled down to it. ``trim`` is the share cut off at each end.
+    ``rank`` is the rank of the result with ``product``, the clients' largest by default.
     """
 
     method: str = "product"
@@ -59,8 +64,8 @@ class AggregateSettings:
             raise ConfigurationError(f"trim={self.trim} is not in [0, 0.5)")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ConfigurationError(f"max_norm={self.max_norm} is not positive")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigurationError(f"rank={self.rank} is not positive")
+        if self.rank is not None and not 1 <= self.rank <= _MAX_RANK:
+            raise ConfigurationError(f"rank={self.rank} is not in 1..{_MAX_RANK}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AggregateSettings:
@@ -126,7 +131,11 @@ def aggregate(
     share = share / share.sum()
     _check_alike(kept, settings)
     pairs = _pairs(kept[0])
-    scales, clipped = _clip(kept, pairs, settings)
+    configs = [read_config(c) for c in kept]
+    scalings = {
+        a: [scaling(f, a, c[a].shape[0]) for f, c in zip(configs, kept, strict=True)] for a in pairs
+    }
+    bounds, clipped = _clip(kept, pairs, scalings, settings)
     result: dict[str, Array] = {}
     errors: dict[str, float] = {}
     missed = wanted = 0.0
@@ -136,10 +145,20 @@ def aggregate(
         result[name] = _plain([c[name] for c in kept], share, settings)
     for a_name, b_name in pairs.items():
         a, b = [c[a_name] for c in kept], [c[b_name] for c in kept]
+        # The result has the first client's scaling: the others' products are brought to it.
+        theirs = scalings[a_name]
+        scales = [
+            bound * one / theirs[0] if theirs[0] else bound
+            for bound, one in zip(bounds, theirs, strict=True)
+        ]
         new_a, new_b, gap, size = _pair(a, b, share, scales, settings, a_name)
         result[a_name], result[b_name] = new_a, new_b
         errors[a_name] = (gap / size) ** 0.5 if size > 0 else 0.0
         missed, wanted = missed + gap, wanted + size
+    if configs[0] is not None and CONFIG_TENSOR in result:
+        ranks = {a: (result[a].shape[0], scalings[a][0]) for a in pairs}
+        if any(ranks[a][0] != kept[0][a].shape[0] for a in pairs):
+            result[CONFIG_TENSOR] = config_of(configs[0], ranks)
     return Aggregate(
         weights=result,
         error=(missed / wanted) ** 0.5 if wanted > 0 else 0.0,
@@ -203,7 +222,10 @@ def _flat(a: Array, b: Array) -> tuple[Matrix, Matrix]:
 
 
 def _clip(
-    clients: Sequence[Weights], pairs: Mapping[str, str], settings: AggregateSettings
+    clients: Sequence[Weights],
+    pairs: Mapping[str, str],
+    scalings: Mapping[str, Sequence[float]],
+    settings: AggregateSettings,
 ) -> tuple[list[float], list[int]]:
     scales = [1.0] * len(clients)
     if settings.max_norm is None:
@@ -213,7 +235,7 @@ def _clip(
         for a_name, b_name in pairs.items():
             a, b = _flat(client[a_name], client[b_name])
             # |B A|^2 = trace((B^T B)(A A^T)): r by r, never out by in.
-            square += float(np.sum((b.T @ b) * (a @ a.T)))
+            square += scalings[a_name][number] ** 2 * float(np.sum((b.T @ b) * (a @ a.T)))
         norm = max(square, 0.0) ** 0.5
         if norm > settings.max_norm:
             scales[number] = settings.max_norm / norm

@@ -14,16 +14,24 @@ from memopt.federation.delta import DeltaSettings, TensorReport
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import TlsFiles
 from memopt.federation.jobs import Progress, PullJob, PushJob
-from memopt.federation.limits import Limits, canonical_json
+from memopt.federation.limits import (
+    Limits,
+    canonical_json,
+    check_adapter,
+    check_count,
+    check_hash,
+)
 from memopt.federation.link import Link
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.retries import Retries
 from memopt.federation.signing import (
+    KINDS,
     NO_HASH,
     Manifest,
     Signed,
     SigningKey,
     Trust,
+    check_node,
     parse_signed,
 )
 
@@ -97,10 +105,12 @@ class SyncClient:
         if tls is None and host not in LOOPBACK and not insecure:
             raise ConfigurationError(
                 f"a plain transport to {host} can be read and changed on the way",
-                fix="give --cert, --key and --ca, or say --insecure",
+                fix="use certificates (memopt sync issue) and leave --plain out, or say --insecure",
             )
         self.limits = limits or Limits()
         self._link = Link(host, port, tls=tls, timeout=timeout, limits=self.limits)
+        if deadline is not None and not deadline > 0:
+            raise ConfigurationError(f"deadline={deadline} is not positive")
         self._retries = Retries(most=max_retries, deadline=deadline, chance=random.Random(seed))
 
     # ------------------------------------------------------------------------------------- push
@@ -193,7 +203,17 @@ class SyncClient:
     def status(self, adapter: str | None = None) -> list[dict[str, Any]]:
         """Return the newest version of every adapter that this node may see, or of one."""
         request = {"adapter": adapter} if adapter else {}
-        return _objects(self._act("status", lambda: request), "adapters")
+        rows = _objects(self._act("status", lambda: request), "adapters")
+        for row in rows:
+            check_adapter(row.get("adapter"))
+            for name in ("sequence", "payload_bytes", "time", "versions"):
+                check_count(name, row.get(name, 0), 1 << 53)
+            for name in ("weights_hash", "digest"):
+                check_hash(name, row.get(name, NO_HASH))
+            if row.get("kind", "full") not in KINDS:
+                raise SyncFailure("malformed", "a version's kind is unknown")
+            check_node(row.get("node", "none"))
+        return rows
 
     def history(self, adapter: str) -> list[Signed]:
         """Return the signed manifests of an adapter, oldest first.
@@ -231,7 +251,7 @@ class SyncClient:
             manifest = _order(adapter, head, "rollback", node, new_hash=wanted, target=target)
             return {"signed": key.sign(manifest).to_json()}
 
-        return int(self._act("rollback", order)["sequence"])
+        return check_count("sequence", self._act("rollback", order).get("sequence"), 1 << 53)
 
     def aggregate(
         self,
@@ -271,7 +291,16 @@ class SyncClient:
             manifest = _order(adapter, head, "aggregate", node, body=canonical_json(request))
             return {"signed": key.sign(manifest).to_json(), "request": request}
 
-        return self._act("aggregate", order)
+        answer = self._act("aggregate", order)
+        check_count("sequence", answer.get("sequence"), 1 << 53)
+        if type(answer.get("error")) not in (int, float):
+            raise SyncFailure("malformed", "the server's error of the average is not a number")
+        for name in ("left_out", "clipped"):
+            if not isinstance(answer.get(name), list):
+                raise SyncFailure("malformed", f"the server's {name} is not a list")
+            for number in answer[name]:
+                check_count(name, number, len(inputs) - 1)
+        return answer
 
     def _act(self, name: str, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Ask until there is an answer; an order is made anew each time, on the newest version."""

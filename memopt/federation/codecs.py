@@ -27,6 +27,7 @@ Bytes = NDArray[np.uint8]
 # 256 values share a scale: 1.6 % on top of int8, as bitsandbytes has it; 64 for four bits, where
 # one outlier would take the resolution from all of its block.
 INT8_BLOCK, INT4_BLOCK = 256, 64
+INT8_LEVELS = 127
 # Indices are 32 bit; a tensor of more values takes another codec.
 _MAX_TOPK = 1 << 32
 
@@ -56,7 +57,7 @@ def _as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Array:
 # ------------------------------------------------------------------------------------- bit exact
 
 
-def _encode_raw(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_raw(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     return shuffle(raw(new), new.dtype.itemsize)
 
 
@@ -66,7 +67,7 @@ def _decode_raw(
     return _as_array(unshuffle(body, DTYPES[dtype].itemsize), dtype, shape)
 
 
-def _encode_xor(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_xor(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     assert base is not None
     return shuffle(raw(new) ^ raw(base), new.dtype.itemsize)
 
@@ -99,7 +100,7 @@ def _add(base: Array, delta: NDArray[Any], dtype: str, shape: tuple[int, ...]) -
     return total.reshape(shape)
 
 
-def _encode_fp16(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_fp16(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     assert base is not None
     with np.errstate(over="ignore", under="ignore"):
         scaled = np.ldexp(difference(base, new), -param).astype("<f2")
@@ -146,9 +147,9 @@ def _dequantize(scales: NDArray[Any], quantized: NDArray[np.int8], block: int) -
     return product
 
 
-def _encode_int8(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_int8(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     assert base is not None
-    scales, quantized = _quantize(difference(base, new), param, 127)
+    scales, quantized = _quantize(difference(base, new), param, levels)
     return np.concatenate([shuffle(raw(scales), scales.dtype.itemsize), raw(quantized)])
 
 
@@ -162,7 +163,7 @@ def _decode_int8(
     return _add(base, _dequantize(scales, body[head:].view(np.int8), param), dtype, shape)
 
 
-def _encode_int4(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_int4(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     assert base is not None
     scales, quantized = _quantize(difference(base, new), param, 7)
     nibbles = np.zeros(quantized.size + quantized.size % 2, np.uint8)
@@ -187,7 +188,7 @@ def _decode_int4(
     return _add(base, _dequantize(scales, quantized, param), dtype, shape)
 
 
-def _encode_topk(base: Array | None, new: Array, param: int) -> Bytes:
+def _encode_topk(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
     assert base is not None
     size = np.abs(difference(base, new))
     indices = _largest(size, param)
@@ -226,14 +227,19 @@ def _decode_topk(
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How one kind of body is made, read and measured; ``param`` is its only parameter."""
+    """How one kind of body is made, read and measured.
+
+    ``param`` is all that the receiver needs besides dtype and shape; ``levels``, int8's steps on
+    each side of zero, only the sender: fewer values in use are shorter after zstd's entropy coding.
+    """
 
     name: str
     exact: bool
     needs_base: bool
-    encode: Callable[[Array | None, Array, int], Bytes]
+    encode: Callable[[Array | None, Array, int, int], Bytes]  # base, new, param, levels
     decode: Callable[[Array | None, Bytes, str, tuple[int, ...], int], Array]
     length: Callable[[int, str, int], int]  # plain body bytes from (count, dtype, param)
+    noise: bool = False  # the body is quantized numbers: entropy coding is all that helps
 
 
 def _fp16_length(count: int, dtype: str, param: int) -> int:
@@ -256,9 +262,9 @@ def _topk_length(count: int, dtype: str, param: int) -> int:
 CODECS: tuple[Codec, ...] = (
     Codec("raw", True, False, _encode_raw, _decode_raw, _exact_length),
     Codec("lossless", True, True, _encode_xor, _decode_xor, _exact_length),
-    Codec("fp16", False, True, _encode_fp16, _decode_fp16, _fp16_length),
-    Codec("int8", False, True, _encode_int8, _decode_int8, _int8_length),
-    Codec("int4", False, True, _encode_int4, _decode_int4, _int4_length),
+    Codec("fp16", False, True, _encode_fp16, _decode_fp16, _fp16_length, True),
+    Codec("int8", False, True, _encode_int8, _decode_int8, _int8_length, True),
+    Codec("int4", False, True, _encode_int4, _decode_int4, _int4_length, True),
     Codec("topk", False, True, _encode_topk, _decode_topk, _topk_length),
 )
 BY_NAME = {codec.name: (number, codec) for number, codec in enumerate(CODECS)}

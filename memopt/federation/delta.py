@@ -28,6 +28,7 @@ from memopt.federation.codecs import (
     BY_NAME,
     INT4_BLOCK,
     INT8_BLOCK,
+    INT8_LEVELS,
     Codec,
     difference,
     fp16_exponent,
@@ -38,8 +39,14 @@ from memopt.registry import nearest
 
 LOSSY = ("fp16", "int8", "int4", "topk")
 CODEC_NAMES = ("lossless", *LOSSY, "auto")
-# Tried from small to large until the error target holds.
-_BY_SIZE = ("topk", "int4", "int8", "fp16", "lossless")
+# What codec auto tries, codec and int8 levels, from small to large until the error target holds.
+_BY_SIZE = (
+    ("topk", INT8_LEVELS),
+    ("int4", INT8_LEVELS),
+    *(("int8", levels) for levels in (15, 31, 63, INT8_LEVELS)),
+    ("fp16", INT8_LEVELS),
+    ("lossless", INT8_LEVELS),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +65,7 @@ class DeltaSettings:
     full_ratio: float = 0.5
     level: int = 3
     block: int = 0  # values that share a scale; 0 is the codec's own
+    levels: int = INT8_LEVELS  # int8's steps on each side of zero: fewer compress better
     topk: float = 0.05  # share of a tensor's values that topk sends
     max_error: float | None = None
     max_bytes: int | None = None
@@ -72,6 +80,7 @@ class DeltaSettings:
             ("delta_threshold", self.delta_threshold, self.delta_threshold >= 0),
             ("full_ratio", self.full_ratio, self.full_ratio > 0),
             ("block", self.block, self.block == 0 or 8 <= self.block <= 1 << 20),
+            ("levels", self.levels, 1 <= self.levels <= INT8_LEVELS),
             ("topk", self.topk, 0 < self.topk <= 1),
             ("max_error", self.max_error, self.max_error is None or self.max_error >= 0),
             ("max_bytes", self.max_bytes, self.max_bytes is None or self.max_bytes > 0),
@@ -253,11 +262,10 @@ def _fit(
     """Return the most exact delta within ``max_bytes``; what does not fit waits for later."""
     assert settings.max_bytes is not None
     best: Delta | None = None
-    names = reversed(_BY_SIZE) if settings.codec == "auto" else (settings.codec,)
-    for codec in names:
+    for codec, levels in reversed(_candidates(settings)):
         fractions = (settings.topk, 0.02, 0.005) if codec == "topk" else (settings.topk,)
         for fraction in fractions:
-            trial = replace(settings, codec=codec, topk=fraction)
+            trial = replace(settings, codec=codec, levels=levels, topk=fraction)
             delta = _build(base, new, changes, due, trial)
             if len(delta.payload) <= settings.max_bytes:
                 return delta
@@ -355,18 +363,14 @@ def _change(
     compressor: Compressor, name: str, base: Array, new: Array, settings: DeltaSettings
 ) -> tuple[Row, bytes, Array, float]:
     """Encode one changed tensor with the chosen codec, or the smallest one within max_error."""
-    candidates: tuple[str, ...] = (settings.codec,)
-    if settings.codec == "auto":
-        candidates = _BY_SIZE
-    if dtype_name(new) not in FLOATS:
-        candidates = ("lossless",)
-    for codec in candidates:
+    candidates = _candidates(settings) if dtype_name(new) in FLOATS else ()
+    for codec, levels in candidates:
         if codec == "lossless":
             break
         param = _param(BY_NAME[codec][1], base, new, settings)
         if param is None:
             continue
-        row, body, got = _encode(compressor, name, "change", codec, param, base, new)
+        row, body, got = _encode(compressor, name, "change", codec, param, base, new, levels)
         # NaN, infinity and overflow only travel bit by bit.
         if not np.all(np.isfinite(got.astype("<f8"))):
             continue
@@ -375,6 +379,11 @@ def _change(
             return row, body, got, error
     row, body, got = _encode(compressor, name, "change", "lossless", 0, base, new)
     return row, body, got, 0.0
+
+
+def _candidates(settings: DeltaSettings) -> tuple[tuple[str, int], ...]:
+    """Return the codecs and int8 levels to try, from small to large."""
+    return _BY_SIZE if settings.codec == "auto" else ((settings.codec, settings.levels),)
 
 
 def _param(codec: Codec, base: Array, new: Array, settings: DeltaSettings) -> int | None:
@@ -396,10 +405,11 @@ def _encode(
     param: int,
     base: Array | None,
     new: Array,
+    levels: int = INT8_LEVELS,
 ) -> tuple[Row, bytes, Array]:
     number, how = BY_NAME[codec]
-    plain = how.encode(base, new, param)
-    body, compressed = compressor.body(plain)
+    plain = how.encode(base, new, param, levels)
+    body, compressed = compressor.body(plain, noise=how.noise)
     row = Row(
         name=name,
         operation=operation,

@@ -248,8 +248,8 @@ class PullJob:
                     raise SyncFailure("too-large", "the server sends more than it announced")
                 file.append(frame.body)
                 self.moved = max(self.moved, done + file.size)
-                exchange.send(protocol.ACK, {"offset": file.size})
                 self._progress(done + file.size, total)
+                exchange.send(protocol.ACK, {"offset": file.size})
         data = self._manager.vault.read(path)
         if hashlib.sha256(data).hexdigest() != sha256:
             path.unlink(missing_ok=True)

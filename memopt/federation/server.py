@@ -130,7 +130,7 @@ class SyncServer:
         if tls is None and host not in LOOPBACK and not insecure:
             raise ConfigurationError(
                 f"a plain transport on {host} lets anyone read and listen",
-                fix="give --cert, --key and --ca, or say --insecure",
+                fix="use certificates (memopt sync issue) and leave --plain out, or say --insecure",
             )
         self.limits = limits or Limits()
         self.trust = trust

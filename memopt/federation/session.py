@@ -78,7 +78,13 @@ class Session:
 
 
 def connect(
-    server: str, *, node: str, keys: str | Path, plain: bool = False, insecure: bool = False
+    server: str,
+    *,
+    node: str,
+    keys: str | Path,
+    plain: bool = False,
+    insecure: bool = False,
+    deadline: float | None = None,
 ) -> Session:
     """Return a client for ``host:port``, with the retries and the timeout of the configuration."""
     config = load_config().federation
@@ -90,6 +96,7 @@ def connect(
         tls=files.tls(plain=plain),
         timeout=config.timeout_seconds,
         max_retries=config.max_retries,
+        deadline=deadline,
         insecure=insecure,
     )
     return Session(client=client, files=files, config=config)

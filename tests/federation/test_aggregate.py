@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from memopt.federation.adapters import CONFIG_TENSOR
 from memopt.federation.aggregate import AggregateSettings, aggregate
 from memopt.federation.failures import SyncFailure
 
@@ -94,3 +95,49 @@ def test_clients_that_do_not_match_are_refused() -> None:
         aggregate([client(0), client(1)], [1, -1])
     with pytest.raises(SyncFailure, match="no clients"):
         aggregate([])
+
+
+def test_the_average_is_that_of_what_peft_adds(tmp_path) -> None:
+    """Clients of other rank and alpha: PEFT loads the result, and its update is their mean."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from memopt.federation.adapters import read_weights, write_weights
+
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(12, 9), torch.nn.Linear(9, 7))
+
+    def updates(model: torch.nn.Module) -> list[torch.Tensor]:
+        layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
+        return [layer.get_delta_weight("default").detach().double() for layer in layers]
+
+    clients, theirs = [], []
+    for number, (rank, alpha, rslora) in enumerate([(2, 8, False), (3, 5, True), (4, 4, False)]):
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=["0", "1"],
+            use_rslora=rslora,
+            alpha_pattern={"1": 2 * alpha} if number == 0 else {},
+            init_lora_weights=False,
+        )
+        torch.manual_seed(number + 1)
+        model = get_peft_model(base(), config)
+        model.save_pretrained(tmp_path / str(number))
+        clients.append(read_weights(tmp_path / str(number)))
+        theirs.append(updates(model))
+    result = aggregate(clients, [1, 2, 1], AggregateSettings(rank=9))
+    assert result.error < 1e-6
+    write_weights(tmp_path / "mean", result.weights)
+    mean = updates(PeftModel.from_pretrained(base(), str(tmp_path / "mean")))
+    for got, one, two, three in zip(mean, *theirs, strict=True):
+        torch.testing.assert_close(got, (one + 2 * two + three) / 4, rtol=1e-5, atol=1e-6)
+
+
+def test_patterns_that_are_expressions_are_refused() -> None:
+    """A layer pattern of a peer is a name, never an expression that could run for ever."""
+    config = b'{"lora_alpha": 4, "alpha_pattern": {"(a+)+$": 3}}'
+    odd = client(0) | {CONFIG_TENSOR: np.frombuffer(config, np.uint8)}
+    with pytest.raises(SyncFailure, match="plain name"):
+        aggregate([odd])

@@ -57,6 +57,33 @@ def test_a_server_killed_at_every_tenth_of_a_transfer(
     assert weights_hash(pulled.weights) == weights_hash(weights)
 
 
+def test_a_server_killed_at_every_tenth_of_a_pull(
+    fleet, process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 at each 10 % of one pull: it resumes from its own bytes, not from the beginning."""
+    monkeypatch.setattr(protocol, "WINDOW_BYTES", protocol.CHUNK_BYTES)
+    server, weights = process(), noise(12)
+    client = fleet.client(server.port, max_retries=8)
+    sender = fleet.manager(tmp_path / "a", codec="lossless", level=-5)
+    client.push(sender, weights, key=fleet.keys["alice"], node="alice")
+    kills, moves = [], [0]
+
+    def progress(done: int, total: int) -> None:
+        assert done > moves[-1], "what has arrived is never fetched again"
+        moves.append(done)
+        tenth = 10 * done // total
+        if 0 < tenth < 10 and tenth not in kills:
+            kills.append(tenth)
+            server.kill()
+            server.start()
+
+    receiver = fleet.manager(tmp_path / "b")
+    pulled = client.pull(receiver, trust=fleet.trust, progress=progress)
+    assert kills == list(range(1, 10))
+    assert pulled.attempts >= len(kills) + 1
+    assert weights_hash(pulled.weights) == weights_hash(weights)
+
+
 def test_kill_9_while_committing_leaves_whole_versions(tmp_path: Path) -> None:
     """Whenever a committing process is killed, each version that is there is complete and right."""
     script = Path(__file__).parent / "commit_for_ever.py"
@@ -182,14 +209,49 @@ def test_a_replayed_manifest_is_refused(fleet, plain, tmp_path: Path) -> None:
 
 
 def test_a_stalled_client_is_shown_the_door(fleet, tmp_path: Path) -> None:
-    """A client that opens a push and goes silent is dropped; others are served meanwhile."""
+    """A client that goes silent amid its upload is dropped; others are served meanwhile."""
+
+    def stall(number: int) -> Fault:
+        return Fault(kind="stall", at=1 << 20) if number == 2 else Fault()
+
+    failed: list[SyncFailure] = []
+    with (
+        fleet.server(tmp_path / "store", idle_seconds=1.0) as server,
+        ChaosProxy(("127.0.0.1", server.port), stall) as proxy,
+        fleet.manager(tmp_path / "slow", "slow", codec="lossless") as slow,
+    ):
+
+        def push() -> None:
+            # Patient enough to stay until the server ends it.
+            client = fleet.client(proxy.port, timeout=30.0, max_retries=0)
+            try:
+                client.push(slow, noise(4), key=fleet.keys["alice"], node="alice")
+            except SyncFailure as error:
+                failed.append(error)
+
+        stalled = threading.Thread(target=push)
+        stalled.start()
+        until = time.monotonic() + 30
+        while not proxy.faults:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        client = fleet.client(server.port)
+        client.push(fleet.manager(tmp_path / "a"), lora(), key=fleet.keys["alice"], node="alice")
+        stalled.join(timeout=30)
+        assert [error.code for error in failed] == ["unavailable"]
+        assert "no data for 1 s" in (tmp_path / "store" / "audit.log").read_text()
+        # What had come before is there for the next attempt.
+        report = client.push(slow, noise(4), key=fleet.keys["alice"], node="alice")
+        assert report.sequence == 1
+
+
+def test_a_silent_connection_is_shown_the_door(fleet, tmp_path: Path) -> None:
+    """A connection that only opens HTTP/2 and says no more is closed after the idle time."""
     with (
         fleet.server(tmp_path / "store", idle_seconds=1.0) as server,
         socket.create_connection(("127.0.0.1", server.port)) as silent,
     ):
         silent.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        client = fleet.client(server.port)
-        client.push(fleet.manager(tmp_path / "a"), lora(), key=fleet.keys["alice"], node="alice")
         silent.settimeout(10)
         while silent.recv(4096):
             pass

@@ -27,6 +27,8 @@ def message(data: bytes, *, flag: int = 0) -> bytes:
 
 
 # FlightData: app_metadata (3) of 300 bytes, then data_body (1000) of none.
+# A message of 900 bytes of which the first 10 are there.
+HALF = message(b"\x1a\x81\x07" + bytes(897))[:15]
 HONEST = message(b"\x1a\xac\x02" + bytes(300) + b"\xc2\x3e\x00")
 
 
@@ -54,7 +56,10 @@ def test_honest_messages_pass_however_they_are_cut(cuts: list[int], padded: bool
         (PREFACE + frame(0, message(b"\x1a\xff\xff\xff\x7f")), "longer than its message"),
         (PREFACE + frame(0, message(b"\xff" * 20)), "too long"),
         (PREFACE + frame(0, message(b"\x0b")), "not a protobuf"),
-        (PREFACE + b"".join(frame(0, b"\0", stream=2 * n + 1) for n in range(1100)), "half sent"),
+        (PREFACE + b"".join(frame(0, b"\0", stream=2 * n + 1) for n in range(40)), "half sent"),
+        (PREFACE + b"".join(frame(0, HALF, stream=2 * n + 1) for n in range(3)), "half sent"),
+        (PREFACE + b"".join(frame(1, b"", stream=2 * n + 1) for n in range(33)), "calls are open"),
+        (PREFACE + frame(0, message(b"\x08\x01" * 200)), "too many fields"),
     ],
 )
 def test_what_must_not_reach_grpc_is_stopped(data: bytes, words: str) -> None:
@@ -65,6 +70,22 @@ def test_what_must_not_reach_grpc_is_stopped(data: bytes, words: str) -> None:
     with pytest.raises(SyncFailure, match=words):  # noqa: PT012
         for byte in data:
             guard.feed(bytes([byte]))
+
+
+@pytest.mark.parametrize("who", ["server", "client"])
+def test_calls_that_ended_make_room(who: str) -> None:
+    """Any number of calls one after another, each ended by a trailer or by a reset, passes."""
+    guard = StreamGuard(1000, 2)
+    guard.feed(PREFACE)
+    for number in range(100):
+        stream = 2 * number + 1
+        guard.feed(frame(1, b"headers", stream=stream) + frame(0, HONEST, stream=stream))
+        if who == "client":
+            guard.feed(frame(3, bytes(4), stream=stream))
+            continue
+        ending = frame(0, b"answer", stream=stream) + frame(1, b"trailer", flags=1, stream=stream)
+        for byte in ending:
+            guard.sent(bytes([byte]))
 
 
 @settings(max_examples=200, deadline=None)

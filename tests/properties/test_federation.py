@@ -138,6 +138,53 @@ def test_block_codecs_stay_within_half_a_step(seed, block, codec) -> None:
     assert np.all(np.abs(new["w"].astype("f8") - got) <= step / 2 + rounding)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 7, 15, 31, 63, 127]))
+def test_fewer_levels_are_shorter_and_stay_within_half_a_step(seed: int, levels: int) -> None:
+    """int8 with fewer steps misses by at most half of the larger step, and takes no more bytes."""
+    rng = np.random.default_rng(seed)
+    base = {"w": rng.normal(size=4096).astype("float32")}
+    new = {"w": (base["w"] + rng.normal(size=4096) * 0.1).astype("float32")}
+    chosen = DeltaSettings(codec="int8", delta_threshold=0, full_ratio=INFINITE, levels=levels)
+    delta = compute_delta(base, new, chosen)
+    got = apply_delta(base, delta.payload)["w"].astype("f8")
+    step = np.abs(new["w"].astype("f8") - base["w"]).reshape(-1, 256).max(axis=1) / levels
+    assert np.all(np.abs(new["w"] - got) <= np.repeat(step, 256) / 2 + 1e-6)
+    most = compute_delta(
+        base, new, DeltaSettings(codec="int8", delta_threshold=0, full_ratio=INFINITE)
+    )
+    assert len(delta.payload) <= len(most.payload)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
+def test_fp16_stays_within_its_bound(seed: int, scale: float) -> None:
+    """fp16 misses a change by 2^-11 of it, or of 2^-29 of the largest change where that is more."""
+    rng = np.random.default_rng(seed)
+    base = {"w": np.zeros(1000, "float64")}
+    new = {"w": rng.normal(size=1000) * rng.exponential(size=1000) ** 4 * scale}
+    chosen = DeltaSettings(codec="fp16", delta_threshold=0, full_ratio=INFINITE)
+    got = apply_delta(base, compute_delta(base, new, chosen).payload)["w"]
+    change = np.abs(new["w"])
+    assert np.all(np.abs(new["w"] - got) <= np.maximum(change * 2.0**-11, change.max() * 2.0**-29))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.001, 0.05, 0.3, 1.0]))
+def test_topk_sends_the_largest_changes_exactly(seed: int, share: float) -> None:
+    """What topk sends is there bit for bit; what it leaves is no larger than anything it sent."""
+    rng = np.random.default_rng(seed)
+    base = {"w": rng.normal(size=(20, 50)).astype("float32")}
+    new = {"w": base["w"] + rng.normal(size=(20, 50)).astype("float32")}
+    chosen = DeltaSettings(codec="topk", topk=share, delta_threshold=0, full_ratio=INFINITE)
+    got = apply_delta(base, compute_delta(base, new, chosen).payload)["w"]
+    change = np.abs(new["w"] - base["w"])
+    sent = got == new["w"]
+    assert sent.sum() >= np.ceil(1000 * share)
+    assert np.array_equal(got[~sent], base["w"][~sent])
+    assert change[~sent].max(initial=0) <= change[sent].min()
+
+
 BASE = {"a": np.arange(300, dtype="float32"), "b": np.ones((4, 4), "float16")}
 NEW = {"a": BASE["a"] * 1.5, "b": BASE["b"] * 2, "c": np.zeros(3)}
 PAYLOAD = compute_delta(BASE, NEW, DeltaSettings(full_ratio=INFINITE)).payload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from memopt.commands.sync.aggregate import aggregate
 from memopt.commands.sync.diff import diff
 from memopt.commands.sync.keys import init_ca, issue, keygen
 from memopt.commands.sync.look import history, rollback, status
@@ -16,5 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-for _command in (serve, push, pull, status, history, rollback, diff, keygen, init_ca, issue):
+for _command in (
+    *(serve, push, pull, status, history, rollback, aggregate, diff),
+    *(keygen, init_ca, issue),
+):
     app.command(_command.__name__.replace("_", "-"))(_command)

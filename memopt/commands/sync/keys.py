@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memopt.commands.sync.options import DEFAULT_KEYS, Keys
+from memopt.commands.sync.options import DEFAULT_KEYS, AsJson, Keys
 
 
 def keygen(
@@ -20,6 +21,7 @@ def keygen(
     only: Annotated[
         list[str] | None, typer.Option("--adapter", help="Adapters it may touch (patterns).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a node's signing key and add the public one to the trust file."""
     from memopt.errors import ConfigurationError
@@ -38,14 +40,16 @@ def keygen(
         adapters=tuple(only or ()),
     )
     key.save(path)
-    typer.echo(f"{node} {key.public()}")
+    done = {"node": node, "public": key.public(), "key": str(path)}
+    typer.echo(json.dumps(done) if as_json else f"{node} {key.public()}")
 
 
-def init_ca(keys: Keys = DEFAULT_KEYS) -> None:
+def init_ca(keys: Keys = DEFAULT_KEYS, as_json: AsJson = False) -> None:
     """Make a certificate authority for tests and closed fleets."""
     from memopt.federation.authority import init_ca as make
 
-    typer.echo(f"wrote {make(keys)}")
+    certificate = str(make(keys))
+    typer.echo(json.dumps({"certificate": certificate}) if as_json else f"wrote {certificate}")
 
 
 def issue(
@@ -56,9 +60,11 @@ def issue(
         list[str] | None, typer.Option(help="Name or address it may serve on; repeatable.")
     ] = None,
     days: Annotated[float, typer.Option(help="Validity.")] = 90,
+    as_json: AsJson = False,
 ) -> None:
     """Issue a node's certificate; with --host it may serve."""
     from memopt.federation.authority import issue as make
 
     certificate, key = make(out or keys, node, ca=keys, hosts=host or (), days=days)
-    typer.echo(f"wrote {certificate} and {key}")
+    done = {"node": node, "certificate": str(certificate), "key": str(key)}
+    typer.echo(json.dumps(done) if as_json else f"wrote {certificate} and {key}")

@@ -12,6 +12,9 @@ Node = Annotated[str, typer.Option(help="This node's name.")]
 Keys = Annotated[Path, typer.Option(help="Folder of certificates, keys and trust.json.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No TLS: loopback only.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow --plain off loopback.")]
+Deadline = Annotated[
+    float | None, typer.Option(help="Seconds that all of it may take, retries included.")
+]
 State = Annotated[Path, typer.Option(help="Folder of this node's sync state.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dictionary = Annotated[Path | None, typer.Option(help="zstd dictionary, the same on both ends.")]

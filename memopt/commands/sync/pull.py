@@ -12,6 +12,7 @@ from memopt.commands.sync.options import (
     DEFAULT_KEYS,
     DEFAULT_STATE,
     AsJson,
+    Deadline,
     Dictionary,
     Insecure,
     KeyFile,
@@ -33,6 +34,7 @@ def pull(
     state: State = DEFAULT_STATE,
     dictionary: Dictionary = None,
     key_file: KeyFile = None,
+    deadline: Deadline = None,
     plain: Plain = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -42,7 +44,9 @@ def pull(
     from memopt.federation.delta import DeltaSettings
     from memopt.federation.session import connect, opened, read_dictionary, report_json
 
-    session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
+    session = connect(
+        server, node=node, keys=keys, plain=plain, insecure=insecure, deadline=deadline
+    )
     data = read_dictionary(dictionary)
     with (
         opened(state, adapter, DeltaSettings(), data, key_file=key_file) as manager,

@@ -13,6 +13,7 @@ from memopt.commands.sync.options import (
     DEFAULT_STATE,
     AsJson,
     Codec,
+    Deadline,
     Dictionary,
     Insecure,
     KeyFile,
@@ -40,11 +41,16 @@ def push(
         float | None, typer.Option(help="Relative L2 error of each tensor's update; codec auto.")
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Payload bound; codec auto.")] = None,
+    levels: Annotated[
+        int | None,
+        typer.Option(help="int8 steps on each side of zero, fewer are shorter [default: 127]."),
+    ] = None,
     topk: Annotated[float | None, typer.Option(help="Share of values topk sends.")] = None,
     level: Annotated[int | None, typer.Option(help="zstd level.")] = None,
     dictionary: Dictionary = None,
     key_file: KeyFile = None,
     full: Annotated[bool, typer.Option("--full", help="Send everything.")] = False,
+    deadline: Deadline = None,
     plain: Plain = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -59,7 +65,9 @@ def push(
         report_json,
     )
 
-    session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
+    session = connect(
+        server, node=node, keys=keys, plain=plain, insecure=insecure, deadline=deadline
+    )
     data = read_dictionary(dictionary)
     settings = delta_settings(
         session.config,
@@ -67,6 +75,7 @@ def push(
         delta_threshold=delta_threshold,
         max_error=max_error,
         max_bytes=max_bytes,
+        levels=levels,
         topk=topk,
         level=level,
         dictionary=data or None,
