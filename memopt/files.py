@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 # 1 MiB reads keep hashing bound by SHA-256 itself, not by system calls.
 _HASH_CHUNK = 1 << 20
+_STAGING = ".staging-"
 
 
 @contextmanager
@@ -48,15 +50,58 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def staged_directory(parent: Path) -> Iterator[Path]:
     """Yield an empty folder inside ``parent`` that is always removed at the end.
 
-    Write several files into it, check them, then :func:`publish` those that belong together.
+    Write several files into it, check them, then :func:`publish` those that belong together. What
+    a process that was killed (SIGKILL, power) left behind is removed by the next one.
+
+    >>> import tempfile, pathlib
+    >>> parent = pathlib.Path(tempfile.mkdtemp())
+    >>> (parent / ".staging-of-a-killed-process").mkdir()
+    >>> with staged_directory(parent) as folder:
+    ...     len(list(parent.iterdir()))
+    1
     """
     parent = Path(parent)
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".staging-", dir=parent))
+    for left in parent.glob(f"{_STAGING}*"):
+        with _locked(left) as owner_is_gone:
+            if owner_is_gone:
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=parent))
+        with _locked(folder) as ours:
+            # Another process may have taken it for an abandoned one before it was locked.
+            if ours is False or not folder.is_dir():
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder; yield whether nobody else has, None where the file system cannot tell.
+
+    The kernel gives a lock back when its process ends, however it ends.
+    """
+    free: bool | None
     try:
-        yield folder
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        except OSError:
+            free = None
+        yield free
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memopt.errors import ExportError
-from memopt.exporters.fuse_attention import AttentionFusion, Linear, weight_name
+from memopt.exporters.fuse_attention import AttentionFusion, weight_name
+from memopt.exporters.fuse_embed import fuse_embeddings
 from memopt.exporters.fuse_graph import (
     MICROSOFT,
     add_initializer,
@@ -28,8 +29,8 @@ from memopt.exporters.fuse_graph import (
     is_constant,
     with_constant,
 )
+from memopt.exporters.fuse_match import Linear
 from memopt.exporters.fuse_norm import (
-    fuse_embeddings,
     fuse_gelu,
     fuse_mean_pooling,
     fuse_skip_layer_norm,

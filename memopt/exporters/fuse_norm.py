@@ -1,4 +1,4 @@
-"""Fuse what stands around attention: residual + layer norm, bias + GELU, embeddings, mean pooling.
+"""Fuse what stands around attention: residual + layer norm, bias + GELU, mean pooling.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -6,7 +6,6 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from memopt.exporters.fuse_graph import (
     scalar,
     with_constant,
 )
-from memopt.exporters.fuse_probe import Probe
 
 if TYPE_CHECKING:
     import onnx
@@ -33,12 +31,14 @@ if TYPE_CHECKING:
 GELU_CONSTANT_TOLERANCE = 1e-5
 
 
-def _epsilon(node: Any, default: float = 1e-5) -> float:
+def epsilon(node: Any, default: float = 1e-5) -> float:
+    """Return what a normalisation adds to the variance."""
     attribute = node.attributes.get("epsilon")
     return default if attribute is None else float(attribute.as_float())
 
 
-def _is_last_axis_norm(node: Any) -> bool:
+def is_last_axis_norm(node: Any) -> bool:
+    """Return whether a LayerNormalization is over the last axis, with a constant scale."""
     axis = node.attributes.get("axis")
     shape = dims(node.inputs[0])
     last = axis is None or axis.as_int() == -1 or (shape and axis.as_int() == len(shape) - 1)
@@ -74,7 +74,7 @@ def fuse_skip_layer_norm(graph: Any, problems: list[str]) -> int:
     """
     fused = 0
     for norm in list(graph):
-        if norm.op_type != "LayerNormalization" or norm.domain or not _is_last_axis_norm(norm):
+        if norm.op_type != "LayerNormalization" or norm.domain or not is_last_axis_norm(norm):
             continue
         total = norm.inputs[0]
         add = made_by(total, "Add")
@@ -107,7 +107,7 @@ def fuse_skip_layer_norm(graph: Any, problems: list[str]) -> int:
             outputs=4 if read_again else 1,
             domain=MICROSOFT,
             name=f"skip_{norm.name}",
-            epsilon=_epsilon(norm),
+            epsilon=epsilon(norm),
         )
         replace(norm.outputs[0], node.outputs[0])
         if read_again:
@@ -237,131 +237,6 @@ def _quick_gelu(graph: Any, sigmoid: Any) -> str | None:
     return "QuickGelu"
 
 
-def _table(value: Any) -> tuple[Any, Any] | None:
-    """``(table, indices)`` of a lookup in a constant (rows, width) table."""
-    node = made_by(value, "Gather")
-    if node is None or not is_constant(node.inputs[0]) or len(dims(node.inputs[0]) or ()) != 2:
-        return None
-    axis = node.attributes.get("axis")
-    return None if axis is not None and axis.as_int() != 0 else (node.inputs[0], node.inputs[1])
-
-
-def _addends(value: Any) -> list[Any]:
-    add = made_by(value, "Add")
-    if add is None:
-        return [value]
-    return [leaf for v in add.inputs for leaf in _addends(v)]
-
-
-def fuse_embeddings(
-    graph: Any, probe: Probe, inputs: dict[str, Any], problems: list[str], prune_token_types: bool
-) -> int:
-    """Put EmbedLayerNormalization in place of the sum of word, position and type rows + norm.
-
-    With ``prune_token_types`` the row of type 0 is added to every position row and the input
-    ``token_type_ids`` has no reader left.
-
-    Returns:
-        1 when fused, else 0.
-    """
-    ids, types = inputs.get("input_ids"), inputs.get("token_type_ids")
-    if ids is None:
-        return 0
-    for norm in list(graph):
-        if norm.op_type != "LayerNormalization" or norm.domain or not _is_last_axis_norm(norm):
-            continue
-        leaves = _addends(norm.inputs[0])
-        if not any(t is not None and t[1] is ids for t in map(_table, leaves)):
-            continue
-        tables = [t for t in map(_table, leaves) if t is not None]
-        found = _roles(tables, ids, types, probe)
-        if found is None or len(tables) != len(leaves) or len(norm.inputs) < 3:
-            problems.append(f"embedding {norm.name}: not a sum of word, position and type rows")
-            return 0
-        _emit_embeddings(graph, probe, norm, ids, types, found, prune_token_types)
-        return 1
-    return 0
-
-
-@dataclass(slots=True)
-class EmbeddingTables:
-    """The constant tables of a text embedding and the value that looks up positions.
-
-    ``fixed`` is a type table of which every token takes row 0.
-    """
-
-    word: Any = None
-    position: Any = None
-    where: Any = None
-    segment: Any = None
-    fixed: Any = None
-
-
-def _roles(
-    tables: list[tuple[Any, Any]], ids: Any, types: Any, probe: Probe
-) -> EmbeddingTables | None:
-    found = EmbeddingTables()
-    for table, index in tables:
-        if index is ids and found.word is None:
-            found.word = table
-        elif types is not None and index is types and found.segment is None:
-            found.segment = table
-        elif found.fixed is None and probe.is_zero(index):
-            found.fixed = table
-        elif found.position is None:
-            found.position, found.where = table, index
-        else:
-            return None
-    return found if found.word is not None and found.position is not None else None
-
-
-def _emit_embeddings(
-    graph: Any, probe: Probe, norm: Any, ids: Any, types: Any, found: EmbeddingTables, prune: bool
-) -> None:
-    position, segment = found.position, found.segment
-    for constant_type in (found.fixed, segment if prune else None):
-        rows, types_table = constant(position), constant(constant_type)
-        if rows is not None and types_table is not None:
-            name = str(found.position.name)
-            position = add_initializer(graph, f"{name}.with_type_0", rows + types_table[0])
-    if prune:
-        segment = None
-    args = [
-        _int32(graph, norm, ids),
-        _int32(graph, norm, types) if segment is not None else None,
-        found.word,
-        position,
-        segment,
-        norm.inputs[1],
-        norm.inputs[2],
-    ]
-    if not probe.is_range(found.where):
-        args += [None, _int32(graph, norm, found.where)]
-    node = insert(
-        graph,
-        norm,
-        "EmbedLayerNormalization",
-        args,
-        outputs=2,
-        domain=MICROSOFT,
-        name=f"embed_{norm.name}",
-        epsilon=_epsilon(norm),
-    )
-    node.outputs[1].name = f"embed_{norm.name}.mask_index"
-    replace(norm.outputs[0], node.outputs[0])
-
-
-def _int32(graph: Any, before: Any, value: Any) -> Any:
-    import onnx_ir as ir
-
-    cast = insert(
-        graph, before, "Cast", [value], name=f"{value.name}_int32", to=int(ir.DataType.INT32)
-    )
-    cast.outputs[0].shape = value.shape
-    cast.outputs[0].type = ir.TensorType(ir.DataType.INT32)
-    return cast.outputs[0]
-
-
 def fuse_mean_pooling(graph: Any) -> int:
     """Turn ``ReduceSum(hidden * mask, sequence)`` into one batched product ``mask @ hidden``.
 
@@ -436,7 +311,7 @@ def split_skip_layer_norm(model: onnx.ModelProto) -> onnx.ModelProto:
             "LayerNormalization",
             [total, gamma] if beta is None else [total, gamma, beta],
             name=f"{node.name}.norm",
-            epsilon=_epsilon(node, 1e-12),
+            epsilon=epsilon(node, 1e-12),
             axis=-1,
         )
         replace(node.outputs[0], norm.outputs[0])

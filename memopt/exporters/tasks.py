@@ -86,6 +86,7 @@ def _module_classes() -> Any:
             super().__init__()
             self.model = model
             self.model_type = config.model_type
+            self.config = config
             self.inputs = inputs
             self.pooling = pooling
             self.normalize = normalize
@@ -97,7 +98,7 @@ def _module_classes() -> Any:
             if mask is not None and self.model_type in FOUR_D_MASK:
                 call["attention_mask"] = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
             elif mask is not None and self.model_type in CAUSAL_MASK:
-                call["attention_mask"] = _causal(mask)
+                call["attention_mask"] = _causal_masks(mask, self.config)
                 call["use_cache"] = False
             result = self.model(**call)
             if self.pooling == "logits":
@@ -210,13 +211,26 @@ def trace_shape(task: str) -> Shape:
     return Shape(2, 16_000, "") if task == "audio-embedding" else Shape(2, 8, "right")
 
 
-def _causal(mask: Any) -> Any:
+def _causal_masks(mask: Any, config: Any) -> Any:
+    """Return the mask of every layer, or one per kind of layer where only some see a window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "sliding_attention" in kinds:
+        return {
+            "full_attention": _causal(mask, None),
+            "sliding_attention": _causal(mask, window),
+        }
+    # Of those without layer types only Mistral's have a window, and all of its layers do.
+    return _causal(mask, window if config.model_type == "mistral" else None)
+
+
+def _causal(mask: Any, window: int | None) -> Any:
     import torch
 
-    length = mask.shape[1]
-    positions = torch.arange(length, device=mask.device)
-    future = (positions[None, :] > positions[:, None]).float()
-    blocked = torch.maximum(future[None, None], 1.0 - mask[:, None, None, :].float())
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    distance = positions[:, None] - positions[None, :]
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    blocked = torch.maximum(hidden.float()[None, None], 1.0 - mask[:, None, None, :].float())
     return blocked * MASK_BIAS
 
 

@@ -202,6 +202,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3-generation": Architecture(
         cls="Qwen3ForCausalLM", config="Qwen3Config", settings=_DECODER, task="text-generation"
     ),
+    # Every layer sees 6 tokens back; below, every second layer does.
+    "mistral": Architecture(
+        cls="MistralForCausalLM",
+        config="MistralConfig",
+        settings={**_DECODER, "sliding_window": 6},
+        task="text-generation",
+    ),
+    "qwen2-window": Architecture(
+        cls="Qwen2Model",
+        config="Qwen2Config",
+        settings={
+            **_DECODER,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
+        pooling="last",
+    ),
     "gpt2": Architecture(
         cls="GPT2LMHeadModel",
         config="GPT2Config",
