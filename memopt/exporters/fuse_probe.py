@@ -228,7 +228,10 @@ def _expected(mask: np.ndarray, padding: bool, causal: bool) -> np.ndarray:
 def _agrees(bias: np.ndarray, mask: np.ndarray, padding: bool, causal: bool) -> bool:
     expected = _expected(mask, padding, causal)
     hidden = bias <= MASKED
-    shape = np.broadcast_shapes(hidden.shape, expected.shape)
+    try:
+        shape = np.broadcast_shapes(hidden.shape, expected.shape)
+    except ValueError:
+        return False  # a mask over something else than the sequence: Swin's shifted windows
     return np.array_equal(np.broadcast_to(hidden, shape), np.broadcast_to(expected, shape))
 
 

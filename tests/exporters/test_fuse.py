@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from memopt.errors import ExportError
 from memopt.exporters.fuse import fuse, keep_outputs
 from memopt.exporters.fuse_norm import split_skip_layer_norm
+from memopt.exporters.fuse_probe import _classify
 from memopt.exporters.fuse_probe import Probe
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -387,6 +388,13 @@ def test_attention_that_cannot_be_one_operator_stays(
     feed = {v.name: rng.standard_normal((2, 5, 8)).astype(np.float32) for v in model.graph.input}
     for a, b in zip(session(model).run(None, feed), session(fused).run(None, feed), strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE)
+
+
+def test_a_mask_over_windows_of_an_image_is_no_padding_mask() -> None:
+    """Swin's mask has a shape that no (batch, key) mask broadcasts to: it is kept as it is."""
+    windows = np.zeros((6, 1, 5, 5), np.float32)
+    windows[0, 0, :, 3:] = -10_000.0
+    assert _classify(windows, np.ones((1, 16), np.int64)).general
 
 
 @pytest.mark.parametrize(("half", "gelus"), [(0.5, 1), (0.6, 0)])
