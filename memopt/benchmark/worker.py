@@ -44,6 +44,8 @@ def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
         arguments["model_kwargs"] = {"file_name": spec["file_name"]}
     if spec.get("provider"):
         arguments.setdefault("model_kwargs", {})["provider"] = spec["provider"]
+    if spec.get("ov_config"):
+        arguments.setdefault("model_kwargs", {})["ov_config"] = spec["ov_config"]
     model = SentenceTransformer(spec["path"], **arguments)
     return lambda inputs: model.encode(inputs, show_progress_bar=False)
 
