@@ -121,6 +121,12 @@ class Link:
             "unavailable", where, fix="check that its authority issued our certificate"
         )
 
+    def _broke(self, error: BaseException) -> SyncFailure:
+        failure = translate(error)
+        if self._tls is None and failure.code == "unavailable" and failure.fix is None:
+            failure.fix = "if the server uses TLS, leave --plain out"
+        return failure
+
     @contextmanager
     def client(self, *, ends: float = float("inf")) -> Iterator[Any]:
         """Yield a Flight client on a fresh connection; ``ends`` as in :meth:`exchange`."""
@@ -166,7 +172,7 @@ class Link:
                 descriptor = flight.FlightDescriptor.for_command(protocol.COMMAND)
                 writer, reader = client.do_exchange(descriptor)
             except BROKEN as error:
-                raise translate(error) from error
+                raise self._broke(error) from error
             watchdog = _Watchdog(reader.cancel)
             exchange = Exchange(reader, writer, watchdog, self.timeout, ends, self.limits)
             try:
@@ -177,7 +183,7 @@ class Link:
                     raise SyncFailure(
                         "timeout", f"no step forward within {exchange.waiting:g} s"
                     ) from error
-                raise translate(error) from error
+                raise self._broke(error) from error
             finally:
                 watchdog.close()
                 reader.cancel()
@@ -198,7 +204,7 @@ class Link:
                     )
                 )
             except BROKEN as error:
-                raise translate(error) from error
+                raise self._broke(error) from error
         if len(results) != 1:
             raise SyncFailure("malformed", f"action {name} gave {len(results)} answers")
         try:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from memopt.errors import ConfigurationError, MemoptError
 from memopt.federation import protocol
-from memopt.federation.arrays import Weights, dtype_name, raw
 from memopt.federation.audit import AuditLog
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import Gate, Identity, TlsFiles
 from memopt.federation.limits import Limits, check_adapter, check_count, check_keys, strict_json
 from memopt.federation.sending import send_versions
+from memopt.federation.service import WEIGHTS_SCHEMA, FlightService, flight_error
 from memopt.federation.signing import Trust
 from memopt.federation.store import Store
 from memopt.federation.taking import aggregate_version, rollback_version, take_push
@@ -35,27 +32,8 @@ from memopt.federation.vault import Vault
 from memopt.metrics import count
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ACTIONS = (
-    ("status", "the newest version of every adapter, or of one: {adapter}"),
-    ("history", "the signed manifests of an adapter: {adapter}"),
-    ("rollback", "make an old version the newest: {signed} manifest of kind rollback"),
-    ("aggregate", "average adapters into one, signed by the server: {signed, request}"),
-)
-# Rows of do_get hold at most this much of a tensor, far from gRPC's message limit.
-_GET_BYTES = 2 << 20
 # Orders are small: the largest names 1,024 adapters of 100 characters.
 ACTION_BYTES = 256 * 1024
-# A Unix socket's path has at most 103 bytes on every system; the name of a peer's takes 33.
-_MAX_SOCKET_FOLDER = 70
-WEIGHTS_SCHEMA = pa.schema(
-    [
-        ("name", pa.string()),
-        ("dtype", pa.string()),
-        ("shape", pa.list_(pa.int64())),
-        ("offset", pa.int64()),
-        ("data", pa.binary()),
-    ]
-)
 
 
 class Channel:
@@ -140,7 +118,7 @@ class SyncServer:
         self.audit = AuditLog(self.store.folder / "audit.log")
         self.uploads = Uploads(self.store.incoming, self.limits, self.store.vault)
         self._streams = threading.BoundedSemaphore(self.limits.streams)
-        self._flight = _Flight(self)
+        self._flight = FlightService(self)
         try:
             self.gate = Gate(
                 host,
@@ -199,11 +177,11 @@ class SyncServer:
             yield
         except SyncFailure as error:
             self._refused(context, event, error)
-            raise _flight_error(error) from error
+            raise flight_error(error) from error
         except Exception as error:
             failure = _unforeseen(error)
             self._refused(context, event, failure)
-            raise _flight_error(failure) from error
+            raise flight_error(failure) from error
 
     def _refused(self, context: Any, event: str, error: SyncFailure) -> None:
         count("memopt_sync_refusals_total", code=error.code)
@@ -323,90 +301,8 @@ class SyncServer:
         )
 
 
-def weight_rows(weights: Weights) -> Iterator[Any]:
-    """Yield weights as record batches of :data:`WEIGHTS_SCHEMA`."""
-    for name, array in sorted(weights.items()):
-        data = raw(array)
-        for offset in range(0, max(data.size, 1), _GET_BYTES):
-            part = data[offset : offset + _GET_BYTES].tobytes()
-            row = ([name], [dtype_name(array)], [list(array.shape)], [offset], [part])
-            yield pa.record_batch(
-                [pa.array(v, f.type) for v, f in zip(row, WEIGHTS_SCHEMA, strict=True)],
-                schema=WEIGHTS_SCHEMA,
-            )
-
-
-class _Flight(flight.FlightServerBase):  # type: ignore[misc]
-    """The Flight methods; each hands over to the server at once."""
-
-    def __init__(self, server: SyncServer) -> None:
-        # mkdtemp makes a folder that only its owner may enter.
-        self._folder = Path(tempfile.mkdtemp(prefix="memopt-"))
-        if len(str(self._folder)) > _MAX_SOCKET_FOLDER:
-            self._folder.rmdir()
-            self._folder = Path(tempfile.mkdtemp(prefix="memopt-", dir="/tmp"))
-        self.path = self._folder / "flight"
-        super().__init__(f"grpc+unix://{quote(str(self.path))}")
-        self._server = server
-
-    def close(self) -> None:
-        """Shut down, and remove the socket."""
-        self.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._server.guarded(context, "exchange"):
-            self._server.gate.identity(context.peer())
-        self._server.exchange(context, descriptor.command or b"", reader, writer)
-
-    def do_action(self, context: Any, action: Any) -> Iterator[Any]:
-        known = action.type in dict(ACTIONS)
-        with self._server.guarded(context, action.type if known else "action"):
-            result = self._server.act(context, action.type, action.body.to_pybytes())
-        return iter([flight.Result(json.dumps(result).encode())])
-
-    def list_actions(self, context: Any) -> list[tuple[str, str]]:
-        with self._server.guarded(context, "actions"):
-            self._server.caller(context, None, None)
-        return list(ACTIONS)
-
-    def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
-        with self._server.guarded(context, "list"):
-            infos = [self._server.info(name) for name in self._server.visible(context)]
-        return iter(infos)
-
-    def get_flight_info(self, context: Any, descriptor: Any) -> Any:
-        with self._server.guarded(context, "info"):
-            path = descriptor.path or [b""]
-            adapter = check_adapter(path[0].decode("utf-8", "replace"))
-            self._server.caller(context, "pull", adapter)
-            return self._server.info(adapter)
-
-    def do_get(self, context: Any, ticket: Any) -> Any:
-        with self._server.guarded(context, "get"):
-            adapter, sequence = self._server.ticket(ticket.ticket)
-            # Before the adapter is looked up: who may not read it does not learn whether it exists.
-            node = self._server.caller(context, "pull", adapter).node
-            sequence = sequence or self._server.newest(adapter)
-            weights = self._server.store.weights(adapter, sequence)
-            self._server.audit.write("get", adapter=adapter, sequence=sequence, node=node)
-        return flight.GeneratorStream(WEIGHTS_SCHEMA, weight_rows(weights))
-
-
 def _unforeseen(error: Exception) -> SyncFailure:
     """Return what a client hears of an error that is not its own: never paths or values."""
     if isinstance(error, MemoptError):
         return SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
     return SyncFailure("unavailable", f"the server failed ({type(error).__name__})")
-
-
-def _flight_error(error: SyncFailure) -> Exception:
-    details = json.dumps(protocol.encode_error(error)).encode()
-    kind = {
-        "unauthenticated": flight.FlightUnauthenticatedError,
-        "forbidden": flight.FlightUnauthorizedError,
-        "unavailable": flight.FlightUnavailableError,
-        "busy": flight.FlightUnavailableError,
-    }.get(error.code, flight.FlightServerError)
-    raised: Exception = kind(str(error), details)
-    return raised

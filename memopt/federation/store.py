@@ -1,6 +1,7 @@
 """The server's versions on disk: each is a folder that appears whole by one rename.
 
     <store>/lock                              held by the one server that may write
+    <store>/socket                            where its private socket is, outside of the store
     <store>/audit.log                         memopt.federation.audit
     <store>/sealed                            there when payloads and weights are under a key
     <store>/incoming/<upload>.part            unfinished uploads, for resuming

@@ -55,6 +55,11 @@ def test_a_server_killed_at_every_tenth_of_a_transfer(
     assert report.resumed_bytes > 0.7 * report.payload_bytes
     pulled = client.pull(fleet.manager(tmp_path / "b"), trust=fleet.trust)
     assert weights_hash(pulled.weights) == weights_hash(weights)
+    # Of all those servers no socket is left but the last one's; and none after it has stopped.
+    last = Path((tmp_path / "store" / "socket").read_text())
+    assert (last / "flight").is_socket()
+    server.stop()
+    assert not last.exists()
 
 
 def test_a_server_killed_at_every_tenth_of_a_pull(
