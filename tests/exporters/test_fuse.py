@@ -20,8 +20,7 @@ from onnx import TensorProto, helper
 from memopt.errors import ExportError
 from memopt.exporters.fuse import fuse, keep_outputs
 from memopt.exporters.fuse_norm import split_skip_layer_norm
-from memopt.exporters.fuse_probe import _classify
-from memopt.exporters.fuse_probe import Probe
+from memopt.exporters.fuse_probe import Probe, _classify
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 66}
