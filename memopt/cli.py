@@ -35,6 +35,8 @@ COMMANDS: tuple[str, ...] = (
     "config",
 )
 
+_INTERRUPTED = "interrupted; nothing was left half-written"
+
 app = typer.Typer(
     name="memopt",
     help="Turn a model into the fastest file that still gives the right answers, and run it.",
@@ -98,7 +100,12 @@ def main() -> None:
             raise
         _fail(f"{error.strerror}{where}; give another path", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left half-written", 130)
+        _fail(_INTERRUPTED, 130)
+    except SystemExit as error:
+        # typer turns Ctrl-C inside a command into this, without a word.
+        if error.code == 130:
+            _fail(_INTERRUPTED, 130)
+        raise
 
 
 def _debug_anywhere(arguments: list[str]) -> list[str]:

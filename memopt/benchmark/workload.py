@@ -67,6 +67,8 @@ def read_inputs(path: Path, modality: str, limit: int | None = None) -> list[Any
     Raises:
         InputError: missing, empty, not UTF-8, or of another modality.
     """
+    if not path.exists():
+        raise InputError(f"no inputs at {str(path)!r}", fix="check the path")
     found = (item for record in read(path, modality=modality) for item in record.items)
     inputs = list(islice(found, limit))
     if not inputs:

@@ -85,6 +85,7 @@ def optimize(
         for line in (summary(result), *result.notes):
             console.print(line)
         files = " and ".join(str(result.bundle / name) for name in (REPORT_FILE, PLAN_FILE))
-        console.print(f"{result.seconds:.0f} s; wrote {files}")
+        wrote = f"wrote {files}" if result.reference is not None else "nothing was measured"
+        console.print(f"{result.seconds:.0f} s; {wrote}")
     if result.plan.chosen is None:
         raise typer.Exit(1)

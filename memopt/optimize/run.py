@@ -189,7 +189,9 @@ def optimize(
         reference=judged.reference,
         notes=_differences(plan, made),
     )
-    _write(result)
+    if result.reference is not None:
+        # Without a measurement the plan of an earlier call says more.
+        _write(result)
     return result
 
 
