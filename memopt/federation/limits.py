@@ -36,7 +36,7 @@ class Limits:
     uploads_per_node: int = 4  # unfinished uploads kept for resuming
     upload_seconds: float = 24 * 3600.0  # after which an unfinished upload is forgotten
     connections: int = 256
-    node_connections: int = 64  # of those, by one node
+    node_connections: int = 128  # of those, by one node
     connection_seconds: float = 3600.0  # a connection's whole life; what it was doing resumes
     connection_streams: int = 32  # calls open at once on one connection
     streams: int = 128  # exchanges running at once

@@ -13,9 +13,12 @@ import pytest
 
 from memopt.federation import protocol
 from memopt.federation.arrays import raw, weights_hash
+from memopt.federation.authority import issue
+from memopt.federation.client import SyncClient
 from memopt.federation.failures import SyncFailure
+from memopt.federation.gate import TlsFiles
 from memopt.federation.limits import Limits
-from memopt.federation.signing import Node, Trust
+from memopt.federation.signing import Node, SigningKey, Trust
 
 from .conftest import lora, step
 
@@ -154,34 +157,48 @@ def test_256_mib_pass_without_deadlock(fleet, plain, tmp_path: Path) -> None:
     assert pulled.weights_hash == sender.state.weights_hash
 
 
-def test_a_hundred_clients_at_once(fleet, plain, tmp_path: Path) -> None:
-    """A hundred clients push at the same moment, some pull at once; every version is right."""
-    trust, failed, start = fleet.trust, [], threading.Barrier(100)
+def test_a_hundred_clients_at_once(fleet, tmp_path: Path) -> None:
+    """A hundred nodes, each with its own certificate and key, push at the same moment over TLS;
+    some pull at once, and every version is right."""
+    keys = {f"node-{number}": SigningKey.generate() for number in range(100)}
+    trust = Trust({n: Node(roles=("push", "pull"), keys=(k.public(),)) for n, k in keys.items()})
+    failed, start = [], threading.Barrier(100)
+    for node in keys:
+        issue(tmp_path / "keys", node, ca=fleet.folder)
 
-    def work(number: int) -> None:
+    def work(number: int, port: int) -> None:
+        node, weights = f"node-{number}", lora(number, layers=2, size=16)
         try:
-            client = fleet.client(plain.port, seed=number, timeout=60.0)
-            adapter, weights = f"node-{number}", lora(number, layers=2, size=16)
+            files = TlsFiles(
+                ca=fleet.folder / "ca.pem",
+                certificate=tmp_path / "keys" / f"{node}.pem",
+                key=tmp_path / "keys" / f"{node}.key",
+            )
+            client = SyncClient(
+                "localhost", port, tls=files, seed=number, timeout=60.0, max_retries=6
+            )
             start.wait()
-            with fleet.manager(tmp_path / "a", adapter) as sender:
-                client.push(sender, weights, key=fleet.keys["alice"], node="alice")
+            with fleet.manager(tmp_path / "a", node) as sender:
+                client.push(sender, weights, key=keys[node], node=node)
             if number % 10:
                 return
-            with fleet.manager(tmp_path / "b", adapter) as receiver:
+            with fleet.manager(tmp_path / "b", node) as receiver:
                 pulled = client.pull(receiver, trust=trust)
                 assert weights_hash(pulled.weights) == weights_hash(weights)
         except Exception as error:  # noqa: BLE001 - collected and asserted on below
             failed.append((number, error))
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-    for number in range(100):
-        held = plain.store.weights(f"node-{number}", 1)
-        assert weights_hash(held) == weights_hash(lora(number, layers=2, size=16))
+    with fleet.server(tmp_path / "store", trust=trust, tls=fleet.tls("server")) as server:
+        threads = [threading.Thread(target=work, args=(n, server.port)) for n in range(100)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        for number, node in enumerate(keys):
+            held = server.store.weights(node, 1)
+            assert weights_hash(held) == weights_hash(lora(number, layers=2, size=16))
+            assert server.store.signed(node, 1).manifest.node == node
 
 
 def test_two_writers_of_one_adapter_never_mix(fleet, plain, tmp_path: Path) -> None:
