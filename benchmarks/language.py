@@ -130,9 +130,8 @@ def measure(home: Path) -> list[dict[str, Any]]:
         samples = Samples(calibration=texts, samples=100, validation_samples=100)
         rows: list[dict[str, Any]] = []
         for weights, algorithm in WIDTHS:
-            recipe = Recipe(
-                method="weight-only", weight_type=weights, algorithm=algorithm, group_size=32
-            )
+            fields = {"weight_type": weights, "algorithm": algorithm, "group_size": 32}
+            recipe = Recipe.from_dict({"method": "weight-only", **fields})
             result = quantize(folder, samples, recipe, keep_failing=True)
             proof = result.validation
             if not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -254,6 +255,11 @@ def quantize(
             settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
         ),
     )
+    if report:
+        # Minutes of work must not end at a path that cannot be written.
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=report.parent):
+            pass
     make = quantize_arrow if chosen.method == "arrow" else library.quantize
     with _progress() as (step, progress):
         result: Proven = make(

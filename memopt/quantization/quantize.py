@@ -56,9 +56,17 @@ BASES: Mapping[tuple[str, str], str] = MappingProxyType(
 )
 
 
+# Tokens of an input: one of text between the two that frame it.
+SHORTEST = 3
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Where inputs come from and how many are used."""
+    """Where inputs come from and how many are used.
+
+    Raises:
+        ConfigurationError: a negative seed, or a max_length that leaves no room for text.
+    """
 
     calibration: Path
     validation: Path | None = None
@@ -67,6 +75,15 @@ class Samples:
     seed: int = 0
     max_length: int | None = None
     column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigurationError(f"seed {self.seed} is negative", fix="use 0 or more")
+        if self.max_length is not None and self.max_length < SHORTEST:
+            raise ConfigurationError(
+                f"max_length {self.max_length} leaves no room for text",
+                fix=f"use {SHORTEST} or more tokens",
+            )
 
 
 def quantize(
@@ -252,8 +269,14 @@ def read_samples(bundle: Bundle, samples: Samples) -> tuple[CalibrationSet, Cali
     Raises:
         InputError: the data cannot be used.
         QuantizationError: a validation file of its own overlaps with the calibration inputs.
+        ConfigurationError: a max_length beyond the model's own.
     """
-    modality = bundle.manifest.modality
+    modality, most = bundle.manifest.modality, bundle.manifest.max_length
+    if most is not None and (samples.max_length or 0) > most:
+        raise ConfigurationError(
+            f"max_length {samples.max_length} is beyond the model's {most} tokens",
+            fix=f"use {most} or less",
+        )
     common = {"modality": modality, "seed": samples.seed, "column": samples.column}
     calibration, held_out = split(
         samples.calibration,

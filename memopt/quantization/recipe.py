@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -289,14 +289,28 @@ def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     for pattern in patterns:
         hits = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
-            plain = pattern.replace("*", "")
-            close = difflib.get_close_matches(plain, known, n=3, cutoff=0.3) or known[:3]
+            close = _nearest_layers(pattern, known)
             raise ConfigurationError(
                 f"no layer matches {pattern!r}",
                 fix="nearest: " + ", ".join(close) if close else "this graph has no such layers",
             )
         found |= hits
     return found
+
+
+def _nearest_layers(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:
+    """Return the names of which a part, dots between, is most like the pattern without stars."""
+    wanted = [part for part in pattern.replace("*", "").split(".") if part]
+
+    def likeness(name: str) -> float:
+        parts = name.split(".")
+        best = (
+            max(difflib.SequenceMatcher(None, want, part).ratio() for part in parts)
+            for want in wanted
+        )
+        return sum(best)
+
+    return sorted(names, key=likeness, reverse=True)[:count]
 
 
 def _allowed(name: str, value: str, allowed: tuple[str, ...], method: str) -> None:

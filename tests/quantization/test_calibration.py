@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memopt.errors import InputError, MemoptError, QuantizationError
+from memopt.bundle import Bundle
+from memopt.errors import ConfigurationError, InputError, MemoptError, QuantizationError
 from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split, stratified
+from memopt.quantization.quantize import Samples, read_samples
 
 PAIRS = [(f"the {n} first text", f"another {n} text, longer than it", n % 6) for n in range(40)]
 
@@ -111,6 +113,26 @@ def test_no_samples(texts: Path, counts: tuple[int, int]) -> None:
     """Zero samples prove nothing and are refused."""
     with pytest.raises(InputError, match="cannot prove anything"):
         split(texts, samples=counts[0], validation=counts[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"seed": -1}, "seed -1 is negative"),
+        ({"max_length": 0}, "no room for text"),
+        ({"max_length": -5}, "no room for text"),
+    ],
+)
+def test_impossible_samples(texts: Path, values: dict[str, int], says: str) -> None:
+    """A negative seed and lengths without room for text are refused."""
+    with pytest.raises(ConfigurationError, match=says):
+        Samples(calibration=texts, **values)  # type: ignore[arg-type]
+
+
+def test_a_length_beyond_the_model_is_refused(tiny: Bundle, texts: Path) -> None:
+    """More tokens than the model has places for would fail in the middle of a run."""
+    with pytest.raises(ConfigurationError, match="beyond the model's 64 tokens"):
+        read_samples(tiny, Samples(calibration=texts, max_length=65))
 
 
 def test_modality(texts: Path, tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def test_every_field_is_a_flag_with_its_default() -> None:
 
 def test_unknown_pattern_names_the_nearest() -> None:
     """A pattern that matches nothing is an error that lists the nearest layers."""
-    names = ["encoder.layer.0.attention.self.query.weight", "pooler.dense.weight"]
-    with pytest.raises(ConfigurationError, match=r"no layer matches '\*\.qery\.\*'.*query"):
+    names = [f"embeddings.{part}_embeddings.weight" for part in ("position", "token", "word")]
+    names += ["encoder.layer.0.attention.self.query.weight", "pooler.dense.weight"]
+    with pytest.raises(
+        ConfigurationError, match=r"no layer matches '\*\.qery\.\*'.*nearest: [\w.]*query"
+    ):
         match_layers(["*.qery.*"], names)
