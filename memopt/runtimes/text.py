@@ -48,6 +48,9 @@ class TextFrontEnd:
             raise BundleError(f"{path} is missing", fix="convert the model again") from error
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"{path} is not a tokenizer ({error})") from error
+        if _stated(bundle, "sentence_bert_config.json").get("do_lower_case"):
+            _lower_case(self._tokenizer)
+        self._prompt = _default_prompt(bundle)
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
         padding = self._tokenizer.padding
@@ -88,7 +91,8 @@ class TextFrontEnd:
         step: int = 1,
     ) -> list[Batch]:
         """Tokenize one chunk and cut it into batches of similar length."""
-        encodings = self._tokenizer.encode_batch_fast(list(items))
+        texts = [self._prompt + text for text in items] if self._prompt else list(items)
+        encodings = self._tokenizer.encode_batch_fast(texts)
         if len(encodings) == 1:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
             length = len(encodings[0])
@@ -123,6 +127,37 @@ class TextFrontEnd:
                     types[row, : len(encoding)] = encoding.type_ids
             feed["token_type_ids"] = types
         return feed
+
+
+def _stated(bundle: Bundle, name: str) -> dict[str, Any]:
+    path = bundle.path / name
+    return read_json(path) if path.is_file() else {}
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Lower the text before anything else, as sentence-transformers does where its file says so."""
+    from tokenizers import normalizers
+
+    own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+
+
+def _default_prompt(bundle: Bundle) -> str:
+    """Return what sentence-transformers puts before every text when nobody asks for a prompt.
+
+    Raises:
+        BundleError: the default is not among the prompts.
+    """
+    stated = _stated(bundle, "config_sentence_transformers.json")
+    name, prompts = stated.get("default_prompt_name"), stated.get("prompts") or {}
+    if name is None:
+        return ""
+    if not isinstance(prompts.get(name), str):
+        raise BundleError(
+            f"{bundle.path / 'config_sentence_transformers.json'}: the default prompt {name!r} is "
+            f"not among the prompts {list(prompts)}"
+        )
+    return str(prompts[name])
 
 
 def _max_length(bundle: Bundle) -> int | None:

@@ -1,0 +1,76 @@
+"""Texts become the tokens that sentence-transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memopt.bundle import Bundle, open_bundle
+from memopt.errors import BundleError
+from memopt.runtimes.text import TextFrontEnd
+from memopt.weights.convert import to_safetensors
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.fixture
+def bundle(tiny: Bundle, tmp_path: Path) -> Bundle:
+    """The tiny BERT with a tokenizer that knows upper from lower case."""
+    folder = Path(shutil.copytree(tiny.path, tmp_path / "bundle"))
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["normalizer"] = None
+    path.write_text(json.dumps(tokenizer))
+    to_safetensors(open_bundle(folder))
+    return open_bundle(folder)
+
+
+def change(bundle: Bundle, name: str, **values: Any) -> None:
+    path = bundle.path / name
+    stated = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**stated, **values}))
+
+
+def tokens(bundle: Bundle, text: str) -> list[int]:
+    (batch,) = TextFrontEnd(bundle, INPUTS).prepare([text], None)
+    return [int(i) for i in batch.feed["input_ids"][0]]
+
+
+def theirs(bundle: Bundle, text: str) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    return np.asarray(SentenceTransformer(str(bundle.path), device="cpu").encode([text]))
+
+
+def ours(bundle: Bundle, text: str) -> np.ndarray:
+    from memopt import ArrowEngine
+
+    with ArrowEngine(bundle, device="torch") as engine:
+        return engine.encode([text])
+
+
+def test_do_lower_case_is_honoured(bundle: Bundle) -> None:
+    """Where sentence_bert_config.json says so, capitals are lowered before the tokenizer."""
+    assert tokens(bundle, "The CAT") != tokens(bundle, "the cat")
+    change(bundle, "sentence_bert_config.json", do_lower_case=True)
+    assert tokens(bundle, "The CAT") == tokens(bundle, "the cat")
+    np.testing.assert_allclose(ours(bundle, "The CAT"), theirs(bundle, "The CAT"), atol=1e-5)
+
+
+def test_the_default_prompt_is_put_before_every_text(bundle: Bundle) -> None:
+    """config_sentence_transformers.json decides; a prompt that is not there is refused."""
+    plain = tokens(bundle, "a dog")
+    name = "config_sentence_transformers.json"
+    change(bundle, name, prompts={"query": "the cat "}, default_prompt_name=None)
+    assert tokens(bundle, "a dog") == plain
+    change(bundle, name, default_prompt_name="query")
+    assert tokens(bundle, "a dog") == tokens(bundle, "")[:-1] + plain[1:]
+    np.testing.assert_allclose(ours(bundle, "a dog"), theirs(bundle, "a dog"), atol=1e-5)
+    change(bundle, name, default_prompt_name="passage")
+    with pytest.raises(BundleError, match="'passage' is not among the prompts"):
+        tokens(bundle, "a dog")
