@@ -33,7 +33,7 @@ from memopt.federation.signing import SigningKey, Trust, add_trusted
 NODES = ("north", "south")
 
 
-def tour(folder: Path, *, rounds: int, steps: int) -> bool:
+def tour(folder: Path, *, rounds: int, steps: int, base_steps: int = 200) -> bool:
     """Run the tour; return whether the third node ended with the server's very bits."""
     console = Console(width=None if Console().is_terminal else 120)
     keys = {}
@@ -51,7 +51,7 @@ def tour(folder: Path, *, rounds: int, steps: int) -> bool:
         )
 
     with console.status("training the base model"):
-        base = lora_text.base_model()
+        base = lora_text.base_model(base_steps)
         model = lora_text.with_adapter(base)
     start = lora_text.adapter(model)
     text = lora_text.python_source()
