@@ -23,13 +23,14 @@ from memopt.bundle import (
     read_json,
     stamp,
 )
-from memopt.errors import BundleError
+from memopt.errors import BundleError, WeightsError
 from memopt.files import publish, staged_directory
 from memopt.weights.describe import describe
 from memopt.weights.reader import WeightLoader
 from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
 from memopt.weights.schema import SOURCE_KEY, is_float
 from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
+from memopt.weights.tokenizer import make_tokenizer
 from memopt.weights.writer import write_weights
 
 WEIGHTS = "weights.parquet"
@@ -78,6 +79,11 @@ def convert(
 package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, whisper-tiny
     """
     found = find_source(str(source), revision=revision)
+    if (found.folder / MANIFEST).is_file() and not any(found.folder.glob("*.safetensors")):
+        raise WeightsError(
+            f"{found.folder} is a bundle already",
+            fix="go on with memopt export, or back with --to safetensors",
+        )
     manifest = describe(
         found.folder, name=found.name, source=found.origin, known=found.known, task=task
     )
@@ -88,9 +94,10 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         folder = staging / "bundle"
         folder.mkdir()
         _copy_side_files(found.folder, folder)
+        untold = _no_tokenizer(found.folder, folder, manifest)
         _one_max_length(folder, manifest.max_length)
         not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
-        for line in _warnings(not_finite, found.folder, manifest):
+        for line in (*_not_finite(not_finite), *untold):
             (on_warning or _warn)(line)
         event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
         made = create_bundle(folder, replace(manifest, history=(stamp(event),)))
@@ -229,12 +236,24 @@ def _finite(array: np.ndarray) -> bool:
     )
 
 
-def _warnings(not_finite: list[str], folder: Path, manifest: Manifest) -> Iterator[str]:
-    if not_finite:
-        shown = ", ".join(not_finite[:5]) + (", ..." if len(not_finite) > 5 else "")
-        yield f"{len(not_finite)} weights hold NaN or infinite values: {shown}"
-    if manifest.modality == "text" and not (folder / "tokenizer.json").is_file():
-        yield f"{folder} has no tokenizer.json: the bundle can be exported, but not embed text"
+def _not_finite(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [f"{len(names)} weights hold NaN or infinite values: {shown}"]
+
+
+def _no_tokenizer(source: Path, folder: Path, manifest: Manifest) -> list[str]:
+    """Make tokenizer.json where a text model has none; return why that was not possible."""
+    target = folder / "tokenizer.json"
+    if manifest.modality != "text" or target.is_file():
+        return []
+    try:
+        make_tokenizer(source, target)
+    except WeightsError as error:
+        told = "the bundle can be exported, but not embed text"
+        return [f"{source} has no tokenizer.json: {told} ({error})"]
+    return []
 
 
 def _warn(line: str) -> None:

@@ -280,6 +280,34 @@ def test_unknown_sources(tmp_path: Path, source: str, message: str) -> None:
         convert(source, tmp_path / "out")
 
 
+def test_a_vocabulary_becomes_a_tokenizer(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """Older models have vocab.txt only: tokenizer.json is made, and splits as theirs does."""
+    from tokenizers import Tokenizer
+    from transformers import BertTokenizer
+
+    folder = model_folder()
+    (folder / "tokenizer.json").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    lines: list[str] = []
+    bundle = convert(folder, tmp_path / "out", on_warning=lines.append)
+    made = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    assert made.encode("a Cats").ids == BertTokenizer.from_pretrained(folder)("a Cats")["input_ids"]
+    assert "tokenizer.json" in bundle.manifest.files
+    assert lines == []
+
+
+def test_a_model_without_any_vocabulary_is_told(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """It is converted, with one line that says what it will not do."""
+    folder = model_folder()
+    (folder / "tokenizer.json").unlink()
+    lines: list[str] = []
+    convert(folder, tmp_path / "out", on_warning=lines.append)
+    (line,) = lines
+    assert "has no tokenizer.json" in line
+    assert "not embed text" in line
+
+
 def test_a_hub_id_is_read_from_the_cache_offline(
     model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +343,13 @@ def test_a_failure_keeps_the_old_bundle(model_folder: ModelFolder, tmp_path: Pat
         convert(other, tmp_path / "out")
     assert open_bundle(tmp_path / "out").manifest == bundle.manifest
     assert bundle.verify() == []
+
+
+def test_a_bundle_is_not_converted_again(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """Given as the source it is called what it is, with the two ways on."""
+    bundle = convert(model_folder(), tmp_path / "out")
+    with pytest.raises(WeightsError, match=r"is a bundle already; .*export.*--to safetensors"):
+        convert(bundle.path, tmp_path / "again")
 
 
 def test_quantized_weights_do_not_go_back(model_folder: ModelFolder, tmp_path: Path) -> None:
