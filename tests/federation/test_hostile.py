@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
+from pyarrow.ipc import IpcWriteOptions
 
 from memopt.errors import ConfigurationError
 from memopt.federation import protocol
@@ -325,6 +326,22 @@ def test_a_lying_server_cannot_have_an_admin_sign_its_weights(fleet, plain, tmp_
     with pytest.raises(SyncFailure) as caught:
         client.rollback("lora", 1, key=fleet.keys["alice"], node="alice", trust=fleet.trust)
     assert caught.value.code == "bad-signature"
+
+
+def test_a_lying_server_cannot_fill_a_clients_memory(fleet, tmp_path: Path) -> None:
+    """A record batch of a server, here some KB that inflate to 64 MiB, is not even looked into."""
+
+    class Lying(flight.FlightServerBase):
+        def do_exchange(self, context, descriptor, reader, writer) -> None:
+            reader.read_chunk()
+            batch = pa.record_batch({"x": pa.nulls(1 << 20, pa.binary(64))})
+            writer.begin(batch.schema, options=IpcWriteOptions(compression="zstd"))
+            writer.write_with_metadata(batch, pa.py_buffer(HELLO))
+
+    with Lying(("127.0.0.1", 0)) as server:
+        client = fleet.client(server.port, max_retries=0)
+        with pytest.raises(SyncFailure, match="Out of bounds field index"):
+            client.pull(fleet.manager(tmp_path / "a"), trust=fleet.trust)
 
 
 def test_trust_that_is_taken_away_during_an_upload_counts(fleet, plain, tmp_path: Path) -> None:
