@@ -68,7 +68,7 @@ def main() -> None:
     console.print(checks)
 
     console.rule("3. fall back: ask for cuda")
-    with ArrowEngine(BUNDLE, device="cuda") as engine:
+    with ArrowEngine(BUNDLE, device="cuda", variant="onnx-fp32") as engine:
         vector = engine.encode([QUERY])
         for event in engine.events:
             console.print(f"asked {event.from_}, used {event.to}: {event.reason}")
