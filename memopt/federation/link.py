@@ -293,8 +293,8 @@ def translate(error: BaseException) -> SyncFailure:
     details = getattr(error, "extra_info", None)
     if details:
         # Details that are not ours are something between us and the server speaking.
-        with suppress(ValueError, AttributeError):
-            return protocol.decode_error(json.loads(details))
+        with suppress(SyncFailure):
+            return protocol.decode_error(strict_json(details, what="an error"))
     if isinstance(error, flight.FlightTimedOutError):
         return SyncFailure("timeout", "the server did not answer in time")
     line = " ".join(str(error).split())

@@ -98,7 +98,7 @@ class DeltaSyncManager:
             key = hashlib.sha256(self.settings.dictionary).hexdigest()
             self._dictionaries[key] = self.settings.dictionary
         self.folder = Path(folder) / adapter
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)

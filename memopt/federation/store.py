@@ -93,7 +93,9 @@ class Store:
         self._cache: OrderedDict[str, dict[str, Array]] = OrderedDict()
         self._locks: dict[str, threading.RLock] = {}
         self._guard = threading.Lock()
-        self.incoming.mkdir(parents=True, exist_ok=True)
+        # Weights are their owner's business, unless the folder is there with other rights.
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.incoming.mkdir(exist_ok=True)
         (self.folder / "adapters").mkdir(exist_ok=True)
         self._lock_file = (self.folder / "lock").open("w")
         try:

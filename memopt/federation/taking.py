@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt.errors import ConfigurationError
 from memopt.federation import protocol
 from memopt.federation.arrays import require_same
 from memopt.federation.failures import SyncFailure
@@ -217,7 +218,10 @@ def aggregate_version(
         if not sequence:
             raise SyncFailure("not-found", f"adapter {name!r} has no version yet")
         clients.append(server.store.weights(name, sequence))
-    settings = AggregateSettings.from_dict(request["settings"])
+    try:
+        settings = AggregateSettings.from_dict(request["settings"])
+    except ConfigurationError as error:
+        raise SyncFailure("malformed", error.problem, fix=error.fix) from error
     result = aggregate(clients, request["weights"], settings)
     with server.store.locked(adapter):
         _admit(server, order)

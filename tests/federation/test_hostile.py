@@ -393,6 +393,13 @@ def test_secrets_and_trust_that_others_can_touch_are_refused(fleet, tmp_path: Pa
     assert Node(roles=()).may(None, "lora") is False
 
 
+def test_stores_and_states_are_their_owners(fleet, tmp_path: Path) -> None:
+    """What a server and a node keep is in folders that nobody else may enter."""
+    with fleet.server(tmp_path / "store"), fleet.manager(tmp_path / "state") as manager:
+        assert (tmp_path / "store").stat().st_mode & 0o777 == 0o700
+        assert manager.folder.stat().st_mode & 0o777 == 0o700
+
+
 # ------------------------------------------------------------------------------------ hoarders
 
 
