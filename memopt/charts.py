@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 720, 380
@@ -32,7 +32,7 @@ th{vertical-align:bottom}td:first-child{white-space:nowrap}td:last-child{min-wid
 .wide{overflow-x:auto}.row-good{font-weight:600}.row-good td{background:
 color-mix(in srgb,var(--good) 14%,transparent)}.row-bad,.row-soft{color:var(--soft)}
 svg{width:100%;max-width:860px;height:auto}svg text{fill:var(--ink);font:12px system-ui,sans-serif}
-svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
+.soft{fill:var(--soft)}svg text.soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
 .bar{fill:var(--bar)}.good{fill:var(--good)}.bad{fill:var(--bad)}
 .zone{fill:var(--bad);fill-opacity:.07}.gate{stroke:var(--bad);stroke-dasharray:5 4}
 polyline{fill:none;stroke-width:2}.front{stroke:var(--soft);stroke-width:1.5;fill:none}
@@ -98,13 +98,24 @@ def _text(cell: object) -> str:
     return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
 
 
-def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None = None) -> str:
+def bars(
+    rows: Sequence[tuple[str, float]],
+    unit: str,
+    *,
+    highlight: str | None = None,
+    muted: Collection[str] = (),
+) -> str:
     """Return a horizontal bar chart of (label, value >= 0) rows; a long label loses its middle.
+
+    Args:
+        highlight: the label of the best row.
+        muted: labels of rows that are there for comparison.
 
     >>> bars([("x", 2.0)], "s").startswith("<svg")
     True
     """
     height = 26 * len(rows) + 12
+    styles = ["good" if x == highlight else "soft" if x in muted else "bar" for x, _ in rows]
     rows = [(_short(label), value) for label, value in rows]
     label_width = 8 + max((7 * len(label) for label, _ in rows), default=0)
     top = max((value for _, value in rows), default=0.0) or 1.0
@@ -112,7 +123,7 @@ def bars(rows: Sequence[tuple[str, float]], unit: str, *, highlight: str | None 
     for index, (label, value) in enumerate(rows):
         y = 6 + 26 * index
         length = (WIDTH - label_width - 110) * max(value, 0.0) / top
-        style = "good" if label == highlight else "bar"
+        style = styles[index]
         parts.append(
             f'<text x="{label_width - 6}" y="{y + 14}" text-anchor="end">{escape(label)}</text>'
             f'<rect class="{style}" x="{label_width}" y="{y}" width="{length:.1f}" height="19" '

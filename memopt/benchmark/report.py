@@ -75,31 +75,38 @@ def table(records: Sequence[BenchmarkMetrics]) -> Any:
     return made
 
 
+def circumstances(records: Sequence[BenchmarkMetrics]) -> list[tuple[str, str]]:
+    """Return what was measured on and with; a package of several versions names them all."""
+    found = {name: [str(value)] for name, value in records[0].hardware.items()}
+    for record in records:
+        for name, version in record.versions.items():
+            known = found.setdefault(name, [])
+            if version not in known:
+                known.append(version)
+    return [(name, ", ".join(values)) for name, values in found.items()]
+
+
 def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
     """Write the run as one HTML file with bar charts, the table and the circumstances."""
     best = max(records, key=lambda r: r.items_per_second).label
     single = min(records, key=lambda r: r.latency_ms_p50).label
-    circumstances = {**records[0].hardware, **records[0].versions}
+    peers = {record.label for record in records if record.spec.get("kind") != "memopt"}
+
+    def chart(field: str, unit: str, highlight: str | None = None) -> str:
+        values = [(record.label, float(getattr(record, field))) for record in records]
+        return charts.bars(values, unit, highlight=highlight, muted=peers)
+
+    sections = [
+        ("Throughput", chart("items_per_second", "items/s", best)),
+        ("Single input, p50", chart("latency_ms_p50", "ms", single)),
+        ("Opening, until the first vector", chart("first_vector_seconds", "s")),
+        ("Resident memory after the run", chart("rss_mb", "MB")),
+        ("Numbers", charts.table(header(records), rows(records))),
+        ("Machine and versions", charts.table(("what", "value"), circumstances(records))),
+    ]
     html = charts.page(
         "memopt benchmark",
-        [
-            (
-                "Throughput",
-                charts.bars(
-                    [(r.label, r.items_per_second) for r in records], "items/s", highlight=best
-                ),
-            ),
-            (
-                "Single input, p50",
-                charts.bars([(r.label, r.latency_ms_p50) for r in records], "ms", highlight=single),
-            ),
-            (
-                "Resident memory after the run",
-                charts.bars([(r.label, r.rss_mb) for r in records], "MB"),
-            ),
-            ("Numbers", charts.table(header(records), rows(records))),
-            ("Machine and versions", charts.table(("what", "value"), list(circumstances.items()))),
-        ],
+        sections,
         note=(
             f"{records[0].items} inputs, {len(records[0].rounds_seconds)} alternating rounds; "
             "ratios are medians of paired rounds with a 95 % bootstrap interval, against the "

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
@@ -107,7 +108,7 @@ class OpenvinoBackend:
         self._lock = threading.Lock()
         self._threads_of_streams = Streams(self.streams, "memopt-openvino")
         self._closed = False
-        self._single = _Requests(self._compile(1))
+        self._single = self._compile(1)
         self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
         weights = path.with_suffix(".bin")
@@ -120,27 +121,35 @@ class OpenvinoBackend:
             return model
         return _openvino().Model([model.output(self._output)], model.get_parameters())
 
-    def _compile_fixed(self, shape: tuple[int, ...]) -> Any:
-        model = self._only_output(self._core.read_model(self._path))
-        model.reshape({name: list(shape) for name in self.inputs})
-        return self._compile(1, model)
+    def _compile_fixed(self, shape: tuple[int, ...]) -> _Requests:
+        return self._compile(1, shape)
 
-    def _compile(self, streams: int, model: Any = None) -> Any:
-        hint = "LATENCY" if streams == 1 else "THROUGHPUT"
+    def _compile(self, streams: int, shape: tuple[int, ...] | None = None) -> _Requests:
+        """Return the model compiled for so many streams, and for one shape of all its inputs.
+
+        Engines of one model in a process share it, weights and buffers and all.
+        """
         own = {"CPU_RUNTIME_CACHE_CAPACITY": _KERNELS_KEPT} if self._device == "CPU" else {}
-        return self._core.compile_model(
-            model or self._model,
-            self._device,
-            {
-                **own,
-                **self._options,
-                "PERFORMANCE_HINT": hint,
-                "NUM_STREAMS": str(streams),
-                "INFERENCE_NUM_THREADS": str(self._threads),
-                # Pinning fails or hurts where the cores are shared or only partly ours.
-                "ENABLE_CPU_PINNING": "NO",
-            },
-        )
+        settings = {
+            **own,
+            **self._options,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": str(streams),
+            "INFERENCE_NUM_THREADS": str(self._threads),
+            # Pinning fails or hurts where the cores are shared or only partly ours.
+            "ENABLE_CPU_PINNING": "NO",
+        }
+
+        def make() -> Any:
+            model = self._model
+            if shape is not None:
+                model = self._only_output(self._core.read_model(self._path))
+                model.reshape({name: list(shape) for name in self.inputs})
+            return self._core.compile_model(model, self._device, settings)
+
+        stat = self._path.stat()
+        file = (str(self._path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return _shared((*file, self._output, self._device, shape, *sorted(settings.items())), make)
 
     def run(self, feed: Feed) -> Rows:
         """Run one batch in the calling thread, on all cores."""
@@ -156,7 +165,7 @@ class OpenvinoBackend:
         with self._lock:
             self._submitted += 1
             if self._many is None and self._submitted > BATCHES_BEFORE_STREAMS:
-                self._many = _Requests(self._compile(self.streams))
+                self._many = self._compile(self.streams)
             requests = self._many or self._single
         return self._threads_of_streams.submit(lambda batch: self._infer(requests, batch), feed)
 
@@ -178,19 +187,21 @@ class OpenvinoBackend:
 
     def close(self) -> None:
         """Take no more work; a run that another thread is in ends first."""
+        if self._closed:
+            return
         self._closed = True
         self._threads_of_streams.close()
         self._single.drop()
         if self._fixed is not None:
             self._fixed.close()
-        if self._many is not None:
+        if self._many is not None and self._many is not self._single:
             self._many.drop()
 
 
 class _FixedShapes:
     """Graphs compiled, beside the work, for the shapes that come most often."""
 
-    def __init__(self, compile_for: Callable[[tuple[int, ...]], Any]) -> None:
+    def __init__(self, compile_for: Callable[[tuple[int, ...]], _Requests]) -> None:
         self._compile_for = compile_for
         self._lock = threading.Lock()
         self._seen: Counter[tuple[int, ...]] = Counter()
@@ -214,7 +225,7 @@ class _FixedShapes:
 
     def _make(self, shape: tuple[int, ...]) -> None:
         try:
-            self._ready[shape] = _Requests(self._compile_for(shape))
+            self._ready[shape] = self._compile_for(shape)
         except Exception as error:  # noqa: BLE001 - the graph of any shape answers as before
             _LOG.warning("no graph for inputs of shape %s: %s", shape, error)
 
@@ -227,10 +238,14 @@ class _FixedShapes:
 
 
 class _Requests:
-    """A compiled model and its idle infer requests; a request serves one run at a time."""
+    """A compiled model and its idle infer requests; a request serves one run at a time.
+
+    ``users`` counts the backends that have it.
+    """
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled
+        self.users = 0
         self._idle: list[Any] = []
 
     def infer(self, inputs: list[Any]) -> Rows:
@@ -247,8 +262,26 @@ class _Requests:
         return rows
 
     def drop(self) -> None:
-        """Forget the idle requests."""
-        self._idle.clear()
+        """Say that one backend less has it; the last one's idle requests are forgotten."""
+        with _compiling:
+            self.users -= 1
+            if self.users <= 0:
+                self._idle.clear()
+
+
+# What is compiled in this process, by file and settings, as long as a backend has it.
+_compiled: WeakValueDictionary[tuple[Any, ...], _Requests] = WeakValueDictionary()
+_compiling = threading.Lock()
+
+
+def _shared(key: tuple[Any, ...], make: Callable[[], Any]) -> _Requests:
+    """Return the compiled model of this key, made by ``make`` when no backend has it."""
+    with _compiling:
+        found = _compiled.get(key)
+        if found is None:
+            found = _compiled[key] = _Requests(make())
+        found.users += 1
+        return found
 
 
 def _openvino() -> Any:

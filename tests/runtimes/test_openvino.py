@@ -69,3 +69,19 @@ def test_a_fixed_graph_that_fails_changes_nothing(
         for _ in range(3):
             np.testing.assert_array_equal(engine.encode([SHORT]), first)
     assert any("no memory" in text for text in said)
+
+
+def test_engines_of_one_model_share_what_is_compiled(minilm: Bundle) -> None:
+    """Weights and buffers are there once; the first engine's end leaves the second working."""
+    first = ArrowEngine(minilm, device="openvino", variant="openvino-fp32")
+    second = ArrowEngine(minilm, device="openvino", variant="openvino-fp32")
+    fewer = ArrowEngine(minilm, device="openvino", variant="openvino-fp32", threads=1)
+    assert backend_of(first)._single is backend_of(second)._single
+    assert backend_of(fewer)._single is not backend_of(first)._single
+    right = first.encode([SHORT, LONGER])
+    first.close()
+    first.close()
+    assert backend_of(second)._single.users == 1
+    np.testing.assert_array_equal(second.encode([SHORT, LONGER]), right)
+    second.close()
+    fewer.close()
