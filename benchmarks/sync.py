@@ -36,7 +36,8 @@ from rich.table import Table
 from memopt.federation.arrays import fp32_bytes, weights_hash
 from memopt.federation.authority import init_ca, issue
 from memopt.federation.client import SyncClient
-from memopt.federation.delta import DeltaSettings, compute_delta, full_payload
+from memopt.federation.delta import compute_delta, full_payload
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.gate import TlsFiles
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.protocol import CHUNK_BYTES, WINDOW_BYTES

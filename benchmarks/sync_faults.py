@@ -27,7 +27,7 @@ import numpy as np
 from memopt.federation.arrays import weights_hash
 from memopt.federation.chaos import ChaosProxy, Fault
 from memopt.federation.client import SyncClient
-from memopt.federation.delta import DeltaSettings
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.signing import SigningKey, Trust, add_trusted

@@ -10,7 +10,7 @@ from typing import Any
 
 _EXPORTS = {
     "DeltaSyncManager": "memopt.federation.manager",
-    "DeltaSettings": "memopt.federation.delta",
+    "DeltaSettings": "memopt.federation.delta_settings",
     "compute_delta": "memopt.federation.delta",
     "apply_delta": "memopt.federation.delta",
     "read_weights": "memopt.federation.adapters",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.federation.arrays import Array, Weights, check_weights
-from memopt.federation.delta import DeltaSettings, TensorReport
+from memopt.federation.delta import TensorReport
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.gate import TlsFiles
 from memopt.federation.jobs import Progress, PullJob, PushJob

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from memopt.federation.adapters import read_weights
-from memopt.federation.delta import LOSSY, DeltaSettings, compute_delta, full_payload
+from memopt.federation.delta import compute_delta, full_payload
+from memopt.federation.delta_settings import LOSSY, DeltaSettings
 
 
 def compare(old: str | Path, new: str | Path, *, delta_threshold: float = 0.01) -> dict[str, Any]:

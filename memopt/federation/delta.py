@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from memopt.errors import ConfigurationError, SyncError
+from memopt.errors import SyncError
 from memopt.federation.arrays import (
     FLOATS,
     Array,
@@ -33,64 +33,9 @@ from memopt.federation.codecs import (
     difference,
     fp16_exponent,
 )
+from memopt.federation.delta_settings import DeltaSettings, candidates
 from memopt.federation.limits import Limits
 from memopt.federation.payload import Compressor, Row, Table, decode_row, pack, unpack
-from memopt.registry import nearest
-
-LOSSY = ("fp16", "int8", "int4", "topk")
-CODEC_NAMES = ("lossless", *LOSSY, "auto")
-# What codec auto tries, codec and int8 levels, from small to large until the error target holds.
-_BY_SIZE = (
-    ("topk", INT8_LEVELS),
-    ("int4", INT8_LEVELS),
-    *(("int8", levels) for levels in (15, 31, 63, INT8_LEVELS)),
-    ("fp16", INT8_LEVELS),
-    ("lossless", INT8_LEVELS),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaSettings:
-    """How a delta is made.
-
-    ``delta_threshold`` is the relative mean change, mean|new - base| / mean|base|, over which a
-    tensor is sent. ``max_error`` is the relative L2 error of the update, |new - received| /
-    |new - base| for each tensor sent; ``max_bytes`` bounds the whole payload. Either one chooses
-    codecs by itself with ``codec="auto"``. ``full_ratio`` is the share of the full size (raw
-    bytes) over which everything is sent anew.
-    """
-
-    codec: str = "int8"
-    delta_threshold: float = 0.01
-    full_ratio: float = 0.5
-    level: int = 3
-    block: int = 0  # values that share a scale; 0 is the codec's own
-    levels: int = INT8_LEVELS  # int8's steps on each side of zero: fewer compress better
-    topk: float = 0.05  # share of a tensor's values that topk sends
-    max_error: float | None = None
-    max_bytes: int | None = None
-    dictionary: bytes = b""
-
-    def __post_init__(self) -> None:
-        if self.codec not in CODEC_NAMES:
-            raise ConfigurationError(
-                f"unknown codec {self.codec!r}", fix=nearest(self.codec, CODEC_NAMES)
-            )
-        for name, value, good in (
-            ("delta_threshold", self.delta_threshold, self.delta_threshold >= 0),
-            ("full_ratio", self.full_ratio, self.full_ratio > 0),
-            ("block", self.block, self.block == 0 or 8 <= self.block <= 1 << 20),
-            ("levels", self.levels, 1 <= self.levels <= INT8_LEVELS),
-            ("topk", self.topk, 0 < self.topk <= 1),
-            ("max_error", self.max_error, self.max_error is None or self.max_error >= 0),
-            ("max_bytes", self.max_bytes, self.max_bytes is None or self.max_bytes > 0),
-        ):
-            if not good:
-                raise ConfigurationError(f"{name}={value} is out of range")
-        if self.codec == "auto" and self.max_error is None and self.max_bytes is None:
-            raise ConfigurationError(
-                "codec auto has no target", fix="give --max-error or --max-bytes"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,7 +207,7 @@ def _fit(
     """Return the most exact delta within ``max_bytes``; what does not fit waits for later."""
     assert settings.max_bytes is not None
     best: Delta | None = None
-    for codec, levels in reversed(_candidates(settings)):
+    for codec, levels in reversed(candidates(settings)):
         fractions = (settings.topk, 0.02, 0.005) if codec == "topk" else (settings.topk,)
         for fraction in fractions:
             trial = replace(settings, codec=codec, levels=levels, topk=fraction)
@@ -363,8 +308,7 @@ def _change(
     compressor: Compressor, name: str, base: Array, new: Array, settings: DeltaSettings
 ) -> tuple[Row, bytes, Array, float]:
     """Encode one changed tensor with the chosen codec, or the smallest one within max_error."""
-    candidates = _candidates(settings) if dtype_name(new) in FLOATS else ()
-    for codec, levels in candidates:
+    for codec, levels in candidates(settings) if dtype_name(new) in FLOATS else ():
         if codec == "lossless":
             break
         param = _param(BY_NAME[codec][1], base, new, settings)
@@ -379,11 +323,6 @@ def _change(
             return row, body, got, error
     row, body, got = _encode(compressor, name, "change", "lossless", 0, base, new)
     return row, body, got, 0.0
-
-
-def _candidates(settings: DeltaSettings) -> tuple[tuple[str, int], ...]:
-    """Return the codecs and int8 levels to try, from small to large."""
-    return _BY_SIZE if settings.codec == "auto" else ((settings.codec, settings.levels),)
 
 
 def _param(codec: Codec, base: Array, new: Array, settings: DeltaSettings) -> int | None:

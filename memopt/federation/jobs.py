@@ -10,7 +10,8 @@ from typing import Any
 
 from memopt.federation import protocol
 from memopt.federation.arrays import Array
-from memopt.federation.delta import Delta, DeltaSettings
+from memopt.federation.delta import Delta
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, check_count, check_hash, check_keys
 from memopt.federation.link import Exchange

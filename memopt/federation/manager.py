@@ -37,7 +37,8 @@ from memopt.federation.arrays import (
     weights_hash,
 )
 from memopt.federation.codecs import difference
-from memopt.federation.delta import Delta, DeltaSettings, apply_delta, compute_delta, full_payload
+from memopt.federation.delta import Delta, apply_delta, compute_delta, full_payload
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.limits import Limits, check_adapter, check_hash, check_keys, strict_json
 from memopt.federation.payload import unpack
 from memopt.federation.signing import NO_HASH, Signed

@@ -18,7 +18,7 @@ from typing import Any
 from memopt.config import load_config
 from memopt.errors import ConfigurationError, SyncError
 from memopt.federation.client import SyncClient
-from memopt.federation.delta import DeltaSettings
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.gate import TlsFiles
 from memopt.federation.link import parse_address
 from memopt.federation.manager import DeltaSyncManager

@@ -187,7 +187,8 @@ def aggregate_version(
     signs nothing for somebody without a key, on a plain transport as little as with TLS.
     """
     from memopt.federation.aggregate import AggregateSettings, aggregate
-    from memopt.federation.delta import CODEC_NAMES, DeltaSettings, compute_delta
+    from memopt.federation.delta import compute_delta
+    from memopt.federation.delta_settings import CODEC_NAMES, DeltaSettings
 
     check_keys("aggregate", request, ("signed", "request"))
     order = _verified(server, identity, None, request["signed"]).manifest

@@ -8,7 +8,8 @@ import time
 
 import numpy as np
 
-from memopt.federation.delta import DeltaSettings, compute_delta
+from memopt.federation.delta import compute_delta
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.signing import Manifest, SigningKey
 from memopt.federation.store import Store
 

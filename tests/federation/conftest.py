@@ -14,7 +14,7 @@ import pytest
 
 from memopt.federation.authority import init_ca, issue
 from memopt.federation.client import SyncClient
-from memopt.federation.delta import DeltaSettings
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.gate import TlsFiles
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.server import SyncServer

@@ -328,7 +328,7 @@ def test_a_lost_acknowledgement_is_settled_later(fleet, plain, tmp_path: Path) -
         def confirm(self) -> None:
             raise Crash
 
-    from memopt.federation.delta import DeltaSettings
+    from memopt.federation.delta_settings import DeltaSettings
 
     with fleet.manager(tmp_path / "a", codec="int8") as sender:
         client.push(sender, weights, key=key, node="alice")

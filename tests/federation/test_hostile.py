@@ -23,7 +23,8 @@ from memopt.federation import protocol
 from memopt.federation.arrays import weights_hash
 from memopt.federation.authority import issue
 from memopt.federation.chaos import ChaosProxy, Fault
-from memopt.federation.delta import DeltaSettings, compute_delta, full_payload
+from memopt.federation.delta import compute_delta, full_payload
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
 from memopt.federation.payload import Compressor

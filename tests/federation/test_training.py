@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memopt.federation.arrays import fp32_bytes
-from memopt.federation.delta import DeltaSettings
+from memopt.federation.delta_settings import DeltaSettings
 
 ROOT = Path(__file__).parents[2]
 

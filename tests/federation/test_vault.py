@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memopt.errors import ConfigurationError
 from memopt.federation.arrays import weights_hash
-from memopt.federation.delta import DeltaSettings
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.vault import PART_BYTES, Appending, Vault

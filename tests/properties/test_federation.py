@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.federation.arrays import DTYPES, FLOATS, weights_hash
-from memopt.federation.delta import DeltaSettings, apply_delta, compute_delta
+from memopt.federation.delta import apply_delta, compute_delta
+from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
 from memopt.federation.payload import Compressor, Row, Table, pack, read_table, unpack

@@ -41,7 +41,7 @@ def pull(
 ) -> None:
     """Fetch the newest version, verify it and write it."""
     from memopt.federation.adapters import write_weights
-    from memopt.federation.delta import DeltaSettings
+    from memopt.federation.delta_settings import DeltaSettings
     from memopt.federation.session import connect, opened, read_dictionary, report_json
 
     session = connect(
