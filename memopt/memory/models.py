@@ -49,7 +49,7 @@ class Models:
             )
 
     def open(self) -> Embedder | None:
-        """Return the embedder; None where no bundle is named.
+        """Return the embedder, on the device of the settings; None where no bundle is named.
 
         Raises:
             ConfigurationError, BundleError: the bundles do not fit together.
@@ -61,22 +61,26 @@ class Models:
             TextEncoder,
             VisionEncoder,
         )
+        from memopt.runtimes.configured import open_engine
 
         self.check()
         if self.joint:
             from memopt.memory.joint import JointEmbeddingLayer
 
             layer = JointEmbeddingLayer(self.joint)
+            sizes = layer.config
+            seen, heard, read = (
+                open_engine(bundle) if bundle else None
+                for bundle in (self.vision, self.audio, self.text)
+            )
             return JointEmbedder(
                 layer,
-                vision=VisionEncoder(self.vision, layer.config.vision) if self.vision else None,
-                audio=AudioEncoder(self.audio, layer.config.audio) if self.audio else None,
-                text=TextEncoder(self.text, layer.config.text) if self.text else None,
+                vision=VisionEncoder(seen, sizes.vision) if seen else None,
+                audio=AudioEncoder(heard, sizes.audio) if heard else None,
+                text=TextEncoder(read, sizes.text) if read else None,
             )
         if self.text:
-            from memopt.runtimes.engine import ArrowEngine
-
-            engine = ArrowEngine(self.text)
+            engine = open_engine(self.text)
             return TextEmbedder(TextEncoder(engine, engine.dimension))
         return None
 
