@@ -204,7 +204,7 @@ def aggregate_version(
         raise SyncFailure(
             "forbidden",
             "the server has no signing key, so it cannot make versions",
-            fix="memopt sync serve --signing-key FILE --node NAME, trusted with the role push",
+            fix="run: memopt sync keygen NODE --role push, NODE being the --node of serve",
         )
     adapter, inputs = order.adapter, request["inputs"]
     if not isinstance(inputs, list) or not inputs or len(inputs) > 1024:

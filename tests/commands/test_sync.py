@@ -109,8 +109,14 @@ def test_diff_needs_no_network(sync, tmp_path: Path) -> None:
         (("issue", "alice"), 2, "init-ca"),
         (("status", "--node", "n", "--plain", "--server", "nowhere"), 2, "not host:port"),
         (("diff", "a", "b"), 1, "no weights at 'a'"),
+        (("push", "a", "--adapter", "x", "--node", "n", "--plain", "--codec", "int9"), 2, "int8"),
+        (("push", "a", "--adapter", "x", "--node", "n", "--plain", "--levels", "0"), 2, "levels=0"),
+        (("push", "a", "--adapter", "x", "--node", "n", "--plain", "--deadline", "0"), 2, "deadl"),
+        (("pull", ".", "--adapter", "x", "--node", "n", "--plain"), 2, "trust.json cannot be read"),
+        (("pull", "w.parquet", "--adapter", "x", "--node", "n", "--plain"), 2, "is a folder"),
     ],
 )
 def test_wrong_use_is_one_clear_line(sync, arguments, code, words) -> None:
     """Missing keys, bad names and addresses exit with one line that says what to do."""
+    Path("w.parquet").mkdir()
     assert words in sync(*arguments, code=code).stderr

@@ -40,10 +40,12 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch the newest version, verify it and write it."""
+    from memopt.commands.console import check_target
     from memopt.federation.adapters import write_weights
     from memopt.federation.delta_settings import DeltaSettings
     from memopt.federation.session import connect, opened, read_dictionary, report_json
 
+    check_target(output, folder=output.suffix not in (".safetensors", ".parquet"))
     session = connect(
         server, node=node, keys=keys, plain=plain, insecure=insecure, deadline=deadline
     )
