@@ -104,7 +104,8 @@ def main() -> None:
     except SystemExit as error:
         # typer turns Ctrl-C inside a command into this, without a word.
         if error.code == 130:
-            _fail(_INTERRUPTED, 130)
+            told = str(getattr(error.__context__, "__cause__", None) or "")
+            _fail(f"interrupted; {told}" if told else _INTERRUPTED, 130)
         raise
 
 

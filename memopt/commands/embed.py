@@ -49,17 +49,20 @@ def embed(
 
     begin = time.perf_counter()
     with open_engine(bundle, device, variant, strict) as engine:
-        done = embed_file(
-            engine,
-            source,
-            output,
-            column=column,
-            batch_size=batch_size,
-            normalize=normalize,
-            resume=resume,
-            on_error=on_error,
-            show_progress=True,
-        )
+        try:
+            done = embed_file(
+                engine,
+                source,
+                output,
+                column=column,
+                batch_size=batch_size,
+                normalize=normalize,
+                resume=resume,
+                on_error=on_error,
+                show_progress=True,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("what is done is kept; go on with --resume") from None
         info = engine.device_info()
         events = [str(event) for event in engine.events]
     seconds = time.perf_counter() - begin

@@ -245,6 +245,29 @@ def test_a_killed_run_resumes_without_loss(minilm: Bundle, tmp_path: Path) -> No
     assert not parts.exists()
 
 
+def test_ctrl_c_says_how_to_go_on(minilm: Bundle, tmp_path: Path) -> None:
+    """One line, exit 130, and the parts stay for --resume."""
+    command = [sys.executable, "-m", "memopt", "embed", str(minilm.path), "-i", "-", "-o"]
+    with subprocess.Popen(
+        [*command, str(tmp_path / "o.npy"), "--device", "cpu"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        state = tmp_path / ".o.npy.parts" / "state.json"
+        deadline = time.monotonic() + 120
+        while not state.is_file():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors == "error: interrupted; what is done is kept; go on with --resume\n"
+    assert process.returncode == 130
+    assert state.is_file()
+
+
 def test_stdin_and_the_summary(minilm: Bundle, tmp_path: Path) -> None:
     """`-` reads lines; the human summary names count, device and file."""
     command = [sys.executable, "-m", "memopt", "embed", str(minilm.path), "-i", "-", "-o"]
