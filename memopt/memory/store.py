@@ -14,21 +14,17 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pyarrow as pa
 
-from memopt.errors import InputError
 from memopt.memory import (
     events,
     incoming,
     interchange,
-    opening,
     payload,
     reading,
-    rows,
     searching,
     writing,
 )
 from memopt.memory import reembed as reembedding
 from memopt.memory.adjacency import Adjacency
-from memopt.memory.connection import Connection
 from memopt.memory.filters import EVERYTHING, id_list, utc
 from memopt.memory.index import VectorIndex
 from memopt.memory.meta import TABLES
@@ -43,6 +39,7 @@ from memopt.memory.schema import (
     Memory,
     NewMemory,
 )
+from memopt.memory.sealed import Sealed
 from memopt.memory.stats import Stats, stats
 from memopt.memory.touches import Touches
 
@@ -50,7 +47,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class MemoryStore(Connection):
+class MemoryStore(Sealed):
     """A durable store of memories with their vectors.
 
     Args:
@@ -108,7 +105,6 @@ class MemoryStore(Connection):
         self.adjacency = Adjacency(self)
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
-        self._id_key = opening.id_key(self.place, self.meta, cipher)
 
     # --- life -------------------------------------------------------------------------------
 
@@ -398,49 +394,3 @@ class MemoryStore(Connection):
         if ids:
             for observer in self.observers:
                 observer(action, ids)
-
-    def embed(self, contents: Sequence[Content]) -> NDArray[np.float32]:
-        """Return unit vectors, float32 (n, dim), by the store's embedder.
-
-        Raises:
-            InputError: there is no embedder, or it is not the one that made the store's vectors.
-        """
-        if self.embedder is None:
-            raise InputError(
-                "no embedding was given and the store has no embedder",
-                fix="give embedding=, or open the store with embedder=",
-            )
-        self.check_model(self.embedder.model_id)
-        return rows.unit(np.asarray(self.embedder.embed(contents)), self.dim)
-
-    def check_model(self, model_id: str | None) -> None:
-        """Refuse vectors of another model than the store's; an empty store takes the first.
-
-        Raises:
-            InputError: the store holds vectors of another model, or of one nobody named.
-        """
-        if not model_id or model_id == self.meta.model_id:
-            return
-        with self.exclusive():
-            if model_id == self.meta.model_id:
-                return
-            if not self.count():
-                self.write_meta(model_id=model_id)
-                return
-        raise InputError(
-            f"{self.place} holds vectors of {self.meta.model_id or 'an unnamed model'!r}, "
-            f"not of {model_id!r}",
-            fix="use that model, or move the store: memopt memory reembed",
-        )
-
-    def content_id(self, content: Content, category: str = "") -> str:
-        """Return the id this content gets when none is chosen (keyed in an encrypted store)."""
-        return incoming.content_id(content, category, self._id_key)
-
-    def pack(self, table: pa.Table) -> pa.Table:
-        """Return whole rows with their content compressed (and encrypted where the store is)."""
-        return payload.seal(self.unpack(table), compress=True, cipher=self.cipher)
-
-    def unpack(self, table: pa.Table) -> pa.Table:
-        """Return rows with their content back in the plain columns."""
-        return payload.unseal(table, self.cipher)

@@ -30,9 +30,12 @@ def start(role: str, folder: Path, seed: int = 0) -> subprocess.Popen[str]:
 
 
 def said(process: subprocess.Popen[str]) -> list[list[str]]:
-    """The whole lines of a process that has ended."""
-    out, _ = process.communicate()
-    return [line.split() for line in out.splitlines(keepends=True) if line.endswith("\n")]
+    """The whole lines of a process that has ended, but for those read already."""
+    assert process.stdout is not None
+    # Not communicate(), which passes by what readline() has buffered.
+    lines = process.stdout.readlines()
+    process.wait()
+    return [line.split() for line in lines if line.endswith("\n")]
 
 
 def ids_of(lines: list[list[str]], word: str) -> set[str]:
@@ -75,11 +78,15 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
     MemoryStore(tmp_path, dim=DIM).close()
     writers = [start("write", tmp_path, seed) for seed in (1, 2)]
     reader = start("read", tmp_path, 3)
-    time.sleep(SOAK_SECONDS + 3)  # the imports of a process take some seconds
+    # On a busy machine the clock starts late: all three must have been at work.
+    first = [_lines(process, 5) for process in (*writers, reader)]
+    time.sleep(SOAK_SECONDS)
     still_alive = [process.poll() is None for process in (*writers, reader)]
     for process in (*writers, reader):
         process.kill()
-    lines = [said(process) for process in (*writers, reader)]
+    lines = [
+        begun + said(process) for begun, process in zip(first, (*writers, reader), strict=True)
+    ]
     assert still_alive == [True, True, True], [p.stderr for p in (*writers, reader)]
     added = [ids_of(part, "added") for part in lines[:2]]
     assert all(len(part) >= 32 for part in added)
@@ -102,6 +109,12 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
         }
         assert not finished & there
         assert there <= added[0] | added[1] | _unacknowledged(there, added)
+
+
+def _lines(process: subprocess.Popen[str], count: int) -> list[list[str]]:
+    """The first lines of a process that goes on."""
+    assert process.stdout is not None
+    return [process.stdout.readline().split() for _ in range(count)]
 
 
 def _unacknowledged(there: set[str], added: list[set[str]]) -> set[str]:

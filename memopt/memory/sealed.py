@@ -1,0 +1,83 @@
+"""How content becomes vectors, ids and cells of an open database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from memopt.errors import InputError
+from memopt.memory import incoming, opening, payload, rows
+from memopt.memory.connection import Connection
+from memopt.memory.schema import Content, Embedder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Sealed(Connection):
+    """A connection with an embedder and a cipher, on which MemoryStore stands."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        dim: int | None,
+        embedder: Embedder | None,
+        cipher: payload.Cipher | None,
+        clock: Callable[[], datetime],
+        *,
+        create: bool,
+    ) -> None:
+        super().__init__(path, dim, embedder, cipher, clock, create=create)
+        self._id_key = opening.id_key(self.place, self.meta, cipher)
+
+    def embed(self, contents: Sequence[Content]) -> NDArray[np.float32]:
+        """Return unit vectors, float32 (n, dim), by the store's embedder.
+
+        Raises:
+            InputError: there is no embedder, or it is not the one that made the store's vectors.
+        """
+        if self.embedder is None:
+            raise InputError(
+                "no embedding was given and the store has no embedder",
+                fix="give embedding=, or open the store with embedder=",
+            )
+        self.check_model(self.embedder.model_id)
+        return rows.unit(np.asarray(self.embedder.embed(contents)), self.dim)
+
+    def check_model(self, model_id: str | None) -> None:
+        """Refuse vectors of another model than the store's; an empty store takes the first.
+
+        Raises:
+            InputError: the store holds vectors of another model, or of one nobody named.
+        """
+        if not model_id or model_id == self.meta.model_id:
+            return
+        with self.exclusive():
+            if model_id == self.meta.model_id:
+                return
+            # What a commit deleted counts too until it is swept: its vectors are still there.
+            if not self.memories.count_rows():
+                self.write_meta(model_id=model_id)
+                return
+        raise InputError(
+            f"{self.place} holds vectors of {self.meta.model_id or 'an unnamed model'!r}, "
+            f"not of {model_id!r}",
+            fix="use that model, or move the store: memopt memory reembed",
+        )
+
+    def content_id(self, content: Content, category: str = "") -> str:
+        """Return the id this content gets when none is chosen (keyed in an encrypted store)."""
+        return incoming.content_id(content, category, self._id_key)
+
+    def pack(self, table: pa.Table) -> pa.Table:
+        """Return whole rows with their content compressed (and encrypted where the store is)."""
+        return payload.seal(self.unpack(table), compress=True, cipher=self.cipher)
+
+    def unpack(self, table: pa.Table) -> pa.Table:
+        """Return rows with their content back in the plain columns."""
+        return payload.unseal(table, self.cipher)
