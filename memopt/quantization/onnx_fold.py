@@ -70,7 +70,7 @@ def fold_smoothing(
                 scales=(before.scales / plan.divisor).astype(np.float32),
                 bias=((before.bias - plan.low) / plan.divisor).astype(np.float32),
             )
-            graph.scale(value.bias, 1 / plan.divisor)
+            graph.scale(*value.bias, 1 / plan.divisor)
             done.add(source)
     return done, changed
 
@@ -88,22 +88,34 @@ class _Graph:
             for name in node.input:
                 self.users.setdefault(name, []).append(node)
 
-    def vector(self, name: str) -> Array | None:
-        """Return a constant of one axis that only one node reads."""
-        from onnx import numpy_helper
-
+    def is_vector(self, name: str) -> bool:
+        """Say whether a value is a constant of one axis."""
         item = self.constants.get(name)
-        if item is None or len(item.dims) != 1 or len(self.users.get(name, ())) != 1:
-            return None
-        return np.asarray(numpy_helper.to_array(item), np.float32)
+        return item is not None and len(item.dims) == 1
 
-    def scale(self, name: str, factor: Array, extra: Array | float = 0.0) -> None:
-        """Replace a constant by ``constant * factor + extra``."""
+    def scale(self, node: Any, place: int, factor: Array, extra: Array | float = 0.0) -> None:
+        """Give a node ``constant * factor + extra`` as input; what it reads may be shared."""
         from onnx import numpy_helper
 
+        name = node.input[place]
         item = self.constants[name]
-        value = numpy_helper.to_array(item).astype(np.float64) * factor + extra
-        item.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+        value = (numpy_helper.to_array(item).astype(np.float64) * factor + extra).astype(np.float32)
+        if len(self.users[name]) == 1:
+            item.CopyFrom(numpy_helper.from_array(value, name))
+            return
+        # Exporters store equal constants, such as the ones of an untrained norm, once.
+        self.users[name] = [user for user in self.users[name] if user is not node]
+        own = f"{node.output[0]}/{place}"
+        self.add(own, value)
+        self.users[own] = [node]
+        node.input[place] = own
+
+    def add(self, name: str, value: Array) -> None:
+        """Append a float32 constant."""
+        from onnx import numpy_helper
+
+        self.model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+        self.constants[name] = self.model.graph.initializer[-1]
 
     def before(self, name: str, kind: str) -> Any | None:
         """Return the node of this kind that makes a value nobody else reads."""
@@ -111,19 +123,20 @@ class _Graph:
         alone = len(self.users.get(name, ())) == 1 and name not in self.outputs
         return node if node is not None and node.op_type == kind and alone else None
 
-    def bias_behind(self, name: str) -> str | None:
-        """Return the bias of the Add that makes ``name``, where it is its own."""
+    def biased(self, name: str) -> tuple[Any, int] | None:
+        """Return the Add of a bias that makes ``name``, and which of its inputs the bias is."""
         node = self.before(name, "Add")
         if node is None:
             return None
-        return next((i for i in node.input if self.vector(i) is not None), None)
+        place = next((i for i, value in enumerate(node.input) if self.is_vector(value)), None)
+        return None if place is None else (node, place)
 
 
 def _into_norm(graph: _Graph, node: Any, plan: Plan, others: list[Any]) -> bool:
     """Let a LayerNormalization make the smoothed activation; say whether that was possible."""
     source = node.output[0]
     names = list(node.input[1:])
-    if len(node.output) > 1 or not names or any(graph.vector(name) is None for name in names):
+    if len(node.output) > 1 or not names or not all(map(graph.is_vector, names)):
         return False
     partner = None
     if others:
@@ -131,35 +144,34 @@ def _into_norm(graph: _Graph, node: Any, plan: Plan, others: list[Any]) -> bool:
         if len(others) != 1 or others[0].op_type != "Add":
             return False
         place = 1 - list(others[0].input).index(source)
-        partner = graph.bias_behind(others[0].input[place])
+        partner = graph.biased(others[0].input[place])
         if partner is None:
             return False
     if len(names) == 1:
-        bias = f"{source}/bias"
-        _add_constant(graph, bias, np.zeros_like(plan.low))
-        node.input.append(bias)
-        names.append(bias)
-    graph.scale(names[0], 1 / plan.divisor)
-    graph.scale(names[1], 1 / plan.divisor, -plan.low / plan.divisor)
+        graph.add(f"{source}/bias", np.zeros_like(plan.low))
+        graph.users[f"{source}/bias"] = [node]
+        node.input.append(f"{source}/bias")
+    graph.scale(node, 1, 1 / plan.divisor)
+    graph.scale(node, 2, 1 / plan.divisor, -plan.low / plan.divisor)
     if partner is not None:
         from onnx import helper
 
-        _add_constant(graph, f"{source}/divisor", plan.divisor)
+        graph.add(f"{source}/divisor", plan.divisor)
         back = f"{source}/restored"
         restore = named(helper.make_node("Mul", [source, f"{source}/divisor"], [back]), back)
         nodes = list(graph.model.graph.node)
         graph.model.graph.node.insert(nodes.index(node) + 1, restore)
         others[0].input[list(others[0].input).index(source)] = back
-        graph.scale(partner, np.ones_like(plan.low), plan.low)
+        graph.scale(*partner, np.ones_like(plan.low), plan.low)
     return True
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A value projection: its product and the name of its bias."""
+    """A value projection: its product, and the Add of its bias with the bias's place."""
 
     linear: Linear
-    bias: str
+    bias: tuple[Any, int]
 
 
 def _value_projection(graph: _Graph, node: Any, by_output: Mapping[str, Linear]) -> _Value | None:
@@ -181,7 +193,7 @@ def _value_projection(graph: _Graph, node: Any, by_output: Mapping[str, Linear])
     added = graph.before(reshape.input[0], "Add")
     if added is None:
         return None
-    bias = graph.bias_behind(reshape.input[0])
+    bias = graph.biased(reshape.input[0])
     linear = next((by_output[name] for name in added.input if name in by_output), None)
     if bias is None or linear is None or graph.users[linear.node.output[0]] != [added]:
         return None
@@ -190,10 +202,3 @@ def _value_projection(graph: _Graph, node: Any, by_output: Mapping[str, Linear])
 
 def _perm(node: Any) -> list[int]:
     return next((list(item.ints) for item in node.attribute if item.name == "perm"), [])
-
-
-def _add_constant(graph: _Graph, name: str, value: Array) -> None:
-    from onnx import numpy_helper
-
-    graph.model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
-    graph.constants[name] = graph.model.graph.initializer[-1]
