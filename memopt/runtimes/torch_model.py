@@ -61,11 +61,19 @@ def load_config(folder: Path) -> Any:
     """
     transformers = require("transformers", extra="export", why="build the model")
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Code that came with a model is never run, and nobody is asked whether it should be.
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, OSError, TypeError) as error:
+        where = folder / "config.json"
+        if "custom code" in str(error):
+            raise ExportError(
+                f"{where} is of a model that brings Python code of its own, which memopt never runs",
+                fix="use a model whose architecture is part of transformers",
+            ) from error
         raise ExportError(
-            f"{folder / 'config.json'} is not a model config transformers knows: "
-            f"{_first_line(error)}",
+            f"{where} is not a model config transformers knows: {_first_line(error)}",
             fix="check model_type and architectures",
         ) from error
 

@@ -22,8 +22,10 @@ def make_tokenizer(source: Path, target: Path) -> None:
         raise WeightsError("no vocabulary is there either")
     try:
         transformers = require("transformers", extra="export", why="make one")
-        # Nothing of the folder is executed: remote code stays off.
-        made = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+        # Code that came with a model is never run, and nobody is asked whether it should be.
+        made = transformers.AutoTokenizer.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        )
         made.backend_tokenizer.save(str(target))
     except MissingExtra as error:
         raise WeightsError(str(error)) from error

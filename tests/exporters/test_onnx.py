@@ -164,6 +164,18 @@ def test_a_weight_the_architecture_has_no_place_for_is_named(copy: Bundle) -> No
         export(copy)
 
 
+def test_code_that_came_with_a_model_is_never_run(copy: Bundle) -> None:
+    """A config that names Python files is refused at once, without a question to the terminal."""
+    config = json.loads((copy.path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (copy.path / "config.json").write_text(json.dumps(config))
+    (copy.path / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(
+        ExportError, match=r"config\.json .* code of its own, which memopt never runs"
+    ):
+        export(copy)
+
+
 def test_a_weight_of_another_shape_is_named(copy: Bundle) -> None:
     """A config of another width is refused with both shapes."""
     config = json.loads((copy.path / "config.json").read_text())
