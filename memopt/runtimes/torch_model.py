@@ -69,7 +69,7 @@ def load_config(folder: Path) -> Any:
         where = folder / "config.json"
         if "custom code" in str(error):
             raise ExportError(
-                f"{where} is of a model that brings Python code of its own, which memopt never runs",
+                f"{where} is of a model with Python code of its own, which memopt never runs",
                 fix="use a model whose architecture is part of transformers",
             ) from error
         raise ExportError(
