@@ -1,9 +1,9 @@
-"""Memory of 1 and 4 worker processes, each with an engine of its own on one bundle.
+"""Memory of 1 and 4 worker processes, and of 1 and 4 engines in one process, on one bundle.
 
-PSS counts a page shared by n processes as 1/n, so the sum is what the machine really spends. Run
-with and without the graph cache: with it the weights are mapped, and shared.
+PSS counts a page shared by n processes as 1/n, so the sum is what the machine really spends. ONNX
+variants run with and without the graph cache: with it the weights are mapped, and shared by all.
 
-    python benchmarks/rss.py --bundle minilm
+    python benchmarks/rss.py --bundle minilm [--variants onnx-fp32-fused,openvino-int8-static]
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from memopt.runtimes.graph_cache import SWITCH
 WORKER = """
 import sys
 from memopt import ArrowEngine
-engine = ArrowEngine({path!r}, device={device!r}, variant={variant!r})
-engine.encode(["a cat", "a longer sentence about a dog"] * 64)
+engines = [ArrowEngine({path!r}, device={device!r}, variant={variant!r}) for _ in range({count})]
+for engine in engines:
+    engine.encode(["a cat", "a longer sentence about a dog"] * 64)
 print("ready", flush=True)
 sys.stdin.readline()
 """
@@ -60,27 +61,34 @@ def measure(code: str, count: int, *, cache: bool) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Print one row per number of workers, with and without the cache."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print one row per variant, number of processes and number of engines in each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--bundle", default="minilm")
-    parser.add_argument("--variant", default="onnx-fp32-fused")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", default="onnx-fp32-fused,openvino-fp32")
     options = parser.parse_args()
-    path = str(open_bundle(options.bundle).path.absolute())
-    code = WORKER.format(path=path, device=options.device, variant=options.variant)
-    measure(code, 1, cache=True)  # makes the cache
-    names = ("graph cache", "workers", "RSS MB each", "anonymous MB each", "PSS MB together")
-    table = Table(*names)
-    for cache in (False, True):
-        for count in (1, 4):
-            found = measure(code, count, cache=cache)
-            rss, anonymous = (
-                sum(item[name] for item in found) / count for name in ("rss_mb", "anonymous_mb")
-            )
-            together = sum(item["pss_mb"] for item in found)
-            row = (f"{rss:.0f}", f"{anonymous:.0f}", f"{together:.0f}")
-            table.add_row("yes" if cache else "no", str(count), *row)
-    Console().print(table)
+    bundle = open_bundle(options.bundle)
+    names = ("variant", "graph cache", "processes", "engines each", "RSS MB each")
+    table = Table(*names, "anonymous MB each", "PSS MB together")
+    for variant in options.variants.split(","):
+        device = "openvino" if bundle.variant(variant).format == "openvino" else "cpu"
+        values = {"path": str(bundle.path.absolute()), "device": device, "variant": variant}
+        if device == "cpu":
+            measure(WORKER.format(**values, count=1), 1, cache=True)  # makes the cache
+        for cache in (False, True) if device == "cpu" else (True,):
+            for processes, engines in ((1, 1), (4, 1), (1, 4)):
+                code = WORKER.format(**values, count=engines)
+                found = measure(code, processes, cache=cache)
+                rss, anonymous = (
+                    sum(item[name] for item in found) / processes
+                    for name in ("rss_mb", "anonymous_mb")
+                )
+                together = sum(item["pss_mb"] for item in found)
+                cached = "-" if device != "cpu" else "yes" if cache else "no"
+                numbers = (f"{rss:.0f}", f"{anonymous:.0f}", f"{together:.0f}")
+                table.add_row(variant, cached, str(processes), str(engines), *numbers)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def _front(points: Sequence[Point], frame: Frame) -> list[tuple[float, float]]:
     """Return pixels of the points that no other one beats in both directions, fastest first."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (-p.x, -p.y)):
-        if not best or point.y > best[-1].y:
+        if not best or _nines(point.y) > _nines(best[-1].y):
             best.append(point)
     return [(frame.x(p.x), frame.y(_nines(p.y))) for p in best]
 

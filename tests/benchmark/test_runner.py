@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from memopt.benchmark import report
+from memopt.benchmark.bench import bench, compare
 from memopt.benchmark.peers import Contender, peer_contenders
 from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
+from memopt.benchmark.workload import read_inputs
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
 
@@ -111,7 +113,63 @@ def test_no_inputs_and_unknown_peers_are_refused(minilm: Bundle) -> None:
 
 def test_bench_of_a_missing_variant_says_which_there_are(minilm: Bundle) -> None:
     """The mistake is found before any process is started."""
-    from memopt.benchmark.bench import bench
-
     with pytest.raises(BundleError, match="did you mean"):
         bench(minilm.path, variants=["onnx-fp23"])
+
+
+def test_a_contender_that_fails_can_be_left_out(minilm: Bundle) -> None:
+    """The rest is measured; past the deadline there is no second round."""
+    failures: dict[str, str] = {}
+    pair = [contender(minilm, "onnx-fp32", "good"), contender(minilm, "nope", "broken")]
+    records = run(pair, TEXTS, rounds=4, singles=2, failures=failures, deadline=0.0)
+    assert [record.label for record in records] == ["good"]
+    assert "no variant 'nope'" in failures["broken"]
+    assert not failures["broken"].startswith("broken")
+    assert len(records[0].rounds_seconds) == 1
+
+
+def test_compare_measures_two_records_again_on_their_own_inputs(
+    minilm: Bundle, tmp_path: Path
+) -> None:
+    """Rounds are paired anew and the file is read again; records of other inputs are refused."""
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS))
+    names = ["onnx-fp32-fused", "openvino-fp32"]
+    saved = [
+        record.save(tmp_path)
+        for record in bench(minilm.path, variants=names, inputs=file, rounds=1, singles=1)
+    ]
+    first, second = compare(*saved, rounds=2, singles=1)
+    assert [first.spec["variant"], second.spec["variant"]] == names
+    assert first.inputs == str(file)
+    assert ratio(second, first).rounds == 2
+    assert second.cosine_min == pytest.approx(1.0, abs=1e-4)
+    other = replace(first, inputs="", label="seeded").save(tmp_path)
+    with pytest.raises(InputError, match=r"different inputs.*seeded"):
+        compare(saved[0], other)
+    peers = [replace(first, spec={"kind": "optimum"}).save(tmp_path)] * 2
+    with pytest.raises(InputError, match="both of peers"):
+        compare(*peers)
+
+
+def test_inputs_are_read_like_calibration_data(tmp_path: Path) -> None:
+    """A header is no text, a folder gives paths, and what is not there or empty is named."""
+    table = tmp_path / "pairs.csv"
+    table.write_text("sentence1,sentence2,score\na cat,a dog,3.5\nrain,sun,0.1\n")
+    assert read_inputs(table, "text", 3) == ["a cat", "a dog", "rain"]
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "a.png").write_bytes(b"")
+    assert read_inputs(tmp_path, "image") == [tmp_path / "a.png", tmp_path / "b.png"]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for path, why in ((tmp_path / "gone.txt", "no inputs at"), (empty, "is empty")):
+        with pytest.raises(InputError, match=why):
+            read_inputs(path, "text")
+
+
+def test_the_report_names_every_version(records: list[BenchmarkMetrics]) -> None:
+    """Peers live in environments of their own: a package of two versions shows both."""
+    other = replace(records[1], versions={"onnxruntime": "9.9"}, spec={"kind": "fastembed"})
+    told = dict(report.circumstances([records[0], other]))
+    assert told["onnxruntime"] == f"{records[0].versions['onnxruntime']}, 9.9"
+    assert told["processor"] == records[0].hardware["processor"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError
 from memopt.optimize.candidates import candidates
-from memopt.optimize.judge import choose
+from memopt.optimize.judge import _as_at_home, choose
 from memopt.optimize.plan import Candidate, Outcome, Plan, check_targets
 from memopt.optimize.run import Optimized, optimize
 from memopt.quantization.quantize import seconds
@@ -48,6 +48,10 @@ def outcome(name: str, speed: float | None, cosine: float | None, size: int = 1)
     )
 
 
+def paired(name: str, rounds: tuple[float, ...], cosine: float) -> Outcome:
+    return replace(outcome(name, 1 / sorted(rounds)[1], cosine), rounds_seconds=rounds)
+
+
 def chosen(outcomes: list[Outcome]) -> str | None:
     return next((o.candidate.name for o in choose(outcomes) if o.status == "chosen"), None)
 
@@ -70,6 +74,27 @@ def test_the_fastest_wins_unless_speeds_are_the_same() -> None:
     assert chosen([outcome("a", 198, 0.999), outcome("b", 200, 0.99)]) == "a"
     assert chosen([outcome("a", 198, 0.99, size=9), outcome("b", 200, 0.99, size=3)]) == "b"
     assert chosen([outcome("a", None, None)]) is None
+    assert chosen([outcome("a", 200, 0.99), outcome("b", 202, 0.9901)]) == "a"
+
+
+def test_paired_rounds_decide_between_similar_speeds() -> None:
+    """Some percent slower in every round is slower; one that won a round may be as fast."""
+    fast = paired("fast", (1.0, 1.0, 1.0), 0.99)
+    assert chosen([fast, paired("right", (1.1, 1.1, 1.1), 0.999)]) == "fast"
+    assert chosen([fast, paired("right", (0.9, 1.1, 1.1), 0.999)]) == "right"
+    assert chosen([fast, paired("right", (0.9, 2.0, 2.0), 0.999)]) == "fast"
+
+
+def test_a_graph_is_no_better_elsewhere_than_where_it_was_made_for() -> None:
+    """Failing the gate at home drops it on a second device too: the manifest has one verdict."""
+    home = replace(outcome("a", 100, 0.9), status="dropped", reason="min cosine")
+    away = replace(
+        outcome("a", 200, 0.99),
+        candidate=Candidate(name="a", kind="export", device="openvino"),
+    )
+    dropped = _as_at_home([home, away])[1]
+    assert dropped.status == "dropped"
+    assert "a on cpu" in dropped.reason
 
 
 def test_a_plan_reads_back_and_strangers_are_refused(tmp_path: Path) -> None:
@@ -87,6 +112,8 @@ def test_a_plan_reads_back_and_strangers_are_refused(tmp_path: Path) -> None:
     for raw in (
         {**asdict(plan), "version": 99},
         {**asdict(plan), "colour": "red"},
+        {**asdict(plan), "min_cosine": 7},
+        {**asdict(plan), "candidates": [{"name": "x", "kind": "export", "device": "cda"}]},
         {"version": 1},
         [],
     ):
@@ -156,6 +183,11 @@ def test_a_gate_nothing_quantized_passes_leaves_the_float_variant(
     statuses = {o.candidate.name: o for o in result.outcomes}
     assert "min cosine" in statuses["openvino-int8-static"].reason
     assert statuses["openvino-int8-static"].status == "dropped"
+    # Measured all the same, for the picture, and kept as failed: a later call takes it as it is.
+    assert statuses["openvino-int8-static"].items_per_second
+    failed = open_bundle(minilm_copy.path).variant("openvino-int8-static")
+    assert not failed.passed
+    assert not list(minilm_copy.path.glob(".staging-*"))
     assert result.plan.chosen == "openvino-fp32"
 
 
@@ -169,6 +201,25 @@ def test_what_is_not_usable_or_does_not_fit_the_budget_is_skipped_with_the_reaso
     spent = run(minilm_copy, data, targets=("openvino",), budget=1e-6)
     assert all("budget" in o.reason for o in spent.outcomes)
     assert spent.plan.chosen is None
+    assert not (minilm_copy.path / "plan.json").exists()
+
+
+def test_a_plan_is_cut_to_targets() -> None:
+    """--targets takes the plan's candidates of these devices; none left is an error."""
+    plan = Plan(
+        source="m",
+        min_cosine=0.98,
+        samples=10,
+        seed=0,
+        candidates=tuple(
+            Candidate(name=d, kind="export", device=d) for d in ("cpu", "openvino", "cuda")
+        ),
+    )
+    assert [c.name for c in plan.only(["cuda", "cpu"]).candidates] == ["cpu", "cuda"]
+    with pytest.raises(ConfigurationError, match="no candidate for rocm"):
+        plan.only(["rocm"])
+    with pytest.raises(ConfigurationError, match="samples cannot be 'ten'"):
+        replace(plan, samples="ten")
 
 
 def test_missing_calibration_and_a_bad_gate_are_refused(minilm_copy: Bundle) -> None:
