@@ -15,7 +15,12 @@ _TARGETS = {
     "openvino": ("openvino",),
     "gpu": ("cuda", "rocm", "coreml", "webgpu"),
 }
-_FLOAT = ("fp32", "bf16", "fp16")
+# One of these is among the inputs of a graph of that modality (docs/architecture.md).
+_INPUTS = {
+    "text": {"input_ids"},
+    "image": {"pixel_values"},
+    "audio": {"input_features", "input_values"},
+}
 
 
 def candidates(
@@ -40,6 +45,12 @@ def candidates(
     """
     asked = canonical(device)
     forced = bundle.variant(variant) if variant != "auto" else None
+    if forced is not None and not of_modality(forced, bundle):
+        raise BundleError(
+            f"variant {variant!r} takes {', '.join(forced.inputs)}: it is the other tower of "
+            f"{bundle.path}, whose modality is {bundle.manifest.modality}",
+            fix="convert the model with another --task into a bundle of its own",
+        )
     found = _all(bundle, asked, forced, half)
     gpus = _TARGETS["gpu"]
     if cpu_fallback or asked not in ("auto", *gpus):
@@ -103,13 +114,26 @@ def runnable(variant: Variant, provider: str) -> bool:
     return row.fused or not variant.fused
 
 
+def of_modality(variant: Variant, bundle: Bundle) -> bool:
+    """Return whether a variant takes the bundle's kind of input, not that of a second tower.
+
+    A variant that does not say what it takes is believed to.
+    """
+    wanted = _INPUTS.get(bundle.manifest.modality)
+    return not variant.inputs or wanted is None or bool(wanted & set(variant.inputs))
+
+
 def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
     """Return the variants for one provider, best first: its own format, float, fused."""
     row = PROVIDERS[provider]
     ranks = {name: rank for rank, name in enumerate(row.precisions)}
     if not half and ranks["fp16"] < ranks["fp32"]:
         ranks["fp16"], ranks["fp32"] = ranks["fp32"], ranks["fp16"]
-    usable = [v for v in bundle.manifest.variants.values() if v.passed and runnable(v, provider)]
+    usable = [
+        v
+        for v in bundle.manifest.variants.values()
+        if v.passed and runnable(v, provider) and of_modality(v, bundle)
+    ]
     # Quantized variants come after float ones until `memopt optimize` measured them here: without
     # that nobody knows that they are faster on this processor.
     usable.sort(
@@ -144,6 +168,8 @@ def _tuned(bundle: Bundle, asked: str) -> Candidate | None:
         return None
     variant = bundle.manifest.variants.get(name)
     if variant is None or not variant.passed or not runnable(variant, device):
+        return None
+    if not of_modality(variant, bundle):
         return None
     return Candidate(device, variant) if asked in ("auto", device) else None
 

@@ -327,6 +327,17 @@ def test_a_variant_that_failed_its_gate_is_never_picked_by_itself(
     assert names(candidates(bundle, "auto", bad.name))[0] == "cpu:onnx-int8-static"
 
 
+def test_the_graph_of_a_second_tower_is_never_opened_for_the_first() -> None:
+    """CLIP's text graph in a bundle of pictures: not by auto, and by name it is an error."""
+    seen = replace(FLOAT, inputs=("pixel_values",))
+    read = replace(FUSED, name="onnx-fp32-text-fused", inputs=("input_ids", "attention_mask"))
+    both = table(seen, read)
+    bundle = Bundle(both.path, replace(both.manifest, modality="image", task="image-embedding"))
+    assert names(candidates(bundle, "cpu", "auto")) == ["cpu:onnx-fp32", "openvino:onnx-fp32"]
+    with pytest.raises(BundleError, match=r"takes input_ids.*modality is image.*--task"):
+        candidates(bundle, "cpu", read.name)
+
+
 def test_names_that_do_not_exist_are_answered_with_the_nearest() -> None:
     """Device and variant typos are one line with a suggestion."""
     with pytest.raises(DeviceError, match=r"unknown device 'opnvino'.*openvino"):
