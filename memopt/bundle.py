@@ -99,6 +99,15 @@ class Manifest:
         _one_of("task", self.task, TASKS)
         _one_of("modality", self.modality, MODALITIES)
         _one_of("pooling", self.pooling, POOLINGS)
+        for name in ("max_length", "dimension"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise BundleError(f"{name} {value!r} is not a whole number above 0")
+        if type(self.normalize) is not bool:
+            raise BundleError(f"normalize {self.normalize!r} is neither true nor false")
+        for name, record in self.files.items():
+            if not isinstance(record, Mapping) or not {"sha256", "bytes"} <= set(record):
+                raise BundleError(f"the record of file {name!r} lacks sha256 or bytes")
 
     def to_json(self) -> str:
         """Return the manifest as indented JSON, keys in field order."""
@@ -131,6 +140,8 @@ class Manifest:
             return cls(**{**_tupled(cls, raw), "variants": variants})
         except (TypeError, AttributeError) as error:
             raise BundleError(f"{origin} has a wrong or missing key: {error}") from error
+        except BundleError as error:
+            raise BundleError(f"{origin}: {error.problem}", fix=error.fix) from error
 
 
 def _tupled(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,11 @@ def test_a_manifest_reads_back_as_it_was_written(bundle: Bundle) -> None:
     [
         (lambda raw: raw.update(colour="red"), "colour"),
         (lambda raw: raw.pop("task"), "task"),
-        (lambda raw: raw.update(task="dancing"), "task 'dancing'"),
+        (lambda raw: raw.update(task="dancing"), r"memopt\.json: task 'dancing'"),
+        (lambda raw: raw.update(max_length="long"), "max_length 'long' is not a whole number"),
+        (lambda raw: raw.update(dimension=0), "dimension 0 is not a whole number above 0"),
+        (lambda raw: raw.update(normalize="yes"), "normalize 'yes'"),
+        (lambda raw: raw["files"].update(x={"bytes": 1}), "'x' lacks sha256"),
         (lambda raw: raw.update(format_version=99), "format version 99"),
         (lambda raw: raw["variants"].update(v={"name": "v"}), "format"),
     ],
