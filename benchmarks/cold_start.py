@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt import open_bundle
+from memopt.runtimes.graph_cache import FOLDER
 
 RAW = """
 import sys, time
@@ -73,7 +75,9 @@ def main() -> None:
         "text": "A man is playing a guitar on the stage.",
     }
     raw, ours = RAW.format(**values), OURS.format(**values)
-    first = seconds(ours)  # makes the graph cache when it is not there
+    # Without the cache, as on the very first open; the same folder is made again at once.
+    shutil.rmtree(Path(values["model"]).parent / FOLDER, ignore_errors=True)
+    first = seconds(ours)
     seconds(raw)
     pairs = [(seconds(raw), seconds(ours)) for _ in range(options.rounds)]
     plain, engine = (statistics.median(side) for side in zip(*pairs, strict=True))
@@ -84,7 +88,7 @@ def main() -> None:
     table = Table("import to first vector", "median seconds")
     table.add_row("onnxruntime + tokenizers", f"{plain:.3f}")
     table.add_row("memopt", f"{engine:.3f}")
-    table.add_row("memopt, first open ever", f"{first:.3f}")
+    table.add_row("memopt, first open ever, making the cache", f"{first:.3f}")
     table.add_row("ratio of medians", f"{result['ratio']:.2f}")
     Console().print(table)
 

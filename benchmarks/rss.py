@@ -88,7 +88,7 @@ def main() -> None:
                 cached = "-" if device != "cpu" else "yes" if cache else "no"
                 numbers = (f"{rss:.0f}", f"{anonymous:.0f}", f"{together:.0f}")
                 table.add_row(variant, cached, str(processes), str(engines), *numbers)
-    Console(width=110).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":
