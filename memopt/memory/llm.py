@@ -30,7 +30,6 @@ _PASSING = frozenset({408, 409, 425, 429})
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 # The size of an answer that is read at most: a summary is kilobytes.
 _MOST_BYTES = 4 << 20
-_PATTERNS = redactor("patterns")
 _DEFAULT_MODELS = {"ollama": "llama3.2", "anthropic": "claude-haiku-4-5", "openai": "gpt-5-mini"}
 
 
@@ -162,11 +161,15 @@ class LanguageModel:
             self._sleep(start - now)
 
 
+def _redacted(text: str) -> str:
+    return redactor("auto")(text)
+
+
 def language_model(
     spec: str,
     *,
     limits: Limits | None = None,
-    redact: Callable[[str], str] | None = _PATTERNS,
+    redact: Callable[[str], str] | None = _redacted,
 ) -> LanguageModel:
     """Open a language model by its name.
 

@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 from memopt.errors import ConfigurationError
 from memopt.extras import require
@@ -122,10 +124,10 @@ def redactor(engine: str = "auto") -> Callable[[str], str]:
 
     Args:
         engine: ``patterns``; ``presidio`` for names and places as well, by Microsoft Presidio;
-            ``auto`` takes both where presidio is installed.
+            ``auto`` takes both where presidio is installed, with an English spaCy model.
 
     Raises:
-        ConfigurationError: an unknown engine.
+        ConfigurationError: an unknown engine, or presidio was asked for and has no model.
         MissingExtra: presidio was asked for and is not installed.
 
     >>> redactor("patterns")("call +49 30 1234567")
@@ -136,9 +138,9 @@ def redactor(engine: str = "auto") -> Callable[[str], str]:
             f"unknown redaction {engine!r}", fix="use auto, patterns or presidio"
         )
     installed = importlib.util.find_spec("presidio_analyzer") is not None
-    if engine == "patterns" or (engine == "auto" and not installed):
+    if engine == "patterns" or (engine == "auto" and not (installed and _english_models())):
         return lambda text: redact(text).text
-    analyzer = require("presidio_analyzer", extra="presidio", why="find names").AnalyzerEngine()
+    analyzer = _presidio()
 
     def both(text: str) -> str:
         text = redact(text).text
@@ -151,6 +153,29 @@ def redactor(engine: str = "auto") -> Callable[[str], str]:
         return text
 
     return both
+
+
+@cache
+def _presidio() -> Any:
+    """Open presidio's analyzer once; by itself it would download half a gigabyte."""
+    presidio = require("presidio_analyzer", extra="presidio", why="find names")
+    engines = require("presidio_analyzer.nlp_engine", extra="presidio", why="find names")
+    models = _english_models()
+    if not models:
+        raise ConfigurationError(
+            "presidio finds no names without an English spaCy model",
+            fix="run: python -m spacy download en_core_web_sm",
+        )
+    named = [{"lang_code": "en", "model_name": models[0]}]
+    provider = engines.NlpEngineProvider(
+        nlp_configuration={"nlp_engine_name": "spacy", "models": named}
+    )
+    return presidio.AnalyzerEngine(nlp_engine=provider.create_engine(), supported_languages=["en"])
+
+
+def _english_models() -> list[str]:
+    spacy = require("spacy.util", extra="presidio", why="find names")
+    return sorted(name for name in spacy.get_installed_models() if name.startswith("en_"))
 
 
 def _is_card(text: str) -> bool:

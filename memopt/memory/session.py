@@ -39,7 +39,7 @@ def open_memory(
     models: Models | None = None,
     embed: bool = True,
     key: str | Path | None = None,
-    redaction: str = "patterns",
+    redaction: str = "auto",
     create: bool = True,
     background: bool = True,
 ) -> Iterator[Session]:
@@ -52,7 +52,8 @@ def open_memory(
             recalled.
         embed: open the bundles; reading by id needs none.
         key: file of the key of an encrypted store; by default MEMOPT_MEMORY_KEY, where it is set.
-        redaction: what is taken out of texts: 'patterns', 'presidio', 'auto' or 'none'.
+        redaction: what is taken out of texts: 'patterns', 'presidio' (names too), 'auto' (both,
+            where presidio is installed) or 'none'.
         create: False refuses a place where no store is.
         background: see :class:`memopt.memory.store.MemoryStore`.
 

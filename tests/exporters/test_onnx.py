@@ -170,9 +170,7 @@ def test_code_that_came_with_a_model_is_never_run(copy: Bundle) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (copy.path / "config.json").write_text(json.dumps(config))
     (copy.path / "mine.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(
-        ExportError, match=r"config\.json .* code of its own"
-    ):
+    with pytest.raises(ExportError, match=r"config\.json .* code of its own"):
         export(copy)
 
 

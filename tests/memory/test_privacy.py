@@ -90,9 +90,9 @@ def test_time_grows_linearly(unit: str) -> None:
     seconds = []
     for size in (20_000, 200_000):
         text = unit * (size // len(unit))
-        begin = time.perf_counter()
+        begin = time.process_time()
         redact(text)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     assert seconds[1] < 40 * max(seconds[0], 1e-3)
 
 

@@ -39,7 +39,7 @@ def add(
     key: Key = None,
     redaction: Annotated[
         str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
-    ] = "patterns",
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add memories; what is there already is left as it is."""

@@ -35,7 +35,7 @@ def opened(
     given: dict[str, str | None] | None = None,
     embed: bool = True,
     key: Path | None = None,
-    redaction: str = "patterns",
+    redaction: str = "auto",
 ) -> AbstractContextManager[Session]:
     """Open a store as :func:`memopt.memory.session.open_memory` does.
 
