@@ -41,7 +41,7 @@ def tiny_exported(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
     from memopt.exporters.base import export
 
     folder = tmp_path_factory.mktemp("exported") / "tiny"
-    shutil.copytree(tiny.path, folder)
+    shutil.copytree(tiny.path, folder, ignore=shutil.ignore_patterns(".ort-cache"))
     export(open_bundle(folder), format="onnx")
     export(open_bundle(folder), format="openvino")
     return open_bundle(folder)
@@ -51,5 +51,5 @@ def tiny_exported(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
 def tiny_copy(tiny_exported: Bundle, tmp_path: Path) -> Bundle:
     """A private copy of the exported tiny BERT."""
     folder = tmp_path / "tiny"
-    shutil.copytree(tiny_exported.path, folder)
+    shutil.copytree(tiny_exported.path, folder, ignore=shutil.ignore_patterns(".ort-cache"))
     return open_bundle(folder)

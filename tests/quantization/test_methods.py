@@ -28,7 +28,7 @@ def bundle(minilm: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     import shutil
 
     folder = tmp_path_factory.mktemp("methods") / "minilm"
-    shutil.copytree(minilm.path, folder)
+    shutil.copytree(minilm.path, folder, ignore=shutil.ignore_patterns(".ort-cache"))
     return open_bundle(folder)
 
 
