@@ -38,7 +38,7 @@ SINGLES_BEFORE_FIXED = 64
 _MOST_FIXED, _WIDEST_FIXED, _MOST_FIXED_BYTES = 3, 64, 64 << 20
 # Kernels made for shapes seen before, per stream. The plugin keeps 5,000: a service whose batches
 # come in every shape would grow by a gigabyte. With these it is as fast and stays at 0.5.
-_KERNELS_KEPT = "30"
+_KERNELS_KEPT = "100"
 _warming = threading.Lock()
 _warm = False
 
