@@ -235,7 +235,7 @@ def consolidation(
 ) -> dict[str, Any]:
     """Facts told again and again, condensed; what stays, and what is still found.
 
-    The first minute runs as beside an agent (a fifth of its thread's time, while searches go on),
+    The first minute runs as beside an agent (a tenth of its thread's time, while searches go on),
     the rest at full speed.
     """
     generator = np.random.default_rng(1)

@@ -110,6 +110,10 @@ class Store:
             shutil.rmtree(leftover, ignore_errors=True)
         for unfinished in versions.glob("*/*/.*"):
             unfinished.unlink(missing_ok=True)
+        for upload in self.incoming.glob("**/*.part"):
+            # Killed right after a rename: the file is a version's payload too, and no upload.
+            if upload.stat().st_nlink > 1:
+                upload.unlink()
         try:
             kept = (PAYLOAD, WEIGHTS, SNAPSHOT)
             self.vault.admit(
@@ -235,12 +239,13 @@ class Store:
                     os.link(payload, staging / PAYLOAD)
                 _sync(staging)
                 staging.rename(target)
+                if payload is not None:
+                    # The version's payload is this very file: under this name it could be written.
+                    payload.unlink(missing_ok=True)
                 _sync(folder)
                 _sync(folder.parent)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        if payload is not None:
-            payload.unlink(missing_ok=True)
         self._remember(manifest.new_hash, weights)
         self._prune(manifest.adapter)
 

@@ -82,7 +82,7 @@ class ConsolidationRecipe:
     fidelity: float = 0.7
     summary_length: int = 500
     retry_s: float = 3600
-    duty: float = 0.2
+    duty: float = 0.1
 
     def __post_init__(self) -> None:
         if self.originals not in ("archive", "drop"):
@@ -227,9 +227,6 @@ class _Run:
                 if done < len(steps):
                     self.stop.wait((time.monotonic() - begun) * (1 / self.recipe.duty - 1))
             self.commit(batch)
-        if self.condensed or self.archived:
-            # What a run leaves in many small pieces makes every search slower.
-            self.store.optimize()
         report = Consolidation(
             plan=found,
             summaries=tuple(self.summaries),
@@ -323,6 +320,8 @@ class _Run:
             _fault("committed")
         if any(part.summary is None for part in batch):
             _fault("archived")
+        # Each commit leaves small files behind that every search reads until they are merged.
+        self.store.optimize()
 
     def _summary(self, opened: pa.Table, group: Group) -> str:
         texts = [text for text in opened["text"].to_pylist() if text and text.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -114,6 +115,33 @@ def test_kill_9_while_committing_leaves_whole_versions(tmp_path: Path) -> None:
         assert len(there) >= last
         last = len(there)
     assert last > 6
+
+
+def test_an_upload_that_became_a_version_is_not_written_again(tmp_path: Path) -> None:
+    """Killed between the rename and the removal of the upload: one file had two names."""
+    script = Path(__file__).parent / "commit_for_ever.py"
+    folder = tmp_path / "store"
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    while not (folder / "adapters/lora/00000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    payload = folder / "adapters/lora/00000001/payload.bin"
+    upload, unfinished = folder / "incoming/x.part", folder / "incoming/y.part"
+    upload.unlink(missing_ok=True)
+    os.link(payload, upload)
+    unfinished.write_bytes(b"half")
+
+    with contextlib.closing(Store(folder)) as store:
+        assert not upload.exists()
+        assert unfinished.read_bytes() == b"half"
+        upload.write_bytes(b"another")
+        assert store.vault.sha256(payload) == store.signed("lora", 1).manifest.payload_sha256
 
 
 def test_a_killed_client_resumes_where_it_was(fleet, process, tmp_path: Path) -> None:
