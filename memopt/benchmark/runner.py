@@ -6,6 +6,7 @@ contender once, in alternating order, and a ratio is the median over rounds of t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ from memopt.runtimes.cpu import cpu_model, usable_cpus
 from memopt.runtimes.limits import process_vram_mb
 
 WORKER = Path(__file__).with_name("worker.py")
+SINGLE_TURNS = 5
 # What decides speed; each contender tells the versions of its own environment.
 PACKAGES = (
     "memopt",
@@ -192,7 +194,7 @@ def run(
         inputs: texts, paths of images or sounds, or arrays of one shape (images, waveforms).
         rounds: timed passes over all inputs per contender, after one that warms up.
         singles: how many inputs are also encoded one at a time, for the latency percentiles; after
-            some untimed ones.
+            some untimed ones, in turns.
         on_step: called with a line before each step, for a progress display.
         vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
         reference: gives the vectors that cosines are against, and is not timed; None takes the
@@ -255,7 +257,10 @@ def run(
                 step(what, worker.contender, partial(_time_round, worker))
             took = time.monotonic() - begin
         for worker in list(workers):
-            step("single inputs:", worker.contender, partial(_time_singles, worker, singles))
+            step("warm up singly", worker.contender, partial(_warm_singles, worker, singles))
+        for number, part in enumerate(_turns(min(singles, len(inputs)))):
+            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
+                step("single inputs:", worker.contender, partial(_time_singles, worker, part))
         for worker in list(workers):
             step("memory of", worker.contender, partial(_weigh, worker))
     if vectors is not None:
@@ -282,8 +287,22 @@ def _time_round(worker: _Worker) -> None:
     worker.seconds.append(worker.ask(do="encode")["seconds"])
 
 
-def _time_singles(worker: _Worker, count: int) -> None:
-    worker.latencies = worker.ask(do="single", count=count)["times"]
+def _turns(count: int) -> list[range]:
+    """Cut the single inputs into parts that contenders take turns with.
+
+    A shared machine runs for seconds at a time at half its speed (both of its cores on one of the
+    host's): whoever were timed in one go then would be the only one to look slow.
+    """
+    ends = [count * part // SINGLE_TURNS for part in range(SINGLE_TURNS + 1)]
+    return [range(*pair) for pair in itertools.pairwise(ends) if range(*pair)]
+
+
+def _warm_singles(worker: _Worker, count: int) -> None:
+    worker.ask(do="adapt", count=count)
+
+
+def _time_singles(worker: _Worker, part: range) -> None:
+    worker.latencies += worker.ask(do="single", start=part.start, stop=part.stop)["times"]
 
 
 def _weigh(worker: _Worker) -> None:

@@ -1,7 +1,8 @@
 """One contender of a benchmark in its own process; run by path, so it needs no memopt installed.
 
 It reads one JSON command per line from stdin and answers with one JSON line on stdout:
-``open``, ``encode`` (all inputs, timed), ``single`` (one input at a time, each timed), ``memory``.
+``open``, ``encode`` (all inputs, timed), ``adapt`` (one input at a time), ``single`` (so too, each
+timed), ``memory``.
 Inputs travel as a file once, vectors come back as ``.npy``, so that pipes carry numbers only.
 """
 
@@ -21,6 +22,8 @@ os.dup2(2, 1)
 Encode = Callable[[list[Any]], Any]
 # Whichever ends first.
 WARM_UP_SECONDS, WARM_UP_PASSES = 3.0, 4
+# Untimed at the start of each turn: threads slept, and caches hold what the others worked on.
+WAKING = 20
 
 
 def open_memopt(spec: dict[str, Any]) -> Encode:
@@ -201,11 +204,17 @@ def main() -> None:
                 answer = {"seconds": time.perf_counter() - begin}
                 if command.get("out"):
                     np.save(command["out"], np.asarray(vectors, dtype=np.float32))
-            elif command["do"] == "single":
+            elif command["do"] == "adapt":
                 assert encode is not None
                 warm_up(encode, inputs[: command["count"]])
+                answer = {}
+            elif command["do"] == "single":
+                assert encode is not None
                 times = []
-                for item in inputs[: command["count"]]:
+                part = inputs[command["start"] : command["stop"]]
+                for item in part[:WAKING]:
+                    encode([item])
+                for item in part:
                     begin = time.perf_counter()
                     encode([item])
                     times.append(time.perf_counter() - begin)
