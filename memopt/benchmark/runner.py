@@ -6,7 +6,6 @@ contender once, in alternating order, and a ratio is the median over rounds of t
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -34,7 +33,6 @@ from memopt.runtimes.cpu import cpu_model, usable_cpus
 from memopt.runtimes.limits import process_vram_mb
 
 WORKER = Path(__file__).with_name("worker.py")
-SINGLE_TURNS = 5
 # What decides speed; each contender tells the versions of its own environment.
 PACKAGES = (
     "memopt",
@@ -59,7 +57,7 @@ class BenchmarkMetrics:
     python: str
     run_id: str
     items: int
-    rounds_seconds: tuple[float, ...]  # one per round, paired by index within one run_id
+    rounds_seconds: tuple[float, ...]  # per pass, one per round, paired by index within one run_id
     items_per_second: float  # items over the median round
     load_seconds: float
     first_vector_seconds: float
@@ -180,6 +178,7 @@ def run(
     *,
     rounds: int = 5,
     singles: int = 200,
+    round_seconds: float = 0.0,
     on_step: Callable[[str], None] | None = None,
     vectors: dict[str, np.ndarray[Any, Any]] | None = None,
     reference: Contender | None = None,
@@ -194,7 +193,9 @@ def run(
         inputs: texts, paths of images or sounds, or arrays of one shape (images, waveforms).
         rounds: timed passes over all inputs per contender, after one that warms up.
         singles: how many inputs are also encoded one at a time, for the latency percentiles; after
-            some untimed ones, in turns.
+            some untimed ones, a part of them in each round.
+        round_seconds: a round goes over all inputs again until the first contender needs about so
+            long; its time is told per pass. Of a few batches the last ones count too much.
         on_step: called with a line before each step, for a progress display.
         vectors: filled with each contender's embeddings (n, dim) float32, by label, when given.
         reference: gives the vectors that cosines are against, and is not timed; None takes the
@@ -247,20 +248,22 @@ def run(
             step("open", contender, partial(start, contender))
         for worker in list(workers):
             step("warm up", worker.contender, partial(_encode, worker, folder))
+        for worker in list(workers):
+            step("warm up singly", worker.contender, partial(_warm_singles, worker, singles))
+        repeats = _repeats(workers[0], round_seconds)
+        turns = _turns(min(singles, len(inputs)), rounds)
         took = 0.0
         for number in range(rounds):
             begin = time.monotonic()
             if number and deadline is not None and begin + took > deadline:
                 break
+            what = f"round {number + 1} of {rounds}:"
             for worker in list(workers) if number % 2 == 0 else workers[::-1]:
-                what = f"round {number + 1} of {rounds}:"
-                step(what, worker.contender, partial(_time_round, worker))
+                step(what, worker.contender, partial(_time_round, worker, repeats))
+            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
+                single = partial(_time_singles, worker, turns[number])
+                step(f"{what} single inputs,", worker.contender, single)
             took = time.monotonic() - begin
-        for worker in list(workers):
-            step("warm up singly", worker.contender, partial(_warm_singles, worker, singles))
-        for number, part in enumerate(_turns(min(singles, len(inputs)))):
-            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
-                step("single inputs:", worker.contender, partial(_time_singles, worker, part))
         for worker in list(workers):
             step("memory of", worker.contender, partial(_weigh, worker))
     if vectors is not None:
@@ -279,22 +282,30 @@ def run(
 
 def _encode(worker: _Worker, folder: Path) -> None:
     out = folder / "vectors.npy"
-    worker.ask(do="encode", out=str(out))
+    worker.ask(do="encode", repeats=1, out=str(out))
     worker.embedding = np.load(out)
 
 
-def _time_round(worker: _Worker) -> None:
-    worker.seconds.append(worker.ask(do="encode")["seconds"])
+def _time_round(worker: _Worker, repeats: int) -> None:
+    worker.seconds.append(worker.ask(do="encode", repeats=repeats)["seconds"])
 
 
-def _turns(count: int) -> list[range]:
-    """Cut the single inputs into parts that contenders take turns with.
+def _repeats(first: _Worker, round_seconds: float) -> int:
+    once = first.ask(do="encode", repeats=1)["seconds"] if round_seconds else 0.0
+    return max(1, round(round_seconds / once)) if once else 1
+
+
+def _turns(count: int, rounds: int) -> list[range]:
+    """Return which single inputs are timed in each round: parts of them, at least one each.
 
     A shared machine runs for seconds at a time at half its speed (both of its cores on one of the
     host's): whoever were timed in one go then would be the only one to look slow.
+
+    >>> _turns(200, 2), _turns(1, 2)
+    ([range(0, 100), range(100, 200)], [range(0, 1), range(0, 1)])
     """
-    ends = [count * part // SINGLE_TURNS for part in range(SINGLE_TURNS + 1)]
-    return [range(*pair) for pair in itertools.pairwise(ends) if range(*pair)]
+    starts = [min(count * part // rounds, count - 1) for part in range(rounds)]
+    return [range(a, max(a + 1, count * (i + 1) // rounds)) for i, a in enumerate(starts)]
 
 
 def _warm_singles(worker: _Worker, count: int) -> None:

@@ -20,10 +20,10 @@ _PROTOCOL = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
 Encode = Callable[[list[Any]], Any]
-# Whichever ends first.
-WARM_UP_SECONDS, WARM_UP_PASSES = 3.0, 4
+# For so long, or so many passes over the inputs, whichever ends first.
+ADAPTING = (3.0, 4)
 # Untimed at the start of each turn: threads slept, and caches hold what the others worked on.
-WAKING = 20
+WAKING = (0.15, 1)
 
 
 def open_memopt(spec: dict[str, Any]) -> Encode:
@@ -31,7 +31,10 @@ def open_memopt(spec: dict[str, Any]) -> Encode:
     from memopt import ArrowEngine
 
     engine = ArrowEngine(
-        spec["path"], device=spec.get("device", "auto"), variant=spec.get("variant", "auto")
+        spec["path"],
+        device=spec.get("device", "auto"),
+        variant=spec.get("variant", "auto"),
+        streams=spec.get("streams"),
     )
     if engine.events:
         raise RuntimeError(f"fell back: {engine.events[0]}")
@@ -129,10 +132,10 @@ def load_inputs(path: str) -> list[Any]:
     return inputs
 
 
-def warm_up(encode: Encode, inputs: list[Any]) -> None:
+def warm_up(encode: Encode, inputs: list[Any], seconds: float, passes: int) -> None:
     """Encode one by one, untimed: runtimes that adapt to single inputs do so now, all alike."""
-    until = time.perf_counter() + WARM_UP_SECONDS
-    for item in inputs * WARM_UP_PASSES:
+    until = time.perf_counter() + seconds
+    for item in inputs * passes:
         if time.perf_counter() > until:
             return
         encode([item])
@@ -200,20 +203,19 @@ def main() -> None:
             elif command["do"] == "encode":
                 assert encode is not None
                 begin = time.perf_counter()
-                vectors = encode(inputs)
-                answer = {"seconds": time.perf_counter() - begin}
+                vectors = encode(inputs * command["repeats"])
+                answer = {"seconds": (time.perf_counter() - begin) / command["repeats"]}
                 if command.get("out"):
                     np.save(command["out"], np.asarray(vectors, dtype=np.float32))
             elif command["do"] == "adapt":
                 assert encode is not None
-                warm_up(encode, inputs[: command["count"]])
+                warm_up(encode, inputs[: command["count"]], *ADAPTING)
                 answer = {}
             elif command["do"] == "single":
                 assert encode is not None
                 times = []
                 part = inputs[command["start"] : command["stop"]]
-                for item in part[:WAKING]:
-                    encode([item])
+                warm_up(encode, part, *WAKING)
                 for item in part:
                     begin = time.perf_counter()
                     encode([item])

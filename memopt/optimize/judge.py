@@ -11,6 +11,9 @@ from typing import Any
 from memopt.benchmark.peers import Contender
 from memopt.benchmark.runner import BenchmarkMetrics, run
 from memopt.optimize.plan import Outcome
+from memopt.runtimes.base import STREAMS_ON_CPU
+from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.providers import canonical
 
 # Speeds closer than this are the same on a noisy machine: the better answers win then.
 SAME_SPEED = 1.03
@@ -21,6 +24,8 @@ DOUBTFUL_SPEED = 1.15
 _NO_ERROR = 1e-5
 # Inputs timed one by one per candidate: enough for a median.
 SINGLES = 50
+# A candidate's round takes what the float reference needs this long for: some fifty batches.
+ROUND_SECONDS = 1.2
 # What cosines are against and speed is told in multiples of: the portable float graph.
 REFERENCE = "onnx-fp32"
 
@@ -66,6 +71,7 @@ def judge(
         inputs,
         rounds=rounds,
         singles=SINGLES,
+        round_seconds=ROUND_SECONDS,
         on_step=say,
         failures=failed,
         deadline=deadline,
@@ -163,5 +169,13 @@ def _speed(outcome: Outcome) -> float:
 
 
 def _contender(path: Path, label: str, variant: str, device: str) -> Contender:
-    spec = {"kind": "memopt", "path": str(path.absolute()), "variant": variant, "device": device}
+    spec: dict[str, Any] = {
+        "kind": "memopt",
+        "path": str(path.absolute()),
+        "variant": variant,
+        "device": device,
+    }
+    if canonical(device) in ("cpu", "openvino"):
+        # All alike, whatever an earlier call found best for one of them.
+        spec["streams"] = min(STREAMS_ON_CPU, usable_cpus())
     return Contender(label=label, spec=spec)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU, TOKENS_ON_GPU, Candidate, Settings
+from memopt.runtimes.base import (
+    STREAMS_ON_CPU,
+    TOKENS_ON_CPU,
+    TOKENS_ON_GPU,
+    Candidate,
+    Settings,
+)
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.graph_cache import open_cached
 from memopt.runtimes.providers import PROVIDERS
@@ -112,9 +118,8 @@ class OnnxBackend:
         self._variant = variant
         self._settings = settings
         self._threads = settings.threads or usable_cpus()
-        # Two streams of half the cores each beat one of all by half in int8 and cost nothing in
-        # float32: short operators wait for each other less.
-        self.streams = settings.streams or (min(2, self._threads) if self._provider == "cpu" else 1)
+        usual = min(STREAMS_ON_CPU, self._threads) if self._provider == "cpu" else 1
+        self.streams = settings.streams or usual
         self.tokens = TOKENS_ON_GPU if candidate.provider != "cpu" else TOKENS_ON_CPU
         self.step = 1
         self._path = bundle.file(variant)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000
 # RoBERTa and its kin count positions from pad_id + 1: two of the position embeddings are unusable.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer")
-# Texts tokenized at once: enough for the tokenizer's own threads, small enough that the first batch
-# starts early and the next chunk is tokenized while this one runs.
-CHUNK = 512
-# The first of many is smaller: nothing runs beside its tokenization.
-FIRST_CHUNK = 64
+# Texts tokenized at once, while the chunk before them runs: nothing runs beside the first, so it is
+# small. Each chunk sweeps over the widths once, and a new shape costs a runtime as much as a tenth
+# of a batch, so later ones are large, up to this many characters (6 MB of ids).
+CHUNKS = (64, 512, 2048)
+_MOST_CHARACTERS = 1 << 20
 # Longer texts already have few widths; every model has positions for this many tokens.
 LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
@@ -80,8 +80,17 @@ class TextFrontEnd:
         """
         lengths = np.fromiter((len(text) for text in items), np.intp, len(items))
         order = np.argsort(-lengths, kind="stable")
-        first = FIRST_CHUNK if len(order) > 2 * FIRST_CHUNK else len(order)
-        return np.split(order, range(first, len(order), CHUNK)) if len(order) else []
+        if len(order) <= 2 * CHUNKS[0]:
+            return [order] if len(order) else []
+        chunks: list[NDArray[np.intp]] = []
+        start = 0
+        while start < len(order):
+            size = CHUNKS[min(len(chunks), len(CHUNKS) - 1)]
+            longest = max(int(lengths[order[start]]), 1)
+            stop = start + min(size, max(CHUNKS[1], _MOST_CHARACTERS // longest))
+            chunks.append(order[start:stop])
+            start = stop
+        return chunks
 
     def prepare(
         self,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from memopt.benchmark import report
+from memopt.benchmark import report, runner
 from memopt.benchmark.bench import bench, compare
 from memopt.benchmark.peers import Contender, peer_contenders
 from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
@@ -45,6 +46,33 @@ def test_records_hold_what_was_measured(records: list[BenchmarkMetrics]) -> None
         assert record.first_vector_seconds > record.load_seconds > 0
     assert records[1].cosine_min == pytest.approx(1.0, abs=1e-5)
     assert records[0].versions["onnxruntime"]
+
+
+def test_few_inputs_are_repeated(minilm: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round long enough to measure goes over the inputs as often for every contender."""
+    asked: list[int] = []
+    ask = runner._Worker.ask
+
+    def recorded(worker: runner._Worker, **command: Any) -> dict[str, Any]:
+        if command["do"] == "encode" and "out" not in command:
+            asked.append(command["repeats"])
+        return ask(worker, **command)
+
+    monkeypatch.setattr(runner._Worker, "ask", recorded)
+    names = ("onnx-fp32", "onnx-fp32-fused")
+    records = run(
+        [contender(minilm, name, name) for name in names],
+        TEXTS,
+        rounds=2,
+        singles=4,
+        round_seconds=2.0,
+    )
+    first, *timed = asked
+    assert first == 1
+    assert len(timed) == 4
+    assert len(set(timed)) == 1
+    assert timed[0] > 1
+    assert [record.items for record in records] == [len(TEXTS)] * 2
 
 
 def test_cosines_are_against_the_reference(minilm: Bundle) -> None:

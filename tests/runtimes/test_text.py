@@ -74,3 +74,20 @@ def test_the_default_prompt_is_put_before_every_text(bundle: Bundle) -> None:
     change(bundle, name, default_prompt_name="passage")
     with pytest.raises(BundleError, match="'passage' is not among the prompts"):
         tokens(bundle, "a dog")
+
+
+def test_chunks_grow_and_hold_every_text_once(bundle: Bundle) -> None:
+    """A small first chunk, larger later ones, none over the limit of characters; longest first."""
+    front = TextFrontEnd(bundle, INPUTS)
+    texts = ["word " * (1 + i % 900) for i in range(6_000)]
+    chunks = front.chunks(texts)
+    assert sorted(np.concatenate(chunks).tolist()) == list(range(len(texts)))
+    sizes = [len(chunk) for chunk in chunks]
+    assert sizes[:2] == [64, 512]
+    assert 512 <= min(sizes[2:-1]) < max(sizes) <= 2048
+    for chunk in chunks[2:-1]:
+        assert len(chunk) == 512 or sum(len(texts[i]) for i in chunk) <= 1 << 20
+    lengths = [len(texts[i]) for i in np.concatenate(chunks)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(chunk) for chunk in front.chunks(texts[:128])] == [128]
+    assert front.chunks([]) == []
