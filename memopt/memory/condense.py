@@ -199,7 +199,7 @@ class _Run:
     stale: int = 0
 
     def run(self, on_step: Progress | None) -> Consolidation:
-        started = time.monotonic()
+        started = begun = time.monotonic()
         # Before anything is summarised: what has to go must not live on in other words.
         expired = expire(self.store)
         if expired:
@@ -213,7 +213,7 @@ class _Run:
         done = 0
         batch: list[Ready] = []
         with _links_followed(self.store):
-            while done < len(steps) and not self.stop.is_set():
+            while done < len(steps) and not self._stopped(begun):
                 begun = time.monotonic()
                 ready = steps[done]()
                 if ready is not None:
@@ -224,8 +224,6 @@ class _Run:
                     batch = []
                 if on_step:
                     on_step(done, len(steps))
-                if done < len(steps):
-                    self.stop.wait((time.monotonic() - begun) * (1 / self.recipe.duty - 1))
             self.commit(batch)
         report = Consolidation(
             plan=found,
@@ -283,6 +281,10 @@ class _Run:
             return None
         _fault("archive-ready")
         return Ready(ids, before, None, packed)
+
+    def _stopped(self, begun: float) -> bool:
+        """Leave the time to readers that work since ``begun`` calls for; whether to stop."""
+        return self.stop.wait((time.monotonic() - begun) * (1 / self.recipe.duty - 1))
 
     def commit(self, batch: list[Ready]) -> None:
         """Write what was made, in one commit, but for what changed meanwhile."""
