@@ -23,7 +23,7 @@ Encode = Callable[[list[Any]], Any]
 # For so long, or so many passes over the inputs, whichever ends first.
 ADAPTING = (3.0, 4)
 # Untimed at the start of each turn: threads slept, and caches hold what the others worked on.
-WAKING = (0.15, 1)
+WAKING = (0.15, 4)
 
 
 def open_memopt(spec: dict[str, Any]) -> Encode:
