@@ -257,10 +257,11 @@ def run(
             begin = time.monotonic()
             if number and deadline is not None and begin + took > deadline:
                 break
-            what = f"round {number + 1} of {rounds}:"
-            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
+            what, way = f"round {number + 1} of {rounds}:", (-1) ** number
+            # Copies: a step takes a contender that failed off the list.
+            for worker in workers[::way]:
                 step(what, worker.contender, partial(_time_round, worker, repeats))
-            for worker in list(workers) if number % 2 == 0 else workers[::-1]:
+            for worker in workers[::way]:
                 single = partial(_time_singles, worker, turns[number])
                 step(f"{what} single inputs,", worker.contender, single)
             took = time.monotonic() - begin

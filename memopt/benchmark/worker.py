@@ -210,7 +210,6 @@ def main() -> None:
             elif command["do"] == "adapt":
                 assert encode is not None
                 warm_up(encode, inputs[: command["count"]], *ADAPTING)
-                answer = {}
             elif command["do"] == "single":
                 assert encode is not None
                 times = []

@@ -322,8 +322,9 @@ class _Run:
             _fault("committed")
         if any(part.summary is None for part in batch):
             _fault("archived")
-        # Each commit leaves small files behind that every search reads until they are merged.
-        self.store.optimize()
+        if batch:
+            # A commit leaves small files behind that every search reads until they are merged.
+            self.store.optimize()
 
     def _summary(self, opened: pa.Table, group: Group) -> str:
         texts = [text for text in opened["text"].to_pylist() if text and text.strip()]

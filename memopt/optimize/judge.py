@@ -11,7 +11,7 @@ from typing import Any
 from memopt.benchmark.peers import Contender
 from memopt.benchmark.runner import BenchmarkMetrics, run
 from memopt.optimize.plan import Outcome
-from memopt.runtimes.base import STREAMS_ON_CPU
+from memopt.runtimes.base import usual_streams
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.providers import canonical
 
@@ -177,5 +177,5 @@ def _contender(path: Path, label: str, variant: str, device: str) -> Contender:
     }
     if canonical(device) in ("cpu", "openvino"):
         # All alike, whatever an earlier call found best for one of them.
-        spec["streams"] = min(STREAMS_ON_CPU, usable_cpus())
+        spec["streams"] = usual_streams(usable_cpus())
     return Contender(label=label, spec=spec)

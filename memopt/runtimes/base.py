@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 # activations leave the L2 cache. A GPU needs thousands of rows of work to be busy.
 TOKENS_ON_CPU = 512
 TOKENS_ON_GPU = 16_384
-# Batches at once on a CPU, sharing its cores, where nothing was measured. Two streams of half the
-# cores each beat one of all by half in int8 and cost nothing in float32: short operators wait for
-# each other less.
-STREAMS_ON_CPU = 2
+
+
+def usual_streams(threads: int) -> int:
+    """Return how many batches run at once on a CPU, sharing its cores, where nothing was measured.
+
+    Two streams of half the cores each beat one of all by half in int8 and cost nothing in float32:
+    short operators wait for each other less.
+
+    >>> usual_streams(1), usual_streams(8)
+    (1, 2)
+    """
+    return min(2, threads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

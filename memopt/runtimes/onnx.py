@@ -13,11 +13,11 @@ from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import (
-    STREAMS_ON_CPU,
     TOKENS_ON_CPU,
     TOKENS_ON_GPU,
     Candidate,
     Settings,
+    usual_streams,
 )
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.graph_cache import open_cached
@@ -118,7 +118,7 @@ class OnnxBackend:
         self._variant = variant
         self._settings = settings
         self._threads = settings.threads or usable_cpus()
-        usual = min(STREAMS_ON_CPU, self._threads) if self._provider == "cpu" else 1
+        usual = usual_streams(self._threads) if self._provider == "cpu" else 1
         self.streams = settings.streams or usual
         self.tokens = TOKENS_ON_GPU if candidate.provider != "cpu" else TOKENS_ON_CPU
         self.step = 1

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import STREAMS_ON_CPU, TOKENS_ON_CPU, Candidate, Settings
+from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.streams import Streams
 
@@ -86,7 +86,7 @@ class OpenvinoBackend:
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
         self.step = SINGLE_STEP
-        self.streams = settings.streams or min(STREAMS_ON_CPU, self._threads)
+        self.streams = settings.streams or usual_streams(self._threads)
         options = {**_DEFAULTS, **candidate.variant.options}
         if options["INFERENCE_PRECISION_HINT"] == "bf16" and not BF16 & cpu_features():
             # The plugin would imitate bf16, slower than float32.
