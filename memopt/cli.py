@@ -6,6 +6,7 @@ configuration, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import os
@@ -107,6 +108,8 @@ def main() -> None:
             told = str(getattr(error.__context__, "__cause__", None) or "")
             _fail(f"interrupted; {told}" if told else _INTERRUPTED, 130)
         raise
+    finally:
+        atexit.register(_leave)
 
 
 def _debug_anywhere(arguments: list[str]) -> list[str]:
@@ -120,6 +123,13 @@ def _debug_anywhere(arguments: list[str]) -> list[str]:
 def _stop(number: int, frame: object) -> None:
     # What `docker stop` and `kill` send: unwinding removes what was being written.
     sys.exit(128 + number)
+
+
+def _leave() -> None:
+    # Taking torch down lasts a second, in which Python has put the default handlers back: a signal
+    # would make a command that has done its work look killed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(message: str, code: int) -> None:

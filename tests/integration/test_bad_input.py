@@ -239,3 +239,18 @@ def test_interrupting_an_export_leaves_nothing(bundle: Path) -> None:
         assert "Traceback" not in errors
         assert files_below(bundle) == before
         assert (bundle / "memopt.json").read_bytes() == manifest
+
+
+def test_a_signal_after_the_work_does_not_look_like_a_failure() -> None:
+    """A command that is through keeps its exit code, whatever arrives while Python shuts down."""
+    script = (
+        "import atexit, os, signal, sys; from memopt.cli import main; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.{name})); "
+        "sys.argv = ['memopt', 'config', 'show']; main()"
+    )
+    for name in ("SIGTERM", "SIGINT"):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(name=name)], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
