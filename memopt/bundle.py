@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import BundleError
-from memopt.files import atomic_path, sha256_file
+from memopt.files import atomic_path, sha256_file, swapped_in
 from memopt.registry import nearest
 
 MANIFEST = "memopt.json"
@@ -181,19 +181,45 @@ class Bundle:
         """Return the parsed ``config.json``."""
         return read_json(self.path / "config.json")
 
-    def update(self, change: Callable[[Manifest], Manifest]) -> Bundle:
-        """Apply ``change`` to the manifest on disk, under a lock, and return the bundle anew."""
+    def update(
+        self, change: Callable[[Manifest], Manifest], staged: Mapping[str, Path] | None = None
+    ) -> Bundle:
+        """Apply ``change`` to the manifest on disk, under a lock, and return the bundle anew.
+
+        Args:
+            change: from the manifest as it is now to what it shall be.
+            staged: name in the bundle -> finished file on the same file system, moved there in that
+                order together with the change: both happen, or (an error, Ctrl-C) neither does.
+        """
+        manifest = self.path / MANIFEST
         with _locked(self.path):
-            current = open_bundle(self.path).manifest
-            changed = change(current)
-            with atomic_path(self.path / MANIFEST) as path:
-                path.write_text(changed.to_json(), encoding="utf-8")
+            changed = change(open_bundle(self.path).manifest)
+            text = changed.to_json()
+            files = {self.path / name: file for name, file in (staged or {}).items()}
+
+            def committed() -> bool:
+                return manifest.read_text(encoding="utf-8") == text
+
+            with swapped_in(files, committed), atomic_path(manifest) as path:
+                path.write_text(text, encoding="utf-8")
         return Bundle(self.path, changed)
 
-    def add_variants(self, *variants: Variant, event: Mapping[str, Any]) -> Bundle:
-        """Record variants whose files are already in place, with their hashes and one event."""
+    def add_variants(
+        self,
+        *variants: Variant,
+        event: Mapping[str, Any],
+        staged: Mapping[str, Path] | None = None,
+    ) -> Bundle:
+        """Record variants with the hashes of their files and one event.
+
+        Args:
+            variants: to add, or to take the place of those of the same name.
+            event: of the history; the time is added.
+            staged: as in :meth:`update`; a file not named there is in the bundle already.
+        """
+        staged = staged or {}
         names = {n for v in variants for n in (v.file, *v.companions)}
-        hashed = {name: file_record(self.path / name) for name in sorted(names)}
+        hashed = {name: file_record(staged.get(name, self.path / name)) for name in sorted(names)}
 
         def change(manifest: Manifest) -> Manifest:
             return replace(
@@ -203,13 +229,14 @@ class Bundle:
                 history=(*manifest.history, stamp(event)),
             )
 
-        return self.update(change)
+        return self.update(change, staged)
 
-    def add_files(self, *names: str, event: Mapping[str, Any]) -> Bundle:
-        """Record plain files (weights, reports) with their hashes and one event."""
-        hashed = {name: file_record(self.path / name) for name in names}
+    def add_files(self, staged: Mapping[str, Path], *, event: Mapping[str, Any]) -> Bundle:
+        """Move plain files (weights) in, see :meth:`update`; record their hashes and one event."""
+        hashed = {name: file_record(file) for name, file in staged.items()}
         return self.update(
-            lambda m: replace(m, files={**m.files, **hashed}, history=(*m.history, stamp(event)))
+            lambda m: replace(m, files={**m.files, **hashed}, history=(*m.history, stamp(event))),
+            staged,
         )
 
     def verify(self) -> list[str]:

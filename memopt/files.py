@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +110,67 @@ def publish(staged: Path, target: Path) -> None:
     _sync(staged)
     staged.replace(target)
     _sync(target.parent)
+
+
+@contextmanager
+def swapped_in(files: Mapping[Path, Path], committed: Callable[[], bool]) -> Iterator[None]:
+    """Rename finished files into place, and put back what was there if the block raises.
+
+    Args:
+        files: target -> finished file, on the same file system; the order is kept.
+        committed: asked when the block raises: whether it had already done what makes the new files
+            the right ones, in which case they stay.
+
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> old, new = folder / "a.txt", folder / "new.txt"
+    >>> old.write_text("old"), new.write_text("new")
+    (3, 3)
+    >>> with swapped_in({old: new}, committed=lambda: False):
+    ...     raise OSError("disk full")
+    Traceback (most recent call last):
+    ...
+    OSError: disk full
+    >>> old.read_text(), [path.name for path in folder.iterdir()]
+    ('old', ['a.txt'])
+    """
+    for target, file in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sync(file)
+    kept = {
+        target: file.with_name(f".{file.name}.old")
+        for target, file in files.items()
+        if target.is_file()
+    }
+    begun: list[Path] = []
+    try:
+        for target, old in kept.items():
+            _second_name(target, old)
+        for target, file in files.items():
+            begun.append(target)
+            file.replace(target)
+        for folder in {target.parent for target in files}:
+            _sync(folder)
+        yield
+    except BaseException:
+        if not committed():
+            for target in begun:
+                if target in kept:
+                    kept[target].replace(target)
+                else:
+                    target.unlink(missing_ok=True)
+        raise
+    finally:
+        for old in kept.values():
+            old.unlink(missing_ok=True)
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """Keep a file's bytes under another name, also where a file system has no hard links."""
+    try:
+        name.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, name)
 
 
 def sha256_file(path: Path) -> str:

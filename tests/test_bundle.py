@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+import memopt.bundle
+import memopt.files
 from memopt.bundle import MANIFEST, Bundle, Manifest, Variant, create_bundle, open_bundle
 from memopt.errors import BundleError
 
@@ -124,3 +129,82 @@ def test_concurrent_writers_lose_nothing(bundle: Bundle) -> None:
     after = open_bundle(bundle.path).manifest
     assert sorted(after.variants) == [f"v{i}" for i in range(8)]
     assert len(after.history) == 8
+
+
+def interrupted_at(line: int, work: Callable[[], object]) -> bool:
+    """Do the work with Ctrl-C at the n-th line that bundle.py and files.py run; whether it came."""
+    ours = {memopt.bundle.__file__, memopt.files.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in ours:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_files_and_manifest_change_together(tmp_path: Path) -> None:
+    """Ctrl-C at any line: the old graph with the old manifest, or the new with the new."""
+    outcomes = []
+    line = 0
+    came = True
+    while came:
+        line += 1
+        folder = tmp_path / str(line)
+        (folder / "onnx").mkdir(parents=True)
+        (folder / "onnx" / "model.onnx").write_bytes(b"old")
+        made = create_bundle(folder, manifest())
+        staged = {"onnx/model.data": folder / ".staged-data", "onnx/model.onnx": folder / ".staged"}
+        for name, file in staged.items():
+            file.write_bytes(f"new {name}".encode())
+        new = variant(companions=("onnx/model.data",))
+        came = interrupted_at(
+            line, lambda b=made, v=new, s=staged: b.add_variants(v, event={}, staged=s)
+        )
+        after = open_bundle(folder)
+        assert after.verify() == [], line
+        assert sorted(p.name for p in (folder / "onnx").iterdir()) == sorted(
+            Path(name).name for name in after.manifest.files
+        ), line
+        outcomes.append("onnx-fp32" in after.manifest.variants)
+    assert len(outcomes) > 50
+    # Until the manifest is renamed nothing has happened, from then on everything has.
+    assert outcomes == sorted(outcomes)
+    assert outcomes[-1]
+
+
+def test_without_hard_links_the_old_file_comes_back_too(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory cards and some network shares have none: the bytes are copied aside."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    staged = bundle.path / ".staged"
+    staged.write_bytes(b"new")
+
+    def fail(_: Manifest) -> Manifest:
+        monkeypatch.setattr(memopt.bundle, "atomic_path", refuse)
+        return replace(bundle.manifest, dimension=3)
+
+    with pytest.raises(PermissionError):
+        bundle.update(fail, {"onnx/model.onnx": staged})
+    assert (bundle.path / "onnx" / "model.onnx").read_bytes() == b"graph"
+    assert bundle.verify() == []
+    assert not [p for p in bundle.path.iterdir() if p.name.endswith(".old")]

@@ -13,7 +13,7 @@ from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
-from memopt.files import publish, sha256_file, staged_directory
+from memopt.files import sha256_file, staged_directory
 from memopt.registry import nearest
 from memopt.runtimes.joint import JOINT_TASK
 from memopt.runtimes.torch_model import LoadedModel, load_model
@@ -265,8 +265,7 @@ def _publish(job: _Job, made: list[Variant], format: str, opset: int) -> tuple[V
     made_of = {"weights": weights, "opset": opset}
     made = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in made]
     # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
-    for name in dict.fromkeys(n for v in made for n in (*v.companions, v.file)):
-        publish(job.folder / name, bundle.path / name)
+    names = dict.fromkeys(n for v in made for n in (*v.companions, v.file))
     versions = {package: _version(package) for package in PACKAGES}
     bundle.add_variants(
         *made,
@@ -279,6 +278,7 @@ def _publish(job: _Job, made: list[Variant], format: str, opset: int) -> tuple[V
             "variants": [variant.name for variant in made],
             "versions": {name: version for name, version in versions.items() if version},
         },
+        staged={name: job.folder / name for name in names},
     )
     return tuple(made)
 

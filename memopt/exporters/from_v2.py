@@ -26,7 +26,7 @@ from memopt.errors import ConfigurationError, ExportError
 from memopt.exporters import check, onnx, tasks
 from memopt.exporters.blocks import Blocks, to_blocks
 from memopt.extras import require
-from memopt.files import publish, sha256_file, staged_directory
+from memopt.files import sha256_file, staged_directory
 from memopt.registry import nearest
 from memopt.runtimes.torch_model import load_model
 from memopt.weights.layout import is_transposed
@@ -115,28 +115,27 @@ def export_v2(
         tolerance = check.TOLERANCES["bf16" if accuracy_level == 4 else "fp32"]
         run = _runner(file, signature.outputs)
         record = check.compare(run, cases, tolerance, name=name)
-        for part in (*beside, file.name):
-            publish(folder / part, bundle.path / "onnx" / part)
-    proof = _proof(bundle, path)
-    variant = Variant(
-        name=name,
-        format="onnx",
-        precision=precision,
-        file=f"onnx/{file.name}",
-        companions=tuple(f"onnx/{part}" for part in beside),
-        target="any" if kernel == "portable" else "cpu",
-        fused=kernel == "nbits",
-        options=_EXACT if kernel == "portable" else {},
-        method="arrow",
-        inputs=source.inputs,
-        output=source.output,
-        check={**record, "reference": f"torch fp32 with the dequantized {path.name}"},
-        recipe=settings or None,
-        passed=proof.get("passed") is True,
-        validation=proof.get("validation"),
-    )
-    event = {"event": "export", "weights": path.name, "variants": [name], "nodes": dict(counts)}
-    bundle.add_variants(variant, event=event)
+        proof = _proof(bundle, path)
+        variant = Variant(
+            name=name,
+            format="onnx",
+            precision=precision,
+            file=f"onnx/{file.name}",
+            companions=tuple(f"onnx/{part}" for part in beside),
+            target="any" if kernel == "portable" else "cpu",
+            fused=kernel == "nbits",
+            options=_EXACT if kernel == "portable" else {},
+            method="arrow",
+            inputs=source.inputs,
+            output=source.output,
+            check={**record, "reference": f"torch fp32 with the dequantized {path.name}"},
+            recipe=settings or None,
+            passed=proof.get("passed") is True,
+            validation=proof.get("validation"),
+        )
+        event = {"event": "export", "weights": path.name, "variants": [name], "nodes": dict(counts)}
+        staged = {f"onnx/{part}": folder / part for part in (*beside, file.name)}
+        bundle.add_variants(variant, event=event, staged=staged)
     return variant
 
 

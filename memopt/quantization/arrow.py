@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
-from memopt.files import sha256_file
+from memopt.files import sha256_file, staged_directory
 from memopt.quantization.gptq import DAMPING, gptq_quantize, output_error
 from memopt.quantization.recipe import match_layers
 from memopt.quantization.rounding import rtn_quantize
@@ -216,11 +216,14 @@ def quantize_weights(
         QuantizationError, WeightsError, ConfigurationError: see :meth:`ArrowQuantizer.quantize`.
     """
     suffix = "_gptq" if quantizer.algorithm == "gptq" else ""
-    output = bundle.path / f"weights_int{quantizer.bits}{suffix}.parquet"
-    report = quantizer.quantize(bundle.weights, output, calibration=calibration, on_step=on_step)
-    event = {"event": "quantize", "method": "arrow", "file": output.name, **asdict(quantizer)}
-    bundle.add_files(output.name, event=event)
-    return report
+    name = f"weights_int{quantizer.bits}{suffix}.parquet"
+    event = {"event": "quantize", "method": "arrow", "file": name, **asdict(quantizer)}
+    with staged_directory(bundle.path) as folder:
+        report = quantizer.quantize(
+            bundle.weights, folder / name, calibration=calibration, on_step=on_step
+        )
+        bundle.add_files({name: folder / name}, event=event)
+    return replace(report, path=bundle.path / name)
 
 
 def _kept(patterns: tuple[str, ...], names: list[str]) -> set[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
-from memopt.files import publish, staged_directory
+from memopt.files import staged_directory
 from memopt.quantization.activations import GraphCalibration
 from memopt.quantization.arrow import ArrowQuantizer, ArrowReport, LayerReport
 from memopt.quantization.graph_runner import open_graph
@@ -112,20 +112,19 @@ def quantize_arrow(
                 fix="try --search, gptq, more bits, smaller groups, or --keep-failing",
             )
         size = file.stat().st_size
-        publish(file, bundle.path / name)
-    data = describe_data(samples, calibration, held_out)
-    bundle.add_files(
-        name,
-        event={
-            "event": "quantize",
-            "method": "arrow",
-            "file": name,
-            "passed": not failures,
-            "validation": validation.record(gate),
-            **data,
-            **asdict(quantizer),
-        },
-    )
+        data = describe_data(samples, calibration, held_out)
+        bundle.add_files(
+            {name: file},
+            event={
+                "event": "quantize",
+                "method": "arrow",
+                "file": name,
+                "passed": not failures,
+                "validation": validation.record(gate),
+                **data,
+                **asdict(quantizer),
+            },
+        )
     return ArrowResult(
         name=name,
         file=name,

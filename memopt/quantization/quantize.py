@@ -14,7 +14,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import BundleError, ConfigurationError, QuantizationError, WeightsError
-from memopt.files import publish, staged_directory
+from memopt.files import staged_directory
 from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split
 from memopt.quantization.graph_runner import feeds, open_graph
 from memopt.quantization.layer_error import with_errors
@@ -182,11 +182,11 @@ def quantize(
             validation={**validation.record(gate), **share},
             recipe=recipe.to_dict(),
         )
-        for file in files:
-            publish(file, opened.path / recipe.format / file.name)
-    data = describe_data(samples, calibration, held_out)
-    event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
-    opened.add_variants(variant, event=event)
+        data = describe_data(samples, calibration, held_out)
+        event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
+        # The graph, which is the first, after what it needs.
+        staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
+        opened.add_variants(variant, event=event, staged=staged)
     return Result(
         name=variant.name,
         file=variant.file,

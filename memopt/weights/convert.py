@@ -17,7 +17,6 @@ from memopt.bundle import (
     Bundle,
     Manifest,
     create_bundle,
-    file_record,
     find_bundle,
     open_bundle,
     read_json,
@@ -267,20 +266,19 @@ def _replace(target: Path, made: Bundle) -> Bundle:
         old.manifest.files.get(WEIGHTS, {}).get("sha256") == made.manifest.files[WEIGHTS]["sha256"]
     )
     new = made.manifest
-    for name in sorted(new.files, key=lambda n: n == WEIGHTS):
-        publish(made.path / name, target / name)
 
     def change(current: Manifest) -> Manifest:
         kept = {n: r for n, r in current.files.items() if same and (target / n).is_file()}
         return replace(
             new,
-            files={**kept, **{n: file_record(target / n) for n in new.files}},
+            files={**kept, **new.files},
             variants=current.variants if same else {},
             chosen=current.chosen if same else {},
             history=(*current.history, *new.history),
         )
 
-    bundle = old.update(change)
+    names = sorted(new.files, key=lambda n: n == WEIGHTS)
+    bundle = old.update(change, {name: made.path / name for name in names})
     if not same:
         for name in _derived(old.manifest):
             (target / name).unlink(missing_ok=True)
