@@ -7,6 +7,9 @@ same vectors; numpy (one matrix product) and usearch (HNSW, cosine, float32) ans
 in the same run. Consolidation: groups of notes that repeat one fact in other words, each fact asked
 for before and after; a question counts as answered when the fact's own word is in the first 5. The
 time of a consolidation is that of its work, without the pauses it leaves to searches.
+
+One at a time: an agent's day, each memory a commit with its links; searches right afterwards, and
+nothing is tidied by hand.
 """
 
 from __future__ import annotations
@@ -195,6 +198,34 @@ class Searches:
         return percentiles(self.seconds)[1]
 
 
+def one_at_a_time(count: int, place: Path) -> dict[str, Any]:
+    """Add memories one by one; what a search and a memory cost then."""
+    vectors = clustered(count, np.random.default_rng(2))
+    with MemoryStore(place, dim=DIM) as store:
+        retriever = MultimodalRetriever(store, AssociationGraph(store))
+        begin = time.perf_counter()
+        for at, vector in enumerate(vectors):
+            content = Content(text=f"note {at} of the day")
+            moment = START + timedelta(seconds=90 * at)
+            store.add(NewMemory(content=content, embedding=vector, timestamp=moment))
+        added = count / (time.perf_counter() - begin)
+        _, seconds = timed(
+            lambda q: [r.memory.memory_id for r in retriever.retrieve(vector=q, touch=False)],
+            vectors[:QUERIES],
+        )
+        files = sum(1 for p in place.rglob("*") if p.is_file())
+        size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+    median, high = percentiles(seconds)
+    return {
+        "memories": count,
+        "add_per_s": added,
+        "p50_ms": median,
+        "p95_ms": high,
+        "bytes_per_memory": size / count,
+        "files": files,
+    }
+
+
 VERBS = ["keeps", "left", "put", "stores", "hid"]
 ENDINGS = ["as always", "again today", "so nobody trips", "said twice", "before lunch", "(note)"]
 
@@ -235,7 +266,7 @@ def consolidation(
 ) -> dict[str, Any]:
     """Facts told again and again, condensed; what stays, and what is still found.
 
-    The first minute runs as beside an agent (a tenth of its thread's time, while searches go on),
+    The first minute runs as beside an agent (a small share of the time, while searches go on),
     the rest at full speed.
     """
     generator = np.random.default_rng(1)
@@ -304,6 +335,9 @@ def main() -> None:
                 status.update(f"{size:,} memories")
                 rows += measure(size, folder / str(size))
                 shutil.rmtree(folder / str(size))
+            status.update("1,000 memories, one at a time")
+            singles = one_at_a_time(1000, folder / "singles")
+            shutil.rmtree(folder / "singles")
             cases = [(120, "archive"), (120, "drop")]
             # A fact is told 20 times; a million of them would take an hour.
             cases += [(size // 20, "drop") for size in sizes if 2_400 < size <= 100_000]
@@ -315,7 +349,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if options.json:
-        print(json.dumps({"search": rows, "consolidation": condensed}, indent=1))
+        answer = {"search": rows, "one_at_a_time": singles, "consolidation": condensed}
+        print(json.dumps(answer, indent=1))
         return
     columns = {
         "memories": "{:,}", "what": "{}", "add_per_s": "{:,.0f}", "p50_ms": "{:.2f}",
@@ -325,6 +360,7 @@ def main() -> None:
     }  # fmt: skip
     console = Console(width=170)
     console.print(_table(rows, columns))
+    console.print("One at a time:", _table([singles], columns | {"files": "{:,}"}))
     kinds = {
         "originals": "{}", "memories": "{:,}", "summaries": "{}", "condensed": "{:,}",
         "work_s": "{:.1f}", "p95_idle": "{:.1f}", "p95_meanwhile": "{:.1f}",
@@ -337,6 +373,7 @@ def main() -> None:
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+    columns = {name: form for name, form in columns.items() if any(name in row for row in rows)}
     table = Table(*(name.replace("_", " ") for name in columns))
     for row in rows:
         table.add_row(*(f.format(row[n]) if n in row else "" for n, f in columns.items()))

@@ -42,10 +42,10 @@ def _code_key() -> str:
 
 
 def _forget_old(home: Path) -> None:
-    """Remove bundles of other code, but not those that a run beside this one may be using."""
-    for folder in home.iterdir():
-        if time.time() - folder.stat().st_mtime > LONGEST_RUN:
-            shutil.rmtree(folder)
+    """Remove what other code made, but not what a run beside this one may be using."""
+    for made in home.iterdir():
+        if time.time() - made.stat().st_mtime > LONGEST_RUN:
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from memopt.memory.graph import AssociationGraph
 from memopt.memory.rows import vectors_array
 from memopt.memory.schedule import RUN
 from memopt.memory.schema import ARCHIVED, Content
+from memopt.memory.upkeep import tidy
 
 if TYPE_CHECKING:
     from memopt.memory.llm import Summariser
@@ -50,7 +51,7 @@ _WORD_FIDELITY = 0.5
 # A commit leaves files that every later search must look into, so several groups go into one: until
 # it replaces this many rows, or the first of them has waited for a slow language model this long.
 _COMMIT_ROWS = 512
-_COMMIT_S = 5.0
+_COMMIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,9 @@ class ConsolidationRecipe:
         fidelity: least cosine similarity of a summary to its sources' centroid.
         summary_length: characters of a summary at most.
         retry_s: seconds until a failed batch is tried again, the first time.
-        duty: share of the time to be at work; the rest is left to readers.
+        duty: share of the time to be at work; the rest is left to readers. Waiting for a language
+            model is no work. With 5 % and more the slowest twentieth of searches would all be some
+            that met it.
 
     >>> ConsolidationRecipe(originals="burn")
     Traceback (most recent call last):
@@ -82,7 +85,7 @@ class ConsolidationRecipe:
     fidelity: float = 0.7
     summary_length: int = 500
     retry_s: float = 3600
-    duty: float = 0.1
+    duty: float = 0.03
 
     def __post_init__(self) -> None:
         if self.originals not in ("archive", "drop"):
@@ -197,6 +200,7 @@ class _Run:
     fallbacks: int = 0
     failed: int = 0
     stale: int = 0
+    waited: float = 0.0
 
     def run(self, on_step: Progress | None) -> Consolidation:
         started = begun = time.monotonic()
@@ -214,7 +218,7 @@ class _Run:
         batch: list[Ready] = []
         with _links_followed(self.store):
             while done < len(steps) and not self._stopped(begun):
-                begun = time.monotonic()
+                begun, self.waited = time.monotonic(), 0.0
                 ready = steps[done]()
                 if ready is not None:
                     batch.append(ready)
@@ -225,6 +229,9 @@ class _Run:
                 if on_step:
                     on_step(done, len(steps))
             self.commit(batch)
+        if self.summaries or self.archived:
+            self.store.optimize()
+            self.store.index.fit()
         report = Consolidation(
             plan=found,
             summaries=tuple(self.summaries),
@@ -284,7 +291,8 @@ class _Run:
 
     def _stopped(self, begun: float) -> bool:
         """Leave the time to readers that work since ``begun`` calls for; whether to stop."""
-        return self.stop.wait((time.monotonic() - begun) * (1 / self.recipe.duty - 1))
+        work = time.monotonic() - begun - self.waited
+        return self.stop.wait(work * (1 / self.recipe.duty - 1))
 
     def commit(self, batch: list[Ready]) -> None:
         """Write what was made, in one commit, but for what changed meanwhile."""
@@ -323,8 +331,7 @@ class _Run:
         if any(part.summary is None for part in batch):
             _fault("archived")
         if batch:
-            # A commit leaves small files behind that every search reads until they are merged.
-            self.store.optimize()
+            tidy(self.store)
 
     def _summary(self, opened: pa.Table, group: Group) -> str:
         texts = [text for text in opened["text"].to_pylist() if text and text.strip()]
@@ -338,7 +345,11 @@ class _Run:
                 asked = summarise.prompt(texts, group.category)
                 if self.store.redact:
                     asked = self.store.redact(asked)
-                answer = self.llm.complete(summarise.SYSTEM, asked)
+                asking = time.monotonic()
+                try:
+                    answer = self.llm.complete(summarise.SYSTEM, asked)
+                finally:
+                    self.waited += time.monotonic() - asking
                 answer = _cut(answer, self.recipe.summary_length)
                 self.refusals = 0
                 wrong = summarise.problem(answer, texts, embed, bound)

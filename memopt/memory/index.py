@@ -12,6 +12,7 @@ import numpy as np
 
 from memopt.errors import ConsolidationError
 from memopt.memory.opening import named_errors
+from memopt.memory.upkeep import merge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +24,7 @@ MIN_ROWS = 5_000
 # Rows the index does not know are searched exactly beside it, so none is ever missed; past this
 # share that costs more than taking them in.
 MOST_FRESH = 0.1
-# Cells made for a store of half the size are twice too full: made anew after this growth.
+# Cells made for a quarter of the rows are twice too full, and the other way round: then made anew.
 REBUILD_GROWTH = 4
 LEAST_RECALL = 0.95
 _AT = 10
@@ -120,20 +121,35 @@ class VectorIndex:
         memories = self.store.table("memories")
         with self._one_at_a_time, named_errors(self.store.place, "indexed"):
             rows = memories.count_rows()
-            if rows < MIN_ROWS:
-                return None
             state = last_state(self.store)
-            if rebuild or state is None or rows > REBUILD_GROWTH * max(1, state.rows):
+            if rows < MIN_ROWS:
+                if state is not None and state.cells:
+                    self._drop(memories)
+                return None
+            if rebuild or state is None or _outgrown(state, rows):
                 self._build(memories, rows)
             elif state.cells and _unindexed(memories) > MOST_FRESH * rows:
-                memories.optimize()
+                merge(self.store, "memories")
             else:
                 self._state = state
                 return state
-            state = self._checked(memories, rows)
-            self.store.event(_EVENT, json.dumps(asdict(state)))
-            self._state, self._looked = state, time.monotonic()
-            return state
+            return self._use(self._checked(memories, rows))
+
+    def fit(self) -> None:
+        """Make the index anew where most of what it was made for is gone.
+
+        Few memories in many cells: the cells a query looks into are no longer those it was checked
+        with.
+
+        Raises:
+            ConsolidationError: as :meth:`ensure`.
+        """
+        state = self.state
+        if state is None or not state.cells:
+            return
+        rows = self.store.table("memories").count_rows()
+        if rows < MIN_ROWS or _outgrown(state, rows):
+            self.ensure()
 
     def tune(self, query: Any, top_k: int, spare: int) -> Any:
         """Return a vector query that looks into as many cells as the recall needs.
@@ -179,7 +195,17 @@ class VectorIndex:
                     rows=rows, cells=cells, nprobes=nprobes, refine=refine, recall=recall
                 )
         memories.drop_index(_name(memories))
-        return IndexState(rows=rows, cells=0, nprobes=0, refine=0, recall=1.0)
+        return _exact(rows)
+
+    def _drop(self, memories: Any) -> None:
+        """Search exactly from now on; nothing was checked, so that growth builds an index again."""
+        memories.drop_index(_name(memories))
+        self._use(_exact(0))
+
+    def _use(self, state: IndexState) -> IndexState:
+        self.store.event(_EVENT, json.dumps(asdict(state)))
+        self._state, self._looked = state, time.monotonic()
+        return state
 
     def _nearest(self, query: NDArray[np.float32], setting: tuple[int, int] | None) -> set[str]:
         search = self.store.query().nearest_to(query).column(_COLUMN).distance_type("cosine")
@@ -208,6 +234,15 @@ def last_state(store: MemoryStore) -> IndexState | None:
     state = IndexState(**json.loads(events[-1].detail))
     there = _name(store.table("memories")) is not None
     return state if there == bool(state.cells) else None
+
+
+def _exact(rows: int) -> IndexState:
+    return IndexState(rows=rows, cells=0, nprobes=0, refine=0, recall=1.0)
+
+
+def _outgrown(state: IndexState, rows: int) -> bool:
+    """Return whether the cells were made for far fewer or far more rows."""
+    return not max(1, state.rows) / REBUILD_GROWTH <= rows <= REBUILD_GROWTH * max(1, state.rows)
 
 
 def _unindexed(memories: Any) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from memopt.errors import ConsolidationError
 
 LOCK_FILE = ".lock"
+READ_FILE = ".reading"
 # A commit takes milliseconds, compaction seconds; a minute of waiting is a stuck process.
 PATIENCE = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02
@@ -99,6 +100,16 @@ class WriterLock:
 
 if sys.platform == "win32":
 
+    @contextmanager
+    def reading(folder: Path) -> Iterator[None]:
+        """Do nothing: a file that is open cannot be deleted there."""
+        yield
+
+    @contextmanager
+    def unless_read(folder: Path) -> Iterator[bool]:
+        """Yield False: nobody knows."""
+        yield False
+
     def _try_lock(descriptor: int) -> bool:
         import msvcrt
 
@@ -109,10 +120,46 @@ if sys.platform == "win32":
         return True
 
 else:
+    import fcntl
+
+    @contextmanager
+    def reading(folder: Path) -> Iterator[None]:
+        """Keep the files of the present version for the length of the block.
+
+        Any number of threads and processes at once; given back by the kernel when one dies. In a
+        folder that cannot be written nobody deletes anything either.
+        """
+        try:
+            descriptor = os.open(folder / READ_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            yield
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def unless_read(folder: Path) -> Iterator[bool]:
+        """Yield whether no :func:`reading` block is under way; then none begins in this block.
+
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with reading(folder), unless_read(folder) as unread:
+        ...     unread
+        False
+        >>> with unless_read(folder) as unread:
+        ...     unread
+        True
+        """
+        descriptor = os.open(folder / READ_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            yield _try_lock(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _try_lock(descriptor: int) -> bool:
-        import fcntl
-
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

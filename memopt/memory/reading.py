@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import payload, rows
 from memopt.memory.filters import DELETED, EVERYTHING, expression, id_list, one_of, present, utc
+from memopt.memory.locking import reading as keeping
 from memopt.memory.opening import named_errors
 from memopt.memory.schema import Filter, Link, Memory, memories_schema
 
@@ -79,15 +81,17 @@ def scan(
     if columns is None or "access_count" in columns or "last_access" in columns:
         store.flush()
     names = list(columns or memories_schema(store.dim).names)
-    query = _where(store.memories.search(), present(expression(where)), names)
-    with named_errors(store.place, "read"):
-        batches = query.limit(None).to_batches(batch_size)
-    while True:
+    local = store.place.local
+    with keeping(local) if local is not None else nullcontext():
+        query = _where(store.memories.search(), present(expression(where)), names)
         with named_errors(store.place, "read"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+            batches = query.limit(None).to_batches(batch_size)
+        while True:
+            with named_errors(store.place, "read"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def vectors(

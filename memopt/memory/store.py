@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +43,7 @@ from memopt.memory.schema import (
 from memopt.memory.sealed import Sealed
 from memopt.memory.stats import Stats, stats
 from memopt.memory.touches import Touches
+from memopt.memory.upkeep import Upkeep, merge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,8 +61,8 @@ class MemoryStore(Sealed):
         actor: who reads and writes, for the access log.
         clock: the current time, UTC.
         create: make the store when it is absent; False raises instead.
-        background: build the vector index in a thread when additions call for it; else only
-            ``index.ensure()`` builds it.
+        background: build the vector index and merge small files in a thread when additions call
+            for it; else only ``index.ensure()`` and :meth:`optimize` do.
 
     Attributes:
         listeners: called on every add and delete.
@@ -102,6 +104,7 @@ class MemoryStore(Sealed):
         self.observers: list[Callable[[str, Sequence[str]], None]] = []
         self.closing: list[Callable[[], None]] = []
         self.index = VectorIndex(self, background=background)
+        self.upkeep = Upkeep(self, background=background)
         self.adjacency = Adjacency(self)
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
@@ -121,6 +124,14 @@ class MemoryStore(Sealed):
         self.flush()
         self.adjacency.close()
         self.index.close()
+        self.upkeep.close()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Do what :meth:`Sealed.changing` does, and look after the files it leaves."""
+        with super().changing():
+            yield
+        self.upkeep.wrote()
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -193,14 +204,15 @@ class MemoryStore(Sealed):
         return writing.delete(self, ids)
 
     def optimize(self) -> None:
-        """Merge small files and bring every index up to date; readers go on meanwhile.
+        """Merge all files and bring every index up to date; readers go on meanwhile.
+
+        Older versions that nobody reads leave the disk.
 
         Raises:
             ConsolidationError: the disk takes no more; the store is as it was.
         """
-        with self.changing():
-            for name in TABLES:
-                self.table(name).optimize()
+        for name in TABLES:
+            merge(self, name)
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""

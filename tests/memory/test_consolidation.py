@@ -147,6 +147,32 @@ def test_a_memory_changed_meanwhile_is_left_for_the_next_run(store: MemoryStore)
     assert (report.stale, report.summaries, store.count()) == (1, (), 2)
 
 
+def test_waiting_for_a_language_model_is_no_work(store: MemoryStore) -> None:
+    """A second of the model's is not followed by half a minute of rest."""
+    for axis in range(2):
+        put(store, axis, "The door is red.", "The door is red, said Ann.")
+    rests: list[float] = []
+
+    class Recorder(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            rests.append(timeout or 0.0)
+            return False
+
+    class Slow:
+        name = "slow"
+
+        def complete(self, system: str, prompt: str) -> str:
+            time.sleep(1)
+            return "The door is red."
+
+    report = consolidate(store, llm=Slow(), stop=Recorder())
+    assert len(report.summaries) == 2
+    asked = 1.0 / ConsolidationRecipe().duty
+    assert len(rests) >= 2
+    # The first is that of planning; a rest of the model's second would be as long as this.
+    assert all(rest < asked / 2 for rest in rests)
+
+
 def test_a_missed_run_is_caught_up_once(store: MemoryStore, clock: Clock) -> None:
     """Three missed nights are one run; pressure waits its pause."""
     nightly = Triggers(cron="0 3 * * *")
