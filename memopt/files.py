@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,14 +33,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    path = Path(name)
+    path = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
+    # Made with these bits the kernel takes off what the umask says. Asking for the umask means
+    # setting it, for the files of other threads too.
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield path
         _sync(path)
-        # mkstemp makes the file private (0600); a finished file follows the umask like any other.
-        path.chmod(0o666 & ~_umask())
         path.replace(target)
         _sync(target.parent)
     finally:
@@ -188,9 +188,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

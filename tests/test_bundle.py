@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -208,3 +210,24 @@ def test_without_hard_links_the_old_file_comes_back_too(
     assert (bundle.path / "onnx" / "model.onnx").read_bytes() == b"graph"
     assert bundle.verify() == []
     assert not [p for p in bundle.path.iterdir() if p.name.endswith(".old")]
+
+
+def test_threads_that_write_leave_the_umask_alone(tmp_path: Path) -> None:
+    """A file made beside them is not open to everybody, nor is one made afterwards."""
+    before = os.umask(0o027)
+    try:
+
+        def write(at: int) -> set[int]:
+            modes = set()
+            for _ in range(200):
+                with memopt.files.atomic_path(tmp_path / f"a{at}") as path:
+                    path.write_text("x")
+                (tmp_path / f"b{at}").unlink(missing_ok=True)
+                (tmp_path / f"b{at}").write_text("y")
+                modes |= {(tmp_path / f"{kind}{at}").stat().st_mode & 0o777 for kind in "ab"}
+            return modes
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set().union(*pool.map(write, range(8))) == {0o640}
+    finally:
+        assert os.umask(before) == 0o027
