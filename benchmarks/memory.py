@@ -213,16 +213,15 @@ def one_at_a_time(count: int, place: Path) -> dict[str, Any]:
             lambda q: [r.memory.memory_id for r in retriever.retrieve(vector=q, touch=False)],
             vectors[:QUERIES],
         )
-        files = sum(1 for p in place.rglob("*") if p.is_file())
-        size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+        sizes = [p.stat().st_size for p in place.rglob("*") if p.is_file()]
     median, high = percentiles(seconds)
     return {
         "memories": count,
         "add_per_s": added,
         "p50_ms": median,
         "p95_ms": high,
-        "bytes_per_memory": size / count,
-        "files": files,
+        "bytes_per_memory": sum(sizes) / count,
+        "files": len(sizes),
     }
 
 
