@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/.dev
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow'
+
+test-all: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.dev

