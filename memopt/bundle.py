@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import BundleError
-from memopt.files import atomic_path, sha256_file, swapped_in
+from memopt.files import atomic_path, open_plain, sha256_file, swapped_in
 from memopt.registry import nearest
 
 MANIFEST = "memopt.json"
@@ -331,6 +331,7 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     # flock is released by the kernel when a process dies, so a crash never leaves a stale lock.
-    with (folder / ".memopt.lock").open("w") as lock:
+    # Who may change the bundle may lock it, as far as the umask lets them.
+    with os.fdopen(open_plain(folder / ".memopt.lock", mode=0o666), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

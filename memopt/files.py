@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from memopt.errors import ConfigurationError
 
 # 1 MiB reads keep hashing bound by SHA-256 itself, not by system calls.
 _HASH_CHUNK = 1 << 20
@@ -18,11 +22,15 @@ _STAGING = ".staging-"
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path in ``target``'s folder; rename it onto ``target`` on success.
 
     On any exception, Ctrl-C and a full disk included, the temporary file is removed and the
     old ``target`` is left as it was.
+
+    Args:
+        target: replaced where it is a link, never followed.
+        mode: who may read the file, before the umask; 0o600 for what is its owner's alone.
 
     >>> import tempfile, pathlib
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -36,7 +44,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     path = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
     # Made with these bits the kernel takes off what the umask says. Asking for the umask means
     # setting it, for the files of other threads too.
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield path
         _sync(path)
@@ -44,6 +52,43 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         path.unlink(missing_ok=True)
+
+
+def open_plain(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o600) -> int:
+    """Open a file that is ours alone, such as a lock; return its descriptor.
+
+    Whoever may write into the folder could have put a link there, so that we lock, read or write
+    another file instead.
+
+    Args:
+        mode: of a file that is made.
+
+    Raises:
+        ConfigurationError: there is a link, a folder, a pipe or a device of that name.
+        OSError: it cannot be opened.
+
+    >>> import tempfile, pathlib
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> (folder / "lock").symlink_to(folder / "other")
+    >>> open_plain(folder / "lock")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: ...lock is a link, not a plain file; delete it
+    """
+    try:
+        # Without O_NONBLOCK a pipe that somebody put there would be waited for.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            what = "a link" if error.errno == errno.ELOOP else "a folder"
+            raise ConfigurationError(
+                f"{path} is {what}, not a plain file", fix="delete it"
+            ) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigurationError(f"{path} is no plain file", fix="delete it")
+    return descriptor
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from memopt.federation.limits import Limits, check_adapter, check_hash, check_ke
 from memopt.federation.payload import unpack
 from memopt.federation.signing import NO_HASH, Signed
 from memopt.federation.vault import Vault
-from memopt.files import atomic_path
+from memopt.files import atomic_path, open_plain
 
 _STATE, _PENDING = "state.json", "pending.json"
 _KEPT = (".safetensors", ".residual", ".carry")
@@ -100,7 +101,7 @@ class DeltaSyncManager:
             self._dictionaries[key] = self.settings.dictionary
         self.folder = Path(folder) / adapter
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock_file = (self.folder / "lock").open("w")
+        self._lock_file = os.fdopen(open_plain(self.folder / "lock"), "r+b")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -38,6 +38,7 @@ from memopt.federation.limits import Limits, check_adapter, strict_json
 from memopt.federation.payload import unpack
 from memopt.federation.signing import NO_HASH, Signed, parse_signed
 from memopt.federation.vault import Vault
+from memopt.files import open_plain
 
 MANIFEST, PAYLOAD, WEIGHTS, SNAPSHOT = (
     "manifest.json",
@@ -97,7 +98,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.incoming.mkdir(exist_ok=True)
         (self.folder / "adapters").mkdir(exist_ok=True)
-        self._lock_file = (self.folder / "lock").open("w")
+        self._lock_file = os.fdopen(open_plain(self.folder / "lock"), "r+b")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memopt.errors import ConsolidationError
+from memopt.files import open_plain
 
 LOCK_FILE = ".lock"
 READ_FILE = ".reading"
@@ -70,7 +71,13 @@ class WriterLock:
                 finally:
                     self._depth -= 1
                 return
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                descriptor = open_plain(self._path)
+            except OSError as error:
+                raise ConsolidationError(
+                    f"{self._path} cannot be opened ({error.strerror})",
+                    fix="write as a user who may change the store",
+                ) from error
             try:
                 self._wait(descriptor)
                 self._depth = 1
@@ -130,7 +137,7 @@ else:
         folder that cannot be written nobody deletes anything either.
         """
         try:
-            descriptor = os.open(folder / READ_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = open_plain(folder / READ_FILE)
         except OSError:
             yield
             return
@@ -153,7 +160,7 @@ else:
         ...     unread
         True
         """
-        descriptor = os.open(folder / READ_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_plain(folder / READ_FILE)
         try:
             yield _try_lock(descriptor)
         finally:
