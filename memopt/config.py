@@ -132,6 +132,60 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ConfigurationError(f"{text!r} has a value that is not YAML") from error
 
 
+def origins(
+    path: str | Path | None = None, arguments: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Return where each setting that is not a default comes from, by ``section.key``.
+
+    Args:
+        path, arguments: as of :func:`load_config`.
+
+    >>> origins(None, {"device": {"target": "cpu"}})["device.target"]
+    'argument'
+    """
+    file, given = config_file(path), arguments or {}
+    values = _read_sections(file) if file else {}
+    found = {}
+    for section, field in OptimizationConfig.model_fields.items():
+        for key in getattr(field.annotation, "model_fields", {}):
+            where = _origin([section, key], file, values, given, exactly=True)
+            if where:
+                found[f"{section}.{key}"] = where
+    return found
+
+
+def in_force(config: OptimizationConfig, where: Mapping[str, str] | None = None) -> str:
+    """Return the settings as YAML; those that are not in force are comments, which say why.
+
+    Args:
+        where: of :func:`origins`; put beside what is not a default.
+
+    >>> print(in_force(load_config(None, {"consolidation": {"time_based_enabled": False}})))
+    device:
+    ...
+      time_based_enabled: false
+      # time_based_schedule: 0 2 * * *  # time_based_enabled is false
+    ...
+    """
+    lines = []
+    for section, values in config.model_dump(mode="json").items():
+        idle = getattr(config, section).idle()
+        lines.append(f"{section}:")
+        for key, value in values.items():
+            text = _line(key, value)
+            if key in idle:
+                lines.append(f"  # {text}  # {idle[key]}")
+                continue
+            origin = (where or {}).get(f"{section}.{key}")
+            lines.append(f"  {text}" + (f"  # {origin}" if origin else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any) -> str:
+    text: str = yaml.safe_dump({key: value}, default_flow_style=True, width=float("inf"))
+    return text.strip()[1:-1]
+
+
 def as_yaml(config: OptimizationConfig) -> str:
     """Return the settings as YAML that :func:`load_config` reads back to the same settings."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -152,7 +206,7 @@ def template() -> str:
         about = (OptimizationConfig.model_fields[section].annotation.__doc__ or "").splitlines()[0]
         lines += ["", f"# {about}", f"{section}:"]
         for key, value in values.items():
-            text = yaml.safe_dump({key: value}).strip()
+            text = _line(key, value)
             lines.append(f"  # {text}  # {_allowed([section, key])}")
     return "\n".join(lines) + "\n"
 
@@ -295,18 +349,23 @@ def _origin(
     file: Path | None,
     values: Mapping[str, Any],
     arguments: Mapping[str, Any],
+    *,
+    exactly: bool = False,
 ) -> str:
+    """Say where a setting comes from; ``exactly`` leaves out what only names its section."""
     if _holds(arguments, location):
         return "argument"
     for depth in (2, 1):
         variable = ENV_PREFIX + "__".join(location[:depth]).upper()
         for name in sorted(os.environ):
             # More than two parts are wrong too, and the error is then that of the first two.
-            if "__".join(name.upper().split("__")[:2]) == variable:
+            if "__".join(name.upper().split("__")[:2]) == variable and (
+                depth == 2 or not exactly or _holds(json.loads(os.environ[name]), location[1:])
+            ):
                 return f"environment variable {name}"
-    if file is not None and _holds(values, location[:1]):
+    if file is not None and _holds(values, location if exactly else location[:1]):
         return str(file)
-    return "configuration"
+    return "" if exactly else "configuration"
 
 
 def _holds(values: Mapping[str, Any], location: list[str]) -> bool:

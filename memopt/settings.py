@@ -34,6 +34,13 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _renamed(names: dict[str, str]) -> BeforeValidator:
+    """Names that the founding design gave to values which have another name here."""
+    return BeforeValidator(
+        lambda value: names.get(value, value) if isinstance(value, str) else value
+    )
+
+
 Whole = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Cron = Annotated[str, AfterValidator(_cron), "a cron expression of 5 or 6 fields, like '0 2 * * *'"]
@@ -41,6 +48,10 @@ Cron = Annotated[str, AfterValidator(_cron), "a cron expression of 5 or 6 fields
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def idle(self) -> dict[str, str]:
+        """Return the keys whose value is not in force, with what is instead."""
+        return {}
 
 
 class DeviceSection(_Section):
@@ -71,20 +82,31 @@ class GpuSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """Defaults of ``memopt quantize`` and its gate."""
+    """Defaults of ``memopt quantize`` and its gate; what is not set is the recipe's own."""
 
     enabled: bool = True
     quant_type: Literal["int8", "int4", "int2", "fp16"] = "int8"
-    calibration_method: Literal["minmax", "entropy", "percentile", "mse"] = "minmax"
+    calibration_method: Annotated[
+        Literal["minmax", "entropy", "percentile", "mse", "gptq"], _renamed({"ptq": "minmax"})
+    ] = "minmax"
     per_channel: bool = True
     symmetric: bool = True
     mixed_precision_layers: tuple[str, ...] = ()
     cosine_threshold: Number = Field(0.95, ge=-1, le=1)
     ppl_threshold: Number = Field(0.15, ge=0)
 
+    def idle(self) -> dict[str, str]:
+        """Nothing here overrules a recipe, or the gate of a method, that is not written down."""
+        always = {"enabled", "ppl_threshold"}
+        unset = set(type(self).model_fields) - self.model_fields_set - always
+        return dict.fromkeys(unset, "not set: the recipe's own")
+
+
+_OLLAMA = {"llm_model": "llama3.2:3b", "llm_endpoint": "http://localhost:11434"}
+
 
 class ConsolidationSection(_Section):
-    """When and how the memory store condenses itself."""
+    """How ``memopt memory consolidate`` condenses a store, and when ``memory worker`` does."""
 
     time_based_enabled: bool = True
     time_based_schedule: Cron = "0 2 * * *"
@@ -92,12 +114,41 @@ class ConsolidationSection(_Section):
     pressure_threshold_mb: Number = Field(1000, gt=0)
     hot_memory_threshold: Whole = Field(10, ge=1)
     cold_memory_age_days: Number = Field(30, gt=0)
-    batch_size: Whole = Field(50, ge=1)
-    llm_provider: Literal["ollama", "anthropic", "openai", "extractive"] = "ollama"
-    llm_model: str = "llama3.2:3b"
-    llm_endpoint: str = "http://localhost:11434"
+    batch_size: Whole = Field(50, ge=2)
+    llm_provider: Annotated[
+        Literal["extractive", "ollama", "anthropic", "openai"], _renamed({"claude": "anthropic"})
+    ] = "extractive"
+    llm_model: str = _OLLAMA["llm_model"]
+    llm_endpoint: str = _OLLAMA["llm_endpoint"]
     summary_max_length: Whole = Field(500, ge=1)
     keep_original: bool = True
+
+    def idle(self) -> dict[str, str]:
+        """A schedule that is off, and a model or a server that the provider does not have."""
+        found = {}
+        if not self.time_based_enabled:
+            found["time_based_schedule"] = "time_based_enabled is false"
+        if not self.pressure_based_enabled:
+            found["pressure_threshold_mb"] = "pressure_based_enabled is false"
+        for key in ("llm_model", "llm_endpoint"):
+            if self.llm_provider == "extractive":
+                found[key] = "no language model is asked"
+            elif self.llm_provider != "ollama" and getattr(self, key) == _OLLAMA[key]:
+                found[key] = f"ollama's; {self.llm_provider}'s own is taken"
+        return found
+
+    def language_model(self) -> str | None:
+        """Return who writes the summaries, as ``--llm`` takes it; None for sentences extracted.
+
+        >>> ConsolidationSection(llm_provider="ollama").language_model()
+        'ollama:llama3.2:3b@http://localhost:11434'
+        """
+        if self.llm_provider == "extractive":
+            return None
+        idle = self.idle()
+        model = "" if "llm_model" in idle else f":{self.llm_model}"
+        url = "" if "llm_endpoint" in idle else f"@{self.llm_endpoint}"
+        return f"{self.llm_provider}{model}{url}"
 
 
 class FederationSection(_Section):

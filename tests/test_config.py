@@ -73,7 +73,7 @@ def test_a_file_does_not_leak_into_the_next_call() -> None:
         ("gpu: {vram_threshold: .nan}", ["gpu.vram_threshold is nan", "above 0 and at most 1"]),
         ("federation: {timeout_seconds: .inf}", ["timeout_seconds is inf", "a number, above 0"]),
         ("cpu: {use_compile: maybe}", ["cpu.use_compile", "'maybe'", "true or false"]),
-        ("consolidation: {batch_size: 0}", ["consolidation.batch_size is 0", "at least 1"]),
+        ("consolidation: {batch_size: 0}", ["consolidation.batch_size is 0", "at least 2"]),
         ("consolidation: {batch_size: yes}", ["batch_size is True", "a whole number"]),
         ("consolidation: {llm_model: 3}", ["consolidation.llm_model is 3", "text"]),
         ("quantization: {mixed_precision_layers: a}", ["'a'", "a list of text"]),

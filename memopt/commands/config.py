@@ -36,14 +36,21 @@ def show(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print every setting in force: file, then environment, then --set."""
-    from memopt.config import as_yaml, load_config
+    """Print every setting in force and where it is from: file, then environment, then --set.
 
-    config = load_config(file, _merge(assignments))
+    What is not in force is a comment that says what is instead, with --json null.
+    """
+    from memopt.config import in_force, load_config, origins
+
+    given = _merge(assignments)
+    config = load_config(file, given)
     if as_json:
-        typer.echo(json.dumps(config.model_dump(mode="json"), indent=1))
+        document = config.model_dump(mode="json")
+        for section, values in document.items():
+            values.update(dict.fromkeys(getattr(config, section).idle()))
+        typer.echo(json.dumps(document, indent=1))
     else:
-        typer.echo(as_yaml(config), nl=False)
+        typer.echo(in_force(config, origins(file, given)), nl=False)
 
 
 @app.command()

@@ -13,7 +13,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from memopt.quantization.recipe import Recipe
     from memopt.quantization.result import Proven
+    from memopt.quantization.validate import Gate
     from memopt.settings import QuantizationSection
 
 _RECIPE = "Recipe"
@@ -208,7 +210,6 @@ def quantize(
     from memopt.quantization import quantize as library
     from memopt.quantization.arrow_method import quantize_arrow
     from memopt.quantization.recipe import Recipe, known_recipe, load_recipe
-    from memopt.quantization.validate import Gate
 
     given: dict[str, Any] = {
         "method": method,
@@ -234,7 +235,7 @@ def quantize(
     base = (
         load_recipe(recipe)
         if recipe
-        else Recipe.from_dict({**known_recipe(opened), **_recipe_fields(settings)})
+        else Recipe.from_dict({**known_recipe(opened), **recipe_fields(settings)})
     )
     changed = {key: value for key, value in given.items() if value is not None}
     chosen = Recipe.from_dict({**base.to_dict(), **changed})
@@ -247,14 +248,7 @@ def quantize(
         max_length=max_length,
         column=column,
     )
-    if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
-        min_cosine = settings.cosine_threshold
-    gate = Gate(
-        min_cosine=library.least_cosine(chosen) if min_cosine is None else min_cosine,
-        max_perplexity_increase=(
-            settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
-        ),
-    )
+    gate = gate_of(settings, chosen, min_cosine, max_perplexity_increase)
     if report:
         # Minutes of work must not end at a path that cannot be written.
         report.parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +302,27 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
         )
 
 
-def _recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
+def gate_of(
+    settings: QuantizationSection,
+    recipe: Recipe,
+    min_cosine: float | None = None,
+    max_perplexity_increase: float | None = None,
+) -> Gate:
+    """Return the bounds: those of the flags, of the settings that are set, of the method."""
+    from memopt.quantization.quantize import least_cosine
+    from memopt.quantization.validate import Gate
+
+    if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
+        min_cosine = settings.cosine_threshold
+    return Gate(
+        min_cosine=least_cosine(recipe) if min_cosine is None else min_cosine,
+        max_perplexity_increase=(
+            settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
+        ),
+    )
+
+
+def recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
     """Return what the settings say of a recipe; what they leave out stays the recipe's own."""
     from memopt.errors import ConfigurationError
 
@@ -319,11 +333,21 @@ def _recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
         )
     fields: dict[str, Any] = {}
     if "quant_type" in given:
+        if settings.quant_type == "fp16":
+            raise ConfigurationError(
+                "quantization.quant_type fp16 is a float: there is nothing to quantize",
+                fix="run: memopt export BUNDLE --precision fp16",
+            )
         fields["weight_type"] = settings.quant_type
     if "calibration_method" in given:
-        fields["ranges"] = settings.calibration_method
+        gptq = settings.calibration_method == "gptq"
+        fields |= {"algorithm": "gptq"} if gptq else {"ranges": settings.calibration_method}
+    if fields.get("weight_type", "int8") != "int8" or "algorithm" in fields:
+        # Neither fewer than eight bits nor GPTQ exist where activations are quantized too.
+        fields["method"] = "weight-only"
     if "per_channel" in given:
-        fields["granularity"] = "per-channel" if settings.per_channel else "per-tensor"
+        # Auto is per channel, or finer where the method has nothing coarser than groups.
+        fields["granularity"] = "auto" if settings.per_channel else "per-tensor"
     if "symmetric" in given:
         fields["symmetric"] = settings.symmetric
     if "mixed_precision_layers" in given:

@@ -154,7 +154,7 @@ def full_payload(
 ) -> Delta:
     """Return all of ``new`` as a lossless payload that needs no base."""
     settings = settings or DeltaSettings()
-    compressor = Compressor(settings.level, settings.dictionary)
+    compressor = Compressor(settings.level, settings.dictionary, off=not settings.compress)
     rows, bodies, reports = [], [], []
     for name in sorted(new):
         row, body, _ = _encode(compressor, name, "put", "raw", 0, None, new[name])
@@ -242,7 +242,7 @@ def _build(
     due: set[str],
     settings: DeltaSettings,
 ) -> Delta:
-    compressor = Compressor(settings.level, settings.dictionary)
+    compressor = Compressor(settings.level, settings.dictionary, off=not settings.compress)
     rows: list[Row] = []
     bodies: list[bytes] = []
     reports: list[TensorReport] = []

@@ -35,6 +35,7 @@ class DeltaSettings:
     delta_threshold: float = 0.01
     full_ratio: float = 0.5
     level: int = 3  # zstd's, -7 to 22
+    compress: bool = True  # False sends what the codec makes as it is
     block: int = 0  # values that share a scale; 0 is the codec's own
     levels: int = INT8_LEVELS  # int8's steps on each side of zero: fewer compress better
     topk: float = 0.05  # share of a tensor's values that topk sends

@@ -96,12 +96,15 @@ class Compressor:
     Args:
         level: zstd level, -7 to 22.
         dictionary: bytes of a trained or raw-content dictionary; the receiver needs the same.
+        off: leave every body as it is; the table of names stays what the format says, zstd.
     """
 
-    def __init__(self, level: int = 3, dictionary: bytes = b"") -> None:
+    def __init__(self, level: int = 3, dictionary: bytes = b"", *, off: bool = False) -> None:
         if not -7 <= level <= 22:
             raise SyncError(f"zstd level {level} is not in -7..22")
         zstd = zstandard()
+        self._off = off
+        dictionary = b"" if off else dictionary
         self.dictionary = hashlib.sha256(dictionary).hexdigest() if dictionary else _NO_DICTIONARY
         known = zstd.ZstdCompressionDict(dictionary) if dictionary else None
         self._bodies = zstd.ZstdCompressor(level=level, dict_data=known)
@@ -121,6 +124,8 @@ class Compressor:
             data: the plain body.
             noise: it is quantized numbers, without structure beyond their frequencies.
         """
+        if self._off:
+            return data.tobytes(), False
         packed = (self._noise if noise else self._bodies).compress(data.data)
         return (packed, True) if len(packed) < data.nbytes else (data.tobytes(), False)
 

@@ -89,25 +89,37 @@ def connect(
     """Return a client for ``host:port``, with the retries and the timeout of the configuration."""
     config = load_config().federation
     files = NodeFiles(folder=Path(keys), node=node)
-    host, port = parse_address(server)
-    client = SyncClient(
-        host,
-        port,
-        tls=files.tls(plain=plain),
-        timeout=config.timeout_seconds,
-        max_retries=config.max_retries,
-        deadline=deadline,
-        insecure=insecure,
+    client = client_of(
+        server, config, tls=files.tls(plain=plain), deadline=deadline, insecure=insecure
     )
     return Session(client=client, files=files, config=config)
+
+
+def client_of(
+    server: str, config: FederationSection, *, tls: TlsFiles | None, **options: Any
+) -> SyncClient:
+    """Return a client with the retries and the timeout of ``config``; options of SyncClient."""
+    host, port = parse_address(server)
+    return SyncClient(
+        host,
+        port,
+        tls=tls,
+        timeout=config.timeout_seconds,
+        max_retries=config.max_retries,
+        **options,
+    )
+
+
+def sends_all(config: FederationSection) -> bool:
+    """Return whether every push is a full one."""
+    return not config.enable_delta_sync
 
 
 def delta_settings(config: FederationSection, **chosen: Any) -> DeltaSettings:
     """Return settings from the configuration, options that were given over it."""
     values: dict[str, Any] = {"delta_threshold": config.delta_threshold}
     if not config.compression_enabled:
-        # Bit-exact deltas at zstd's fastest: as near to uncompressed as a delta is of use.
-        values |= {"codec": "lossless", "level": -7}
+        values |= {"codec": "lossless", "compress": False}
     given = {name: value for name, value in chosen.items() if value is not None}
     if "codec" not in given and {"max_error", "max_bytes"} & set(given):
         given["codec"] = "auto"

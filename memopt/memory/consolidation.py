@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ class ConsolidationWorker:
         triggers: when.
         llm: writes the summaries; sentences are extracted without one, or where it fails.
         poll_s: seconds between two looks at the triggers.
+        around: makes the runs that a trigger starts, in the worker's thread: given the trigger's
+            name and what runs once.
 
     >>> import tempfile
     >>> from memopt.memory.store import MemoryStore
@@ -58,11 +61,13 @@ class ConsolidationWorker:
         triggers: Triggers | None = None,
         llm: Summariser | None = None,
         poll_s: float = 30.0,
+        around: Callable[[str, Callable[[], Consolidation]], object] = lambda _, run: run(),
     ) -> None:
         if not poll_s > 0:
             raise ConfigurationError(f"poll_s {poll_s} is not above 0")
         self.store, self.recipe, self.llm = store, recipe or ConsolidationRecipe(), llm
         self.triggers, self.poll_s = triggers or Triggers(), poll_s
+        self.around = around
         self.last: Consolidation | None = None
         self._stop = threading.Event()
         self._wake: asyncio.Event | None = None
@@ -125,7 +130,7 @@ class ConsolidationWorker:
             why = due(self.store, self.triggers)
             if why:
                 _LOG.info("consolidation of %s starts by %s", self.store.place, why)
-                self._run()
+                self.around(why, self._run)
         except Exception as error:  # noqa: BLE001 - the worker outlives a full disk or a lost share
             _LOG.warning("consolidation of %s failed: %s", self.store.place, error)
             self._record(error)

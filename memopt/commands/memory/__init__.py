@@ -14,6 +14,7 @@ MEMORY_COMMANDS: tuple[str, ...] = (
     "forget",
     "stats",
     "consolidate",
+    "worker",
     "train_joint",
     "export",
     "import_",

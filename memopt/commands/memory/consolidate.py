@@ -45,37 +45,34 @@ def consolidate(
 
     from memopt.commands.console import stderr
     from memopt.commands.memory.opened import opened as open_store
-    from memopt.config import load_config
-    from memopt.memory.condense import ConsolidationRecipe, plan
+    from memopt.config import load_config, origins
+    from memopt.memory import configured
     from memopt.memory.condense import consolidate as run
-    from memopt.memory.llm import Limits, language_model
+    from memopt.memory.condense import plan
     from memopt.memory.reclaim import reclaim
     from memopt.memory.schedule import SAVED
 
+    console = stderr()
     settings = load_config().consolidation
-    if llm is None:
-        llm = "extractive"
-        if settings.llm_provider != "extractive" and "llm_provider" in settings.model_fields_set:
-            llm = f"{settings.llm_provider}:{settings.llm_model}@{settings.llm_endpoint}"
-    keep = settings.keep_original if drop is None else not drop
-    recipe = ConsolidationRecipe(
-        hot_accesses=settings.hot_memory_threshold if hot is None else hot,
-        cold_age_days=settings.cold_memory_age_days if cold_days is None else cold_days,
-        batch_size=max(2, settings.batch_size),
-        summary_length=settings.summary_max_length,
+    recipe = configured.recipe(
+        settings,
+        hot_accesses=hot,
+        cold_age_days=cold_days,
         similarity=similarity,
-        originals="archive" if keep else "drop",
+        originals=None if drop is None else "drop" if drop else "archive",
         duty=1.0,
     )
     given = {"text": model}
     with open_store(store, given=given, key=key) as here:
         opened = here.store
-        redact = None if send_unredacted else opened.redact
-        writer = (
-            None if llm == "extractive" else language_model(llm, limits=Limits(), redact=redact)
+        writer = configured.summariser(
+            settings,
+            "extractive" if dry_run else llm,
+            redact=None if send_unredacted else opened.redact,
+            where=origins(),
+            say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         before = opened.stats().bytes_on_disk
-        console = stderr()
         if dry_run:
             report, after = plan(opened, recipe), before
         else:
@@ -104,12 +101,12 @@ def consolidate(
             if event.retry_at and event.retry_at > opened.clock()
         ]
     if as_json:
-        typer.echo(json.dumps(_document(report, before, after, events), indent=1))
+        typer.echo(json.dumps(document(report, before, after, events), indent=1))
     else:
-        _print(report, before, after, events)
+        tell(report, before, after, events)
 
 
-def _document(
+def document(
     report: Consolidation, before: int | None, after: int | None, events: list[str]
 ) -> dict[str, object]:
     return {
@@ -134,7 +131,7 @@ def _document(
     }
 
 
-def _print(report: Consolidation, before: int | None, after: int | None, events: list[str]) -> None:
+def tell(report: Consolidation, before: int | None, after: int | None, events: list[str]) -> None:
     from rich.table import Table
 
     from memopt.commands.console import stdout

@@ -63,6 +63,7 @@ def push(
         opened,
         read_dictionary,
         report_json,
+        sends_all,
     )
 
     session = connect(
@@ -89,7 +90,7 @@ def push(
             read_weights(weights),
             key=session.files.signing_key(),
             node=node,
-            full=full or not session.config.enable_delta_sync,
+            full=full or sends_all(session.config),
             progress=progress,
         )
     if as_json:

@@ -1,0 +1,120 @@
+"""``memopt memory worker``: consolidate by schedule and by size, until it is told to stop."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memopt.commands.memory.opened import AsJson, Key, Store, Text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memopt.memory.condense import Consolidation
+
+
+def worker(
+    store: Store,
+    once: Annotated[
+        bool, typer.Option("--once", help="Look once, run if it is time, and end.")
+    ] = False,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks.")] = 30.0,
+    llm: Annotated[
+        str | None,
+        typer.Option(help="Who writes the summaries, as of consolidate [default: the settings]."),
+    ] = None,
+    model: Text = None,
+    send_unredacted: Annotated[
+        bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
+    ] = False,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Consolidate when the settings say: by schedule, and when the store has grown too large.
+
+    What starts a run and what it does are ``consolidation.*`` of the settings. Ctrl-C or SIGTERM
+    end it after the batch at work.
+    """
+    import asyncio
+    import signal
+
+    from memopt.commands.console import stderr
+    from memopt.commands.memory.consolidate import document, tell
+    from memopt.commands.memory.opened import opened as open_store
+    from memopt.config import load_config, origins
+    from memopt.errors import ConfigurationError
+    from memopt.memory import configured
+    from memopt.memory.consolidation import ConsolidationWorker
+    from memopt.memory.reclaim import reclaim
+    from memopt.memory.schedule import SAVED, due
+
+    settings = load_config().consolidation
+    triggers = configured.triggers(settings)
+    if triggers.cron is None and triggers.pressure_mb is None:
+        raise ConfigurationError(
+            "consolidation.time_based_enabled and pressure_based_enabled are both false: nothing "
+            "would start a run",
+            fix="switch one on, or run: memopt memory consolidate",
+        )
+    console = stderr()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with open_store(store, given={"text": model}, key=key) as here:
+        opened = here.store
+        writer = configured.summariser(
+            settings,
+            llm,
+            redact=None if send_unredacted else opened.redact,
+            where=origins(),
+            say=say,
+        )
+
+        def around(why: str, run: Callable[[], Consolidation]) -> None:
+            before = opened.stats().bytes_on_disk
+            report = run()
+            # Old versions keep the room until they are dropped, and the pressure with it.
+            reclaim(opened)
+            after = opened.stats().bytes_on_disk
+            if before and after:
+                opened.event(SAVED, json.dumps({"before": before, "after": after}))
+            if as_json:
+                line = {"why": why, "at": opened.clock().isoformat()}
+                typer.echo(json.dumps(line | document(report, before, after, [])))
+            else:
+                typer.echo(f"{opened.clock():%Y-%m-%d %H:%M:%S} by {why}")
+                tell(report, before, after, [])
+
+        condenser = ConsolidationWorker(
+            opened,
+            configured.recipe(settings),
+            triggers=triggers,
+            llm=writer,
+            poll_s=poll,
+            around=around,
+        )
+        if once:
+            why = due(opened, triggers)
+            if why is None:
+                say("nothing to do: neither the schedule nor the size starts a run now")
+                return
+            around(why, lambda: asyncio.run(condenser.consolidate()))
+            return
+        by = [f"schedule {triggers.cron!r} (UTC)"] if triggers.cron else []
+        by += [f"more than {triggers.pressure_mb:g} MB"] if triggers.pressure_mb else []
+        say(f"watching {opened.place}: {', '.join(by)}; Ctrl-C ends it")
+
+        async def watch() -> None:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop.set)
+            await condenser.start()
+            await stop.wait()
+            await condenser.stop()
+
+        asyncio.run(watch())
+        say("stopped")
