@@ -1,0 +1,134 @@
+"""Files that version 0.1 wrote (tests/data/v0.1) open and answer as they did then."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memopt.bundle import open_bundle
+from memopt.config import load_config
+from memopt.federation.arrays import weights_hash
+from memopt.federation.client import SyncClient
+from memopt.federation.delta_settings import DeltaSettings
+from memopt.federation.manager import DeltaSyncManager
+from memopt.federation.server import SyncServer
+from memopt.federation.signing import SigningKey, Trust
+from memopt.memory.consolidation import ConsolidationRecipe, ConsolidationWorker
+from memopt.memory.keys import AesGcm
+from memopt.memory.retriever import MultimodalRetriever
+from memopt.memory.schema import Content, NewMemory
+from memopt.memory.store import MemoryStore
+from memopt.memory.verify import verify
+from memopt.runtimes.engine import ArrowEngine
+
+WRITTEN = Path(__file__).parent / "data" / "v0.1"
+KEY = bytes(range(32))
+
+
+@pytest.fixture
+def unpack(tmp_path: Path) -> Callable[[str], Path]:
+    """Unpack what was written then into a folder of the test."""
+
+    def unpacked(name: str) -> Path:
+        with tarfile.open(WRITTEN / f"{name}.tar.xz") as archive:
+            archive.extractall(tmp_path, filter="data")
+        return tmp_path / name
+
+    return unpacked
+
+
+def opened(folder: Path, sealed: bool) -> MemoryStore:
+    return MemoryStore(folder, cipher=AesGcm((KEY,)) if sealed else None, background=False)
+
+
+@pytest.mark.parametrize("name", ["store", "sealed"])
+def test_a_store_opens_whole(unpack, name: str) -> None:
+    """Texts, picture, links, expiry, archive and summary are there, and it takes more."""
+    folder = unpack(name)
+    with opened(folder, name == "sealed") as store:
+        assert verify(store).problems == {}
+        tiers = {row.memory_id: row.tier for row in store.get_many([f"m{n}" for n in range(5)])}
+        assert set(tiers.values()) <= {"archived", "long_term", "short_term"}
+        assert store.get("m2").text == "the blue bicycle belongs to Omar"
+        assert store.get("m4").expires_at is not None
+        assert store.get("picture").vision_data
+        assert {link.linked_id for link in store.links(["m2"])["m2"]} >= {"m3"}
+        summaries = [
+            memory
+            for batch in store.scan(columns=["memory_id"])
+            for memory in store.get_many(batch["memory_id"].to_pylist())
+            if memory.source_memory_ids
+        ]
+        assert [set(memory.source_memory_ids) for memory in summaries] == [{"m0", "m1"}]
+        assert "Basel" in (summaries[0].summary or "")
+
+        query = store.vectors(["m3"])[1][0]
+        found = MultimodalRetriever(store).retrieve(vector=query, top_k=1)
+        assert found[0].memory.text == "milk, bread and two lemons"
+        fresh = NewMemory(content=Content(text="new here"), memory_id="new", embedding=query)
+        store.add(fresh)
+        store.update("m2", text="the blue bicycle belongs to Ida", joint_embedding=query)
+    with opened(folder, name == "sealed") as store:
+        assert store.get("new").text == "new here"
+        assert store.get("m2").text == "the blue bicycle belongs to Ida"
+        assert verify(store).problems == {}
+
+
+def test_a_store_is_consolidated_again(unpack) -> None:
+    """A run over a store of then changes nothing it should not."""
+    import asyncio
+
+    with opened(unpack("store"), sealed=False) as store:
+        asyncio.run(ConsolidationWorker(store, ConsolidationRecipe()).consolidate())
+        assert verify(store).problems == {}
+        assert store.get("m4").text == "a key under the third flower pot"
+
+
+@pytest.mark.parametrize(
+    "variant", ["onnx-fp32", "openvino-fp32", "onnx-int8-dynamic", "openvino-int8-static"]
+)
+def test_a_bundle_answers_as_it_did(unpack, variant: str) -> None:
+    """Float graphs give the vectors of then, quantized ones nearly."""
+    folder = unpack("model")
+    engine = ArrowEngine(
+        folder / "tiny", variant=variant, device=variant.partition("-")[0].replace("onnx", "cpu")
+    )
+    vectors = engine.encode(json.loads((folder / "words.json").read_text()))
+    cosines = (vectors * np.load(folder / "vectors.npy")).sum(1)
+    assert cosines.min() > (0.99999 if "fp32" in variant else 0.999)
+
+
+def test_a_bundle_keeps_its_records(unpack) -> None:
+    """The manifest lists the variants and weights of then, and its hashes hold."""
+    bundle = open_bundle(unpack("model") / "tiny")
+    written = {"onnx-fp32", "openvino-fp32", "onnx-int8-dynamic", "openvino-int8-static"}
+    assert written <= set(bundle.manifest.variants)
+
+
+def test_a_fleet_goes_on(unpack) -> None:
+    """Server, sender and receiver of then go on with version 4, in the same bits."""
+    folder = unpack("sync")
+    written = json.loads((folder / "hash.json").read_text())
+    trust = Trust(path=folder / "trust.json")
+    keys = {name: SigningKey.load(folder / f"{name}.key") for name in ("alice", "server")}
+    with SyncServer(folder / "store", trust=trust, key=keys["server"], node="server") as server:
+        assert weights_hash(server.store.weights("lora", 3)) == written["weights"]
+        client = SyncClient("127.0.0.1", server.port)
+        sender = DeltaSyncManager(folder / "sender", "lora", DeltaSettings(codec="int8"))
+        weights = {name: value + 0.1 for name, value in sender.weights().items()}
+        pushed = client.push(sender, weights, key=keys["alice"], node="alice")
+        assert (pushed.kind, pushed.sequence) == ("delta", written["sequence"] + 1)
+        receiver = DeltaSyncManager(folder / "receiver", "lora")
+        pulled = client.pull(receiver, trust=trust)
+    assert (pulled.kind, pulled.sequence) == ("delta", 4)
+    assert weights_hash(pulled.weights) == weights_hash(sender.weights())
+
+
+def test_settings_of_then_are_read() -> None:
+    """The file that ``config init`` wrote, with every line uncommented, is valid."""
+    assert load_config(WRITTEN / "config.yaml")
