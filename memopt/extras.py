@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
+import sys
 from typing import Any
 
 from memopt.errors import MissingExtra
@@ -30,6 +32,45 @@ def require(module: str, *, extra: str, why: str) -> Any:
         if error.name is None or error.name.partition(".")[0] != top:
             raise
         raise MissingExtra(
-            f"{top} is needed to {why} and is not installed",
-            fix=f"run: pip install 'memopt[{extra}]'",
+            f"{top} is needed to {why} and is not installed", fix=f"run: {pip_command(extra)}"
         ) from error
+
+
+def pip_command(*extras: str) -> str:
+    """Return the command that adds ``extras`` to this installation, from where it came.
+
+    A checkout or a wheel that memopt was installed from is named as long as it is there: on a
+    machine whose index does not have memopt it is the only command that works.
+
+    >>> pip_command("cpu", "media").endswith("[cpu,media]'")
+    True
+    """
+    source, editable = _origin()
+    wanted = f"'{source or 'memopt'}[{','.join(extras)}]'"
+    return f"{_pip()} install {'-e ' if editable else ''}{wanted}"
+
+
+def _pip() -> str:
+    if importlib.util.find_spec("pip") is None:
+        return "uv pip"
+    # Whichever `pip` comes first on the PATH may be another Python's.
+    return "pip" if os.environ.get("VIRTUAL_ENV") == sys.prefix else f"{sys.executable} -m pip"
+
+
+def _origin() -> tuple[str | None, bool]:
+    """Return the folder or wheel memopt was installed from, and whether it is run from there."""
+    import json
+    from importlib import metadata
+    from pathlib import Path
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        text = metadata.distribution("memopt").read_text("direct_url.json")
+        record = json.loads(text) if text else {}
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        return None, False
+    url = urlsplit(str(record.get("url", "")))
+    path = unquote(url.path)
+    if url.scheme != "file" or not Path(path).exists():
+        return None, False
+    return path, bool((record.get("dir_info") or {}).get("editable"))

@@ -14,7 +14,7 @@ from memopt.benchmark.runner import BenchmarkMetrics, run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
-from memopt.runtimes.providers import canonical, missing
+from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.selection import runnable
 
 Step = Callable[[str], None]
@@ -103,7 +103,7 @@ def _reference(bundle: Bundle, first: Contender) -> Contender | None:
     for name in ("onnx-fp32-fused", "onnx-fp32", "openvino-fp32"):
         variant = bundle.manifest.variants.get(name)
         for device in ("cpu", "openvino"):
-            if variant is None or not runnable(variant, device) or missing(device) is not None:
+            if variant is None or not runnable(variant, device) or not installed(device):
                 continue
             made = _contender(bundle, name, device)
             same = all(made.spec[key] == first.spec.get(key) for key in ("path", "variant"))

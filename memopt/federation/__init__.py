@@ -8,6 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from memopt.extras import require
+
+require("pyarrow.flight", extra="federation", why="sync weights")
+
 _EXPORTS = {
     "DeltaSyncManager": "memopt.federation.manager",
     "DeltaSettings": "memopt.federation.delta_settings",

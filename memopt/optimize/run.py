@@ -22,7 +22,7 @@ from memopt.quantization.calibration import split
 from memopt.quantization.quantize import Samples
 from memopt.quantization.validate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
-from memopt.runtimes.providers import canonical, missing
+from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
 
@@ -196,7 +196,7 @@ def optimize(
 
 
 def _here() -> list[str]:
-    return [name for name in TARGETS if missing(canonical(name)) is None]
+    return [name for name in TARGETS if installed(canonical(name))]
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome | None:

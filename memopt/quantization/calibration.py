@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import InputError, QuantizationError
+from memopt.extras import require
 from memopt.registry import nearest
 
 TEXT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
@@ -255,8 +256,8 @@ def _jsonl(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa = require("pyarrow", extra="arrow", why=f"read {path}")
+    pq = require("pyarrow.parquet", extra="arrow", why=f"read {path}")
 
     try:
         file = pq.ParquetFile(path)

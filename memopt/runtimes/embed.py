@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from memopt.errors import ConfigurationError, InputError, MemoptError
+from memopt.extras import require
 from memopt.files import atomic_path
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.inputs import Item, read_items
 from memopt.runtimes.vectors import progress, to_arrow
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from numpy.typing import NDArray
 
 OUTPUTS = (".parquet", ".npy", ".jsonl")
 # Inputs per part: a few seconds of work on a small CPU is what a kill may cost.
 PART = {"text": 1024, "image": 128, "audio": 32}
 _STATE = "state.json"
+_PARTS = 2  # how parts are written; 1 was Parquet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ def embed(
             f"output {target.name!r} has the ending {target.suffix!r}",
             fix=f"choose one of {', '.join(OUTPUTS)}",
         )
+    if target.suffix == ".parquet":  # before the work, not after it
+        require("pyarrow", extra="arrow", why=f"write {target.name} (not to write .npy or .jsonl)")
     if on_error not in ("fail", "skip"):
         raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
     if target.exists() and Path(source).exists() and target.samefile(source):
@@ -152,6 +156,7 @@ class _Parts:
             "sha256": record.get("sha256"),
             "dimension": self._dimension,
             "normalize": normalize,
+            "parts": _PARTS,
         }
         if not resume:
             self.remove()
@@ -169,7 +174,7 @@ class _Parts:
                 path.write_text(json.dumps(state), encoding="utf-8")
 
     def _paths(self, number: int) -> tuple[Path, Path]:
-        return self._folder / f"{number:08d}.parquet", self._folder / f"{number:08d}.json"
+        return self._folder / f"{number:08d}.npy", self._folder / f"{number:08d}.json"
 
     def done(self, number: int, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
         """Return what part ``number`` skipped, None when it is still to be made."""
@@ -190,25 +195,17 @@ class _Parts:
         number: int,
         chunk: Sequence[Item],
         first: int,
-        vectors: np.ndarray,
+        vectors: NDArray[np.float32],
         skipped: list[dict[str, Any]],
     ) -> None:
         """Write one part; its note comes last and makes it count."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         data, note = self._paths(number)
-        table = pa.table(
-            {
-                "index": pa.array(range(first, first + len(chunk)), pa.int64()),
-                "input": pa.array([item.label for item in chunk], pa.string()),
-                "vector": to_arrow(vectors),
-            }
-        )
-        with atomic_path(data) as path:
-            pq.write_table(table, path, compression="none", use_dictionary=False)
+        with atomic_path(data) as path, path.open("wb") as file:
+            np.save(file, vectors)
+        record: dict[str, Any] = {"inputs": _digest(chunk), "first": first, "skipped": skipped}
+        if self._target.suffix != ".npy":
+            record["labels"] = [item.label for item in chunk]
         with atomic_path(note) as path:
-            record = {"inputs": _digest(chunk), "skipped": skipped}
             path.write_text(json.dumps(record), encoding="utf-8")
 
     def assemble(self, count: int) -> None:
@@ -221,25 +218,30 @@ class _Parts:
         """Remove the parts."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _tables(self) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
-        import pyarrow.parquet as pq
-
+    def _whole(self) -> Iterator[tuple[dict[str, Any], NDArray[np.float32], NDArray[np.intp]]]:
+        """Yield each part's note, its vectors and the rows of it that were not skipped."""
         for note in sorted(self._folder.glob("[0-9]*.json")):
-            table = pq.read_table(note.with_suffix(".parquet"))
-            flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
-            keep = np.ones(len(table), bool)
             record = json.loads(note.read_text(encoding="utf-8"))
-            first = table["index"][0].as_py()
-            keep[[entry["index"] - first for entry in record["skipped"]]] = False
-            yield table, flat.reshape(len(table), self._dimension), keep
+            vectors = np.load(note.with_suffix(".npy"), mmap_mode="r")
+            keep = np.ones(len(vectors), bool)
+            keep[[entry["index"] - record["first"] for entry in record["skipped"]]] = False
+            yield record, vectors, np.flatnonzero(keep)
 
     def _parquet(self, path: Path, count: int) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         writer = None
-        for table, _, keep in self._tables():
+        for record, vectors, rows in self._whole():
+            table = pa.table(
+                {
+                    "index": pa.array(rows + record["first"], pa.int64()),
+                    "input": pa.array([record["labels"][row] for row in rows], pa.string()),
+                    "vector": to_arrow(vectors[rows]),
+                }
+            )
             writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table if keep.all() else table.filter(keep))
+            writer.write_table(table)
         assert writer is not None
         writer.close()
 
@@ -247,15 +249,14 @@ class _Parts:
         with path.open("wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (count, self._dimension)}
             np.lib.format.write_array_header_1_0(file, header)
-            for _, vectors, _ in self._tables():
+            for _, vectors, _ in self._whole():
                 file.write(vectors.astype("<f4", copy=False).tobytes())
 
     def _jsonl(self, path: Path, count: int) -> None:
         with path.open("w", encoding="utf-8") as file:
-            for table, vectors, keep in self._tables():
-                labels, indexes = table["input"].to_pylist(), table["index"].to_pylist()
-                for row in np.flatnonzero(keep):
-                    line = {"index": indexes[row], "input": labels[row]}
+            for record, vectors, rows in self._whole():
+                for row in rows:
+                    line = {"index": record["first"] + int(row), "input": record["labels"][row]}
                     # A float32 prints exactly with 9 digits; float64's 17 would double the file.
                     numbers = ", ".join(f"{value:.9g}" for value in vectors[row])
                     text = json.dumps(line, ensure_ascii=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from memopt.errors import InputError
+from memopt.extras import require
 from memopt.registry import nearest
 
 SUFFIXES = {
@@ -166,8 +167,8 @@ def _csv(path: Path, column: str | None) -> Iterator[Item]:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Item]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    pa = require("pyarrow", extra="arrow", why=f"read {path}")
+    pq = require("pyarrow.parquet", extra="arrow", why=f"read {path}")
 
     try:
         with pq.ParquetFile(path) as file:

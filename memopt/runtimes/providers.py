@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from memopt.errors import DeviceError
+from memopt.extras import pip_command
 from memopt.registry import Entry, nearest
 
 if TYPE_CHECKING:
@@ -111,17 +112,31 @@ def canonical(device: str) -> str:
     return ALIASES.get(device, device)
 
 
-def missing(name: str) -> str | None:
-    """Return why ``name`` cannot even be tried here, None when it can.
+def installed(name: str) -> bool:
+    """Return whether ``name`` can be tried here.
 
     Cheap and pessimistic only about what is not installed: opening a session is the real test.
     """
+    return _absent(name) is None
+
+
+def missing(name: str) -> str | None:
+    """Return why ``name`` cannot even be tried here and what installs it, None when it can."""
+    found = _absent(name)
+    if found is None:
+        return None
+    why, extra = found
+    return f"{why} ({pip_command(extra)})" if extra else why
+
+
+def _absent(name: str) -> tuple[str, str | None] | None:
+    """Return why ``name`` cannot be tried, and the extra that brings what is not installed."""
     provider = PROVIDERS[name]
     if provider.execution_provider is not None:
         if importlib.util.find_spec("onnxruntime") is None:
-            return "onnxruntime is not installed (pip install 'memopt[cpu]' or 'memopt[gpu]')"
+            return "onnxruntime is not installed", provider.extra
         if damage := damaged():
-            return f"{damage} (run: memopt doctor)"
+            return f"{damage} (run: memopt doctor)", None
         if provider.execution_provider in compiled():
             return None
         if provider.plugin and importlib.util.find_spec(provider.plugin) is not None:
@@ -130,10 +145,10 @@ def missing(name: str) -> str | None:
         if provider.plugin and not wheel:
             wheel = provider.plugin.replace("_", "-")
         hint = f" (it comes with {wheel})" if wheel else ""
-        return f"this onnxruntime has no {provider.execution_provider}{hint}"
+        return f"this onnxruntime has no {provider.execution_provider}{hint}", None
     module = {"openvino": "openvino", "torch": "torch"}.get(name)
     if module and importlib.util.find_spec(module) is None:
-        return f"{module} is not installed (pip install 'memopt[{provider.extra}]')"
+        return f"{module} is not installed", provider.extra
     return None
 
 

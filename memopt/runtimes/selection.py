@@ -7,7 +7,7 @@ from memopt.errors import BundleError, DeviceError
 from memopt.registry import nearest
 from memopt.runtimes.base import Candidate
 from memopt.runtimes.cpu import machine_key
-from memopt.runtimes.providers import AUTO_ORDER, PROVIDERS, canonical, missing
+from memopt.runtimes.providers import AUTO_ORDER, PROVIDERS, canonical, installed
 
 # The device a variant was made for -> the providers that are such a device.
 _TARGETS = {
@@ -71,7 +71,7 @@ def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list
             found = [c for c in found if c.variant.format == "openvino"]
         others += found
     others += foreign
-    usable = [c for c in others if missing(c.provider) is None]
+    usable = [c for c in others if installed(c.provider)]
     unique: dict[tuple[str, str], Candidate] = {}
     for candidate in [*wanted, *usable]:
         unique.setdefault((candidate.provider, candidate.variant.name), candidate)
@@ -89,7 +89,7 @@ def _wanted(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> l
         return [Candidate("torch", forced or _reference())]
     if forced is not None:
         able = [Candidate(p, forced) for p in _order(asked, forced) if runnable(forced, p)]
-        here = [c for c in able if c.provider == asked or missing(c.provider) is None]
+        here = [c for c in able if c.provider == asked or installed(c.provider)]
         wanted = here or able[-1:]
         # When its graph is what fails, a float one on the same provider is the nearest.
         return [*wanted, *(_of_provider(bundle, wanted[-1].provider, half) if wanted else [])]
@@ -149,7 +149,7 @@ def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
 
 def _order(asked: str, variant: Variant) -> list[str]:
     # An ONNX variant belongs to ONNX Runtime; OpenVINO's reader is for where that is not.
-    foreign = variant.format != "openvino" and missing("cpu") is None
+    foreign = variant.format != "openvino" and installed("cpu")
     rest = [p for p in AUTO_ORDER if p != "openvino" or not foreign]
     return rest if asked == "auto" else [asked, *(p for p in rest if p != asked)]
 

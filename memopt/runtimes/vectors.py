@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputError
+from memopt.extras import require
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,8 +80,7 @@ def to_arrow(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
     >>> to_arrow(np.zeros((2, 3), np.float32)).type
     FixedSizeListType(fixed_size_list<item: float>[3])
     """
-    import pyarrow as pa
-
+    pa = require("pyarrow", extra="arrow", why="return Arrow arrays")
     count, width = vectors.shape
     values = pa.Array.from_buffers(
         pa.float32(), count * width, [None, pa.py_buffer(vectors.reshape(-1))]
