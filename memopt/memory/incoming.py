@@ -8,7 +8,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from memopt.errors import InputError
 from memopt.extras import require
 from memopt.memory.filters import utc
-from memopt.memory.retention import expiry
 from memopt.memory.schema import MODALITIES, Content, NewMemory
 
 # A text longer than a book belongs in a file or in several memories; an encoder reads its start.
@@ -123,11 +122,12 @@ def redacted(memory: NewMemory, redact: Callable[[str], str] | None) -> NewMemor
     return replace(memory, content=replace(memory.content, text=redact(text)))
 
 
-def content_id(content: Content, category: str, key: bytes = b"") -> str:
+def content_id(content: Content, category: str, key: bytes = b"", turn: int = 0) -> str:
     """Return the 32 hex digits that name this content in this category (BLAKE2b, RFC 7693).
 
     Args:
         key: keyed in an encrypted store, so that the id does not betray a guessed text.
+        turn: the next id of the same content, where another took the one before.
 
     >>> content_id(Content(text="a"), "") == content_id(Content(text="a"), "")
     True
@@ -142,6 +142,8 @@ def content_id(content: Content, category: str, key: bytes = b"") -> str:
         data = value.encode() if isinstance(value, str) else value
         digest.update(f"{name}:{len(data)}:".encode())
         digest.update(data)
+    if turn:
+        digest.update(f"turn:{turn}".encode())
     return digest.hexdigest()
 
 
@@ -150,13 +152,10 @@ def columns(
     memories: Sequence[NewMemory],
     now: datetime,
     model_id: str,
-    retention: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return the columns of new rows, for :func:`memopt.memory.rows.new_rows`."""
     contents = [memory.content for memory in memories]
     times = [utc(memory.timestamp) if memory.timestamp else now for memory in memories]
-    own = [utc(memory.expires_at) if memory.expires_at else None for memory in memories]
-    by_policy = [expiry(m.category, at, retention) for m, at in zip(memories, times, strict=True)]
     return {
         "memory_id": list(ids),
         "text": [content.text for content in contents],
@@ -164,9 +163,6 @@ def columns(
         "audio_data": [content.audio for content in contents],
         "timestamp": times,
         "category": [memory.category for memory in memories],
-        "expires_at": [
-            min(filter(None, ends), default=None) for ends in zip(own, by_policy, strict=True)
-        ],
         "model_id": model_id,
         "has_text": [content.text is not None for content in contents],
         "has_vision": [content.vision is not None for content in contents],

@@ -55,19 +55,24 @@ def retain(store: MemoryStore, category: str, days: float | None) -> int:
             return 0
         names = ["memory_id", "timestamp", "expires_at"]
         for batch in list(store.scan(Filter(categories=(category,)), names, _CHUNK)):
-            ids, times = [], []
+            ends: dict[str, datetime | None] = {}
             for row in batch.to_pylist():
                 end = expiry(category, row["timestamp"], {category: days})
                 if end is not None and (row["expires_at"] is None or row["expires_at"] > end):
-                    ids.append(row["memory_id"])
-                    times.append(end)
-            if ids:
-                cover_ids(store.memories)
-                merge = store.memories.merge_insert("memory_id").when_matched_update_all()
-                merge.execute(pa.table([ids, pa.array(times, TIMESTAMP)], schema=_SCHEMA))
-                cover_ids(store.memories)
-                changed += len(ids)
+                    ends[row["memory_id"]] = end
+            set_ends(store, ends)
+            changed += len(ends)
     return changed
+
+
+def set_ends(store: MemoryStore, ends: Mapping[str, datetime | None]) -> None:
+    """Write, under the lock, when memories that are there expire; None is never."""
+    if not ends:
+        return
+    table = pa.table([list(ends), pa.array(ends.values(), TIMESTAMP)], schema=_SCHEMA)
+    cover_ids(store.memories)
+    store.memories.merge_insert("memory_id").when_matched_update_all().execute(table)
+    cover_ids(store.memories)
 
 
 def expiry(category: str, timestamp: datetime, retention: Mapping[str, float]) -> datetime | None:

@@ -172,11 +172,19 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class AddResult:
-    """The ids in the order given, and how many of them were new."""
+    """What became of memories that were added.
+
+    Attributes:
+        ids: in the order given.
+        added: how many were new.
+        already: how many were there; their end was put off where the new one is later.
+        differing: those of ``already`` whose chosen id holds other content, which stays.
+    """
 
     ids: tuple[str, ...]
     added: int
     already: int = field(default=0)
+    differing: tuple[str, ...] = ()
 
 
 def memories_schema(dim: int) -> pa.Schema:

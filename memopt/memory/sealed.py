@@ -70,9 +70,13 @@ class Sealed(Connection):
             fix="use that model, or move the store: memopt memory reembed",
         )
 
-    def content_id(self, content: Content, category: str = "") -> str:
-        """Return the id this content gets when none is chosen (keyed in an encrypted store)."""
-        return incoming.content_id(content, category, self._id_key)
+    def content_id(self, content: Content, category: str = "", turn: int = 0) -> str:
+        """Return the id this content gets when none is chosen (keyed in an encrypted store).
+
+        Args:
+            turn: 1 for the next id, where other content took the first, and so on.
+        """
+        return incoming.content_id(content, category, self._id_key, turn)
 
     def pack(self, table: pa.Table) -> pa.Table:
         """Return whole rows with their content compressed (and encrypted where the store is)."""

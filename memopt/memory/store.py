@@ -136,7 +136,10 @@ class MemoryStore(Sealed):
     # --- writing ----------------------------------------------------------------------------
 
     def add(self, memories: NewMemory | Iterable[NewMemory]) -> AddResult:
-        """Store memories; one that is there already (same id) is left as it is.
+        """Store memories; one that is there already is left as it is, but for a later end.
+
+        There is what has the same content and category now; under an id chosen by the caller,
+        whatever has that id (see :attr:`AddResult.differing`). What has expired is not there.
 
         A sequence is checked whole before anything is stored; an iterator is stored in chunks of
         ``writing.ROWS_PER_COMMIT``, each one atomic commit, so that after an error or a crash the

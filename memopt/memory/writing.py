@@ -13,6 +13,7 @@ import pyarrow as pa
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import incoming, payload, rows
 from memopt.memory.filters import DELETED, id_list, one_of, utc
+from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
     SHORT_TERM,
     AddResult,
@@ -20,6 +21,7 @@ from memopt.memory.schema import (
     NewMemory,
     memories_schema,
 )
+from memopt.memory.standing import Standing, standing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,14 +46,16 @@ def add(store: MemoryStore, memories: NewMemory | Iterable[NewMemory]) -> AddRes
     if isinstance(memories, Sequence):
         memories = _checked(store, memories, 0)
     ids: list[str] = []
+    differing: list[str] = []
     added = 0
     for chunk in _chunks(memories):
         if not checked:
             chunk = _checked(store, chunk, len(ids))
-        chunk_ids, new = _add_chunk(store, chunk)
-        ids += chunk_ids
+        found, new = _add_chunk(store, chunk)
+        ids += found.ids
+        differing += found.differing
         added += new
-    return AddResult(tuple(ids), added, len(ids) - added)
+    return AddResult(tuple(ids), added, len(ids) - added, tuple(differing))
 
 
 def commit(
@@ -143,6 +147,8 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
                 f"{store.place} has no memory {memory_id!r}", fix="search for it, ids are exact"
             )
         row = table.to_pylist()[0]
+        if row["expires_at"] is not None and row["expires_at"] <= utc(store.clock()):
+            raise InputError(f"memory {memory_id!r} has expired", fix="add it again")
         new_content = any(name in fields for name in _CONTENT)
         if "summary" in fields and row["tier"] == SHORT_TERM:
             raise InputError(f"{memory_id!r} is a short-term memory, it has no summary")
@@ -254,43 +260,73 @@ def announce(store: MemoryStore, table: pa.Table) -> None:
         listener.added(ids, vectors, timestamps)
 
 
-def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[list[str], int]:
-    ids = [m.memory_id or store.content_id(m.content, m.category) for m in chunk]
-    unique: dict[str, NewMemory] = {}
-    for memory_id, memory in zip(ids, chunk, strict=True):
-        unique.setdefault(memory_id, memory)
-    if any(memory.embedding is None for memory in unique.values()):
-        # An embedding costs a hundred times the look-up: what is there is not embedded again.
-        known = set(_ids(store.light(list(unique), ("memory_id",))))
-        unique = {key: memory for key, memory in unique.items() if key not in known}
-    if not unique:
-        return ids, 0
-    new_ids, new = list(unique), list(unique.values())
-    vectors = _vectors_of(store, new)
-    embedder = store.embedder if any(memory.embedding is None for memory in new) else None
-    meta = store.meta
+def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[Standing, int]:
+    """Store what of a chunk is not there, in one commit; return how many were new too."""
     now = utc(store.clock())
-    columns = incoming.columns(new_ids, new, now, meta.model_id, meta.retention)
-    table = sealed(store, rows.new_rows(vectors, columns))
-    if store.place.local is None:
-        with store.changing():
-            merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
-            added = int(merge.execute(table).num_inserted_rows)
-    else:
-        # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
+    vectors: dict[int, NDArray[np.float32]] = {}
+    embedder = store.embedder if any(memory.embedding is None for memory in chunk) else None
+    while True:
+        if embedder:
+            # An embedding costs a hundred times the look-up: what is there is not embedded again.
+            _embed(store, chunk, standing(store, chunk, now).new.values(), vectors)
         with store.changing():
             if embedder:
                 # While the vectors were made, another process may have moved the store.
                 store.check_model(embedder.model_id)
-            known = set(_ids(store.light(new_ids, ("memory_id",))))
-            if known:
-                table = table.filter(pa.array([key not in known for key in _ids(table)]))
-            if table.num_rows:
-                store.memories.add(table)
-        added = table.num_rows
-    store.observe("write", _ids(table))
+            found = standing(store, chunk, now)
+            if embedder and not vectors.keys() >= set(found.new.values()):
+                continue  # what was there is gone meanwhile
+            _embed(store, chunk, found.new.values(), vectors)
+            table, added = _write(store, chunk, found, vectors, now)
+        break
+    store.observe("delete", found.expired)
+    store.observe("write", [*_ids(table), *found.renewed])
     announce(store, table)
-    return ids, added
+    return found, added
+
+
+def _embed(
+    store: MemoryStore,
+    chunk: Sequence[NewMemory],
+    positions: Iterable[int],
+    vectors: dict[int, NDArray[np.float32]],
+) -> None:
+    """Add the vectors of memories that have none in ``vectors`` yet."""
+    missing = [at for at in positions if at not in vectors]
+    if missing:
+        rows_of = _vectors_of(store, [chunk[at] for at in missing])
+        vectors.update(zip(missing, rows_of, strict=True))
+
+
+def _write(
+    store: MemoryStore,
+    chunk: Sequence[NewMemory],
+    found: Standing,
+    vectors: dict[int, NDArray[np.float32]],
+    now: datetime,
+) -> tuple[pa.Table, int]:
+    """Write, under the lock, what ``found`` says; return the rows and how many were new."""
+    if found.renewed:
+        set_ends(store, found.renewed)
+    if not found.new:
+        return memories_schema(store.dim).empty_table(), 0
+    new = [chunk[at] for at in found.new.values()]
+    columns = incoming.columns(list(found.new), new, now, store.meta.model_id)
+    columns["expires_at"] = list(found.ends.values())
+    stacked = np.stack([vectors[at] for at in found.new.values()])
+    table = sealed(store, rows.new_rows(stacked, columns))
+    if found.expired:
+        # Nobody sees these any more: a crash in between loses nothing.
+        _deleting(store, found.expired)
+        store.memories.delete(one_of("memory_id", found.expired))
+    if store.place.local is not None:
+        # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
+        store.memories.add(table)
+        return table, table.num_rows
+    sweep(store)  # a merge would take a row that is marked as deleted for the memory
+    merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
+    # Another process may have been first with some of them: those were there already.
+    return table, int(merge.execute(table).num_inserted_rows)
 
 
 def _checked(store: MemoryStore, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:

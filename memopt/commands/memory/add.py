@@ -72,12 +72,22 @@ def add(
     if as_json:
         typer.echo(
             json.dumps(
-                {"ids": list(result.ids), "added": result.added, "already": result.already},
+                {
+                    "ids": list(result.ids),
+                    "added": result.added,
+                    "already": result.already,
+                    "differing": list(result.differing),
+                },
                 indent=1,
             )
         )
         return
     stdout().print(f"{result.added} added, {result.already} there already")
+    if result.differing:
+        console.print(
+            f"warning: {len(result.differing)} ids hold other content, which stays; "
+            f"first {result.differing[0]}"
+        )
 
 
 def read(
