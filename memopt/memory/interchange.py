@@ -26,6 +26,7 @@ from memopt.memory.schema import (
     Filter,
     Memory,
 )
+from memopt.parquetfile import open_parquet
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -238,12 +239,9 @@ def _long_term(memory: Memory) -> dict[str, Any]:
 
 
 def _opened(path: Path, schema: pa.Schema) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing", fix="give the folder of an export") from error
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no Parquet file, or damaged ({error})") from error
+    if not path.is_file():
+        raise InputError(f"{path} is missing", fix="give the folder of an export")
+    file = open_parquet(path)
     missing = [name for name in schema.names if name not in file.schema_arrow.names]
     if missing:
         raise InputError(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputError
+from memopt.parquetfile import one_line, open_parquet
 from memopt.runtimes.joint import JOINT_MODALITIES
 
 if TYPE_CHECKING:
@@ -130,15 +131,9 @@ def read_pairs(path: str | Path, encoders: Mapping[str, Encoder] | None = None) 
         InputError: not a Parquet file, unknown or doubled columns, a column of another type, a
             missing encoder, vectors of different lengths, or what :func:`make_pairs` refuses.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise InputError(f"no file {str(path)!r}", fix="check the path") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is no Parquet file that can be read: {error}") from error
+    with open_parquet(path) as file, one_line(Path(path), InputError):
+        table = file.read()
+        table.validate(full=True)
     sources = _sources(table, path, dict(encoders or {}))
     vectors, masks = {}, np.zeros((table.num_rows, len(JOINT_MODALITIES)), bool)
     for name, column in sources.items():

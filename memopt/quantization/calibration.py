@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +12,14 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import InputError, QuantizationError
-from memopt.extras import require
+from memopt.records import FILES as TEXT_FILES
+from memopt.records import open_records
 from memopt.registry import nearest
 
-TEXT_FILES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 AUDIO_FILES = (".wav", ".flac")
 # Below this there is nothing to split: four to calibrate with, four to validate on.
 FEWEST = 8
-# Column names that tell a header from a first line of text.
-_HEADER = frozenset(
-    {"text", "sentence", "sentence1", "sentence2", "sentence_1", "sentence_2", "premise"}
-    | {"hypothesis", "question", "query", "answer", "content", "document", "title", "body"}
-    | {"caption", "label", "score", "similarity_score", "id", "index"}
-)
 _SCORES = ("score", "similarity_score", "similarity", "label", "labels")
 
 
@@ -200,81 +192,17 @@ def read(path: Path, *, modality: str = "text", column: str | None = None) -> It
 
 
 def _read_text(path: Path, column: str | None) -> Iterator[Record]:
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _lines}
-    try:
-        for row in readers[path.suffix.lower()](path, column):
-            record = _record(row, column, path)
-            if record.items:
-                yield record
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
-
-
-def _lines(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
+    records = open_records(path, column)
     if column is not None:
-        raise InputError(f"{path} has no columns", fix="leave --column out")
-    with path.open(encoding="utf-8-sig") as file:
-        for line in file:
-            yield {"text": line.rstrip("\r\n")}
-
-
-def _csv(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            first, second = next(rows, []), next(rows, [])
-            names = (
-                first if _is_header(first, second, column) else [str(i) for i in range(len(first))]
-            )
-            start = [second] if names is first else [first, second]
-            for row in start:
-                yield dict(zip(names, row, strict=False))
-            for row in rows:
-                yield dict(zip(names, row, strict=False))
-        except csv.Error as error:
-            raise InputError(f"{path} line {rows.line_num} is not CSV ({error})") from error
-
-
-def _is_header(first: list[str], second: list[str], column: str | None) -> bool:
-    if column is not None and column in first:
-        return True
-    if any(cell.strip().lower() in _HEADER for cell in first):
-        return True
-    return not any(map(_number, first)) and any(map(_number, second))
-
-
-def _jsonl(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} line {number} is not JSON ({error})") from error
-            yield value if isinstance(value, dict) else {"text": value}
-
-
-def _parquet(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
-    pa = require("pyarrow", extra="arrow", why=f"read {path}")
-    pq = require("pyarrow.parquet", extra="arrow", why=f"read {path}")
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file ({error})") from error
-    wanted = [
-        f.name
-        for f in file.schema_arrow
-        if pa.types.is_string(f.type)
-        or pa.types.is_large_string(f.type)
-        or pa.types.is_floating(f.type)
-        or pa.types.is_integer(f.type)
-    ]
-    if column is not None and column not in wanted:
-        raise _no_column(column, wanted, path)
-    for batch in file.iter_batches(batch_size=1024, columns=wanted):
-        yield from batch.to_pylist()
+        if path.suffix.lower() == ".txt":
+            raise InputError(f"{path} has no columns", fix="leave --column out")
+        records.check(column)
+    for row in records.read(records.texts):
+        if row.problem:
+            raise InputError(f"{row.where} {row.problem}", fix="correct it, or take it out")
+        record = _record(dict(row.values), column, path)
+        if record.items:
+            yield record
 
 
 def _record(row: dict[str, Any], column: str | None, path: Path) -> Record:
@@ -312,7 +240,7 @@ def _score(row: dict[str, Any]) -> float | None:
 def _number(value: Any) -> bool:
     try:
         return math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

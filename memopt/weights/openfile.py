@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import mmap
 import threading
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from memopt.errors import WeightsError
+from memopt.jsontext import parse_json
+from memopt.parquetfile import one_line, open_parquet
 from memopt.weights import schema
 from memopt.weights.parquet import PLAIN, find_pages, identity_bytes
 
@@ -71,17 +71,19 @@ class OpenFile:
         self._raw = _CountingFile(path)
         self._mapped = 0
         try:
+            self._parquet = open_parquet(path, error=WeightsError, source=self._raw)
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._view = memoryview(self._map)
-            self._parquet = pq.ParquetFile(self._raw, pre_buffer=False)
-            arrow = self._parquet.schema_arrow
-        except _DAMAGE as error:
+            with one_line(path, WeightsError):
+                self._begin()
+        except BaseException:
             self._raw.close()
-            raise WeightsError(
-                f"{path} is not a complete Parquet file ({_first_line(error)})",
-                fix="it was truncated or altered; convert the model again",
-            ) from error
+            raise
+
+    def _begin(self) -> None:
+        """Read the schema and the index."""
+        path, arrow = self.path, self._parquet.schema_arrow
         self.version = schema.detect_version(arrow, origin=str(path))
         self._arrow = arrow
         self.metadata = {
@@ -108,10 +110,7 @@ class OpenFile:
 
     def _extra(self) -> dict[str, dict[str, Any]]:
         text = self.metadata.get(schema.ROWS_KEY, "{}")
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise WeightsError(f"{self.path}: {schema.ROWS_KEY} is not JSON ({error})") from error
+        rows = parse_json(text, f"{self.path}: {schema.ROWS_KEY}", error=WeightsError)
         if not isinstance(rows, dict) or not all(isinstance(v, dict) for v in rows.values()):
             raise WeightsError(f"{self.path}: {schema.ROWS_KEY} is not an object of objects")
         return rows

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import WeightsError
-from memopt.weights.thrift import (
+from memopt.thrift import (
     BINARY,
     BYTE,
     I32,

@@ -105,7 +105,7 @@ def test_an_unreadable_input_is_named_and_leaves_nothing(
         ("in.jsonl", b'{"text": "a"}\n{"txt": "b"}\n"b"', r"has no 'text', did you mean 'txt'"),
         ("in.jsonl", b'"a"\nnull\n"b"', "is null, not text"),
         ("in.csv", b"id,text\n1,a\n2\n3,b\n", r"in\.csv line 3\) has 1 cells"),
-        ("in.parquet", b"", r"in\.parquet row 1\) is null"),
+        ("in.parquet", b"", r"in\.parquet row 2\) is null"),
     ],
 )
 def test_a_row_that_holds_no_text_is_named_or_skipped(

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(store: Path, minilm: Bundle, tmp_path: Path) -> N
         (["add", store, tmp_path / "broken.png"], 1, "broken.png: vision is no image"),
         (["add", store, tmp_path / "broken.wav"], 1, "broken.wav: audio is no sound"),
         (["add", store, tmp_path / "huge.txt"], 1, "huge.txt line 1: text has 50.0 MiB"),
-        (["add", store, tmp_path / "number.jsonl"], 1, "number.jsonl row 2: text is int"),
+        (["add", store, tmp_path / "number.jsonl"], 1, "number.jsonl line 2: text is int"),
         (["add", store, tmp_path / "latin.txt"], 1, "UTF-8"),
         (["add", store, tmp_path / "bad.jsonl"], 1, "line 2"),
         (["add", store, tmp_path / "none.png"], 1, "none.png"),

@@ -111,7 +111,7 @@ def test_bad_files_are_named_and_add_nothing(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"memories\.parquet is missing"):
             import_parquet(store, folder)
         path.write_bytes(b"PAR1 no")
-        with pytest.raises(InputError, match="no Parquet file"):
+        with pytest.raises(InputError, match="not a readable Parquet file"):
             import_parquet(store, folder)
         pq.write_table(pa.table({"memory_id": ["a"]}), path)
         with pytest.raises(InputError, match="no column 'text'"):

@@ -511,7 +511,7 @@ def test_the_command_trains_and_refuses(
     bad = tmp_path / "bad.parquet"
     bad.write_bytes(path.read_bytes()[:-20])
     code, _, said = run(monkeypatch, capsys, bad, none)
-    assert (code, "no Parquet file" in said) == (1, True)
+    assert (code, "not a readable Parquet file" in said) == (1, True)
     code, _, said = run(monkeypatch, capsys, path, none, "--epochs", 0)
     assert (code, "epochs is 0" in said) == (2, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.parquet", "out", "pairs.parquet"]

@@ -84,7 +84,7 @@ def test_short_and_long_inputs_count() -> None:
         ("one.txt", "only one\n", "holds 1 distinct texts"),
         ("same.txt", "same\n" * 50, "holds 1 distinct texts"),
         ("bad.jsonl", '{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
-        ("bad.parquet", "nothing", "is not a Parquet file"),
+        ("bad.parquet", "nothing", "is not a readable Parquet file"),
         ("bin.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("x.doc", "text", "a .doc file"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from memopt.memory.schema import NewMemory
 
 _PICTURES, _SOUNDS = (".png", ".jpg", ".jpeg"), (".wav",)
-_FILES = (*_PICTURES, *_SOUNDS, ".txt", ".jsonl", ".parquet")
+_TABLES = (".csv", ".tsv")
+_FILES = (*_PICTURES, *_SOUNDS, *_TABLES, ".txt", ".jsonl", ".parquet")
 _FIELDS = ("memory_id", "text", "image", "audio", "category", "timestamp", "expires_at")
 
 
@@ -25,8 +26,8 @@ def add(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Texts, files (.txt one memory a line, .png .jpg .wav, .jsonl, .parquet), or - "
-            "for lines of standard input."
+            help="Texts, files (.txt one memory a line, .png .jpg .wav .csv .tsv .jsonl .parquet), "
+            "or - for lines of standard input."
         ),
     ],
     category: Annotated[str, typer.Option(help="Category of what names none itself.")] = "",
@@ -100,16 +101,16 @@ def read(
     """
     from memopt.errors import InputError
     from memopt.memory.schema import Content, NewMemory
+    from memopt.records import read_lines
 
     usual = {"category": category, "timestamp": timestamp, "expires_at": expires_at}
     for source in sources:
         path = Path(source)
         suffix = path.suffix.lower()
         if source == "-":
-            for number, line in enumerate(sys.stdin, start=1):
-                if line.strip():
-                    text = Content(text=line.strip())
-                    yield NewMemory(content=text, origin=f"line {number} of the input", **usual)
+            for record in read_lines(sys.stdin.buffer, "the input"):
+                if text := record.values["text"].strip():
+                    yield NewMemory(content=Content(text=text), origin=record.where, **usual)
         elif suffix not in _FILES or "\n" in source:
             yield NewMemory(content=Content(text=source), **usual)
         elif not path.is_file():
@@ -118,69 +119,42 @@ def read(
             yield NewMemory(content=Content(vision=path.read_bytes()), origin=source, **usual)
         elif suffix in _SOUNDS:
             yield NewMemory(content=Content(audio=path.read_bytes()), origin=source, **usual)
-        elif suffix == ".parquet":
-            yield from _rows(path, usual)
         else:
-            yield from _lines(path, usual)
-
-
-def _lines(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
-    from memopt.errors import InputError
-    from memopt.memory.schema import Content, NewMemory
-
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if path.suffix.lower() == ".txt":
-                    text = Content(text=line.strip())
-                    yield NewMemory(content=text, origin=f"{path} line {number}", **usual)
-                    continue
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path} line {number} is no JSON ({error})") from error
-                yield _entry(entry, path, number, usual)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 (byte {error.start})", fix="convert it: iconv -t utf-8"
-        ) from error
+            yield from _rows(path, usual)
 
 
 def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from memopt.errors import InputError
+    from memopt.memory.schema import Content, NewMemory
+    from memopt.records import open_records
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no Parquet file, or damaged ({error})") from error
-    number = 0
-    for batch in file.iter_batches(256):
-        for entry in batch.to_pylist():
-            number += 1
-            yield _entry(entry, path, number, usual)
+    suffix = path.suffix.lower()
+    for record in open_records(path):
+        if record.problem:
+            raise InputError(f"{record.where} {record.problem}")
+        if suffix == ".txt":
+            if text := record.values["text"].strip():
+                yield NewMemory(content=Content(text=text), origin=record.where, **usual)
+            continue
+        values: dict[str, Any] = dict(record.values)
+        if suffix in _TABLES:
+            # An empty cell of a table is nothing, not an empty text or time.
+            values = {name: value for name, value in values.items() if value}
+        yield _entry(values, path, record.where, usual)
 
 
-def _entry(entry: Any, path: Path, number: int, usual: dict[str, Any]) -> NewMemory:
-    """Return the memory of one JSON object or Parquet row; media are paths or bytes."""
+def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, Any]) -> NewMemory:
+    """Return the memory of one row; media are paths or bytes."""
     from memopt.commands.memory.opened import moment
     from memopt.errors import InputError
     from memopt.memory.schema import Content, NewMemory
 
-    if isinstance(entry, str):
-        entry = {"text": entry}
-    if not isinstance(entry, dict):
-        raise InputError(f"{path} row {number} is {type(entry).__name__}, not an object or string")
     renamed = {"vision_data": "image", "audio_data": "audio"}
     entry = {renamed.get(k, k): value for k, value in entry.items() if value is not None}
     unknown = sorted(set(entry) - set(_FIELDS))
     if unknown:
         raise InputError(
-            f"{path} row {number} has the unknown field {unknown[0]!r}",
+            f"{where} has the unknown field {unknown[0]!r}",
             fix=f"use {', '.join(_FIELDS)}",
         )
     media = {}
@@ -189,7 +163,7 @@ def _entry(entry: Any, path: Path, number: int, usual: dict[str, Any]) -> NewMem
         if isinstance(value, str):
             file = path.parent / value
             if not file.is_file():
-                raise InputError(f"{path} row {number}: {name} {value} is no file")
+                raise InputError(f"{where}: {name} {value} is no file")
             value = file.read_bytes()
         media[name] = value
     times = {
@@ -199,5 +173,4 @@ def _entry(entry: Any, path: Path, number: int, usual: dict[str, Any]) -> NewMem
     }
     content = Content(text=entry.get("text"), vision=media["image"], audio=media["audio"])
     own = {name: entry[name] for name in ("memory_id", "category") if name in entry}
-    origin = f"{path} row {number}"
-    return NewMemory(content=content, origin=origin, **{**usual, **own, **times})
+    return NewMemory(content=content, origin=where, **{**usual, **own, **times})

@@ -10,7 +10,9 @@ from typing import Any
 
 # type codes
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST = 1, 2, 3, 4, 5, 6, 7, 8, 9
-STRUCT = 12
+SET, STRUCT = 10, 12
+# A footer's deepest structs (a logical type's unit, a statistic) are at 6.
+_DEEPEST = 32
 
 
 def varint(value: int) -> bytes:
@@ -60,6 +62,11 @@ def write_struct(*entries: tuple[int, int, Any]) -> bytes:
 
 
 def read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Decode the variable-length number at ``at``; return it and the end offset.
+
+    Raises:
+        ValueError, IndexError: it is over 64 bits long, or the data ends inside.
+    """
     value = shift = 0
     while True:
         byte = data[at]
@@ -71,34 +78,53 @@ def read_varint(data: memoryview, at: int) -> tuple[int, int]:
             raise ValueError("varint longer than 64 bits")
 
 
-def _read_value(data: memoryview, at: int, kind: int) -> tuple[Any, int]:
+def _read_signed(data: memoryview, at: int) -> tuple[int, int]:
+    raw, at = read_varint(data, at)
+    return (raw >> 1) ^ -(raw & 1), at
+
+
+def _read_bytes(data: memoryview, at: int, length: int) -> tuple[bytes, int]:
+    if at + length > len(data):
+        raise ValueError(f"{length} bytes are announced, {len(data) - at} are there")
+    return bytes(data[at : at + length]), at + length
+
+
+def _read_value(data: memoryview, at: int, kind: int, depth: int) -> tuple[Any, int]:
     if kind in (I16, I32, I64):
-        raw, at = read_varint(data, at)
-        return (raw >> 1) ^ -(raw & 1), at
-    if kind == BYTE:
+        return _read_signed(data, at)
+    if kind in (BYTE, TRUE, FALSE):
         return data[at], at + 1
     if kind == DOUBLE:
-        return bytes(data[at : at + 8]), at + 8
+        return _read_bytes(data, at, 8)
     if kind == BINARY:
         length, at = read_varint(data, at)
-        return bytes(data[at : at + length]), at + length
-    if kind == LIST:
+        return _read_bytes(data, at, length)
+    if kind in (LIST, SET):
         head, at = data[at], at + 1
         size, element = head >> 4, head & 0x0F
         if size == 15:
             size, at = read_varint(data, at)
+        # Every element takes a byte at least: no claim makes this run longer than the data.
+        if at + size > len(data):
+            raise ValueError(f"a list of {size} elements is announced, which are not there")
         items = []
         for _ in range(size):
-            item, at = _read_value(data, at, element)
+            item, at = _read_value(data, at, element, depth + 1)
             items.append(item)
         return items, at
     if kind == STRUCT:
-        return read_struct(data, at)
-    raise ValueError(f"thrift type {kind} does not occur in a page header")
+        return read_struct(data, at, depth + 1)
+    raise ValueError(f"thrift type {kind} does not occur in Parquet")
 
 
-def read_struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
-    """Decode one compact-protocol struct at ``at``; return its fields by id and the end offset."""
+def read_struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Decode one compact-protocol struct at ``at``; return its fields by id and the end offset.
+
+    Raises:
+        ValueError, IndexError: it is damaged, cut short or nested deeper than Parquet's are.
+    """
+    if depth > _DEEPEST:
+        raise ValueError("nested too deep")
     out: dict[int, Any] = {}
     number = 0
     while head := data[at]:
@@ -107,10 +133,9 @@ def read_struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
         if head >> 4:
             number += head >> 4
         else:
-            raw, at = read_varint(data, at)
-            number = (raw >> 1) ^ -(raw & 1)
+            number, at = _read_signed(data, at)
         if kind in (TRUE, FALSE):
             out[number] = kind == TRUE
         else:
-            out[number], at = _read_value(data, at, kind)
+            out[number], at = _read_value(data, at, kind, depth)
     return out, at + 1
