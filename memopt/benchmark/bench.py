@@ -14,7 +14,7 @@ from memopt.benchmark.runner import BenchmarkMetrics, run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
-from memopt.runtimes.providers import canonical, installed
+from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
 
 Step = Callable[[str], None]
@@ -36,7 +36,7 @@ def bench(
 
     Args:
         path: bundle folder or name.
-        variants: names, or "auto"; None measures all that passed their gate.
+        variants: names, or "auto"; None measures all that passed their gate and can run here.
         inputs: a file of texts, or a folder of images or sounds; None takes seeded default inputs
             of the bundle's modality.
         count: how many inputs at most.
@@ -48,19 +48,15 @@ def bench(
         InputError: inputs that cannot be read.
     """
     bundle = _encoder(path)
-    names = (
-        list(variants)
-        if variants
-        else [name for name, variant in bundle.manifest.variants.items() if variant.passed]
-    )
+    say = on_step or (lambda line: None)
+    names = list(variants) if variants else _passed_here(bundle, canonical(device), say)
     for name in names:
         if name != "auto":
             bundle.variant(name)
-    canonical(device)
     items = _inputs(bundle, inputs, count)
     contenders = [_contender(bundle, name, device) for name in names]
     if peers:
-        contenders += _peers(bundle, list(peers), on_step or (lambda line: None))
+        contenders += _peers(bundle, list(peers), say)
     return run(
         contenders,
         items,
@@ -70,6 +66,22 @@ def bench(
         reference=_reference(bundle, contenders[0]),
         origin=str(inputs.absolute()) if inputs else "",
     )
+
+
+def _passed_here(bundle: Bundle, device: str, say: Step) -> list[str]:
+    """Return the variants that passed their gate and that something installed here can run."""
+    hosts = [p for p in AUTO_ORDER if installed(p)] if device == "auto" else [device]
+    passed = [v for v in bundle.manifest.variants.values() if v.passed]
+    able = [v.name for v in passed if any(runnable(v, host) for host in hosts)]
+    if not able:
+        raise BundleError(
+            f"no variant of {bundle.path} that passed its gate can run here",
+            fix="run: memopt doctor",
+        )
+    left = [v.name for v in passed if v.name not in able]
+    if left:
+        say(f"left out, nothing installed here runs them: {', '.join(left)}")
+    return able
 
 
 def _encoder(path: str | Path) -> Bundle:

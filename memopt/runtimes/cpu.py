@@ -135,6 +135,22 @@ def machine_key() -> str:
     return f"{platform.system().lower()}-{name}-{usable_cpus()}c-{features}"
 
 
+def covers(key: str) -> bool:
+    """Return whether this machine has every instruction set of the one that ``key`` names.
+
+    What was measured there then says something about here: the same kernels run. Without VNNI, say,
+    int8 is neither as fast nor as right (its sums saturate).
+
+    >>> covers(machine_key()), covers("linux-Other-4c-avx9"), covers("")
+    (True, False, False)
+    """
+    system, _, rest = key.partition("-")
+    found = re.search(r"-\d+c-([^-]+)$", rest)
+    if not found or system != platform.system().lower():
+        return False
+    return set(found[1].split("+")) <= cpu_features() | {platform.machine()}
+
+
 def _words(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii").split()

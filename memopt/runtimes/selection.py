@@ -6,8 +6,8 @@ from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
 from memopt.registry import nearest
 from memopt.runtimes.base import Candidate
-from memopt.runtimes.cpu import machine_key
-from memopt.runtimes.providers import AUTO_ORDER, PROVIDERS, canonical, installed
+from memopt.runtimes.cpu import covers, machine_key
+from memopt.runtimes.providers import AUTO_ORDER, DEVICES, PROVIDERS, canonical, installed
 
 # The device a variant was made for -> the providers that are such a device.
 _TARGETS = {
@@ -29,8 +29,10 @@ def candidates(
     """Return what to try, best first.
 
     The provider asked for comes first, then what may take over: for the variant asked for (or
-    tuned on this machine, or the best), each provider of the automatic order, then the float
-    variants. A variant that failed its quality gate is only there when asked for by name.
+    tuned on this machine, or the best), each provider of the automatic order. On one provider
+    variants that ``memopt optimize`` measured on a processor like this come first, the fastest at
+    the front; then the float variants, then what is quantized and not measured. A variant that
+    failed its quality gate is only there when asked for by name.
 
     Args:
         bundle: what to run.
@@ -70,7 +72,7 @@ def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list
             foreign = [c for c in found if c.variant.format != "openvino"]
             found = [c for c in found if c.variant.format == "openvino"]
         others += found
-    others += foreign
+    others = _by_speed(others + foreign)
     usable = [c for c in others if installed(c.provider)]
     unique: dict[tuple[str, str], Candidate] = {}
     for candidate in [*wanted, *usable]:
@@ -134,10 +136,11 @@ def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
         for v in bundle.manifest.variants.values()
         if v.passed and runnable(v, provider) and of_modality(v, bundle)
     ]
-    # Quantized variants come after float ones until `memopt optimize` measured them here: without
-    # that nobody knows that they are faster on this processor.
+    # Quantized variants come after float ones until `memopt optimize` measured them on a processor
+    # like this: without that nobody knows that they are faster, or as right, here.
     usable.sort(
         key=lambda v: (
+            -(measured_speed(v, provider) or 0.0),
             row.formats.index(v.format),
             ranks[v.precision],
             not v.fused,
@@ -145,6 +148,25 @@ def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
         )
     )
     return [Candidate(provider, v) for v in usable]
+
+
+def measured_speed(variant: Variant, provider: str) -> float | None:
+    """Return the inputs per second measured on ``provider`` of a machine like this, None if never.
+
+    Other instruction sets make it another measurement; another number of cores changes all alike.
+    """
+    record = variant.benchmark or {}
+    device, speed = record.get("device"), record.get("items_per_second")
+    if device not in DEVICES or canonical(str(device)) != provider or not speed:
+        return None
+    return float(speed) if covers(str(record.get("machine", ""))) else None
+
+
+def _by_speed(others: list[Candidate]) -> list[Candidate]:
+    """Put the CPU's measured candidates before its others, the fastest of all providers first."""
+    hosts = [c for c in others if c.provider in ("openvino", "cpu")]
+    hosts.sort(key=lambda c: -(measured_speed(c.variant, c.provider) or 0.0))
+    return [c for c in others if c.provider not in ("openvino", "cpu")] + hosts
 
 
 def _order(asked: str, variant: Variant) -> list[str]:

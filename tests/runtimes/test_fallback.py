@@ -18,6 +18,7 @@ from memopt.errors import BundleError, DeviceError, InputError
 from memopt.metrics import FALLBACK_EVENTS
 from memopt.runtimes import providers
 from memopt.runtimes.base import Backend, Candidate, Opener, Settings
+from memopt.runtimes.cpu import machine_key
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.selection import candidates
@@ -286,7 +287,7 @@ def test_auto_prefers_the_fused_float_graph_on_onnxruntime() -> None:
 
 def test_half_precision_on_a_gpu_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 comes first on a GPU unless it is not wanted; on a CPU it never does."""
-    monkeypatch.setattr("memopt.runtimes.selection.missing", lambda name: None)
+    monkeypatch.setattr("memopt.runtimes.selection.installed", lambda name: True)
     bundle = table(FLOAT, HALF)
     assert names(candidates(bundle, "cuda", "auto"))[0] == "cuda:onnx-fp16"
     found = names(candidates(bundle, "cuda", "auto", half=False))
@@ -296,7 +297,7 @@ def test_half_precision_on_a_gpu_is_a_choice(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_cpu_may_be_forbidden_to_take_over_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then only GPUs are tried, unless a CPU was asked for or there is no GPU at all."""
-    monkeypatch.setattr("memopt.runtimes.selection.missing", lambda name: None)
+    monkeypatch.setattr("memopt.runtimes.selection.installed", lambda name: True)
     for device in ("auto", "cuda"):
         found = candidates(table(FLOAT, IR), device, "auto", cpu_fallback=False)
         assert {c.provider for c in found} == {"cuda", "rocm", "coreml"}
@@ -314,6 +315,46 @@ def test_the_tuned_choice_of_this_machine_wins(monkeypatch: pytest.MonkeyPatch) 
     assert names(candidates(bundle, "auto", "auto"))[0] == "cpu:onnx-int8-static"
     elsewhere = table(FLOAT, FUSED, INT8, chosen={"there": choice})
     assert names(candidates(elsewhere, "cpu", "auto"))[0] == "cpu:onnx-fp32-fused"
+
+
+def measured(variant: Variant, speed: float, device: str, machine: str | None = None) -> Variant:
+    """The variant with what optimize measured of it, on this machine if none is said."""
+    machine = machine or machine_key()
+    record = {"items_per_second": speed, "device": device, "machine": machine}
+    return replace(variant, benchmark=record)
+
+
+def test_what_optimize_measured_takes_over_the_fastest_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bundle tuned with OpenVINO, on a box without it: the fastest of the rest, not float."""
+    best = Variant(name="openvino-int8", format="openvino", precision="int8", file="e.xml")
+    bundle = table(
+        measured(FLOAT, 500, "cpu"),
+        measured(FUSED, 750, "cpu"),
+        replace(measured(INT8, 9000, "cpu"), name="onnx-int8-bad", passed=False),
+        measured(INT8, 2000, "cpu"),
+        measured(IR, 1000, "openvino"),
+        measured(best, 3000, "openvino"),
+        chosen={machine_key(): {"variant": best.name, "device": "openvino"}},
+    )
+    found = names(candidates(bundle, "auto", "auto"))
+    assert found[:3] == ["openvino:openvino-int8", "cpu:onnx-int8-static", "openvino:openvino-fp32"]
+    monkeypatch.setattr("memopt.runtimes.selection.installed", lambda name: name == "cpu")
+    found = names(candidates(bundle, "auto", "auto"))
+    assert found[1:] == ["cpu:onnx-int8-static", "cpu:onnx-fp32-fused", "cpu:onnx-fp32"]
+    assert names(candidates(bundle, "cpu", "auto"))[0] == "cpu:onnx-int8-static"
+    assert not any("bad" in name for name in found)
+
+
+def test_a_measurement_counts_where_the_same_kernels_run() -> None:
+    """More cores or another name are the same; other instruction sets, or no record, are not."""
+    system, features = machine_key().partition("-")[0], machine_key().rpartition("-")[2]
+    same = measured(INT8, 2000, "cpu", f"{system}-Other-Processor-64c-{features}")
+    assert names(candidates(table(FLOAT, same), "cpu", "auto"))[0] == "cpu:onnx-int8-static"
+    for machine in (f"{system}-Other-64c-{features}+avx9", "", "x"):
+        other = measured(INT8, 2000, "cpu", machine or "?")
+        assert names(candidates(table(FLOAT, other), "cpu", "auto"))[0] == "cpu:onnx-fp32"
 
 
 def test_a_variant_that_failed_its_gate_is_never_picked_by_itself(
