@@ -29,6 +29,7 @@ COMMANDS: tuple[str, ...] = (
     "optimize",
     "embed",
     "bench",
+    "pack",
     "info",
     "sync",
     "memory",
