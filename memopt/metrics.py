@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from bisect import bisect_left
@@ -25,6 +26,16 @@ FALLBACK_EVENTS = "memopt_fallback_events_total"
 log = logging.getLogger("memopt.inference")
 _lock = threading.Lock()
 _counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+
+
+def _after_fork() -> None:
+    """In a child of fork(): a thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ fallback as any other variant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -55,7 +56,8 @@ class JointEmbeddingLayer:
         *,
         threads: int | None = None,
     ) -> None:
-        self._bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        self._bundle = replace(bundle, path=bundle.path.absolute())
         self.config, self.encoders = read_config(self._bundle)
         self._events: list[FallbackEvent] = []
         settings = Settings(threads=threads)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -19,6 +20,7 @@ from memopt.runtimes import limits
 from memopt.runtimes.base import Backend, Candidate, Settings
 from memopt.runtimes.batching import FrontEnd, in_flight, prepared_batches
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
+from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates, tuned_record
 from memopt.runtimes.vectors import Encoded, as_items, progress, refusal, to_arrow, unit_length
@@ -39,7 +41,8 @@ class ArrowEngine:
 
     Opening tries providers until a session really opens; a provider that fails later hands the
     same request to the next. Each hand-over is in :attr:`events`, in the log and in the metric
-    ``memopt_fallback_events_total``. All methods may be called from several threads.
+    ``memopt_fallback_events_total``. All methods may be called from several threads, and in a child
+    of fork(), which opens a session of its own when it first needs one.
 
     Args:
         path_or_bundle: a bundle folder, the name of a built bundle under ``models/``, or a Bundle.
@@ -101,7 +104,9 @@ class ArrowEngine:
                 f"{bundle.path} is a joint layer: it takes vectors, not text, images or sound",
                 fix="open it with memopt.memory.joint.JointEmbeddingLayer",
             )
-        self._bundle = bundle
+        # Of the folder as it is now: tokenizer, streams and fallbacks are opened later, from
+        # wherever the process is then.
+        self._bundle = bundle = replace(bundle, path=bundle.path.absolute())
         self._settings = Settings(
             threads=threads,
             streams=streams,
@@ -112,6 +117,15 @@ class ArrowEngine:
             use_ipex=use_ipex,
         )
         self._max_delay_ms = max_delay_ms
+        self._arguments = {
+            **{field.name: getattr(self._settings, field.name) for field in fields(Settings)},
+            "device": device,
+            "variant": variant,
+            "strict": strict,
+            "use_amp": use_amp,
+            "fallback_to_cpu": fallback_to_cpu,
+            "max_delay_ms": max_delay_ms,
+        }
         self._events: list[FallbackEvent] = []
         self._lock = threading.Lock()
         self._front: FrontEnd | None = None
@@ -122,9 +136,15 @@ class ArrowEngine:
             strict=strict,
             events=self._events,
         )
+        watch(self)
         metrics.gauge("memory_usage_bytes", lambda: limits.resident_mb() * 2**20)
         if self._chain.candidate.provider == "cuda":
             metrics.gauge("vram_usage_bytes", _vram_bytes)
+
+    def after_fork(self) -> None:
+        """In a child of fork(): tokenizer, queue and locks of the parent are not used again."""
+        self._lock = threading.Lock()
+        self._front = self._coalescer = None
 
     # What a fake engine replaces.
     def _open(self, candidate: Candidate) -> Backend:
@@ -156,6 +176,10 @@ class ArrowEngine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        # To a worker that was spawned an engine goes as its arguments; it is opened anew there.
+        return partial(type(self), self._bundle.path, **self._arguments), ()
 
     def __repr__(self) -> str:
         return f"ArrowEngine({str(self._bundle.path)!r} on {self._chain.candidate})"

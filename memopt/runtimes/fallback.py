@@ -12,7 +12,8 @@ from memopt import metrics
 from memopt.errors import DeviceError, InputError
 from memopt.runtimes.base import Backend, Candidate
 from memopt.runtimes.limits import OverLimit
-from memopt.runtimes.providers import Unavailable, one_line
+from memopt.runtimes.processes import keep_for_ever, watch
+from memopt.runtimes.providers import FORKS, Unavailable, one_line
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -63,6 +64,8 @@ class _Failure:
 class BackendChain:
     """The backend in use and those that may take over.
 
+    In a child of fork() the backend is opened anew when it is first used there.
+
     Args:
         candidates: what to try, best first.
         open_backend: opens one candidate.
@@ -87,22 +90,54 @@ class BackendChain:
         self._events = events
         self._lock = threading.RLock()
         self._closed = False
+        self._forked = False  # the backend is of the process that this one was forked from
         self._backend, self._candidate = self._next([])
+        watch(self)
 
     @property
     def backend(self) -> Backend:
         """The backend in use now."""
+        if self._forked:
+            self._open_own()
         return self._backend
 
     @property
     def candidate(self) -> Candidate:
         """What is in use now."""
+        if self._forked:
+            self._open_own()
         return self._candidate
+
+    def after_fork(self) -> None:
+        """Touch the parent's backend no more."""
+        if not self._forked:
+            keep_for_ever(self._backend)
+        self._forked = True
+        self._lock = threading.RLock()  # another thread of the parent may have had the old one
+
+    def _open_own(self) -> None:
+        with self._lock:
+            if not self._forked or self._closed:
+                return
+            failures: list[_Failure] = []
+            if self._candidate.provider in FORKS:
+                self._left.insert(0, self._candidate)
+            else:
+                reason = "its driver does not work in a child of fork()"
+                if self._strict:
+                    raise DeviceError(
+                        f"{self._candidate} cannot be used here: {reason}",
+                        fix="start workers with spawn, or open the engine in the worker",
+                    )
+                failures.append(_Failure(self._candidate, "open", reason))
+                self._left = [c for c in self._left if c.provider in FORKS]
+            self._backend, self._candidate = self._next(failures)
+            self._forked = False
 
     def run(self, feed: Feed) -> Rows:
         """Run one batch here and now, on whichever backend can."""
         self._refuse_closed()
-        backend = self._backend
+        backend = self.backend
         try:
             return backend.run(feed)
         except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
@@ -111,7 +146,7 @@ class BackendChain:
     def submit(self, feed: Feed) -> tuple[Backend, Future[Rows]]:
         """Start one batch on the backend in use; pass both to :meth:`result`."""
         self._refuse_closed()
-        backend = self._backend
+        backend = self.backend
         try:
             return backend, backend.submit(feed)
         except Exception as error:  # noqa: BLE001 - handed on in result()
@@ -132,7 +167,8 @@ class BackendChain:
         """Close the backend; later requests raise DeviceError."""
         with self._lock:
             self._closed = True
-            self._backend.close()
+            if not self._forked:
+                self._backend.close()
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -14,6 +14,7 @@ from memopt.errors import DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
+from memopt.runtimes.processes import keep_for_ever
 from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
@@ -274,6 +275,18 @@ _compiled: WeakValueDictionary[tuple[Any, ...], _Requests] = WeakValueDictionary
 _compiling = threading.Lock()
 
 
+def _forget() -> None:
+    """In a child of fork(): what the parent compiled is not shared, nor the locks it held."""
+    global _compiled, _compiling, _warming
+    for requests in _compiled.values():
+        keep_for_ever(requests)
+    _compiled, _compiling, _warming = WeakValueDictionary(), threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def _shared(key: tuple[Any, ...], make: Callable[[], Any]) -> _Requests:
     """Return the compiled model of this key, made by ``make`` when no backend has it."""
     with _compiling:
@@ -285,8 +298,6 @@ def _shared(key: tuple[Any, ...], make: Callable[[], Any]) -> _Requests:
 
 
 def _openvino() -> Any:
-    # Telemetry would be a network call and threads of its own.
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
     openvino = require("openvino", extra="openvino", why="run on OpenVINO")
     _warm_up(openvino)
     return openvino

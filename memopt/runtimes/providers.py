@@ -93,6 +93,8 @@ PROVIDERS: dict[str, Provider] = {
         ),
     )
 }
+# Providers whose library can be opened in a child of fork() after its parent used it.
+FORKS = ("openvino", "cpu", "torch")
 AUTO_ORDER = ("cuda", "rocm", "coreml", "openvino", "cpu")
 ALIASES = {"vulkan": "webgpu", "mps": "coreml", "arm": "cpu"}
 DEVICES = ("auto", *PROVIDERS, *ALIASES)
