@@ -81,12 +81,14 @@ def _module_classes() -> Any:
         """The model, called with positional graph inputs, plus its pooling and normalise head."""
 
         def __init__(
-            self, model: Any, config: Any, inputs: tuple[str, ...], pooling: str, normalize: bool
+            self, loaded: LoadedModel, inputs: tuple[str, ...], pooling: str, normalize: bool
         ) -> None:
             super().__init__()
-            self.model = model
-            self.model_type = config.model_type
-            self.config = config
+            self.model = loaded.module
+            self.model_type = loaded.config.model_type
+            self.config = loaded.config
+            self.skip = loaded.skip
+            self.keep = loaded.keep
             self.inputs = inputs
             self.pooling = pooling
             self.normalize = normalize
@@ -104,10 +106,10 @@ def _module_classes() -> Any:
             if self.pooling == "logits":
                 return (result.logits,)
             hidden = result.last_hidden_state
-            pooled = _pool(result, hidden, mask, self.pooling)
+            pooled = _pool(result, hidden, _without_prompt(mask, self.skip), self.pooling)
             if self.normalize:
                 pooled = torch.nn.functional.normalize(pooled, p=2.0, dim=-1)
-            return hidden, pooled
+            return hidden, pooled if self.keep is None else pooled[:, : self.keep]
 
     return Headed
 
@@ -118,7 +120,7 @@ def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
     if pooling == "none":
         pooling = "mean"
     names = signature(loaded, manifest, task).inputs
-    made = _module_classes()(loaded.module, loaded.config, names, pooling, manifest.normalize)
+    made = _module_classes()(loaded, names, pooling, manifest.normalize)
     return made.eval()
 
 
@@ -137,10 +139,12 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
         result = loaded.module(**tensors)
     hidden = result.last_hidden_state.numpy()
     mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
+    if loaded.skip:
+        mask = mask * (np.cumsum(mask, axis=1) > loaded.skip)
     pooled = _numpy_pool(result, hidden, mask, manifest.pooling)
     if manifest.normalize:
         pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
-    return {"last_hidden_state": hidden, "sentence_embedding": pooled}
+    return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : loaded.keep]}
 
 
 def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int) -> dict[str, Any]:
@@ -155,7 +159,8 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
         mask = np.ones((shape.batch, shape.length), dtype=np.int64)
         if shape.padding:
             for row in range(1, shape.batch):
-                mask[row, max(1, shape.length - 1 - row * shape.length // (shape.batch + 1)) :] = 0
+                kept = shape.length - 1 - row * shape.length // (shape.batch + 1)
+                mask[row, max(1 + loaded.skip, kept) :] = 0
         if shape.padding == "left":
             mask = np.ascontiguousarray(mask[:, ::-1])
         ids[mask == 0] = pad
@@ -198,6 +203,9 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             (4, 33, "left"),
             (3, longest - 2, "right"),
         )
+        # A prompt that is not pooled leaves nothing of a text shorter than itself.
+        longest = max(longest, min(loaded.skip + 17, max_length or loaded.skip + 17))
+        plan = tuple((b, length + loaded.skip, side) for b, length, side in plan)
         return tuple(Shape(b, max(1, min(length, longest)), side) for b, length, side in plan)
     if task == "image-embedding" or loaded.config.model_type == "whisper":
         return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))
@@ -232,6 +240,11 @@ def _causal(mask: Any, window: int | None) -> Any:
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
     blocked = torch.maximum(hidden.float()[None, None], 1.0 - mask[:, None, None, :].float())
     return blocked * MASK_BIAS
+
+
+def _without_prompt(mask: Any, skip: int) -> Any:
+    """Return the mask of what is pooled: without the first ``skip`` tokens that it keeps."""
+    return mask * (mask.cumsum(1) > skip) if skip else mask
 
 
 def _pool(result: Any, hidden: Any, mask: Any, pooling: str) -> Any:

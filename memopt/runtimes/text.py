@@ -11,6 +11,8 @@ from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.batching import Batch, bucket, by_budget
+from memopt.weights.sentence import default_prompt, lower_cased
+from memopt.weights.tokenizer import lower_case
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,19 +50,30 @@ class TextFrontEnd:
             raise BundleError(f"{path} is missing", fix="convert the model again") from error
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"{path} is not a tokenizer ({error})") from error
-        if _stated(bundle, "sentence_bert_config.json").get("do_lower_case"):
-            _lower_case(self._tokenizer)
-        self._prompt = _default_prompt(bundle)
+        if lower_cased(bundle.path):
+            lower_case(self._tokenizer)
+        self._prompt = default_prompt(bundle.path)
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
         padding = self._tokenizer.padding
         self._pad = padding["pad_id"] if padding else _pad_id(bundle, self._tokenizer)
         self.max_length = _max_length(bundle)
         self._tokenizer.no_padding()
+        # A model without a limit gets whole texts, whatever was saved with the tokenizer.
+        cut = self._tokenizer.truncation or {}
+        self._tokenizer.no_truncation()
         if self.max_length is not None:
-            self._tokenizer.enable_truncation(self.max_length)
+            side = _tokenizer_config(bundle).get("truncation_side") or cut.get("direction", "right")
+            self._tokenizer.enable_truncation(self.max_length, direction=side)
         # Single sequences have type 0 in nearly every tokenizer; ask once instead of per text.
         self._types = any(self._tokenizer.encode("a").type_ids)
+
+    def count_prompt(self) -> int:
+        """Return how many tokens stand before a text because of the default prompt."""
+        if not self._prompt:
+            return 0
+        encoding = self._tokenizer.encode(self._prompt)
+        return len(encoding) - encoding.special_tokens_mask[-1]
 
     def check(self, item: object) -> str | None:
         """Return why ``item`` cannot be encoded, None when it can."""
@@ -138,46 +151,27 @@ class TextFrontEnd:
         return feed
 
 
-def _stated(bundle: Bundle, name: str) -> dict[str, Any]:
-    path = bundle.path / name
-    return read_json(path) if path.is_file() else {}
+def prompt_tokens(bundle: Bundle) -> int:
+    """Return how many tokens the default prompt puts before a text, the first special one included.
 
-
-def _lower_case(tokenizer: Any) -> None:
-    """Lower the text before anything else, as sentence-transformers does where its file says so."""
-    from tokenizers import normalizers
-
-    own = [tokenizer.normalizer] if tokenizer.normalizer is not None else []
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-
-
-def _default_prompt(bundle: Bundle) -> str:
-    """Return what sentence-transformers puts before every text when nobody asks for a prompt.
-
-    Raises:
-        BundleError: the default is not among the prompts.
+    A trailing special token ends the text, not the prompt; so counts sentence-transformers.
     """
-    stated = _stated(bundle, "config_sentence_transformers.json")
-    name, prompts = stated.get("default_prompt_name"), stated.get("prompts") or {}
-    if name is None:
-        return ""
-    if not isinstance(prompts.get(name), str):
-        raise BundleError(
-            f"{bundle.path / 'config_sentence_transformers.json'}: the default prompt {name!r} is "
-            f"not among the prompts {list(prompts)}"
-        )
-    return str(prompts[name])
+    front = TextFrontEnd(bundle, ())
+    return front.count_prompt()
+
+
+def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:
+    path = bundle.path / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _max_length(bundle: Bundle) -> int | None:
     """Return how many tokens the model takes, special tokens included."""
     if bundle.manifest.max_length:
         return bundle.manifest.max_length
-    path = bundle.path / "tokenizer_config.json"
-    if path.is_file():
-        limit = read_json(path).get("model_max_length")
-        if isinstance(limit, int | float) and limit < _NO_LIMIT:
-            return int(limit)
+    limit = _tokenizer_config(bundle).get("model_max_length")
+    if isinstance(limit, int | float) and limit < _NO_LIMIT:
+        return int(limit)
     config = bundle.config()
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and positions > 0:
@@ -186,8 +180,7 @@ def _max_length(bundle: Bundle) -> int | None:
 
 
 def _pad_id(bundle: Bundle, tokenizer: Any) -> int:
-    path = bundle.path / "tokenizer_config.json"
-    token = read_json(path).get("pad_token") if path.is_file() else None
+    token = _tokenizer_config(bundle).get("pad_token")
     if isinstance(token, dict):
         token = token.get("content")
     found = tokenizer.token_to_id(token) if isinstance(token, str) else None

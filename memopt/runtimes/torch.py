@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.torch_model import LoadedModel
 
 _POOLED = ("image_embeds", "text_embeds", "pooler_output")
 
@@ -56,7 +57,8 @@ class TorchBackend:
         self.tokens = TOKENS_ON_CPU
         self.step = 1
         torch.set_num_threads(self._threads)
-        self._model: Any = _load(bundle)
+        self._loaded: Any = _load(bundle)
+        self._model: Any = self._loaded.module
         if settings.use_ipex:
             self._model = _optimized(self._model)
         self.inputs = _inputs(self._model.config, bundle.manifest)
@@ -78,7 +80,11 @@ class TorchBackend:
             raise DeviceError("the model on torch is closed")
         tensors = {name: torch.from_numpy(feed[name]) for name in self.inputs}
         with self._lock, torch.inference_mode():
-            rows = _head(torch, model(**tensors), tensors.get("attention_mask"), self._manifest)
+            result = model(**tensors)
+            mask = tensors.get("attention_mask")
+            if mask is not None and self._loaded.skip:
+                mask = mask * (mask.cumsum(1) > self._loaded.skip)
+            rows = _head(torch, result, mask, self._manifest)[:, : self._loaded.keep]
         return np.asarray(rows.float().numpy(), dtype=np.float32)
 
     def submit(self, feed: Feed) -> Future[Rows]:
@@ -98,6 +104,7 @@ class TorchBackend:
     def close(self) -> None:
         """Drop the model."""
         self._model = None
+        self._loaded = None
         self._pool.close()
 
 
@@ -119,11 +126,11 @@ def _optimized(model: Any) -> Any:
     return ipex.optimize(model)
 
 
-def _load(bundle: Bundle) -> Any:
+def _load(bundle: Bundle) -> LoadedModel:
     from memopt.runtimes.torch_model import load_model
 
     try:
-        return load_model(bundle, bundle.manifest.task, attention=None).module
+        return load_model(bundle, bundle.manifest.task, attention=None)
     except ExportError as error:
         problem = f"torch cannot build the model of {bundle.path}: {error.problem}"
         raise BundleError(problem, fix=error.fix) from error

@@ -18,7 +18,9 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import ExportError
 from memopt.extras import require
+from memopt.runtimes.conversions import Converted
 from memopt.weights.reader import WeightLoader
+from memopt.weights.sentence import read_sentence
 
 # Classes that differ from what AutoModel would pick; (model type, task) -> transformers class.
 CLASSES = {
@@ -46,11 +48,17 @@ COMPUTED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A torch module in float32, its config, and how its parameters are called in the file."""
+    """A torch module in float32, its config, and how its parameters are called in the file.
+
+    ``skip`` leading tokens, a prompt's, are seen by the model but not pooled; ``keep`` leading
+    values of the vector are kept after normalising, None for all.
+    """
 
     module: Any
     config: Any
     names: dict[str, str]  # parameter name of the module -> weight name of the file
+    skip: int = 0
+    keep: int | None = None
 
 
 def load_config(folder: Path) -> Any:
@@ -102,35 +110,32 @@ def load_model(
     config = load_config(bundle.path)
     module, config = _construct(config, task, attention)
     with WeightLoader(weights or bundle.weights) as loader:
-        current = _current_names(module, loader.names())
+        weights_now = Converted(loader, module)
         part = PARTS.get((config.model_type, task))
         if part:
             module = getattr(module, part)
-        names = _match(module, current)
+        names = _match(module, weights_now.names)
         optional = (
             (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
         )
-        _assign(module, names, loader, optional)
+        _assign(module, names, weights_now, optional)
         # A tied parameter is one tensor under two names, of which a checkpoint has one.
         stored = {id(module.get_parameter(name)): weight for name, weight in names.items()}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) in stored:
                 names.setdefault(name, stored[id(parameter)])
-    return LoadedModel(module.eval(), config, names)
+    skip, keep = _sentence_head(bundle) if task == "embedding" else (0, None)
+    return LoadedModel(module.eval(), config, names, skip, keep)
 
 
-def _current_names(module: Any, stored: list[str]) -> dict[str, str]:
-    """Map what the installed transformers calls each weight to what the checkpoint calls it.
+def _sentence_head(bundle: Bundle) -> tuple[int, int | None]:
+    """Return how many of the prompt's tokens are not pooled, and how much of the vector is kept."""
+    from memopt.runtimes.text import prompt_tokens
 
-    Modules get renamed between releases (ViT's ``attention.attention.query`` became
-    ``attention.q_proj``, LayerNorm's ``gamma`` ``weight``); transformers keeps the renamings.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-    mapping = get_model_conversion_mapping(module)
-    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-    return {apply_renamings(name, renamings): name for name in stored}
+    sentence = read_sentence(bundle.path)
+    if sentence is None:
+        return 0, None
+    return (0 if sentence.include_prompt else prompt_tokens(bundle)), sentence.truncate_dim
 
 
 def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]:
@@ -252,7 +257,7 @@ def _refuse_unexpected(
 
 
 def _assign(
-    module: Any, names: dict[str, str], loader: WeightLoader, optional: tuple[str, ...]
+    module: Any, names: dict[str, str], stored: Converted, optional: tuple[str, ...]
 ) -> None:
     import torch
 
@@ -268,9 +273,9 @@ def _assign(
             if not twins and name not in tied and not any(part in name for part in optional):
                 missing.append(name)
             continue
-        info = loader.info(names[name])
-        if tuple(info.shape) != tuple(parameter.shape):
-            wrong.append(f"{names[name]} is {tuple(info.shape)}, not {tuple(parameter.shape)}")
+        shape = stored.shape(names[name])
+        if shape != tuple(parameter.shape):
+            wrong.append(f"{names[name]} is {shape}, not {tuple(parameter.shape)}")
     if missing or wrong:
         problems = [f"missing {name}" for name in missing[:5]] + wrong[:5]
         more = len(missing) + len(wrong) - len(problems)
@@ -282,7 +287,7 @@ def _assign(
     made: dict[str, Any] = {}
     for name, weight in names.items():
         if weight not in made:
-            values = np.asarray(loader.load(weight)).astype(np.float32)
+            values = np.asarray(stored.load(weight)).astype(np.float32)
             made[weight] = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
         _set(module, name, made[weight])
     if hasattr(module, "tie_weights"):
@@ -292,10 +297,10 @@ def _assign(
             # An unused part: zeros keep the module whole, and the exporter drops what is not used.
             zeros = torch.zeros(parameter.shape, dtype=torch.float32)
             _set(module, name, torch.nn.Parameter(zeros, requires_grad=False))
-    for weight in loader.names():
+    for weight in stored.list_names():
         buffer = _buffer(module, weight)
         if buffer is not None and buffer.is_floating_point():
-            buffer.copy_(torch.from_numpy(np.asarray(loader.load(weight)).astype(np.float32)))
+            buffer.copy_(torch.from_numpy(np.asarray(stored.load(weight)).astype(np.float32)))
 
 
 def _set(module: Any, name: str, parameter: Any) -> None:

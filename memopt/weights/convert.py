@@ -24,12 +24,13 @@ from memopt.bundle import (
 )
 from memopt.errors import BundleError, WeightsError
 from memopt.files import publish, staged_directory
-from memopt.weights.describe import describe
+from memopt.weights.describe import announcements, describe, model_config
 from memopt.weights.reader import WeightLoader
 from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
 from memopt.weights.schema import SOURCE_KEY, is_float
+from memopt.weights.sentence import MODULES, Sentence, read_sentence
 from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
-from memopt.weights.tokenizer import make_tokenizer
+from memopt.weights.tokenizer import write_tokenizer
 from memopt.weights.writer import write_weights
 
 WEIGHTS = "weights.parquet"
@@ -83,20 +84,31 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
             f"{found.folder} is a bundle already",
             fix="go on with memopt export, or back with --to safetensors",
         )
+    sentence = read_sentence(found.folder)
+    files = found.folder / sentence.transformer if sentence else found.folder
     manifest = describe(
-        found.folder, name=found.name, source=found.origin, known=found.known, task=task
+        found.folder,
+        name=found.name,
+        source=found.origin,
+        known=found.known,
+        task=task,
+        sentence=sentence,
     )
-    shards = checkpoint(found.folder)
+    told = [*found.told, *([] if task or found.known else announcements(manifest, sentence))]
+    shards = checkpoint(files)
     target = Path(output) if output is not None else Path("models") / found.name
     _check_target(target)
     with staged_directory(target.resolve().parent) as staging:
         folder = staging / "bundle"
         folder.mkdir()
-        _copy_side_files(found.folder, folder)
-        untold = _no_tokenizer(found.folder, folder, manifest)
+        _copy_side_files(found.folder, files, folder, sentence)
+        if sentence and sentence.config:
+            _write_json(folder / "config.json", model_config(files, sentence))
+        if manifest.modality == "text":
+            told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)
         not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
-        for line in (*_not_finite(not_finite), *untold):
+        for line in (*_not_finite(not_finite), *told):
             (on_warning or _warn)(line)
         event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
         made = create_bundle(folder, replace(manifest, history=(stamp(event),)))
@@ -167,17 +179,36 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _copy_side_files(source: Path, folder: Path) -> None:
-    for pattern in SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            # Read and written anew: a hub cache holds links, which runtimes refuse.
-            copy = folder / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+def _copy_side_files(root: Path, files: Path, folder: Path, sentence: Sentence | None) -> None:
+    """Copy what travels with a model; the model's own files go to the bundle's root."""
+    for place in dict.fromkeys((root, files)):
+        for pattern in SIDE_FILES:
+            for path in sorted(place.glob(pattern)):
+                _copy(path, folder / path.relative_to(place))
+    if sentence is None:
+        return
+    for module in sentence.modules[1:]:
+        path = root / module.path / "config.json"
+        if module.path and path.is_file():
+            _copy(path, folder / module.path / "config.json")
+    if sentence.transformer:
+        entries = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        entries[0]["path"] = ""
+        _write_json(folder / MODULES, entries)
+
+
+def _copy(path: Path, copy: Path) -> None:
+    # Read and written anew: a hub cache holds links, which runtimes refuse.
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(path.read_bytes())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _one_max_length(folder: Path, max_length: int | None) -> None:
-    """Put the manifest's max length into tokenizer_config.json where that allows more.
+    """Put the manifest's max length into tokenizer_config.json.
 
     sentence-transformers takes the limit from its own file, fastembed and transformers from the
     tokenizer's: with two limits in one bundle, long texts would have two embeddings.
@@ -186,10 +217,8 @@ def _one_max_length(folder: Path, max_length: int | None) -> None:
     if max_length is None or not path.is_file():
         return
     config = read_json(path)
-    stated = config.get("model_max_length")
-    if not isinstance(stated, int | float) or stated > max_length:
-        config["model_max_length"] = max_length
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config.get("model_max_length") != max_length:
+        _write_json(path, {**config, "model_max_length": max_length})
 
 
 def _write(
@@ -240,19 +269,6 @@ def _not_finite(names: list[str]) -> list[str]:
         return []
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return [f"{len(names)} weights hold NaN or infinite values: {shown}"]
-
-
-def _no_tokenizer(source: Path, folder: Path, manifest: Manifest) -> list[str]:
-    """Make tokenizer.json where a text model has none; return why that was not possible."""
-    target = folder / "tokenizer.json"
-    if manifest.modality != "text" or target.is_file():
-        return []
-    try:
-        make_tokenizer(source, target)
-    except WeightsError as error:
-        told = "the bundle can be exported, but not embed text"
-        return [f"{source} has no tokenizer.json: {told} ({error})"]
-    return []
 
 
 def _warn(line: str) -> None:

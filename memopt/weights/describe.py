@@ -9,6 +9,7 @@ from typing import Any
 from memopt.bundle import POOLINGS, TASKS, Manifest, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
 from memopt.registry import nearest
+from memopt.weights.sentence import Sentence, read_sentence
 
 _IMAGE = {
     *("vit", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
@@ -25,15 +26,16 @@ _OWN_HEAD = {*_DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model
     m for m in _IMAGE if m.startswith(("clip", "siglip"))
 }
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-_ST_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+# Heads that are the model's answer: without them another model would be served under its name.
+_ANSWERS = tuple(
+    f"For{what}"
+    for what in (
+        *("SequenceClassification", "TokenClassification", "QuestionAnswering"),
+        *("MultipleChoice", "NextSentencePrediction"),
+    )
+)
+# Positions are relative in these: ``n_positions`` is what they were trained with, no limit.
+_RELATIVE_POSITIONS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
 # RoBERTa and its kin count positions from pad_token_id + 1, so that many fewer tokens fit.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"}
 # transformers writes this huge number where a tokenizer has no limit.
@@ -47,6 +49,7 @@ def describe(
     source: str,
     known: Mapping[str, Any] | None = None,
     task: str | None = None,
+    sentence: Sentence | None = None,
 ) -> Manifest:
     """Return the manifest of the model in ``folder``, before anything was exported.
 
@@ -57,6 +60,7 @@ def describe(
         known: the model's YAML entry; its task, pooling, normalize, max_length and dimension win
             over what the files say.
         task: overrules both.
+        sentence: what ``read_sentence`` returned, where it was read already.
 
     Raises:
         WeightsError: no usable config.json, or sentence-transformers modules memopt does not run.
@@ -70,22 +74,27 @@ def describe(
         raise ConfigurationError(
             f"models/{name}.yaml: unknown key {key!r}", fix=nearest(key, allowed)
         )
-    try:
-        config = read_json(folder / "config.json")
-    except BundleError as error:
-        raise WeightsError(
-            error.problem, fix="give the folder of a Hugging Face model, with its config.json"
-        ) from error
-    architecture, model_type = _identity(folder, config)
-    modules = _modules(folder)
-    task = task or known.get("task") or _task(architecture, model_type, modules)
+    sentence = sentence or read_sentence(folder)
+    files = folder / sentence.transformer if sentence else folder
+    config = model_config(files, sentence)
+    architecture, model_type = _identity(files, config)
+    stated = task or known.get("task")
+    task = stated or _task(architecture, model_type, sentence)
     if task not in TASKS:
         raise ConfigurationError(f"task {task!r} is not known", fix=nearest(task, TASKS))
     modality = {"image-embedding": "image", "audio-embedding": "audio"}.get(task, "text")
-    if task == "text-generation" or (not modules and task != "embedding"):
-        pooling, dimension = _default_pooling(task, model_type), None
-    else:
-        pooling, dimension = _sentence_pooling(folder, modules, model_type)
+    if modality == "text" and not stated and not sentence and architecture.endswith(_ANSWERS):
+        raise WeightsError(
+            f"{files / 'config.json'} is of a {architecture}: a cross-encoder (reranker) or a "
+            "classifier, whose answer comes from a head that memopt does not serve",
+            fix="convert an embedding model, or say --task embedding for its trunk without the "
+            "head",
+        )
+    pooling, dimension = _default_pooling(task, model_type), None
+    if task == "embedding" and architecture.endswith(_CAUSAL):
+        pooling = "last"  # what sentence-transformers makes of a language model
+    if sentence and task != "text-generation":
+        pooling, dimension = sentence.pooling, sentence.width
     pooling = known.get("pooling", pooling)
     if pooling not in POOLINGS:
         raise ConfigurationError(
@@ -93,7 +102,11 @@ def describe(
         )
     if task != "text-generation":
         dimension = known.get("dimension", dimension) or _dimension(config, modality, architecture)
-    length = known.get("max_length", _max_length(folder, config)) if modality == "text" else None
+        if sentence and sentence.truncate_dim and dimension:
+            dimension = min(dimension, sentence.truncate_dim)
+    length = None
+    if modality == "text":
+        length = known.get("max_length", _max_length(files, config, sentence))
     return Manifest(
         name=name,
         task=task,
@@ -101,11 +114,58 @@ def describe(
         architecture=architecture,
         model_type=model_type,
         pooling=pooling,
-        normalize=known.get("normalize", any(m.endswith("Normalize") for m in modules)),
+        normalize=known.get("normalize", bool(sentence and sentence.normalize)),
         max_length=length,
         dimension=dimension,
         source=source,
     )
+
+
+def model_config(files: Path, sentence: Sentence | None) -> dict[str, Any]:
+    """Return ``config.json`` with what a sentence-transformers folder overrides.
+
+    Raises:
+        WeightsError: there is none, or the weights are quantized or an adapter.
+    """
+    try:
+        config = read_json(files / "config.json")
+    except BundleError as error:
+        raise WeightsError(
+            error.problem, fix="give the folder of a Hugging Face model, with its config.json"
+        ) from error
+    if (files / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{files} holds an adapter (adapter_config.json), a change of another model's weights",
+            fix="merge it first: PeftModel.merge_and_unload().save_pretrained(OUT)",
+        )
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise WeightsError(
+            f"{files / 'config.json'} says its weights are quantized ({method}): they are integers "
+            "or fp8 values with scales, which memopt does not read",
+            fix="give the float weights; memopt quantize makes its own",
+        )
+    # transformers ignores an override that its config class does not know, and so does the model.
+    return {**config, **(sentence.config if sentence else {})}
+
+
+def announcements(manifest: Manifest, sentence: Sentence | None) -> list[str]:
+    """Return a line for each thing the bundle leaves out or that a user has to know."""
+    lines = []
+    head = manifest.architecture.find("For")
+    if head > 0 and not sentence and manifest.task.endswith("embedding"):
+        trunk = manifest.architecture[:head]
+        lines.append(
+            f"{manifest.architecture} has a head that is left out: the bundle gives the "
+            f"embeddings of {trunk} (pooling {manifest.pooling})"
+        )
+    if sentence and sentence.similarity not in (None, "cosine") and not sentence.normalize:
+        lines.append(
+            f"the model was made for {sentence.similarity!r} similarity: encode with "
+            "normalize=False to keep the lengths of its vectors"
+        )
+    return lines
 
 
 def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -120,35 +180,13 @@ def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     return str(first), str(model_type)
 
 
-def _modules(folder: Path) -> list[str]:
-    """Return the types of the sentence-transformers modules in order, empty when there are none."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return []
-    import json
-
-    try:
-        types = [str(m["type"]).rpartition(".")[2] for m in json.loads(path.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is not a list of modules ({error})") from error
-    runs = ("Transformer", "Pooling", "Normalize", "CLIPModel")
-    other = [t for t in types if t not in runs]
-    if other:
-        raise WeightsError(
-            f"{path} has a {other[0]} module, which memopt does not run",
-            fix=f"models made of {', '.join(runs[:3])} can be converted",
-        )
-    return types
-
-
-def _task(architecture: str, model_type: str, modules: list[str]) -> str:
+def _task(architecture: str, model_type: str, sentence: Sentence | None) -> str:
     if model_type in _AUDIO:
         return "audio-embedding"
-    if model_type in _IMAGE or (
-        model_type in _DUAL and "Text" not in architecture and "Transformer" not in modules
-    ):
+    pictures = sentence is None or "image" in sentence.modalities
+    if model_type in _IMAGE or (model_type in _DUAL and "Text" not in architecture and pictures):
         return "image-embedding"
-    if architecture.endswith(_CAUSAL) and not modules:
+    if architecture.endswith(_CAUSAL) and sentence is None:
         return "text-generation"
     return "embedding"
 
@@ -161,37 +199,19 @@ def _default_pooling(task: str, model_type: str) -> str:
     return "cls" if task == "image-embedding" else "mean"
 
 
-def _sentence_pooling(folder: Path, modules: list[str], model_type: str) -> tuple[str, int | None]:
-    path = next(iter(sorted(folder.glob("[0-9]_Pooling/config.json"))), None)
-    if "Pooling" not in modules or path is None:
-        return _default_pooling("embedding", model_type), None
-    config = read_json(path)
-    modes = config.get("pooling_mode", [m for flag, m in _ST_FLAGS.items() if config.get(flag)])
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in _ST_POOLING:
-        raise WeightsError(
-            f"{path} asks for pooling {' + '.join(modes) or 'none'}, which memopt does not do",
-            fix=f"one of {', '.join(_ST_POOLING)} can be converted",
-        )
-    size = config.get("embedding_dimension", config.get("word_embedding_dimension"))
-    return _ST_POOLING[modes[0]], size
-
-
-def _max_length(folder: Path, config: Mapping[str, Any]) -> int | None:
+def _max_length(folder: Path, config: Mapping[str, Any], sentence: Sentence | None) -> int | None:
     text = {**config, **(config.get("text_config") or {})}
     limits = []
     for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(text.get(key), int) and text[key] > 0:
+        relative = key == "n_positions" and text["model_type"] in _RELATIVE_POSITIONS
+        if isinstance(text.get(key), int) and text[key] > 0 and not relative:
             offset = (text.get("pad_token_id") or 0) + 1
             limits.append(text[key] - (offset if text["model_type"] in _OFFSET_POSITIONS else 0))
-    for file, key in (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        if (folder / file).is_file():
-            value = read_json(folder / file).get(key)
-            if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
-                limits.append(int(value))
+    stated: Any = sentence.max_length if sentence else None
+    if stated is None and (folder / "tokenizer_config.json").is_file():
+        stated = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    if isinstance(stated, int | float) and 0 < stated < _NO_LIMIT:
+        limits.append(int(stated))
     return min(limits, default=None)
 
 

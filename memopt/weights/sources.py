@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import WeightsError
-from memopt.extras import require
 from memopt.registry import nearest
+from memopt.weights.hub import download
 from memopt.weights.safetensors import SafetensorsFile, open_safetensors
+from memopt.weights.sentence import TRANSFORMER_FILES
 
 # The small files that travel with a model, as glob patterns.
 SIDE_FILES = (
@@ -30,13 +31,14 @@ SIDE_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "chat_template.jinja",
+    "adapter_config.json",
     "modules.json",
-    "sentence_bert_config.json",
+    *TRANSFORMER_FILES,
     "config_sentence_transformers.json",
-    "[0-9]_*/config.json",
     "LICENSE*",
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -50,12 +52,14 @@ class Source:
         origin: what the user can say again: a hub id with revision, ``package:...`` or a path.
         name: the bundle's default name.
         known: the entry of ``models/<name>.yaml``, empty when the source is not a known model.
+        told: what a user should know of how it was found, a line each.
     """
 
     folder: Path
     origin: str
     name: str
     known: Mapping[str, Any]
+    told: tuple[str, ...] = ()
 
 
 def find_source(source: str, *, revision: str | None = None) -> Source:
@@ -79,7 +83,7 @@ def find_source(source: str, *, revision: str | None = None) -> Source:
     if source in models:
         entry = models[source]
         inner = find_source(str(entry["source"]), revision=entry.get("revision"))
-        return Source(inner.folder, inner.origin, source, entry)
+        return Source(inner.folder, inner.origin, source, entry, inner.told)
     if _HUB_ID.fullmatch(source):
         return _hub(source, revision)
     raise WeightsError(
@@ -120,52 +124,22 @@ def _package(source: str) -> Source:
 
 
 def _hub(source: str, revision: str | None) -> Source:
-    hub = require("huggingface_hub", extra="export", why=f"download {source}")
-    errors = require("huggingface_hub.errors", extra="export", why=f"download {source}")
-    patterns = [*SIDE_FILES, "*.safetensors", _INDEX]
-    try:
-        listed = _listing(hub, source, revision)
-        if listed is not None:
-            patterns = _wanted(source, listed)
-        folder = Path(hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except errors.LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"{source} is not in the local hub cache and cannot be downloaded (offline, or the hub "
-            "does not answer)",
-            fix="unset HF_HUB_OFFLINE with a network, or give a local folder",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"the hub has no model {source!r} that you may read", fix="check the name, or log in"
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise WeightsError(f"{source} cannot be downloaded: {error}") from error
-    name = source.rpartition("/")[2]
+    snapshot = download(source, revision, SIDE_FILES, _weight_files)
     # A snapshot folder is named after its commit, which pins what was downloaded.
-    return Source(folder, f"{source}@{folder.name}", name, {})
+    origin = f"{source}@{snapshot.folder.name}"
+    return Source(snapshot.folder, origin, source.rpartition("/")[2], {}, snapshot.told)
 
 
-def _listing(hub: Any, source: str, revision: str | None) -> list[str] | None:
-    """List the files on the hub; None when offline, where the cache decides what there is."""
-    if require("huggingface_hub.constants", extra="export", why="read its settings").HF_HUB_OFFLINE:
-        return None
-    httpx = require("httpx", extra="export", why=f"download {source}")
-    try:
-        return list(hub.HfApi().list_repo_files(source, revision=revision))
-    except httpx.TransportError:
-        return None
-
-
-def _wanted(source: str, files: list[str]) -> list[str]:
-    """Choose the weight files to download: the shards, else model.safetensors, never a pickle."""
-    root = [f for f in files if "/" not in f]
-    if _INDEX in root:
-        shards = [f for f in root if re.fullmatch(r"model-\d+-of-\d+\.safetensors", f)]
-        return [*SIDE_FILES, _INDEX, *shards]
-    tensors = [f for f in root if f.endswith(".safetensors")]
+def _weight_files(where: str, names: list[str]) -> list[str]:
+    """Choose what to download: model.safetensors, else the shards, never a pickle."""
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    if _SINGLE in tensors:
+        return [_SINGLE]
+    if _INDEX in names:
+        return [_INDEX, *(n for n in tensors if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n))]
     if not tensors:
-        _refuse_pickle(source, [f for f in root if any(Path(f).match(p) for p in _PICKLES)])
-    return [*SIDE_FILES, *(["model.safetensors"] if "model.safetensors" in tensors else tensors)]
+        _refuse_pickle(where, [n for n in names if any(Path(n).match(p) for p in _PICKLES)])
+    return tensors
 
 
 def checkpoint(folder: Path) -> list[SafetensorsFile]:
@@ -176,9 +150,10 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
             index places in another shard.
     """
     index = folder / _INDEX
-    if not index.is_file():
+    # As transformers: a single file counts before shards, which may be left from an older save.
+    if (folder / _SINGLE).is_file() or not index.is_file():
         files = sorted(folder.glob("*.safetensors"))
-        main = [f for f in files if f.name == "model.safetensors"] or files
+        main = [f for f in files if f.name == _SINGLE] or files
         if not main:
             pickles = sorted(f.name for p in _PICKLES for f in folder.glob(p))
             _refuse_pickle(str(folder), pickles)

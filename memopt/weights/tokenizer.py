@@ -1,34 +1,133 @@
-"""Make ``tokenizer.json`` from the vocabulary files that older models ship instead."""
+"""Write ``tokenizer.json`` as the tokenizer that transformers would use really works.
+
+transformers lets ``tokenizer_config.json`` change what lies in ``tokenizer.json`` (case folding,
+added tokens, prefix space, special tokens, the side that is cut off), and throws away truncation
+and padding that were saved with it. The bundle gets the outcome, for ``tokenizers`` alone.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from memopt.errors import MissingExtra, WeightsError
 from memopt.extras import require
+from memopt.weights.sentence import Sentence
 
 # What a tokenizer without tokenizer.json consists of.
 VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
+# Case, accents, spaces, digits, scripts, controls, joiners: what normalizers treat differently.
+PROBES = (
+    "",
+    "A kettle boils; the 2nd of 1,024 isn't hers.",
+    "Ünder the BRIDGE, naïve café ÀÉÎÕÜ straße İstanbul",
+    "  two  spaces,\ttab\nand line ",
+    "日本語の文章 한국어 中文 عربى हिन्दी ไทย",
+    "e\u0301 \ufb01 \u2460 zero\u200bwidth no\u00a0break \U0001f469\u200d\U0001f52c",
+    "don't_split snake_case CamelCase x=y+1; https://example.org/a?b=c#d me@example.org",
+)
 
 
-def make_tokenizer(source: Path, target: Path) -> None:
-    """Write ``target`` with transformers' own translation of the slow tokenizer in ``source``.
+def write_tokenizer(
+    source: Path, folder: Path, max_length: int | None, sentence: Sentence | None = None
+) -> list[str]:
+    """Write ``tokenizer.json`` into ``folder``; return why it cannot be vouched for, if so.
+
+    Args:
+        source: the folder of the model's own files.
+        folder: the bundle; a ``tokenizer.json`` copied there is replaced.
+        max_length: tokens the model takes, special ones included.
+        sentence: the sentence-transformers pipeline, which may lower texts and pass arguments.
+
+    Returns:
+        Lines for the user: the tokenizer is taken as it lies, or there is none.
 
     Raises:
-        WeightsError: there is no vocabulary, transformers is not installed or cannot translate it;
-            the message is a reason to follow a colon.
+        WeightsError: what was written gives other ids than transformers on a probe text.
     """
-    if not any(path for pattern in VOCABULARIES for path in source.glob(pattern)):
-        raise WeightsError("no vocabulary is there either")
+    target = folder / "tokenizer.json"
+    there = target.is_file()
+    if not there and not any(p for pattern in VOCABULARIES for p in source.glob(pattern)):
+        return [_without(source, "no vocabulary is there either")]
     try:
-        transformers = require("transformers", extra="export", why="make one")
+        tokenizer = _load(source, sentence)
+    except WeightsError as error:
+        if there:
+            return [f"{source / 'tokenizer.json'} is taken as it lies: {error}"]
+        return [_without(source, str(error))]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        target.unlink(missing_ok=True)
+        kind = type(tokenizer).__name__
+        return [_without(source, f"{kind} is written in Python and cannot be one")]
+    if sentence and sentence.lower_case:
+        lower_case(backend)
+    _settle(backend, tokenizer, max_length)
+    backend.save(str(target))
+    _compare(target, tokenizer, max_length)
+    return []
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Lower the text before anything else, as sentence-transformers does where its file says so."""
+    import tokenizers
+
+    normalizers: Any = tokenizers.normalizers
+    own = tokenizer.normalizer
+    parts = list(own) if isinstance(own, normalizers.Sequence) else [own] if own else []
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
+
+
+def _without(source: Path, why: str) -> str:
+    return f"{source} has no tokenizer.json: the bundle can be exported, but not embed text ({why})"
+
+
+def _load(source: Path, sentence: Sentence | None) -> Any:
+    try:
+        transformers = require("transformers", extra="export", why="read the tokenizer")
         # Code that came with a model is never run, and nobody is asked whether it should be.
-        made = transformers.AutoTokenizer.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
+        return transformers.AutoTokenizer.from_pretrained(
+            source,
+            **(sentence.tokenizer if sentence else {}),
+            local_files_only=True,
+            trust_remote_code=False,
         )
-        made.backend_tokenizer.save(str(target))
     except MissingExtra as error:
         raise WeightsError(str(error)) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"transformers cannot make one: {reason}") from error
+        raise WeightsError(f"transformers cannot read the tokenizer: {reason}") from error
+
+
+def _settle(backend: Any, tokenizer: Any, max_length: int | None) -> None:
+    """Put the real truncation and padding in place of whatever was saved with the file."""
+    backend.no_truncation()
+    if max_length is not None:
+        backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+    backend.no_padding()
+    if tokenizer.pad_token_id is not None:
+        backend.enable_padding(
+            direction=tokenizer.padding_side,
+            pad_id=tokenizer.pad_token_id,
+            pad_token=tokenizer.pad_token,
+        )
+
+
+def _compare(target: Path, tokenizer: Any, max_length: int | None) -> None:
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_file(str(target))
+    special = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+    named = " ".join(f"left{token}right {token} x" for token in dict.fromkeys(special[:64]))
+    long = " ".join(f"{word} {i}" for i, word in enumerate(PROBES[1].split() * 9))
+    long *= 1 + (max_length or 0) // 90  # past the limit, whatever it is
+    limit = {"truncation": True, "max_length": max_length} if max_length else {}
+    for probe in (*PROBES, named, long):
+        wanted = tokenizer(probe, **limit)["input_ids"]
+        if written.encode(probe).ids != wanted:
+            raise WeightsError(
+                f"the tokenizer of {type(tokenizer).__name__} cannot be written as tokenizer.json: "
+                f"{probe[:60]!r} gives other token ids than transformers",
+                fix="report the model; a wrong tokenizer would give wrong vectors",
+            )

@@ -82,6 +82,24 @@ def test_the_graph_and_the_reference_pool_alike_but_are_written_apart(tiny: Bund
             np.testing.assert_allclose(pooled, wanted["sentence_embedding"], atol=1e-5)
 
 
+def test_a_prompt_is_not_pooled_and_the_vector_is_cut(tiny: Bundle) -> None:
+    """The graph's head and the reference leave out the same tokens and values."""
+    loaded = dataclasses.replace(load_model(tiny, "embedding"), skip=3, keep=5)
+    names = tasks.signature(loaded, tiny.manifest, "embedding").inputs
+    shapes = tasks.check_shapes(loaded, "embedding", tiny.manifest.max_length)
+    assert min(shape.length for shape in shapes) > loaded.skip
+    for pooling in ("mean", "cls", "max", "last"):
+        manifest = dataclasses.replace(tiny.manifest, pooling=pooling)
+        for side in ("left", "right"):
+            feeds = tasks.example(loaded, names, tasks.Shape(3, 9, side), seed=2)
+            wanted = tasks.reference(loaded, manifest, "embedding", feeds)["sentence_embedding"]
+            assert wanted.shape == (3, 5)
+            module = tasks.wrap(loaded, manifest, "embedding")
+            with torch.no_grad():
+                _, pooled = module(*(torch.from_numpy(feeds[name]) for name in names))
+            np.testing.assert_allclose(pooled, wanted, atol=1e-5)
+
+
 def test_a_model_without_segments_has_no_input_for_them(tiny: Bundle, tmp_path: Path) -> None:
     """token_type_ids is an input only where the table has more than one row."""
     from memopt.bundle import open_bundle

@@ -22,6 +22,23 @@ BERT = {
 ModelFolder = Callable[..., Path]
 
 
+def words(*more: str) -> dict[str, Any]:
+    """What ``tokenizer.json`` says of a WordPiece tokenizer with these words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    listed = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *more]
+    listed += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    made = Tokenizer(models.WordPiece({w: i for i, w in enumerate(listed)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.add_special_tokens(listed[:5])
+    return dict(json.loads(made.to_str()))
+
+
+TOKENIZER = words("cat", "dog")
+
+
 @pytest.fixture(scope="session")
 def minilm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real MiniLM converted to Parquet."""
@@ -43,7 +60,11 @@ def model_folder(tmp_path: Path) -> ModelFolder:
         folder.mkdir()
         weights = weights or {"encoder.weight": np.eye(8, dtype=np.float32)}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        sides = {"config.json": BERT if config is None else config, "tokenizer.json": {}, **files}
+        sides = {
+            "config.json": BERT if config is None else config,
+            "tokenizer.json": TOKENIZER,
+            **files,
+        }
         for file, content in sides.items():
             path = folder / file
             path.parent.mkdir(exist_ok=True)

@@ -119,7 +119,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "t5",
         {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 6, "n_positions": 32},
-        {"task": "embedding", "pooling": "mean", "dimension": 6, "max_length": 32},
+        {"task": "embedding", "pooling": "mean", "dimension": 6, "max_length": None},
     ),
 ]
 
@@ -146,7 +146,9 @@ def test_sentence_transformers_files_decide_pooling(
     folder = model_folder(config=config, **files)
     manifest = convert(folder, tmp_path / "out").manifest
     assert (manifest.task, manifest.pooling, manifest.normalize) == ("embedding", "last", False)
-    (folder / "modules.json").write_text(json.dumps([*modules, {"type": "x.Dense"}]))
+    (folder / "modules.json").write_text(
+        json.dumps([*modules, {"type": "sentence_transformers.models.Dense"}])
+    )
     with pytest.raises(WeightsError, match="a Dense module, which memopt does not run"):
         convert(folder, tmp_path / "dense")
 

@@ -1,0 +1,357 @@
+"""What a sentence-transformers folder says: each key is honoured or refused by its name.
+
+The measure is what sentence-transformers itself does with the folder. Files it does not read
+without ``modules.json`` are not read here either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from memopt.bundle import read_json
+from memopt.errors import BundleError, WeightsError
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+# The first of these that says something counts, in sentence-transformers' own order.
+TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_KINDS = ("Transformer", "CLIPModel", "Pooling", "Normalize", "Dropout")
+POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_OLD_NAMES = {
+    "model_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "config_args": "config_kwargs",
+}
+# sentence-transformers puts its own values in place of these.
+_REPLACED = {"subfolder", "token", "cache_dir", "revision", "local_files_only", "trust_remote_code"}
+# How a model is loaded and run, not what it computes; memopt runs float32 whatever dtype says.
+_LOADING = {
+    *("dtype", "torch_dtype", "attn_implementation", "device_map", "low_cpu_mem_usage"),
+    *("use_safetensors", "use_cache", "provider", "file_name", "export", "add_pooling_layer"),
+}
+_WITHOUT_EFFECT = {"unpad_inputs", "backend"}
+_ONLY_EMPTY = ("query_length", "document_length", "query_expansion", "tokenizer_name_or_path")
+_CALLS = {"padding": (True, "longest"), "truncation": (True,), "return_tensors": ("pt",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One line of ``modules.json``: the class's last name, and its folder relative to the root."""
+
+    kind: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence-transformers pipeline, as far as memopt runs it.
+
+    Attributes:
+        modules: in the order they run.
+        transformer: the folder of the model's own files, relative to the root; "" is the root.
+        pooling: one of ``memopt.bundle.POOLINGS``; "model" where the model pools by itself.
+        width: what the pooling file says of the token vectors' width.
+        include_prompt: whether the prompt's tokens are pooled too.
+        normalize: whether the vector is made unit length.
+        truncate_dim: how many leading values are kept, after normalising.
+        prompt: what is put before every text by default.
+        max_length: ``max_seq_length``, None where the tokenizer and the config decide.
+        lower_case: whether texts are lowered before everything else.
+        config: overrides of ``config.json``.
+        tokenizer: arguments for ``AutoTokenizer.from_pretrained``.
+        modalities: what the first module takes.
+        similarity: the measure the model was made for, None where it does not say.
+    """
+
+    modules: tuple[Module, ...]
+    transformer: str = ""
+    pooling: str = "mean"
+    width: int | None = None
+    include_prompt: bool = True
+    normalize: bool = False
+    truncate_dim: int | None = None
+    prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ("text",)
+    similarity: str | None = None
+
+
+def read_sentence(folder: Path) -> Sentence | None:
+    """Return the pipeline in ``folder``, None where it is not a sentence-transformers folder.
+
+    Raises:
+        WeightsError: a kind of model, a module or a key that memopt does not honour, named; or a
+            file that is missing or damaged.
+    """
+    stated = _object(folder / SETTINGS)
+    kind = stated.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise WeightsError(
+            f"{folder / SETTINGS} says model_type {kind!r}: "
+            + _KIND_NAMES.get(str(kind), "not an embedding model"),
+            fix="memopt serves models of one vector a text: convert a SentenceTransformer",
+        )
+    if not (folder / MODULES).is_file():
+        return None
+    modules = read_modules(folder)
+    first = modules[0]
+    settings, origin = transformer_settings(folder, first.path)
+    own_head = _check_settings(settings, origin, first.kind)
+    pooling, width, include_prompt = _pooling(folder, modules, own_head)
+    truncate = stated.get("truncate_dim")
+    if truncate is not None and (type(truncate) is not int or truncate < 1):
+        raise WeightsError(
+            f"{folder / SETTINGS}: truncate_dim {truncate!r} is not a whole number above 0"
+        )
+    limit = settings.get("max_seq_length")
+    tokenizer = _arguments(settings, "processor_kwargs")
+    limit = tokenizer.get("model_max_length", _call_limit(settings, limit))
+    return Sentence(
+        modules=modules,
+        transformer=first.path,
+        pooling=pooling,
+        width=width,
+        include_prompt=include_prompt,
+        normalize=any(m.kind == "Normalize" for m in modules),
+        truncate_dim=truncate,
+        prompt=default_prompt(folder),
+        max_length=int(limit) if isinstance(limit, int | float) and limit > 0 else None,
+        lower_case=bool(settings.get("do_lower_case")),
+        config=_arguments(settings, "config_kwargs"),
+        tokenizer=tokenizer,
+        modalities=_modalities(settings, first.kind),
+        similarity=stated.get("similarity_fn_name"),
+    )
+
+
+_KIND_NAMES = {
+    "CrossEncoder": "a cross-encoder (reranker) scores pairs and has no vectors",
+    "SparseEncoder": "a sparse encoder gives a weight for every word, not a vector",
+    "MultiVectorEncoder": "a multi-vector encoder gives a vector for every token",
+}
+
+
+def read_modules(folder: Path) -> tuple[Module, ...]:
+    """Return the modules that ``modules.json`` names, checked as far as memopt runs them.
+
+    Raises:
+        WeightsError: the file is damaged, or names a module that memopt does not run.
+    """
+    path = folder / MODULES
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        found = [
+            (str(e["type"]), str(e.get("path", f"{i}_{str(e['type']).rpartition('.')[2]}")))
+            for i, e in enumerate(entries)
+        ]
+        bare = [i for i, e in enumerate(entries) if "path" not in e]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a list of modules ({error})") from error
+    modules = []
+    for index, (reference, inside) in enumerate(found):
+        kind = reference.rpartition(".")[2]
+        if not reference.startswith("sentence_transformers."):
+            raise WeightsError(
+                f"{path} has a module {reference!r} with Python code of its own, which memopt "
+                "never runs",
+                fix="use a model made of sentence-transformers' own modules",
+            )
+        if kind not in _KINDS:
+            raise WeightsError(
+                f"{path} has a {kind} module, which memopt does not run",
+                fix="models made of Transformer, Pooling, Normalize can be converted",
+            )
+        if index == 0 and index in bare:
+            inside = ""
+        if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
+            raise WeightsError(f"{path} has the path {inside!r}, which leads out of the folder")
+        modules.append(Module(kind, "" if inside == "." else inside.rstrip("/")))
+    kinds = [m.kind for m in modules if m.kind != "Dropout"]
+    if not kinds or kinds[0] not in ("Transformer", "CLIPModel"):
+        raise WeightsError(f"{path} does not start with a Transformer module")
+    rest = [k for k in kinds[1:] if k != "Normalize"]
+    if rest not in ([], ["Pooling"]) or (rest and kinds[1] != "Pooling"):
+        raise WeightsError(
+            f"{path} has the modules {', '.join(kinds)} in an order memopt does not run",
+            fix="models made of Transformer, Pooling, Normalize can be converted",
+        )
+    for module in modules:
+        _check_plain(folder, module)
+    return tuple(modules)
+
+
+def transformer_settings(folder: Path, inside: str) -> tuple[dict[str, Any], Path]:
+    """Return what the first module's settings file says, new key names, and which file it is."""
+    for name in TRANSFORMER_FILES:
+        path = folder / inside / name
+        if stated := _object(path):
+            for old, new in _OLD_NAMES.items():
+                if old in stated:
+                    stated[new] = stated.pop(old)
+            return stated, path
+    return {}, folder / inside / TRANSFORMER_FILES[0]
+
+
+def default_prompt(folder: Path) -> str:
+    """Return what sentence-transformers puts before every text when nobody asks for a prompt.
+
+    Raises:
+        BundleError: the default is not among the prompts.
+    """
+    stated = _object(folder / SETTINGS)
+    name, prompts = stated.get("default_prompt_name"), stated.get("prompts") or {}
+    if name is None or not (folder / MODULES).is_file():
+        return ""
+    # sentence-transformers always has these two, empty unless the file says something.
+    known = {"query": "", "document": "", **(prompts if isinstance(prompts, dict) else {})}
+    if name not in known or not isinstance(known[name] or "", str):
+        raise BundleError(
+            f"{folder / SETTINGS}: the default prompt {name!r} is not among the prompts "
+            f"{list(prompts)}"
+        )
+    return str(known[name] or "")
+
+
+def lower_cased(folder: Path) -> bool:
+    """Whether the folder's texts are lowered before its own tokenizer sees them."""
+    if not (folder / MODULES).is_file():
+        return False
+    return bool(transformer_settings(folder, "")[0].get("do_lower_case"))
+
+
+def _check_plain(folder: Path, module: Module) -> None:
+    if module.kind != "Normalize":
+        return
+    path = folder / module.path / "config.json"
+    stated = _object(path) if module.path else {}
+    for key in ("module_input_name", "module_output_name"):
+        if stated.get(key) not in (None, "sentence_embedding"):
+            raise WeightsError(f"{path}: {key} {stated[key]!r} is not a vector a text")
+
+
+def _check_settings(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:
+    """Refuse what memopt does not honour; return whether the model pools by itself."""
+    allowed = {
+        *("max_seq_length", "do_lower_case", "transformer_task", "modality_config"),
+        *("module_output_name", "processing_kwargs", *_OLD_NAMES.values()),
+        *(_WITHOUT_EFFECT | set(_ONLY_EMPTY)),
+    }
+    if unknown := sorted(set(settings) - allowed):
+        raise WeightsError(f"{origin}: key {unknown[0]!r} is not known, so it is not honoured")
+    for key in _ONLY_EMPTY:
+        if settings.get(key) is not None:
+            raise WeightsError(f"{origin}: {key} {settings[key]!r} is not honoured by memopt")
+    if (task := settings.get("transformer_task", "feature-extraction")) != "feature-extraction":
+        raise WeightsError(
+            f"{origin} says transformer_task {task!r}, which gives no vector a text",
+            fix="convert a model of transformer_task 'feature-extraction'",
+        )
+    for key in set(_arguments(settings, "model_kwargs")) - _LOADING:
+        value = settings["model_kwargs"][key]
+        raise WeightsError(f"{origin}: model_kwargs {key!r} ({value!r}) is not honoured by memopt")
+    for group, call in (settings.get("processing_kwargs") or {}).items():
+        if group not in ("common", "text"):
+            continue  # of images, or of chat messages, which are no texts
+        for key, value in call.items():
+            if value not in _CALLS.get(key, ()) and key != "max_length":
+                raise WeightsError(
+                    f"{origin}: processing_kwargs {key!r} ({value!r}) is not honoured"
+                )
+    return _own_head(settings, origin, kind)
+
+
+def _own_head(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:
+    config = settings.get("modality_config")
+    if config is None:
+        return kind == "CLIPModel"
+    output = settings.get("module_output_name")
+    plain = ("forward", "last_hidden_state"), ("forward", "pooler_output")
+    towers = tuple((f"get_{m}_features", "pooler_output") for m in ("text", "image"))
+    for modality, entry in config.items():
+        if modality not in ("text", "image", "audio"):
+            continue  # "message" is for chats, "video" for films: memopt gets neither
+        how = (entry.get("method"), entry.get("method_output_name"))
+        if (output == "token_embeddings" and how == plain[0]) or (
+            output == "sentence_embedding" and how in (plain[1], *towers)
+        ):
+            continue
+        raise WeightsError(
+            f"{origin}: modality_config takes {how[1]!r} of {how[0]!r} for {modality} as "
+            f"{output!r}, which memopt does not do"
+        )
+    return bool(output == "sentence_embedding")
+
+
+def _pooling(
+    folder: Path, modules: tuple[Module, ...], own_head: bool
+) -> tuple[str, int | None, bool]:
+    module = next((m for m in modules if m.kind == "Pooling"), None)
+    if module is None:
+        if not own_head:
+            raise WeightsError(
+                f"{folder / MODULES} has no Pooling module, so there is no vector a text",
+                fix="add the Pooling module the model was trained with",
+            )
+        return "model", None, True
+    path = folder / module.path / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder / MODULES} names {path}, which is missing")
+    config = _object(path)
+    known = {"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"}
+    if unknown := sorted(set(config) - known - set(_FLAGS)):
+        raise WeightsError(f"{path}: key {unknown[0]!r} is not known, so it is not honoured")
+    flagged = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = config.get("pooling_mode", flagged)
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise WeightsError(
+            f"{path} asks for pooling {' + '.join(map(str, modes)) or 'none'}, which memopt does "
+            "not do",
+            fix=f"one of {', '.join(POOLINGS)} can be converted",
+        )
+    width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
+    return (
+        POOLINGS[modes[0]],
+        width if type(width) is int else None,
+        config.get("include_prompt", True) is not False,
+    )
+
+
+def _modalities(settings: Mapping[str, Any], kind: str) -> tuple[str, ...]:
+    default = ("text", "image") if kind == "CLIPModel" else ("text",)
+    return tuple(settings.get("modality_config") or default)
+
+
+def _call_limit(settings: Mapping[str, Any], limit: Any) -> Any:
+    calls = settings.get("processing_kwargs") or {}
+    for group in ("text", "common"):
+        value = (calls.get(group) or {}).get("max_length")
+        if value is not None:
+            return value
+    return limit
+
+
+def _arguments(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in (settings.get(key) or {}).items() if k not in _REPLACED}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,142 @@
+"""tokenizer.json in a bundle does what transformers' own tokenizer does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from memopt.bundle import Bundle
+from memopt.errors import WeightsError
+from memopt.runtimes.text import TextFrontEnd
+from memopt.weights import tokenizer as tokenizer_module
+from memopt.weights.convert import convert
+
+TEXTS = [
+    *tokenizer_module.PROBES,
+    "left [unused] right [MASK]",
+    "the first half is about boats " * 30 + "and the second one about snow " * 30,
+]
+
+
+@pytest.fixture
+def source(tiny_source: Path, tmp_path: Path) -> Path:
+    """A private copy of the tiny BERT's folder without sentence-transformers' files."""
+    folder = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    for name in ("modules.json", "sentence_bert_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def edit(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def ours(bundle: Bundle) -> list[list[int]]:
+    front = TextFrontEnd(bundle, ("input_ids", "attention_mask"))
+    found = []
+    for text in TEXTS:
+        (batch,) = front.prepare([text], None)
+        kept = batch.feed["attention_mask"][0].astype(bool)
+        found.append(batch.feed["input_ids"][0][kept].tolist())
+    return found
+
+
+def theirs(folder: Path, limit: int | None) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(folder)
+    cut = {"truncation": True, "max_length": limit} if limit else {}
+    return [made(text, **cut)["input_ids"] for text in TEXTS]
+
+
+TOKEN = {
+    "content": "[unused]",
+    **dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False),
+    "special": True,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "case kept": {"do_lower_case": False},
+    "accents kept": {"strip_accents": False},
+    "added token": {"added_tokens_decoder": {"5": TOKEN}},
+    "cut on the left": {"truncation_side": "left", "model_max_length": 8},
+    "other end token": {"sep_token": "[MASK]"},
+    "padded on the left": {"padding_side": "left"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_token_ids_are_those_of_transformers(
+    source: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Whatever tokenizer_config.json changes is in tokenizer.json afterwards."""
+    edit(source, "tokenizer_config.json", **change)
+    bundle = convert(source, tmp_path / "bundle", on_warning=pytest.fail)
+    wanted = theirs(source, bundle.manifest.max_length)
+    assert ours(bundle) == wanted
+    plain = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    assert [encoding.ids for encoding in map(plain.encode, TEXTS)] == wanted
+
+
+def test_saved_truncation_and_padding_do_not_count(source: Path, tmp_path: Path) -> None:
+    """A model without a limit gets whole texts, though its tokenizer was saved while cutting."""
+    stored = Tokenizer.from_file(str(source / "tokenizer.json"))
+    stored.enable_truncation(5)
+    stored.enable_padding(length=9)
+    stored.save(str(source / "tokenizer.json"))
+    edit(source, "tokenizer_config.json", model_max_length=10**30)
+    config = {"model_type": "t5", "architectures": ["T5EncoderModel"], "n_positions": 9}
+    (source / "config.json").write_text(json.dumps(config))
+    edit(source, "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    bundle = convert(source, tmp_path / "bundle", on_warning=pytest.fail)
+    assert bundle.manifest.max_length is None
+    found = ours(bundle)
+    assert found == theirs(source, None)
+    assert max(map(len, found)) > 100
+
+
+def test_an_older_bundle_is_cut_as_its_config_says(source: Path, tmp_path: Path) -> None:
+    """A tokenizer.json that was only copied is still read with the configured side."""
+    bundle = convert(source, tmp_path / "bundle")
+    edit(bundle.path, "tokenizer.json", truncation=None)
+    edit(bundle.path, "tokenizer_config.json", truncation_side="left")
+    edit(source, "tokenizer_config.json", truncation_side="left")
+    assert ours(bundle) == theirs(source, bundle.manifest.max_length)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused(source: Path, tmp_path: Path) -> None:
+    """split_special_tokens is no part of tokenizer.json: convert says so and writes nothing."""
+    edit(source, "tokenizer_config.json", split_special_tokens=True)
+    with pytest.raises(WeightsError, match="gives other token ids than transformers"):
+        convert(source, tmp_path / "made" / "bundle")
+    assert not (tmp_path / "made" / "bundle").exists()
+
+
+def test_a_tokenizer_transformers_cannot_read_is_told(source: Path, tmp_path: Path) -> None:
+    """tokenizer.json alone still serves, and a line says that nobody vouched for it."""
+    edit(source, "tokenizer_config.json", tokenizer_class="NobodysTokenizer", auto_map={"x": "y"})
+    lines: list[str] = []
+    before = (source / "tokenizer.json").read_bytes()
+    bundle = convert(source, tmp_path / "bundle", on_warning=lines.append)
+    if lines:  # transformers may read it with a class of its own
+        assert "taken as it lies" in lines[0]
+        assert (bundle.path / "tokenizer.json").read_bytes() == before
+    else:
+        assert ours(bundle) == theirs(source, bundle.manifest.max_length)
+
+
+def test_without_transformers_the_tokenizer_is_taken_as_it_lies(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """convert needs no transformers where tokenizer.json is there; it says what it did not do."""
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    lines: list[str] = []
+    convert(source, tmp_path / "bundle", on_warning=lines.append)
+    assert len(lines) == 1
+    assert "transformers is needed to read the tokenizer" in lines[0]
