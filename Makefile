@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench edge clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A fresh venv with memopt[cpu]: size, packages, first vector; fails past 195 MB.
+edge: .venv/.dev
+	$(BIN)/python benchmarks/edge.py
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/encode.py
