@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench edge clean
+.PHONY: demo test test-all lint fuzz bench edge clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,11 @@ lint: .venv/.dev
 # A fresh venv with memopt[cpu]: size, packages, first vector; fails past 195 MB.
 edge: .venv/.dev
 	$(BIN)/python benchmarks/edge.py
+
+# Damaged input of every format we read, for SECONDS each; findings are left in .cache/fuzz.
+SECONDS ?= 60
+fuzz: .venv/.dev
+	$(BIN)/python tests/fuzz/run.py -s $(SECONDS)
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/encode.py

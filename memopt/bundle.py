@@ -18,6 +18,7 @@ from typing import Any
 
 from memopt.errors import BundleError
 from memopt.files import atomic_path, open_plain, sha256_file, swapped_in
+from memopt.jsontext import parse_json
 from memopt.registry import nearest
 
 MANIFEST = "memopt.json"
@@ -120,10 +121,7 @@ class Manifest:
         Raises:
             BundleError: not JSON, an unknown or missing key, or a newer format version.
         """
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BundleError(f"{origin} is not valid JSON ({error})") from error
+        raw = parse_json(text, origin, error=BundleError)
         if not isinstance(raw, dict):
             raise BundleError(f"{origin} is not a JSON object")
         version = raw.get("format_version", FORMAT_VERSION)
@@ -318,11 +316,9 @@ def read_json(path: Path) -> dict[str, Any]:
         BundleError: the file is missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes(), str(path), error=BundleError)
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path} is not a JSON object")
     return value

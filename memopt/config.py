@@ -6,7 +6,6 @@ Environment variables are ``MEMOPT_<SECTION>__<FIELD>``, for example ``MEMOPT_DE
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -23,7 +22,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from memopt.errors import ConfigurationError
+from memopt.errors import ConfigurationError, InputError
+from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.settings import (
     ConsolidationSection,
@@ -33,7 +33,7 @@ from memopt.settings import (
     GpuSection,
     QuantizationSection,
 )
-from memopt.yamlfile import read_yaml
+from memopt.yamlfile import parse_yaml, read_yaml
 
 ENV_PREFIX = "MEMOPT_"
 DEFAULT_FILE = "memopt.yaml"
@@ -127,8 +127,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
             f"{text!r} is not an assignment", fix="write section.key=value, like device.target=cpu"
         )
     try:
-        return {section: {key: yaml.safe_load(value)}}
-    except yaml.YAMLError as error:
+        return {section: {key: parse_yaml(value, f"the value of {name}")}}
+    except ConfigurationError as error:
         raise ConfigurationError(f"{text!r} has a value that is not YAML") from error
 
 
@@ -271,8 +271,8 @@ def _check_environment() -> None:
 
 def _is_json(text: str, kind: type) -> bool:
     try:
-        return isinstance(json.loads(text), kind)
-    except ValueError:
+        return isinstance(parse_json(text, "it"), kind)
+    except InputError:
         return False
 
 
@@ -360,7 +360,9 @@ def _origin(
         for name in sorted(os.environ):
             # More than two parts are wrong too, and the error is then that of the first two.
             if "__".join(name.upper().split("__")[:2]) == variable and (
-                depth == 2 or not exactly or _holds(json.loads(os.environ[name]), location[1:])
+                depth == 2
+                or not exactly
+                or _holds(parse_json(os.environ[name], name), location[1:])
             ):
                 return f"environment variable {name}"
     if file is not None and _holds(values, location if exactly else location[:1]):

@@ -19,11 +19,14 @@ def _cron(value: str) -> str:
     if len(value.split()) not in (5, 6):
         raise ValueError
     try:
-        from croniter import croniter
+        from croniter import CroniterBadDateError, croniter
     except ImportError:
         return value
-    if not croniter.is_valid(value):
-        raise ValueError
+    try:
+        # 30 February is a valid expression that no day answers to.
+        croniter(value).get_next()
+    except (CroniterBadDateError, ValueError, ArithmeticError) as error:
+        raise ValueError from error
     return value
 
 

@@ -27,10 +27,60 @@ def read_yaml(path: Path) -> Any:
     memopt.errors.ConfigurationError: ...a.yaml is not valid YAML: the key 'a' is there twice ...
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        ConfigurationError: it is not YAML, a key is there twice or is not text, or it is nested or
+            repeats itself (by aliases) beyond any settings file.
+
+    >>> parse_yaml("[" * 999, "a.yaml")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: a.yaml is not valid YAML: it is nested too deep, or in itself
+    """
+    try:
+        loader = _UniqueKeys(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _LARGEST:
+            raise ConfigurationError(
+                f"{what} is not valid YAML: its aliases stand for over {_LARGEST:,} values"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ConfigurationError(
+            f"{what} is not valid YAML: it is nested too deep, or in itself"
+        ) from None
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        # Dates that do not exist and numbers of too many digits are plain ValueErrors.
         line = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise ConfigurationError(f"{path} is not valid YAML: {line}") from error
+        raise ConfigurationError(f"{what} is not valid YAML: {line}") from error
+
+
+# Values of a document with its aliases written out; the largest settings have under a hundred.
+_LARGEST = 10_000
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a node, those behind aliases each time they are named."""
+    if id(node) not in known:
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 class _UniqueKeys(yaml.SafeLoader):

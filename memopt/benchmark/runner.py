@@ -29,6 +29,7 @@ from memopt.benchmark.peers import Contender
 from memopt.bundle import stamp
 from memopt.errors import InputError, MemoptError
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 from memopt.runtimes.cpu import cpu_model, usable_cpus
 from memopt.runtimes.limits import process_vram_mb
 
@@ -92,9 +93,9 @@ class BenchmarkMetrics:
             InputError: the file is missing or is not such a record.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse_json(path.read_bytes(), str(path))
             return cls(**{**raw, "rounds_seconds": tuple(raw["rounds_seconds"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, InputError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path} is not a benchmark record ({type(error).__name__}: {error})",
                 fix="make one: memopt bench BUNDLE",

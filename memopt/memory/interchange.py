@@ -26,7 +26,7 @@ from memopt.memory.schema import (
     Filter,
     Memory,
 )
-from memopt.parquetfile import open_parquet
+from memopt.parquetfile import batches, open_parquet
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -137,7 +137,7 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     if model and not store.meta.model_id and not store.count():
         store.write_meta(model_id=model)
     added, condensed = 0, 0
-    for batch in file.iter_batches(_CHUNK):
+    for batch in batches(file, folder / MEMORIES, _CHUNK):
         table = _new_rows(store, batch, summaries)
         with store.changing():
             known = store.light(table["memory_id"].to_pylist(), ("memory_id",))
@@ -149,15 +149,15 @@ def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
         added += table.num_rows
         condensed += table["tier"].to_pylist().count(LONG_TERM)
     if graph is not None:
-        batches = graph.iter_batches(_CHUNK)
+        links = batches(graph, folder / GRAPH, _CHUNK)
     else:
         # The memories carry their links too.
         named = ["memory_id", "association_links"]
-        batches = (
+        links = (
             batch.rename_columns(GRAPH_FILE.names)
-            for batch in file.iter_batches(_CHUNK, columns=named)
+            for batch in batches(file, folder / MEMORIES, _CHUNK, named)
         )
-    linked = sum(_add_links(store, batch) for batch in batches)
+    linked = sum(_add_links(store, batch) for batch in links)
     return Transfer(added, linked, condensed)
 
 
@@ -175,7 +175,7 @@ def check_export(folder: str | Path) -> int | None:
     dim: int | None = None
     seen: set[str] = set()
     columns = ["memory_id", "timestamp", "joint_embedding"]
-    for batch in _opened(path, MEMORIES_FILE).iter_batches(_CHUNK, columns=columns):
+    for batch in batches(_opened(path, MEMORIES_FILE), path, _CHUNK, columns):
         for key, moment, vector in zip(*(batch[name].to_pylist() for name in columns), strict=True):
             dim = dim or len(vector or ()) or None
             problem = _problem(key, moment, vector or (), dim, seen)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from memopt.errors import ConsolidationError
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 from memopt.memory.schema import FORMAT_VERSION
 
 META_FILE = "memory.json"
@@ -149,7 +150,7 @@ def parse_meta(data: bytes, where: Any = META_FILE) -> Meta:
     8
     """
     try:
-        values = json.loads(data)
+        values = parse_json(data, str(where))
         version = int(values["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConsolidationError(

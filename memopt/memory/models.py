@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 
 if TYPE_CHECKING:
     from memopt.memory.schema import Embedder
@@ -95,7 +96,7 @@ def remembered(folder: str | Path) -> Models:
     if not path.is_file():
         return Models()
     try:
-        return Models(**json.loads(path.read_text(encoding="utf-8")))
+        return Models(**parse_json(path.read_bytes(), str(path)))
     except (ValueError, TypeError) as error:
         raise ConsolidationError(f"{path} is damaged ({error})", fix="delete it") from error
 

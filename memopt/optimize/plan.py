@@ -10,6 +10,7 @@ from typing import Any
 
 from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 from memopt.registry import nearest
 
 PLAN_VERSION = 1
@@ -132,7 +133,7 @@ class Plan:
         """
         fix = "memopt optimize writes one: plan.json in the bundle"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = parse_json(path.read_bytes(), str(path), error=ConfigurationError)
             version = int(raw["version"])
             items = list(raw.pop("candidates"))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -150,7 +150,10 @@ class OpenFile:
     def _read(self, group: int, columns: list[str], what: str) -> pa.Table:
         try:
             with self._lock:
-                return self._parquet.read_row_group(group, columns=columns, use_threads=False)
+                table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
+            # Names and types that are no UTF-8 would be believed until they are used.
+            table.validate(full=True)
+            return table
         except _DAMAGE as error:
             raise WeightsError(
                 f"{self.path}, {what}: cannot be read ({_first_line(error)})",

@@ -18,6 +18,7 @@ import numpy as np
 
 from memopt.errors import WeightsError
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import numpy_dtype
 
@@ -43,6 +44,8 @@ DTYPES = {
 CODES = {name: code for code, name in DTYPES.items()}
 # The reference implementation refuses longer headers.
 _HEADER_LIMIT = 100_000_000
+# numpy's limit since 2.0; a product of more could be made to take for ever.
+_DIMENSIONS = 64
 _DAMAGED = "the file is truncated or damaged; download it again"
 
 
@@ -105,13 +108,18 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             raise WeightsError(
                 f"{path} has {size:,} bytes and announces a header of {length:,}", fix=_DAMAGED
             )
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise WeightsError(f"{path} has a damaged header ({error})", fix=_DAMAGED) from error
+        header = parse_json(
+            file.read(length),
+            f"the header of {path}",
+            error=WeightsError,
+            fix=_DAMAGED,
+            pairs=_no_duplicates,
+        )
     if not isinstance(header, dict):
         raise WeightsError(f"{path} has a header that is not an object", fix=_DAMAGED)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise WeightsError(f"{path} has metadata that is not an object", fix=_DAMAGED)
     base = 8 + length
     tensors = [_tensor(path, name, entry, base) for name, entry in header.items()]
     at = base
@@ -140,13 +148,15 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
     try:
         code, shape = entry["dtype"], tuple(entry["shape"])
         start, end = entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        if len(shape) > _DIMENSIONS or not all(
+            type(n) is int and n >= 0 for n in (*shape, start, end)
+        ):
             raise ValueError(f"shape {list(shape)}, offsets {[start, end]}")
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{path}: tensor {name!r} has a damaged entry ({error})", fix=_DAMAGED
         ) from error
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise WeightsError(
             f"{path}: tensor {name!r} has dtype {code!r}, which memopt does not store",
             fix=f"supported: {', '.join(DTYPES)}",

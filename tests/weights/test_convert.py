@@ -246,7 +246,7 @@ def _config(text: str) -> Callable[[Path], None]:
         (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
         (_pickle, "pytorch_model.bin: a pickled checkpoint can run any code"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-        (_config("{"), "not valid JSON"),
+        (_config("{"), "is not JSON"),
         (_config('{"model_type": "bert"}'), "has no architectures"),
         (_config('{"architectures": ["BertModel"]}'), "has no model_type"),
         (_config('{"architectures": [], "model_type": "bert"}'), "has no architectures"),

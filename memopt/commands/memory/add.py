@@ -150,7 +150,7 @@ def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, An
     from memopt.memory.schema import Content, NewMemory
 
     renamed = {"vision_data": "image", "audio_data": "audio"}
-    entry = {renamed.get(k, k): value for k, value in entry.items() if value is not None}
+    entry = {str(renamed.get(k, k)): value for k, value in entry.items() if value is not None}
     unknown = sorted(set(entry) - set(_FIELDS))
     if unknown:
         raise InputError(
@@ -166,11 +166,11 @@ def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, An
                 raise InputError(f"{where}: {name} {value} is no file")
             value = file.read_bytes()
         media[name] = value
-    times = {
+    times: dict[str, Any] = {
         name: moment(entry[name], name) if isinstance(entry[name], str) else entry[name]
         for name in ("timestamp", "expires_at")
         if name in entry
     }
     content = Content(text=entry.get("text"), vision=media["image"], audio=media["audio"])
-    own = {name: entry[name] for name in ("memory_id", "category") if name in entry}
+    own: dict[str, Any] = {name: entry[name] for name in ("memory_id", "category") if name in entry}
     return NewMemory(content=content, origin=where, **{**usual, **own, **times})
