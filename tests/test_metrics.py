@@ -77,6 +77,7 @@ def test_log_lines_are_structured(caplog: pytest.LogCaptureFixture) -> None:
     assert (line["device"], line["batch_size"], line["variant"]) == ("cpu", 3, "fake")
 
 
+@pytest.mark.performance
 def test_recording_costs_less_than_one_percent_of_the_smallest_request(minilm: Bundle) -> None:
     """What is recorded per request is below 1 % of one short sentence, measured in the same run."""
     with ArrowEngine(minilm) as engine:

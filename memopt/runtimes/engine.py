@@ -23,7 +23,15 @@ from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates, tuned_record
-from memopt.runtimes.vectors import Encoded, as_items, progress, refusal, to_arrow, unit_length
+from memopt.runtimes.vectors import (
+    Encoded,
+    as_items,
+    is_bare,
+    progress,
+    refusal,
+    to_arrow,
+    unit_length,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,8 +77,8 @@ class ArrowEngine:
 
     >>> from memopt.runtimes.testing import fake_engine
     >>> with fake_engine(dimension=8) as engine:
-    ...     engine.encode(["a cat", "a dog"]).shape
-    (2, 8)
+    ...     engine.encode(["a cat", "a dog"]).shape, engine.encode("a cat").shape
+    ((2, 8), (8,))
     """
 
     def __init__(
@@ -250,13 +258,12 @@ class ArrowEngine:
         output: Literal["numpy", "arrow"] = "numpy",
         on_error: Literal["fail", "skip"] = "fail",
     ) -> Any:
-        """Return one vector per input, in the order of the inputs.
+        """Return one vector per input, in the order of the inputs; of one bare input its vector.
 
         Args:
             inputs: a sequence; for text of str, for images of paths, encoded bytes, PIL images or
                 arrays (height, width[, channels]), for audio of paths, encoded bytes,
-                (samples, rate) pairs or mono samples at the model's rate. One bare item counts
-                as a sequence of one.
+                (samples, rate) pairs or mono samples at the model's rate; or one of these alone.
             normalize: make every vector unit length, whatever the bundle's head does. False gives
                 the head's output as it is.
             batch_size: inputs per batch; None lets a token budget decide, which is faster.
@@ -265,7 +272,8 @@ class ArrowEngine:
             on_error: ``fail`` raises on an input that cannot be used, ``skip`` gives it a NaN row.
 
         Returns:
-            float32 (n, dimension); (0, dimension) for no inputs.
+            float32 (n, dimension); (0, dimension) for no inputs, (dimension,) for one that is in
+            no sequence, as sentence-transformers does (as Arrow an array of length 1).
 
         Raises:
             InputError: an input that cannot be used, named by its position.
@@ -282,7 +290,10 @@ class ArrowEngine:
             show_progress=show_progress,
             fail=on_error == "fail",
         )
-        return to_arrow(encoded.vectors) if output == "arrow" else encoded.vectors
+        if output == "arrow":
+            return to_arrow(encoded.vectors)
+        bare = is_bare(inputs, self._bundle.manifest.modality)
+        return encoded.vectors[0] if bare else encoded.vectors
 
     def encode_each(
         self,
@@ -339,10 +350,12 @@ class ArrowEngine:
         """
         import asyncio
 
-        items = as_items(inputs, self._bundle.manifest.modality)
+        modality = self._bundle.manifest.modality
+        items = as_items(inputs, modality)
         if not len(items):
             return np.empty((0, self.dimension), np.float32)
-        return await asyncio.wrap_future(self._shared().submit(items, normalize))
+        vectors = await asyncio.wrap_future(self._shared().submit(items, normalize))
+        return vectors[0] if is_bare(inputs, modality) else vectors
 
     def _shared(self) -> Coalescer:
         with self._lock:

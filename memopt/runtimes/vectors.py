@@ -33,25 +33,35 @@ class Encoded:
     failures: dict[int, str] = field(default_factory=dict)
 
 
+def is_bare(inputs: Any, modality: str) -> bool:
+    """Return whether this is one input, and not a sequence of them.
+
+    >>> is_bare("a cat", "text"), is_bare(["a cat"], "text"), is_bare(np.zeros(4), "audio")
+    (True, False, True)
+    """
+    if isinstance(inputs, str | bytes | bytearray | Path):
+        return True
+    if isinstance(inputs, np.ndarray):
+        if modality == "image":
+            return inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[-1] in (1, 3, 4))
+        return modality == "audio" and inputs.ndim == 1 and inputs.dtype != object
+    if isinstance(inputs, tuple) and len(inputs) == 2 and modality == "audio":
+        samples, rate = inputs
+        return isinstance(samples, np.ndarray) and isinstance(rate, int | float)
+    # A picture that PIL opened; it has no length and no elements.
+    return modality == "image" and hasattr(inputs, "convert") and not hasattr(inputs, "__iter__")
+
+
 def as_items(inputs: Any, modality: str) -> Sequence[Any]:
     """Return the inputs as a sequence; one bare item becomes a sequence of one.
 
     >>> as_items("a cat", "text"), as_items(iter(["a", "b"]), "text")
     (['a cat'], ['a', 'b'])
     """
-    if isinstance(inputs, str | bytes | bytearray | Path):
+    if is_bare(inputs, modality):
         return [inputs]
     if isinstance(inputs, np.ndarray):
-        single = modality == "image" and (
-            inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[-1] in (1, 3, 4))
-        )
-        if single or (modality == "audio" and inputs.ndim == 1 and inputs.dtype != object):
-            return [inputs]
         return inputs.tolist() if modality == "text" else list(inputs)
-    if isinstance(inputs, tuple) and len(inputs) == 2 and modality == "audio":
-        samples, rate = inputs
-        if isinstance(samples, np.ndarray) and isinstance(rate, int | float):
-            return [inputs]
     if isinstance(inputs, list | tuple):
         return inputs
     if hasattr(inputs, "to_pylist"):  # an Arrow array iterates over scalars of its own
@@ -60,8 +70,6 @@ def as_items(inputs: Any, modality: str) -> Sequence[Any]:
     try:
         return list(inputs)
     except TypeError as error:
-        if modality == "image" and hasattr(inputs, "convert"):
-            return [inputs]
         raise InputError(
             f"inputs is {type(inputs).__name__}, not a sequence", fix="pass a list"
         ) from error

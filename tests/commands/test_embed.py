@@ -228,10 +228,8 @@ def test_a_killed_run_resumes_without_loss(minilm: Bundle, tmp_path: Path) -> No
     killed, whole = tmp_path / "killed.npy", tmp_path / "whole.npy"
     process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL)
     parts = tmp_path / ".killed.npy.parts"
-    deadline = time.monotonic() + 120
     while not (parts / "00000000.json").is_file():
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -256,10 +254,8 @@ def test_ctrl_c_says_how_to_go_on(minilm: Bundle, tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         state = tmp_path / ".o.npy.parts" / "state.json"
-        deadline = time.monotonic() + 120
         while not state.is_file():
             assert process.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

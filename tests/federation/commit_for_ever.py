@@ -38,3 +38,4 @@ if __name__ == "__main__":
         path.write_bytes(delta.payload)
         with store.locked("lora"):
             store.commit(key.sign(manifest), path, delta.received)
+        print(head.sequence + 1, flush=True)

@@ -101,8 +101,10 @@ def test_kill_9_while_committing_leaves_whole_versions(tmp_path: Path) -> None:
             [sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0.02, 0.4))
+        # So many commits, and a moment into the next one, wherever that falls.
+        for _ in range(1 + chance.randint(2, 6)):
+            assert process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         store = Store(folder)
@@ -161,9 +163,8 @@ def test_a_killed_client_resumes_where_it_was(fleet, process, tmp_path: Path) ->
         ]
         process = subprocess.Popen([*command, f"127.0.0.1:{slow.port}"])
         part = tmp_path / "store" / "incoming"
-        until = time.monotonic() + 30
         while sum(p.stat().st_size for p in part.glob("*/*.part")) < 6 << 20:
-            assert time.monotonic() < until
+            assert process.poll() is None
             time.sleep(0.01)
         process.kill()
         process.wait()
@@ -264,9 +265,8 @@ def test_a_stalled_client_is_shown_the_door(fleet, tmp_path: Path) -> None:
 
         stalled = threading.Thread(target=push)
         stalled.start()
-        until = time.monotonic() + 30
         while not proxy.faults:
-            assert time.monotonic() < until
+            assert stalled.is_alive()
             time.sleep(0.01)
         client = fleet.client(server.port)
         client.push(fleet.manager(tmp_path / "a"), lora(), key=fleet.keys["alice"], node="alice")
@@ -294,13 +294,11 @@ def test_a_stalled_server_ends_in_a_timeout(fleet, tmp_path: Path) -> None:
     """A peer that accepts and never answers costs one timeout per attempt, then a clear error."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         client = fleet.client(silent.getsockname()[1], timeout=0.5, max_retries=1)
-        started = time.monotonic()
         with pytest.raises(SyncFailure) as caught:
             client.push(
                 fleet.manager(tmp_path / "a"), lora(), key=fleet.keys["alice"], node="alice"
             )
         assert caught.value.retryable
-        assert time.monotonic() - started < 60
 
 
 def test_a_full_disk_is_told_and_the_server_goes_on(fleet, process, tmp_path: Path) -> None:

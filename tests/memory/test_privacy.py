@@ -206,8 +206,7 @@ def test_writes_are_in_the_log_before_they_return_and_reads_soon_after(
         other = MemoryStore(tmp_path / "s", actor="bob")
         assert [line.action for line in read_log(other)] == ["write"]
         store.get("a")
-        deadline = time.monotonic() + 20
-        while len(read_log(other)) < 2 and time.monotonic() < deadline:
+        while len(read_log(other)) < 2:
             time.sleep(0.02)
         assert [line.action for line in read_log(other)] == ["write", "read"]
 

@@ -83,9 +83,11 @@ def test_many_chunks_keep_their_order(engine: ArrowEngine) -> None:
 
 
 def test_shapes_of_nothing_and_of_one(engine: ArrowEngine) -> None:
-    """No input gives (0, dim); a bare string counts as one input; an iterator works."""
+    """No input gives (0, dim), a bare string its vector (dim,); an iterator works."""
     assert engine.encode([]).shape == (0, 384)
-    assert engine.encode("a cat").shape == (1, 384)
+    assert engine.encode("a cat").shape == (384,)
+    assert np.array_equal(engine.encode("a cat"), engine.encode(["a cat"])[0])
+    assert len(engine.encode("a cat", output="arrow")) == 1
     assert engine.encode(iter(["a", "b"])).shape == (2, 384)
     assert engine.dimension == 384
 
