@@ -47,13 +47,13 @@ from memopt.federation.signing import Node, SigningKey, Trust, add_trusted
 CODECS = {
     **{name: DeltaSettings(codec=name) for name in ("lossless", "fp16", "int8", "int4", "topk")},
     "int8, 31 levels": DeltaSettings(codec="int8", levels=31),
-    "int8, 15 levels": DeltaSettings(codec="int8", levels=15),
+    "int8, 127 levels": DeltaSettings(codec="int8", levels=127),
 }
 # In a short fast training every tensor moves by more than 1 % a round; these thresholds let a half
 # and a quarter of them wait and show what skipping costs.
 SKIPPING = {
-    "int8 + skip": DeltaSettings(codec="int8", delta_threshold=0.2),
-    "int8, 15 levels + skip": DeltaSettings(codec="int8", levels=15, delta_threshold=0.08),
+    "int8 + skip": DeltaSettings(codec="int8", delta_threshold=0.08),
+    "int8, 127 levels + skip": DeltaSettings(codec="int8", levels=127, delta_threshold=0.2),
 }
 NODES = ("north", "south")
 

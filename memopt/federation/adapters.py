@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from memopt.weights.writer import write_weights as write_parquet
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # The adapter's config travels as one more tensor, so that it is hashed, signed and versioned too.
 CONFIG_TENSOR = "__adapter_config__"
+# A safetensors header has this entry beside those of its tensors.
+_METADATA = "__metadata__"
+_LIKE_METADATA = re.compile(r"__metadata___*")
 
 
 def read_weights(path: str | Path) -> dict[str, Array]:
@@ -85,8 +89,17 @@ def write_safetensors(path: Path, weights: Weights) -> None:
 
 
 def safetensors_parts(weights: Weights) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file, a tensor at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Yield the bytes of a safetensors file, a tensor at a time.
+
+    Raises:
+        SyncError: a tensor has the name under which the format keeps other things.
+    """
+    if _METADATA in weights:
+        raise SyncError(
+            f"a safetensors file cannot hold a tensor called {_METADATA!r}",
+            fix="write .parquet, or call it something else",
+        )
+    header: dict[str, object] = {_METADATA: {"format": "pt"}}
     start = 0
     for name in sorted(weights):
         array = weights[name]
@@ -104,6 +117,20 @@ def safetensors_parts(weights: Weights) -> Iterator[bytes | memoryview]:
         yield raw(np.ascontiguousarray(weights[name])).data
 
 
+def kept_parts(weights: Weights) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file for :func:`read_kept`; any name may be in it."""
+    return safetensors_parts({_kept_name(name): array for name, array in weights.items()})
+
+
+def _kept_name(name: str) -> str:
+    """Keep the format's own name, and those that look like this, apart by one more underscore."""
+    return f"{name}_" if _LIKE_METADATA.fullmatch(name) else name
+
+
+def _given_name(name: str) -> str:
+    return name[:-1] if name != _METADATA and _LIKE_METADATA.fullmatch(name) else name
+
+
 def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
     """Read every tensor of a safetensors file that ``vault`` keeps.
 
@@ -112,7 +139,7 @@ def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
         SyncFailure: it is sealed, and the key does not open it.
     """
     if not vault.sealed(path):
-        return read_safetensors(path)
+        return {_given_name(name): array for name, array in read_safetensors(path).items()}
     safetensors = require("safetensors", extra="federation", why="read sealed weights")
     try:
         tensors = safetensors.deserialize(vault.read(path))
@@ -120,9 +147,9 @@ def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
         raise WeightsError(f"{path} is damaged ({error})") from error
     return check_weights(
         {
-            name: np.frombuffer(found["data"], numpy_dtype(DTYPES[found["dtype"]])).reshape(
-                found["shape"]
-            )
+            _given_name(name): np.frombuffer(
+                found["data"], numpy_dtype(DTYPES[found["dtype"]])
+            ).reshape(found["shape"])
             for name, found in tensors
         }
     )

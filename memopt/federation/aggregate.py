@@ -13,9 +13,10 @@ the rank and the alpha that make it what it should be.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,10 @@ _MAX_RANK = 4096
 class AggregateSettings:
     """How adapters are averaged.
 
-    ``max_norm`` bounds the Frobenius norm of a client's whole update (all B A together, as PEFT
-    scales them); a larger one is scaled down to it. ``trim`` is the share cut off at each end.
+    ``max_norm`` bounds the Frobenius norm of all that a client sends: every B A as PEFT scales it,
+    and every other float tensor (``modules_to_save``, DoRA's magnitudes, plain weights); a client
+    over it is scaled down as a whole, so leave room for what is no update. ``trim`` is the share
+    cut off at each end.
     ``rank`` is the rank of the result with ``product``, the clients' largest by default.
     """
 
@@ -121,50 +124,79 @@ def aggregate(
     settings = settings or AggregateSettings()
     shares = _shares(len(clients), weights)
     checked = [check_weights(c) for c in clients]
-    usable = [i for i, c in enumerate(checked) if _finite(c)]
-    if not usable:
-        raise SyncFailure("malformed", "no client has finite weights")
-    kept = [checked[i] for i in usable]
-    share = np.array([shares[i] for i in usable])
+    problems = [_problem(client) for client in checked]
+    usable = [i for i, problem in enumerate(problems) if problem is None]
+    while True:
+        if not usable:
+            why = next(filter(None, problems), "their averages are over what the dtype holds")
+            raise SyncFailure("malformed", f"no client can be averaged: {why}")
+        kept = [checked[i] for i in usable]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            norms, made = _average(kept, [shares[i] for i in usable], settings)
+        if _finite(made.weights) and np.isfinite(made.error):
+            break
+        # Finite numbers whose average the dtype cannot hold: the largest client is left out.
+        del usable[int(np.argmax(norms))]
+    return replace(
+        made,
+        left_out=tuple(i for i in range(len(clients)) if i not in usable),
+        clipped=tuple(usable[i] for i in made.clipped),
+    )
+
+
+def _average(
+    kept: Sequence[Weights], shares: Sequence[float], settings: AggregateSettings
+) -> tuple[list[float], Aggregate]:
+    """Return the norm of each client and their average; ``clipped`` counts in ``kept``."""
+    share = np.array(shares)
     if not share.sum() > 0:
         raise SyncFailure("malformed", "the clients that are left have no weight")
     share = share / share.sum()
-    _check_alike(kept, settings)
     pairs = _pairs(kept[0])
+    _check_alike(kept, pairs, settings)
     configs = [read_config(c) for c in kept]
     scalings = {
         a: [scaling(f, a, c[a].shape[0]) for f, c in zip(configs, kept, strict=True)] for a in pairs
     }
-    bounds, clipped = _clip(kept, pairs, scalings, settings)
+    norms = [_norm(client, number, pairs, scalings, settings) for number, client in enumerate(kept)]
+    most = settings.max_norm or float("inf")
+    bounds = [most / norm if norm > most else 1.0 for norm in norms]
     result: dict[str, Array] = {}
     errors: dict[str, float] = {}
     missed = wanted = 0.0
     for name in kept[0]:
         if name in pairs or name in pairs.values():
             continue
-        result[name] = _plain([c[name] for c in kept], share, settings)
+        result[name] = _plain([c[name] for c in kept], bounds, share, settings)
+    # The config of the first client all of whose products count (with lora_alpha 0 they do not).
+    first = next((n for n in range(len(kept)) if all(s[n] for s in scalings.values())), 0)
+    scaled: dict[str, float] = {}
     for a_name, b_name in pairs.items():
         a, b = [c[a_name] for c in kept], [c[b_name] for c in kept]
-        # The result has the first client's scaling: the others' products are brought to it.
+        # The result has that client's scaling: the others' products are brought to it.
         theirs = scalings[a_name]
+        scaled[a_name] = theirs[first] or next(filter(None, theirs), 0.0)
         scales = [
-            bound * one / theirs[0] if theirs[0] else bound
+            bound * one / scaled[a_name] if scaled[a_name] else bound
             for bound, one in zip(bounds, theirs, strict=True)
         ]
-        new_a, new_b, gap, size = _pair(a, b, share, scales, settings, a_name)
+        new_a, new_b, gap, size = _pair(a, b, share, bounds, scales, settings, a_name)
         result[a_name], result[b_name] = new_a, new_b
         errors[a_name] = (gap / size) ** 0.5 if size > 0 else 0.0
         missed, wanted = missed + gap, wanted + size
-    if configs[0] is not None and CONFIG_TENSOR in result:
-        ranks = {a: (result[a].shape[0], scalings[a][0]) for a in pairs}
-        if any(ranks[a][0] != kept[0][a].shape[0] for a in pairs):
-            result[CONFIG_TENSOR] = config_of(configs[0], ranks)
-    return Aggregate(
+    config = configs[first]
+    if config is not None and CONFIG_TENSOR in result:
+        result[CONFIG_TENSOR] = kept[first][CONFIG_TENSOR]
+        ranks = {a: (result[a].shape[0], scaled[a]) for a in pairs}
+        there = {a: (kept[first][a].shape[0], scalings[a][first]) for a in pairs}
+        if ranks != there:
+            result[CONFIG_TENSOR] = config_of(config, ranks)
+    return norms, Aggregate(
         weights=result,
         error=(missed / wanted) ** 0.5 if wanted > 0 else 0.0,
         layer_errors=errors,
-        left_out=tuple(i for i in range(len(clients)) if i not in usable),
-        clipped=tuple(usable[i] for i in clipped),
+        left_out=(),
+        clipped=tuple(i for i, bound in enumerate(bounds) if bound < 1),
     )
 
 
@@ -189,18 +221,37 @@ def _finite(client: Weights) -> bool:
     )
 
 
+def _problem(client: Weights) -> str | None:
+    """Return why a client cannot be part of any average, None when it can."""
+    if not _finite(client):
+        return "weights that are NaN or infinite"
+    try:
+        config = read_config(client)
+        for a, b in _pairs(client).items():
+            scaling(config, a, client[a].shape[0])
+            if client[b].shape[1] != client[a].shape[0]:
+                return f"{a} and its B have different ranks"
+    except SyncFailure as error:
+        return error.problem
+    return None
+
+
 def _pairs(client: Weights) -> dict[str, str]:
     pairs = {}
-    for name in client:
+    for name, array in client.items():
         match = _A.match(name)
         if match and f"{match[1]}B{match[2]}" in client:
-            pairs[name] = f"{match[1]}B{match[2]}"
+            other = f"{match[1]}B{match[2]}"
+            # Factors are matrices, or convolutions; a scalar of such a name is a plain tensor.
+            if array.ndim >= 2 and client[other].ndim >= 2:
+                pairs[name] = other
     return pairs
 
 
-def _check_alike(clients: Sequence[Weights], settings: AggregateSettings) -> None:
+def _check_alike(
+    clients: Sequence[Weights], pairs: Mapping[str, str], settings: AggregateSettings
+) -> None:
     first = clients[0]
-    pairs = _pairs(first)
     factors = set(pairs) | set(pairs.values())
     for client in clients[1:]:
         if set(client) != set(first):
@@ -208,7 +259,9 @@ def _check_alike(clients: Sequence[Weights], settings: AggregateSettings) -> Non
             raise SyncFailure("malformed", f"clients hold different tensors: {odd}")
         for name, array in client.items():
             one, other = array.shape, first[name].shape
-            if name in factors and settings.method == "product" and settings.robust == "mean":
+            if array.ndim != first[name].ndim:
+                pass  # other shapes, whatever else holds
+            elif name in factors and settings.method == "product" and settings.robust == "mean":
                 one, other = (one[1:], other[1:]) if name in pairs else (one[:1], other[:1])
             if (one != other and name != CONFIG_TENSOR) or array.dtype != first[name].dtype:
                 raise SyncFailure(
@@ -218,34 +271,38 @@ def _check_alike(clients: Sequence[Weights], settings: AggregateSettings) -> Non
 
 def _flat(a: Array, b: Array) -> tuple[Matrix, Matrix]:
     # A convolution's factors are (r, in, h, w) and (out, r, 1, 1): the product is that of matrices.
-    return a.astype("<f8").reshape(a.shape[0], -1), b.astype("<f8").reshape(b.shape[0], -1)
+    wide, deep = math.prod(a.shape[1:]), math.prod(b.shape[1:])
+    return a.astype("<f8").reshape(len(a), wide), b.astype("<f8").reshape(len(b), deep)
 
 
-def _clip(
-    clients: Sequence[Weights],
+def _norm(
+    client: Weights,
+    number: int,
     pairs: Mapping[str, str],
     scalings: Mapping[str, Sequence[float]],
     settings: AggregateSettings,
-) -> tuple[list[float], list[int]]:
-    scales = [1.0] * len(clients)
-    if settings.max_norm is None:
-        return scales, []
-    for number, client in enumerate(clients):
-        square = 0.0
-        for a_name, b_name in pairs.items():
-            a, b = _flat(client[a_name], client[b_name])
-            # |B A|^2 = trace((B^T B)(A A^T)): r by r, never out by in.
-            square += scalings[a_name][number] ** 2 * float(np.sum((b.T @ b) * (a @ a.T)))
-        norm = max(square, 0.0) ** 0.5
-        if norm > settings.max_norm:
-            scales[number] = settings.max_norm / norm
-    return scales, [i for i, s in enumerate(scales) if s < 1]
+) -> float:
+    """Return the Frobenius norm of all that a client sends: products, and every other float."""
+    square = 0.0
+    # Averaged apart, a factor counts by itself: a huge A with a tiny B is a small product.
+    apart = settings.method == "naive"
+    factors = set() if apart else {*pairs, *pairs.values()}
+    for name, array in client.items():
+        if name not in factors and dtype_name(array) in FLOATS:
+            square += float(np.sum(array.astype("<f8") ** 2))
+    for a_name, b_name in () if apart else pairs.items():
+        a, b = _flat(client[a_name], client[b_name])
+        # |B A|^2 = trace((B^T B)(A A^T)): r by r, never out by in.
+        square += scalings[a_name][number] ** 2 * float(np.sum((b.T @ b) * (a @ a.T)))
+    # Beyond what a float64 holds it is the largest there is.
+    return float(max(square, 0.0) ** 0.5) if np.isfinite(square) else float("inf")
 
 
 def _pair(
     a: Sequence[Array],
     b: Sequence[Array],
     share: Matrix,
+    bounds: Sequence[float],
     scales: Sequence[float],
     settings: AggregateSettings,
     name: str,
@@ -262,7 +319,7 @@ def _pair(
         mean_b = _center([y for _, y in scaled], share, settings)
         return a[0], _as(mean_b, b[0]), 0.0, _square(flat[0][0], mean_b)
     if settings.method == "naive":
-        mean_a = _center([x for x, _ in flat], share, settings)
+        mean_a = _center([x * s for (x, _), s in zip(flat, bounds, strict=True)], share, settings)
         mean_b = _center([y for _, y in scaled], share, settings)
         exact_b, exact_a = _stacked(scaled, share)
         gap = _square(np.vstack([mean_a, exact_a]), np.hstack([mean_b, -exact_b]))
@@ -286,6 +343,8 @@ def _stacked(pairs: Sequence[tuple[Matrix, Matrix]], share: Matrix) -> tuple[Mat
 
 def _low_rank(left: Matrix, right: Matrix, rank: int) -> tuple[Matrix, Matrix, float, float]:
     """Return the best A (rank, in) and B (out, rank) for left @ right (Eckart and Young 1936)."""
+    if not left.size or not right.size:  # rank 0, or a layer without inputs or outputs
+        return np.zeros((rank, right.shape[1])), np.zeros((left.shape[0], rank)), 0.0, 0.0
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right.T)
     u, s, vt = np.linalg.svd(r_left @ r_right.T)
@@ -318,10 +377,14 @@ def _center(values: Sequence[Matrix], share: Matrix, settings: AggregateSettings
     return trimmed
 
 
-def _plain(values: Sequence[Array], share: Matrix, settings: AggregateSettings) -> Array:
+def _plain(
+    values: Sequence[Array], bounds: Sequence[float], share: Matrix, settings: AggregateSettings
+) -> Array:
     if dtype_name(values[0]) not in FLOATS:
         return values[0]
-    return _as(_center([v.astype("<f8") for v in values], share, settings), values[0])
+    scaled = [v.astype("<f8") * bound for v, bound in zip(values, bounds, strict=True)]
+    mean = np.asarray(_center(scaled, share, settings))
+    return mean.astype(DTYPES[dtype_name(values[0])]).reshape(values[0].shape)
 
 
 def _as(value: Matrix, like: Array) -> Array:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from memopt.federation.limits import canonical_json
+from memopt.files import open_plain
 
 _START = "0" * 64
 # An entry holds a few names and hashes and at most 2,000 characters of a problem.
@@ -22,7 +23,8 @@ class AuditLog:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._lock = threading.Lock()
-        self._file = self._path.open("a+b")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._file = os.fdopen(open_plain(self._path, flags), "a+b")
         self._last = _START
         # Only the end is read: the log of years is not loaded to go on with it.
         size = self._file.seek(0, os.SEEK_END)

@@ -15,7 +15,7 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.failures import SyncFailure
-from memopt.federation.signing import check_node, check_private, write_private
+from memopt.federation.signing import check_node, check_private, one_at_a_time, write_private
 from memopt.files import atomic_path
 
 PREFIX = "spiffe://memopt/"
@@ -44,7 +44,8 @@ def init_ca(folder: str | Path, *, days: float = 3650, name: str = "memopt test 
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .sign(key, hashes.SHA256())
     )
-    write_private(key_file, _pem_key(key))
+    # Of two at once one is refused here, before it writes a certificate.
+    write_private(key_file, _pem_key(key), new=True)
     _write(certificate, built)
     return certificate
 
@@ -103,8 +104,10 @@ def issue(
         .sign(signer, hashes.SHA256())
     )
     certificate, key_file = Path(folder) / f"{node}.pem", Path(folder) / f"{node}.key"
-    write_private(key_file, _pem_key(key))
-    _write(certificate, built)
+    # A key and its certificate go together.
+    with one_at_a_time(Path(folder)):
+        write_private(key_file, _pem_key(key))
+        _write(certificate, built)
     return certificate, key_file
 
 

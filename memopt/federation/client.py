@@ -21,6 +21,7 @@ from memopt.federation.limits import (
     check_adapter,
     check_count,
     check_hash,
+    check_tensor_name,
 )
 from memopt.federation.link import Link
 from memopt.federation.manager import DeltaSyncManager
@@ -140,6 +141,9 @@ class SyncClient:
         Raises:
             SyncFailure: refused, or still failing after the retries.
         """
+        for name in weights:
+            # What the server would refuse is known before anything is sent.
+            check_tensor_name(name, self.limits)
         job = PushJob(
             self._link.timeout,
             manager,

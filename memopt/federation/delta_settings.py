@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memopt.errors import ConfigurationError
-from memopt.federation.codecs import INT8_LEVELS
+from memopt.federation.codecs import DEFAULT_LEVELS, INT8_LEVELS
 from memopt.registry import nearest
 
 LOSSY = ("fp16", "int8", "int4", "topk")
@@ -37,7 +37,7 @@ class DeltaSettings:
     level: int = 3  # zstd's, -7 to 22
     compress: bool = True  # False sends what the codec makes as it is
     block: int = 0  # values that share a scale; 0 is the codec's own
-    levels: int = INT8_LEVELS  # int8's steps on each side of zero: fewer compress better
+    levels: int = DEFAULT_LEVELS  # int8's steps on each side of zero: fewer compress better
     topk: float = 0.05  # share of a tensor's values that topk sends
     max_error: float | None = None
     max_bytes: int | None = None
@@ -68,4 +68,9 @@ class DeltaSettings:
 
 def candidates(settings: DeltaSettings) -> tuple[tuple[str, int], ...]:
     """Return the codecs and int8 levels to try, from small to large."""
-    return _BY_SIZE if settings.codec == "auto" else ((settings.codec, settings.levels),)
+    if settings.codec == "auto":
+        return _BY_SIZE
+    if settings.codec == "int8" and settings.max_error is not None:
+        # An error that so few levels do not reach is no reason to leave int8.
+        return tuple((c, n) for c, n in _BY_SIZE if c == "int8" and n >= settings.levels)
+    return ((settings.codec, settings.levels),)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import secrets
 import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,8 @@ from memopt.federation.signing import check_private
 from memopt.metrics import count
 
 _HANDSHAKE_SECONDS = 10.0
-# Handshakes under way at once; who comes meanwhile waits in the kernel's queue of _BACKLOG.
+# Handshakes under way at once: the next one takes the place of the oldest of the address that has
+# most of them. An honest one takes milliseconds, so that only silent ones get old.
 _HANDSHAKES, _BACKLOG = 256, 512
 # Lines of the audit log for refused connections: anyone can cause them.
 _REFUSALS_AT_ONCE, _REFUSALS_PER_SECOND = 20, 1.0
@@ -123,7 +126,8 @@ class Gate:
         self._identities: dict[str, Identity] = {}
         self._busy: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._handshakes = asyncio.Semaphore(_HANDSHAKES)
+        # In the order they came: who has not said who they are yet, and from where.
+        self._pending: dict[asyncio.Task[None], str] = {}
         try:
             self._listeners = _listen(host, port)
         except OSError as error:
@@ -199,25 +203,49 @@ class Gate:
     async def _accept(self, listener: socket.socket) -> None:
         serving: set[asyncio.Task[None]] = set()
         while True:
-            # Whoever comes while all handshakes are taken waits in the kernel's queue.
-            await self._handshakes.acquire()
             try:
-                plain, _ = await self._loop.sock_accept(listener)
+                plain, address = await self._loop.sock_accept(listener)
             except OSError as error:
                 # Out of descriptors, or the peer is gone already: neither may end the service.
-                self._handshakes.release()
                 self._refuse(f"a connection could not be accepted ({error.strerror})")
                 await asyncio.sleep(0.1)
                 continue
+            if len(self._pending) >= _HANDSHAKES:
+                self._make_room()
             task = self._loop.create_task(self._serve(plain))
+            self._pending[task] = _network(address[0])
             serving.add(task)
             task.add_done_callback(serving.discard)
 
+    def _make_room(self) -> None:
+        most, _ = Counter(self._pending.values()).most_common(1)[0]
+        oldest = next(task for task, network in self._pending.items() if network == most)
+        del self._pending[oldest]
+        oldest.cancel()
+        self._refuse(f"a silent connection from {most} made room for the next one")
+
+    async def _spoken(self, plain: socket.socket) -> None:
+        """Wait for the first byte: whoever says nothing costs a socket and no more."""
+        ready = self._loop.create_future()
+        self._loop.add_reader(plain, lambda: ready.done() or ready.set_result(None))
+        try:
+            async with asyncio.timeout(_HANDSHAKE_SECONDS):
+                await ready
+        finally:
+            self._loop.remove_reader(plain)
+
     async def _serve(self, plain: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         ticket = secrets.token_hex(16)
         relay = Relay(StreamGuard(self._limits.message_bytes, self._limits.connection_streams))
         try:
             try:
+                try:
+                    await self._spoken(plain)
+                except BaseException:
+                    plain.close()
+                    raise
                 await self._loop.connect_accepted_socket(
                     lambda: relay.client,
                     plain,
@@ -225,7 +253,7 @@ class Gate:
                     ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
                 )
             finally:
-                self._handshakes.release()
+                self._pending.pop(task, None)
             assert relay.client.transport is not None
             self._register(ticket, self._identify(relay.client.transport))
             await self._loop.create_unix_connection(
@@ -320,6 +348,18 @@ class _Refusals:
         self._left -= 1
         more, self._untold = self._untold, 0
         self._tell(f"{line} (and {more} more before)" if more else line)
+
+
+def _network(host: str) -> str:
+    """Return what one owner holds: an IPv4 address, or the /64 of an IPv6 address.
+
+    >>> _network("2001:db8::1"), _network("192.0.2.7")
+    ('2001:db8::/64', '192.0.2.7')
+    """
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def _ticket(peer: str) -> str:

@@ -213,7 +213,7 @@ class PullJob:
             manifest = signed.manifest
             if manifest.adapter != self._manager.adapter:
                 raise SyncFailure("forbidden", f"a version of {manifest.adapter!r} was offered")
-            self._trust.verify(signed, fresh=False)
+            self._verify(signed, full=full)
             if manifest.kind == "aggregate":
                 raise SyncFailure("forbidden", "an order was offered as a version")
             if manifest.sequence <= sequence:
@@ -231,6 +231,19 @@ class PullJob:
             items.append((signed, size, sha256, full))
             sequence, base, digest = manifest.sequence, manifest.new_hash, manifest.digest()
         return items
+
+    def _verify(self, signed: Signed, *, full: bool) -> None:
+        """Refuse a version that nobody trusted signed.
+
+        On the way to the newest one this may be a version of a key that was rotated out since, or
+        of a node that lost its role: then the newest alone is asked for, whole.
+        """
+        try:
+            self._trust.verify(signed, fresh=False)
+        except SyncFailure as error:
+            if full or self._full or error.code not in ("unknown-signer", "forbidden"):
+                raise
+            raise SyncFailure("need-full", error.problem, fix=error.fix) from error
 
     def _fetch(
         self, exchange: Exchange, number: int, size: int, sha256: str, done: int, total: int

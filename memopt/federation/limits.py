@@ -60,7 +60,7 @@ def check_adapter(name: object) -> str:
     if not isinstance(name, str) or not _ADAPTER.match(name) or ".." in name:
         raise SyncFailure(
             "malformed",
-            f"adapter id {_short(name)} is not allowed",
+            f"adapter id {short(name)} is not allowed",
             fix="use 1 to 100 of A-Z a-z 0-9 . _ @ -, starting with a letter or digit",
         )
     return name
@@ -69,24 +69,24 @@ def check_adapter(name: object) -> str:
 def check_tensor_name(name: object, limits: Limits) -> str:
     """Return ``name`` when it is a tensor name and nothing that looks like a path."""
     if not isinstance(name, str) or not name:
-        raise SyncFailure("malformed", f"tensor name {_short(name)} is not a non-empty string")
+        raise SyncFailure("malformed", f"tensor name {short(name)} is not a non-empty string")
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
-        raise SyncFailure("malformed", f"tensor name {_short(name)} is not valid text") from None
+        raise SyncFailure("malformed", f"tensor name {short(name)} is not valid text") from None
     if size > limits.name_bytes:
         raise SyncFailure(
             "too-large", f"a tensor name has {size} bytes, the limit is {limits.name_bytes}"
         )
     if "/" in name or "\\" in name or ".." in name or name[0] in ".~" or not name.isprintable():
-        raise SyncFailure("malformed", f"tensor name {_short(name)} looks like a path")
+        raise SyncFailure("malformed", f"tensor name {short(name)} looks like a path")
     return name
 
 
 def check_shape(name: str, shape: object, itemsize: int, limits: Limits) -> tuple[int, ...]:
     """Return ``shape`` as a tuple when its dimensions and its size in bytes are within bounds."""
     if not isinstance(shape, list | tuple) or len(shape) > limits.dimensions:
-        raise SyncFailure("malformed", f"{name}: shape {_short(shape)} is not allowed")
+        raise SyncFailure("malformed", f"{name}: shape {short(shape)} is not allowed")
     count = 1
     for dimension in shape:
         check_count(f"{name}: dimension", dimension, limits.total_bytes)
@@ -94,7 +94,7 @@ def check_shape(name: str, shape: object, itemsize: int, limits: Limits) -> tupl
         count *= dimension
         if count * itemsize > limits.total_bytes:
             raise SyncFailure(
-                "too-large", f"{name}: shape {_short(shape)} is over {limits.total_bytes} bytes"
+                "too-large", f"{name}: shape {short(shape)} is over {limits.total_bytes} bytes"
             )
     return tuple(shape)
 
@@ -102,16 +102,16 @@ def check_shape(name: str, shape: object, itemsize: int, limits: Limits) -> tupl
 def check_count(what: str, value: object, limit: int) -> int:
     """Return ``value`` when it is an integer in 0..limit (a bool is not an integer here)."""
     if type(value) is not int or value < 0:
-        raise SyncFailure("malformed", f"{what} {_short(value)} is not a count")
+        raise SyncFailure("malformed", f"{what} {short(value)} is not a count")
     if value > limit:
-        raise SyncFailure("too-large", f"{what} {_short(value)} is over the limit {limit}")
+        raise SyncFailure("too-large", f"{what} {short(value)} is over the limit {limit}")
     return value
 
 
 def check_hash(what: str, value: object) -> str:
     """Return ``value`` when it is 64 lower-case hex digits."""
     if not isinstance(value, str) or not _HEX64.match(value):
-        raise SyncFailure("malformed", f"{what} {_short(value)} is not a SHA-256")
+        raise SyncFailure("malformed", f"{what} {short(value)} is not a SHA-256")
     return value
 
 
@@ -147,7 +147,7 @@ def check_keys(what: str, value: object, required: Sequence[str]) -> dict[str, A
         raise SyncFailure("malformed", f"{what} is not an object")
     if set(value) != set(required):
         odd = sorted(map(str, set(value) ^ set(required)))[:5]
-        raise SyncFailure("malformed", f"{what} has missing or unknown keys: {_short(odd)}")
+        raise SyncFailure("malformed", f"{what} has missing or unknown keys: {short(odd)}")
     return value
 
 
@@ -171,7 +171,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as a message shows it."""
     try:
         text = repr(value)
     except ValueError:  # an integer beyond Python's digit limit

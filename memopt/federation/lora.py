@@ -17,7 +17,7 @@ import numpy as np
 from memopt.federation.adapters import CONFIG_TENSOR
 from memopt.federation.arrays import Array, Weights, raw
 from memopt.federation.failures import SyncFailure
-from memopt.federation.limits import strict_json
+from memopt.federation.limits import short, strict_json
 
 _PLAIN = re.compile(r"[\w.-]+\Z")
 _PREFIX = "base_model.model."
@@ -46,12 +46,18 @@ def scaling(config: Mapping[str, Any] | None, name: str, rank: int) -> float:
     >>> scaling({"r": 8, "lora_alpha": 16}, "base_model.model.q.lora_A.weight", 8)
     2.0
     """
+    if rank == 0:
+        return 0.0
     if config is None or "lora_alpha" not in config:
         return 1.0
     alpha = _of_layer(config, "alpha_pattern", name, config["lora_alpha"])
-    if type(alpha) not in (int, float) or not np.isfinite(alpha):
-        raise SyncFailure("malformed", f"{name}: lora_alpha {alpha!r:.40} is not a number")
-    return float(alpha / (rank**0.5 if config.get("use_rslora") is True else rank))
+    try:
+        number = float(alpha) if type(alpha) in (int, float) else float("nan")
+    except OverflowError:
+        number = float("inf")
+    if not np.isfinite(number):
+        raise SyncFailure("malformed", f"{name}: lora_alpha {short(alpha)} is not a number")
+    return float(number / (rank**0.5 if config.get("use_rslora") is True else rank))
 
 
 def config_of(config: Mapping[str, Any], pairs: Mapping[str, tuple[int, float]]) -> Array:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ConfigurationError, SyncError
-from memopt.federation.adapters import read_kept, safetensors_parts
+from memopt.federation.adapters import kept_parts, read_kept
 from memopt.federation.arrays import (
     FLOATS,
     Array,
@@ -232,7 +232,7 @@ class DeltaSyncManager:
         carry = {n: a for n, a in self.residual().items() if np.any(a)}
         carry_hash = weights_hash(carry) if carry else ""
         if carry:
-            self.vault.write(self.folder / f"{carry_hash}.carry", safetensors_parts(carry))
+            self.vault.write(self.folder / f"{carry_hash}.carry", kept_parts(carry))
         state = State(
             sequence=manifest.sequence,
             weights_hash=manifest.new_hash,
@@ -302,7 +302,7 @@ class DeltaSyncManager:
     def _save(self, name: str, state: State, weights: Weights) -> None:
         path = self.folder / f"{state.weights_hash}.safetensors"
         if not path.exists():
-            self.vault.write(path, safetensors_parts(weights))
+            self.vault.write(path, kept_parts(weights))
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
 

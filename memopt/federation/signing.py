@@ -8,11 +8,15 @@ visible.
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import hashlib
 import os
+import secrets
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from memopt.federation.limits import (
     check_keys,
     strict_json,
 )
-from memopt.files import atomic_path
+from memopt.files import atomic_path, open_plain
 
 FORMAT = 1
 ROLES = ("push", "pull", "admin")
@@ -157,8 +161,12 @@ class SigningKey:
             raise ConfigurationError(f"{path} is not an Ed25519 key", fix="run: memopt sync keygen")
         return cls(private)
 
-    def save(self, path: str | Path) -> None:
-        """Write the key as PEM (PKCS 8), readable by its owner only."""
+    def save(self, path: str | Path, *, new: bool = False) -> None:
+        """Write the key as PEM (PKCS 8), readable by its owner only.
+
+        Args:
+            new: refuse (ConfigurationError) to take the place of a key that is there.
+        """
         serialization = require(
             "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
         )
@@ -167,7 +175,7 @@ class SigningKey:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        write_private(Path(path), pem)
+        write_private(Path(path), pem, new=new)
 
     def public(self) -> str:
         """Return the public key as 64 hex digits."""
@@ -194,17 +202,45 @@ def check_private(path: Path) -> None:
         )
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a secret so that at no moment anyone but its owner can read it."""
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes (and threads) from changing a folder of keys meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = open_plain(folder / ".keys.lock")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_private(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Write a secret so that at no moment anyone but its owner can read it.
+
+    Args:
+        new: a file that is there already is kept.
+
+    Raises:
+        ConfigurationError: with ``new``, there is one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(descriptor)
-        temporary.replace(path)
+        if not new:
+            temporary.replace(path)
+            return
+        try:
+            # Unlike a rename, a second name is refused where there is a file.
+            os.link(temporary, path)
+        except FileExistsError:
+            raise ConfigurationError(
+                f"{path} exists already", fix="remove it first if it is to go"
+            ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -346,6 +382,18 @@ def add_trusted(
     for role in roles:
         if role not in ROLES:
             raise ConfigurationError(f"unknown role {role!r}", fix="known: " + ", ".join(ROLES))
+    # Two at once would each write the file as they had read it, and one node would be gone.
+    with one_at_a_time(path.parent):
+        _add_trusted(path, node, key, roles, adapters)
+
+
+def _add_trusted(
+    path: Path,
+    node: str,
+    key: str | None,
+    roles: tuple[str, ...],
+    adapters: tuple[str, ...],
+) -> None:
     nodes = _parse_trust(path.read_bytes(), str(path)) if path.exists() else {}
     old = nodes.get(node, Node(roles=(), keys=(), adapters=adapters or ("*",)))
     nodes[node] = Node(

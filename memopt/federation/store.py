@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.errors import ConfigurationError, WeightsError
-from memopt.federation.adapters import read_kept, safetensors_parts
+from memopt.federation.adapters import kept_parts, read_kept
 from memopt.federation.arrays import Array, require_same, total_bytes
 from memopt.federation.delta import full_payload
 from memopt.federation.failures import SyncFailure
@@ -232,7 +232,7 @@ class Store:
             folder.mkdir(exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
             try:
-                self.vault.write(staging / WEIGHTS, safetensors_parts(weights))
+                self.vault.write(staging / WEIGHTS, kept_parts(weights))
                 # Manifests hold hashes and names only, and any reader may check them: never sealed.
                 Vault().write(staging / MANIFEST, [json.dumps(signed.to_json(), indent=1).encode()])
                 if payload is not None:

@@ -187,6 +187,7 @@ def aggregate_version(
     signs nothing for somebody without a key, on a plain transport as little as with TLS.
     """
     from memopt.federation.aggregate import AggregateSettings, aggregate
+    from memopt.federation.codecs import INT8_LEVELS
     from memopt.federation.delta import compute_delta
     from memopt.federation.delta_settings import CODEC_NAMES, DeltaSettings
 
@@ -229,7 +230,7 @@ def aggregate_version(
         head = server.store.head(adapter)
         # Made anew from all clients each time: what this delta leaves out is in the next one.
         held = server.store.weights(adapter, head.sequence)
-        chosen = DeltaSettings(codec=request["codec"], delta_threshold=0)
+        chosen = DeltaSettings(codec=request["codec"], levels=INT8_LEVELS, delta_threshold=0)
         delta = compute_delta(held, result.weights, chosen)
         manifest = Manifest(
             adapter=adapter,

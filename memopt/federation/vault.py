@@ -21,7 +21,7 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.failures import SyncFailure
-from memopt.files import atomic_path
+from memopt.files import atomic_path, open_plain
 from memopt.weights.crypto import KEY_VARIABLE, aes_gcm
 
 MAGIC = b"MEMOPT-SEAL1"
@@ -163,7 +163,8 @@ class Appending:
     def __init__(self, path: Path, vault: Vault) -> None:
         self._vault = vault
         # Unbuffered: what a full disk refused must not be written later by a flush.
-        self._file: Any = path.open("ab", buffering=0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._file: Any = os.fdopen(open_plain(path, flags), "ab", buffering=0)
         self.size = self._end = self._file.tell()
         self._number = 0
         if vault.key is not None:

@@ -24,22 +24,24 @@ def keygen(
     as_json: AsJson = False,
 ) -> None:
     """Make a node's signing key and add the public one to the trust file."""
-    from memopt.errors import ConfigurationError
     from memopt.federation.session import NodeFiles
     from memopt.federation.signing import SigningKey, add_trusted
 
     path = NodeFiles(folder=keys, node=node).folder / f"{node}.sign.key"
-    if path.exists():
-        raise ConfigurationError(f"{path} exists already", fix="remove it first if it is to go")
     key = SigningKey.generate()
-    add_trusted(
-        trust or keys / "trust.json",
-        node,
-        key=key.public(),
-        roles=tuple(role or ()),
-        adapters=tuple(only or ()),
-    )
-    key.save(path)
+    # The key first: of two commands for one node only one goes on to the trust file.
+    key.save(path, new=True)
+    try:
+        add_trusted(
+            trust or keys / "trust.json",
+            node,
+            key=key.public(),
+            roles=tuple(role or ()),
+            adapters=tuple(only or ()),
+        )
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     done = {"node": node, "public": key.public(), "key": str(path)}
     typer.echo(json.dumps(done) if as_json else f"{node} {key.public()}")
 

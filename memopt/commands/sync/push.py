@@ -43,7 +43,7 @@ def push(
     max_bytes: Annotated[int | None, typer.Option(help="Payload bound; codec auto.")] = None,
     levels: Annotated[
         int | None,
-        typer.Option(help="int8 steps on each side of zero, fewer are shorter [default: 127]."),
+        typer.Option(help="int8 steps on each side of zero, fewer are shorter [default: 15]."),
     ] = None,
     topk: Annotated[float | None, typer.Option(help="Share of values topk sends.")] = None,
     level: Annotated[int | None, typer.Option(help="zstd level.")] = None,
