@@ -261,6 +261,8 @@ def open_bundle(path: str | Path) -> Bundle:
     memopt.errors.BundleError: no bundle at '/nowhere'; run: memopt convert SOURCE -o /nowhere
     """
     folder = find_bundle(path)
+    if folder is None and Path(path).is_file():
+        raise BundleError(f"{str(path)!r} is a file, not a bundle folder", fix=taken_by(Path(path)))
     if folder is None:
         raise BundleError(
             f"no bundle at {str(path)!r}", fix=f"run: memopt convert SOURCE -o {path}"
@@ -271,6 +273,29 @@ def open_bundle(path: str | Path) -> Bundle:
     except UnicodeDecodeError as error:
         raise BundleError(f"{origin} is not UTF-8 text ({error})") from error
     return Bundle(folder, Manifest.from_json(text, origin=str(origin)))
+
+
+def taken_by(file: Path) -> str:
+    """Return who takes a model file that memopt has no bundle or checkpoint in.
+
+    >>> taken_by(Path("model.gguf"))
+    "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder"
+    """
+    return _TAKERS.get(
+        file.suffix.lower(), "give the folder that holds config.json and model.safetensors"
+    )
+
+
+_MADE_FROM = "memopt convert takes the folder it was made from"
+_PICKLED = "a pickled checkpoint can run any code: save it as safetensors where you trust it"
+_TAKERS = {
+    ".gguf": "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder",
+    ".onnx": f"a finished ONNX graph runs in onnxruntime as it is; {_MADE_FROM}",
+    ".xml": f"a finished OpenVINO graph runs in OpenVINO as it is; {_MADE_FROM}",
+    ".safetensors": "give the folder that holds it and config.json",
+    ".parquet": "memopt convert takes it, with --config DIR where no config.json lies beside it",
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLED),
+}
 
 
 def find_bundle(path: str | Path) -> Path | None:

@@ -13,8 +13,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, or "
-            "(with --to) a bundle."
+            help="Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, "
+            "Parquet weights (V1 or V2), or (with --to) a bundle."
         ),
     ],
     output: Annotated[
@@ -36,6 +36,10 @@ def convert(
     compression: Annotated[
         str, typer.Option(help="none (weights can be memory-mapped) | zstd.")
     ] = "none",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Folder with config.json and tokenizer, for Parquet weights alone."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -70,6 +74,7 @@ def convert(
             task=task,
             compression=None if compression == "none" else compression,
             revision=revision,
+            config=config,
             on_step=lambda name, done, total: bar.update(
                 work, description=name[-40:], completed=done, total=total
             ),

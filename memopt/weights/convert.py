@@ -23,11 +23,11 @@ from memopt.bundle import (
     stamp,
 )
 from memopt.errors import BundleError, WeightsError
-from memopt.files import publish, staged_directory
+from memopt.files import publish, sha256_file, staged_directory
 from memopt.weights.describe import announcements, describe, model_config
 from memopt.weights.reader import WeightLoader
 from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
-from memopt.weights.schema import SOURCE_KEY, is_float
+from memopt.weights.schema import QUANT_BITS, SOURCE_KEY, is_float, numpy_dtype
 from memopt.weights.sentence import MODULES, Sentence, read_sentence
 from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
 from memopt.weights.tokenizer import write_tokenizer
@@ -48,6 +48,7 @@ def convert(
     task: str | None = None,
     compression: str | None = None,
     revision: str | None = None,
+    config: str | Path | None = None,
     on_step: Step | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Bundle:
@@ -58,12 +59,14 @@ def convert(
     made of the old weights, are dropped unless the weights are the same.
 
     Args:
-        source: a Hugging Face folder, a hub id, ``package:NAME/FOLDER``, or a name from
-            ``models/*.yaml``.
+        source: a Hugging Face folder, a hub id, ``package:NAME/FOLDER``, a name from
+            ``models/*.yaml``, or Parquet weights of schema V1 or V2 (a file, or a folder that has
+            them in place of safetensors); those of V2 are dequantized.
         output: the bundle folder; ``models/<name>`` by default.
         task: one of ``memopt.bundle.TASKS``; by default what the config says.
         compression: None (values can be memory-mapped) or "zstd".
         revision: branch, tag or commit of a hub id.
+        config: the folder with config.json and tokenizer, for Parquet weights that lie alone.
         on_step: called after each weight.
         on_warning: called with one line for NaN or infinite weights; ``warnings.warn`` by default.
 
@@ -78,8 +81,9 @@ def convert(
     memopt.errors.WeightsError: no model '/nowhere': not a folder, a hub id (owner/name), \
 package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, whisper-tiny
     """
-    found = find_source(str(source), revision=revision)
-    if (found.folder / MANIFEST).is_file() and not any(found.folder.glob("*.safetensors")):
+    found = find_source(str(source), revision=revision, config=config)
+    bundle = (found.folder / MANIFEST).is_file() and found.parquet is None
+    if bundle and not any(found.folder.glob("*.safetensors")):
         raise WeightsError(
             f"{found.folder} is a bundle already",
             fix="go on with memopt export, or back with --to safetensors",
@@ -95,7 +99,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         sentence=sentence,
     )
     told = [*found.told, *([] if task or found.known else announcements(manifest, sentence))]
-    shards = checkpoint(files)
+    shards = checkpoint(files) if found.parquet is None else []
     target = Path(output) if output is not None else Path("models") / found.name
     _check_target(target)
     with staged_directory(target.resolve().parent) as staging:
@@ -107,7 +111,11 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         if manifest.modality == "text":
             told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)
-        not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
+        if found.parquet is not None:
+            told += _quantized(found.parquet, target)
+            not_finite = _rewrite(found.parquet, folder / WEIGHTS, compression, on_step)
+        else:
+            not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
         for line in (*_not_finite(not_finite), *told):
             (on_warning or _warn)(line)
         event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
@@ -253,6 +261,40 @@ def _write(
         metadata[_HEADER_KEY] = header_json(shards[0].path).decode("utf-8")
     write_weights(path, stream(), dtypes=dtypes, metadata=metadata, compression=compression)
     return not_finite
+
+
+def _rewrite(source: Path, path: Path, compression: str | None, on_step: Step | None) -> list[str]:
+    """Write the weight file from another one, V2 dequantized; return what is not finite."""
+    not_finite = []
+    with WeightLoader(source) as loader:
+        infos = [loader.info(name) for name in loader.names()]
+        sizes = {i.name: (i.dtype, i.size * numpy_dtype(i.dtype).itemsize) for i in infos}
+        total = sum(size for _, size in sizes.values())
+
+        def stream() -> Iterator[tuple[str, np.ndarray]]:
+            done = 0
+            for name, array in loader.items():
+                if not _finite(array):
+                    not_finite.append(name)
+                yield name, array
+                done += sizes[name][1]
+                if on_step:
+                    on_step(name, done, total)
+
+        metadata = {SOURCE_KEY: json.dumps({source.name: sha256_file(source)})}
+        write_weights(path, stream(), dtypes=sizes, metadata=metadata, compression=compression)
+    return not_finite
+
+
+def _quantized(source: Path, target: Path) -> list[str]:
+    with WeightLoader(source) as loader:
+        kinds = {loader.info(name).quant_type for name in loader.names()} & set(QUANT_BITS)
+    if not kinds:
+        return []
+    return [
+        f"{source} holds {', '.join(sorted(map(str, kinds)))} weights, which the bundle has "
+        f"dequantized; a graph with exactly its integers: memopt export {target} --weights {source}"
+    ]
 
 
 def _finite(array: np.ndarray) -> bool:

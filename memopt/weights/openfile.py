@@ -70,6 +70,9 @@ class OpenFile:
             raise WeightsError(f"no weight file at {str(path)!r}", fix="run: memopt convert")
         self._raw = _CountingFile(path)
         self._mapped = 0
+        # The columns last read of a group of several rows: files that hold a whole model in one
+        # group would otherwise be decoded once for each weight.
+        self._decoded: tuple[int, dict[str, pa.ChunkedArray]] = (-1, {})
         try:
             self._parquet = open_parquet(path, error=WeightsError, source=self._raw)
             with path.open("rb") as file:
@@ -160,17 +163,33 @@ class OpenFile:
                 fix="the file is damaged; convert the model again",
             ) from error
 
+    def _column(self, place: Place, column: str, name: str) -> pa.ChunkedArray:
+        what = f"row {place.row} ({name})"
+        if place.alone:
+            return self._read(place.group, [column], what).column(column)
+        with self._lock:
+            group, columns = self._decoded
+            if group == place.group and column in columns:
+                return columns[column]
+        read = self._read(place.group, [column], what).column(column)
+        with self._lock:
+            kept = self._decoded[1] if self._decoded[0] == place.group else {}
+            self._decoded = (place.group, {**kept, column: read})
+        return read
+
     def small(self, place: Place, name: str) -> dict[str, Any]:
         """Read the columns that describe a weight, not its values."""
         wanted = ("shape", "dtype", "quant_type", "quant_axis")
         columns = [c for c in wanted if c in self._leaf]
-        table = self._read(place.group, columns, f"row {place.row} ({name})")
-        return {c: table.column(c)[place.offset].as_py() for c in columns}
+        if place.alone:
+            table = self._read(place.group, columns, f"row {place.row} ({name})")
+            return {c: table.column(c)[place.offset].as_py() for c in columns}
+        return {c: self._column(place, c, name)[place.offset].as_py() for c in columns}
 
     def carrier(self) -> str:
         """The dtype of the V1 weight_data column."""
         value = self._arrow.field("weight_data").type.value_type
-        return "float16" if pa.types.is_float16(value) else "float32"
+        return str(np.dtype(value.to_pandas_dtype()))
 
     def loaded_dtype(self, row: dict[str, Any], name: str) -> str:
         if self.version == 1:
@@ -213,8 +232,7 @@ class OpenFile:
             view = self._mapped_values(place, column)
             if view is not None:
                 return view
-        table = self._read(place.group, [column], f"row {place.row} ({name})")
-        scalar = table.column(column)[place.offset]
+        scalar = self._column(place, column, name)[place.offset]
         if not scalar.is_valid:
             raise WeightsError(
                 f"{self.path}, row {place.row} ({name}): {column} is null",

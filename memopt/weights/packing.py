@@ -75,3 +75,21 @@ def unpack(data: np.ndarray, count: int, bits: int) -> np.ndarray:
     # Shift the field to the top and back down as signed: this extends the sign bit.
     signed = (out << np.uint8(8 - bits)).view(np.int8) >> np.int8(8 - bits)
     return signed.reshape(-1)[:count]
+
+
+def one_a_byte(data: np.ndarray, count: int, bits: int) -> np.ndarray:
+    """Return integers that were stored one a byte although they have fewer bits.
+
+    Raises:
+        WeightsError: one is out of the range of ``bits``.
+
+    >>> one_a_byte(np.array([-2, 1], np.int8), 2, 2).tolist()
+    [-2, 1]
+    """
+    low, high = RANGES[bits]
+    if data.size and (data.min() < low or data.max() > high):
+        raise WeightsError(
+            f"{data.size} bytes from {data.min()} to {data.max()} are not {count} int{bits} values "
+            f"({low}..{high}), one a byte"
+        )
+    return data.view(np.int8)

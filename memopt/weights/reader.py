@@ -16,7 +16,7 @@ from memopt.errors import WeightsError
 from memopt.registry import nearest
 from memopt.weights import schema
 from memopt.weights.openfile import OpenFile, Place
-from memopt.weights.packing import packed_length, unpack
+from memopt.weights.packing import one_a_byte, packed_length, unpack
 from memopt.weights.quantized import QuantizedWeight, scale_shape
 
 
@@ -141,6 +141,13 @@ class WeightLoader:
             stored = "float16" if kind == "fp16" else opened.raw_dtype(name)
             data = opened.values(place, "weight_data", name)
             dtype = schema.numpy_dtype(stored)
+            if kind == "fp16" and data.size == math.prod(shape) > 0:
+                raise WeightsError(
+                    f"{self.path}, row {place.row} ({name}): quant_type fp16, but one whole number "
+                    "a value: float16 values were cut to integers when they were put into the int8 "
+                    "column, and what they were is lost",
+                    fix="make it again from the float weights (memopt quantize keeps float16)",
+                )
             self._expect(data.size, math.prod(shape) * dtype.itemsize, "bytes", place, name, shape)
             flat = data.view(np.int8).view(dtype)
         else:
@@ -173,7 +180,9 @@ class WeightLoader:
         shape = _shape(row, name, place, self.path)
         count = math.prod(shape)
         data = opened.values(place, "weight_data", name)
-        self._expect(data.size, packed_length(count, bits), "bytes", place, name, shape)
+        whole = data.size == count and schema.PACKING_KEY not in opened.metadata
+        if not whole:
+            self._expect(data.size, packed_length(count, bits), "bytes", place, name, shape)
         axis, group = row["quant_axis"], opened.group_size(name)
         scales = opened.values(place, "scales", name).astype(np.float32)
         points = opened.values(place, "zero_points", name).astype(np.int8)
@@ -189,7 +198,7 @@ class WeightLoader:
             if points.size not in (0, scales.size):
                 raise WeightsError(f"{points.size} zero points for {scales.size} scales")
             return QuantizedWeight(
-                unpack(data, count, bits).reshape(shape),
+                (one_a_byte if whole else unpack)(data, count, bits).reshape(shape),
                 scales.reshape(expected),
                 points.reshape(expected) if points.size else points,
                 axis,

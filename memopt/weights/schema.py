@@ -17,6 +17,10 @@ V2 (quantized):
     quant_type string ('int8' | 'int4' | 'int2' | 'fp16' | 'raw'),
     scales list<float>, zero_points list<int8>, quant_axis int32
 
+Files of others: V1's ``weight_data`` may be any float; V2 without ``memopt.packing`` may have int4
+and int2 one value a byte; 'fp16' rows with one byte a value are refused, as their fractions were
+lost in the int8 column.
+
 int4 and int2 are packed two and four per byte over the flattened tensor, lowest bits first (the
 layout of ONNX's INT4 tensors). ``zero_points`` is empty for a symmetric weight. ``quant_axis`` is
 -1 for one scale per tensor. With group size 0 there is one scale per index of that axis; with group
@@ -112,8 +116,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def join_name(layer: str, weight: str) -> str:
-    """Return the checkpoint name of a row."""
-    return f"{layer}.{weight}" if layer else weight
+    """Return the checkpoint name of a row, also where one column holds all of it.
+
+    >>> join_name("encoder.dense", "bias"), join_name("dense", "dense.bias"), join_name("scale", "")
+    ('encoder.dense.bias', 'dense.bias', 'scale')
+    """
+    if not layer or weight.startswith(f"{layer}."):
+        return weight
+    return f"{layer}.{weight}" if weight else layer
 
 
 def detect_version(schema: pa.Schema, *, origin: str) -> int:
@@ -163,5 +173,5 @@ def _type_fits(name: str, kind: pa.DataType, version: int) -> bool:
         return False
     value = kind.value_type
     if name == "weight_data" and version == 1:
-        return bool(types.is_float16(value) or types.is_float32(value))
+        return bool(types.is_floating(value))
     return bool(types.is_floating(value) if name == "scales" else types.is_integer(value))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import WeightsError
+from memopt.bundle import MANIFEST, taken_by
+from memopt.errors import ConfigurationError, WeightsError
 from memopt.registry import nearest
 from memopt.weights.hub import download
 from memopt.weights.safetensors import SafetensorsFile, open_safetensors
-from memopt.weights.sentence import TRANSFORMER_FILES
+from memopt.weights.sentence import MODULES, TRANSFORMER_FILES
 
 # The small files that travel with a model, as glob patterns.
 SIDE_FILES = (
@@ -53,6 +54,7 @@ class Source:
         name: the bundle's default name.
         known: the entry of ``models/<name>.yaml``, empty when the source is not a known model.
         told: what a user should know of how it was found, a line each.
+        parquet: the weight file (schema V1 or V2), None where the weights are safetensors.
     """
 
     folder: Path
@@ -60,23 +62,37 @@ class Source:
     name: str
     known: Mapping[str, Any]
     told: tuple[str, ...] = ()
+    parquet: Path | None = None
 
 
-def find_source(source: str, *, revision: str | None = None) -> Source:
+def find_source(
+    source: str, *, revision: str | None = None, config: str | Path | None = None
+) -> Source:
     """Turn what the user wrote into a folder of files, downloading if it is a hub id.
+
+    Args:
+        source: a folder, a ``.parquet`` file of weights, a hub id, ``package:...`` or a known name.
+        revision: branch, tag or commit of a hub id.
+        config: the folder with config.json and tokenizer, where Parquet weights lie alone.
 
     Raises:
         WeightsError: nothing of that name, or a hub id that is not cached while offline.
         ConfigurationError: a damaged YAML entry.
         MissingExtra: a hub id without huggingface_hub installed.
     """
-    if (folder := Path(source)).is_dir():
+    folder = Path(source)
+    parquet = _parquet(folder)
+    if config is not None and parquet is None:
+        raise ConfigurationError(
+            f"--config {str(config)!r} is for Parquet weights, which {source!r} is not",
+            fix="leave it out",
+        )
+    if parquet is not None:
+        return _with_config(parquet, source, Path(config) if config is not None else None)
+    if folder.is_dir():
         return Source(folder, str(folder), folder.resolve().name, {})
     if folder.is_file():
-        raise WeightsError(
-            f"{source!r} is a file, not a model folder",
-            fix="give the folder that holds config.json and model.safetensors",
-        )
+        raise WeightsError(f"{source!r} is a file, not a model folder", fix=taken_by(folder))
     if source.startswith("package:"):
         return _package(source)
     models = known_models()
@@ -91,6 +107,28 @@ def find_source(source: str, *, revision: str | None = None) -> Source:
         "nor a known model",
         fix=nearest(source, models),
     )
+
+
+def _parquet(path: Path) -> Path | None:
+    """Return the Parquet weight file that ``path`` is, or that a folder has instead of others."""
+    if path.is_file():
+        return path if path.suffix == ".parquet" else None
+    if not path.is_dir() or (path / MANIFEST).is_file() or any(path.glob("*.safetensors")):
+        return None
+    files = sorted(path.glob("*.parquet"))
+    named = [file for file in files if file.name == "weights.parquet"]
+    return (named or files)[0] if len(named or files) == 1 else None
+
+
+def _with_config(parquet: Path, source: str, config: Path | None) -> Source:
+    folder = config or parquet.parent
+    if not folder.is_dir() or not any((folder / n).is_file() for n in ("config.json", MODULES)):
+        raise WeightsError(
+            f"{folder} has no config.json, which says what model the weights of {parquet} are of",
+            fix="say --config DIR, the folder with config.json and the tokenizer's files",
+        )
+    name = folder.resolve().name
+    return Source(folder, source, name, {}, parquet=parquet)
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -138,7 +176,7 @@ def _weight_files(where: str, names: list[str]) -> list[str]:
     if _INDEX in names:
         return [_INDEX, *(n for n in tensors if re.fullmatch(r"model-\d+-of-\d+\.safetensors", n))]
     if not tensors:
-        _refuse_pickle(where, [n for n in names if any(Path(n).match(p) for p in _PICKLES)])
+        _refuse_others(where, names)
     return tensors
 
 
@@ -155,8 +193,7 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
         files = sorted(folder.glob("*.safetensors"))
         main = [f for f in files if f.name == _SINGLE] or files
         if not main:
-            pickles = sorted(f.name for p in _PICKLES for f in folder.glob(p))
-            _refuse_pickle(str(folder), pickles)
+            _refuse_others(str(folder), sorted(f.name for f in folder.iterdir() if f.is_file()))
         if len(main) > 1:
             raise WeightsError(
                 f"{folder} has several safetensors files and no {_INDEX}: "
@@ -185,7 +222,15 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
     return list(shards.values())
 
 
-def _refuse_pickle(where: str, pickles: list[str]) -> None:
+def _refuse_others(where: str, names: list[str]) -> None:
+    """Say what a folder without safetensors has instead, and who takes that."""
+    pickles = [n for n in names if any(Path(n).match(p) for p in _PICKLES)]
+    graphs = [n for n in names if Path(n).suffix.lower() in (".gguf", ".onnx", ".xml")]
+    if graphs and not pickles:
+        raise WeightsError(
+            f"{where} has no .safetensors file, but {', '.join(graphs[:3])}",
+            fix=taken_by(Path(graphs[0])),
+        )
     if not pickles:
         raise WeightsError(
             f"{where} has no .safetensors file", fix="give the folder of a Hugging Face model"
