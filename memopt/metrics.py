@@ -6,6 +6,7 @@ when a :class:`PerformanceMonitor` is made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,8 +23,10 @@ from memopt.extras import require
 # Seconds: from a single sentence of a small model on a GPU to a batch of audio on a small CPU.
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 FALLBACK_EVENTS = "memopt_fallback_events_total"
+ERRORS = "memopt_errors_total"
 
 log = logging.getLogger("memopt.inference")
+_fallbacks = logging.getLogger("memopt.runtimes")
 _lock = threading.Lock()
 _counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
 
@@ -47,7 +50,7 @@ class _Latency:
 
 
 _latencies: dict[tuple[str, str], _Latency] = {}
-_gauges: dict[str, Callable[[], float | None]] = {}
+_gauges: dict[tuple[str, tuple[tuple[str, str], ...]], Callable[[], float | None]] = {}
 
 
 def count(name: str, amount: int = 1, **labels: str) -> None:
@@ -92,10 +95,43 @@ def observe(seconds: float, *, device: str, variant: str, batch_size: int) -> No
         log.info("inference %s", json.dumps(fields), extra=fields)
 
 
-def gauge(name: str, read: Callable[[], float | None]) -> None:
-    """Say how to read the gauge ``name`` (bytes); None means not known now."""
+def gauge(name: str, read: Callable[[], float | None], **labels: str) -> None:
+    """Say how to read the gauge ``name`` (bytes) with these labels; None means not known now."""
     with _lock:
-        _gauges[name] = read
+        _gauges[name, tuple(sorted(labels.items()))] = read
+
+
+def fallback(from_: str, to: str, reason: str, *, told: str = "") -> None:
+    """Count a hand-over, and log it as a warning with ``from``, ``to`` and ``reason`` as fields.
+
+    Args:
+        from_, to: what could not do it, and what took over: providers, delta and full, ...
+        reason: one word, a label of the metric.
+        told: the whole story, for the log line.
+
+    >>> fallback("delta", "full", "doc")
+    >>> value(FALLBACK_EVENTS, **{"from": "delta", "to": "full", "reason": "doc"})
+    1
+    """
+    fields = {"from": from_, "to": to, "reason": reason}
+    count(FALLBACK_EVENTS, 1, **fields)
+    _fallbacks.warning("fallback %s", told or f"{from_} -> {to} ({reason})", extra=fields)
+
+
+@contextlib.contextmanager
+def errors(component: str) -> Iterator[None]:
+    """Count what is raised inside, by ``component`` and the error's class; it is raised on.
+
+    >>> with contextlib.suppress(OSError), errors("doc"):
+    ...     raise OSError
+    >>> value(ERRORS, component="doc", error="OSError")
+    1
+    """
+    try:
+        yield
+    except Exception as error:
+        count(ERRORS, component=component, error=type(error).__name__)
+        raise
 
 
 def snapshot() -> dict[tuple[str, str], dict[str, float]]:
@@ -108,14 +144,14 @@ def snapshot() -> dict[tuple[str, str], dict[str, float]]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per log line, with the fields of :func:`observe`.
+    """One JSON object per log line, with the fields of :func:`observe` and :func:`fallback`.
 
     >>> record = logging.LogRecord("memopt.inference", 20, "", 0, "done", None, None)
     >>> sorted(json.loads(JsonFormatter().format(record)))
     ['level', 'logger', 'message', 'time']
     """
 
-    _FIELDS = ("latency_ms", "device", "batch_size", "variant")
+    _FIELDS = ("latency_ms", "device", "batch_size", "variant", "from", "to", "reason")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -133,8 +169,10 @@ class PerformanceMonitor:
     """Everything recorded in this process, as Prometheus metrics.
 
     ``inference_latency_seconds{device,variant}`` (histogram), ``inference_requests_total``,
-    ``inference_inputs_total``, ``memory_usage_bytes``, ``vram_usage_bytes`` and every counter,
-    ``memopt_fallback_events_total{from,to,reason}`` among them. Numbers are read when scraped.
+    ``inference_inputs_total``, ``memory_usage_bytes{component}``, ``vram_usage_bytes{device}`` and
+    every counter: ``memopt_fallback_events_total{from,to,reason}``,
+    ``memopt_errors_total{component,error}``, ``memopt_model_calls_total{component,model,outcome}``,
+    ``memopt_consolidation_*_total``, ``memopt_sync_*_total``. Numbers are read when scraped.
 
     Args:
         registry: a prometheus_client CollectorRegistry; None makes one of its own.
@@ -196,7 +234,12 @@ class PerformanceMonitor:
             )
             family.add_metric([v for _, v in pairs], amount)
         yield from families.values()
-        for name, read in sorted(gauges.items()):
+        families = {}
+        for (name, pairs), read in sorted(gauges.items(), key=lambda entry: entry[0]):
             number_now = read()
             if number_now is not None:
-                yield core.GaugeMetricFamily(name, name, value=number_now)
+                family = families.setdefault(
+                    name, core.GaugeMetricFamily(name, name, labels=[k for k, _ in pairs])
+                )
+                family.add_metric([v for _, v in pairs], number_now)
+        yield from families.values()

@@ -7,13 +7,16 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from memopt import ArrowEngine, metrics
 from memopt.bundle import Bundle
-from memopt.runtimes.testing import fake_engine
+from memopt.errors import DeviceError
+from memopt.runtimes.testing import FakeBackend, fake_engine
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -38,7 +41,7 @@ def test_requests_show_up_in_prometheus_format() -> None:
     assert found["inference_latency_seconds_sum", labels] > 0
     infinite = tuple(sorted((*labels, ("le", "+Inf"))))
     assert found["inference_latency_seconds_bucket", infinite] == before + 2
-    assert found["memory_usage_bytes", ()] > 1_000_000
+    assert found["memory_usage_bytes", (("component", "process"),)] > 1_000_000
     monitor.close()
 
 
@@ -59,6 +62,60 @@ def test_fallbacks_are_a_counter_with_labels() -> None:
     metrics.count(metrics.FALLBACK_EVENTS, 2, **labels)
     found = samples(metrics.PerformanceMonitor().text())
     assert found[metrics.FALLBACK_EVENTS, tuple(sorted(labels.items()))] == 2
+
+
+def test_a_fallback_is_told_with_its_fields(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning carries from, to and reason, and JsonFormatter writes them."""
+    with caplog.at_level(logging.WARNING, "memopt.runtimes"):
+        metrics.fallback("cuda", "cpu", "memory", told="the GPU is full")
+    line = json.loads(metrics.JsonFormatter().format(caplog.records[-1]))
+    assert (line["from"], line["to"], line["reason"]) == ("cuda", "cpu", "memory")
+    assert line["message"] == "fallback the GPU is full"
+
+
+def test_consolidation_and_model_calls_are_counted(tmp_path: Path) -> None:
+    """Runs, summaries, calls by outcome, the hand-over to extraction: as Prometheus reads them."""
+    from memopt.memory.condense import consolidate
+    from memopt.memory.llm import LanguageModel, Limits, Refused
+    from memopt.memory.schema import Content, NewMemory
+    from memopt.memory.store import MemoryStore
+
+    def refuse(system: str, prompt: str, limits: Limits) -> str:
+        raise Refused("no", passing=False)
+
+    def number(name: str, **labels: str) -> float:
+        found = samples(metrics.PerformanceMonitor().text())
+        return found.get((name, tuple(sorted(labels.items()))), 0)
+
+    model = {"component": "consolidation", "model": "deaf", "outcome": "refused"}
+    before = number("memopt_consolidation_summaries_total")
+    with MemoryStore(tmp_path / "s", dim=2) as store:
+        new = [
+            NewMemory(content=Content(text=f"The door is red{mark}"), embedding=np.array([1.0, 0]))
+            for mark in ".!"
+        ]
+        store.touch(list(store.add(new).ids) * 10)
+        consolidate(store, llm=LanguageModel("deaf", refuse))
+    assert number("memopt_consolidation_summaries_total") == before + 1
+    assert number("memopt_model_calls_total", **model) == 1
+    handed = {"from": "deaf", "to": "extractive", "reason": "llm"}
+    assert number(metrics.FALLBACK_EVENTS, **handed) == 1
+
+
+def test_errors_are_counted_by_component() -> None:
+    """An engine that fails for good counts one error of inference."""
+
+    def broken(run: int) -> None:
+        raise RuntimeError("dead")
+
+    labels = {"component": "inference", "error": "DeviceError"}
+    before = metrics.value(metrics.ERRORS, **labels)
+    with (
+        fake_engine(8, open_backend=lambda _: FakeBackend(8, fail=broken)) as engine,
+        pytest.raises(DeviceError),
+    ):
+        engine.encode(["a"])
+    assert metrics.value(metrics.ERRORS, **labels) == before + 1
 
 
 def test_log_lines_are_structured(caplog: pytest.LogCaptureFixture) -> None:

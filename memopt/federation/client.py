@@ -36,6 +36,7 @@ from memopt.federation.signing import (
     check_node,
     parse_signed,
 )
+from memopt.metrics import count, errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +160,9 @@ class SyncClient:
         delta = job.delta
         assert delta is not None
         idle = job.sequence == 0
+        # Their quotient is what deltas save.
+        count("memopt_sync_sent_bytes_total", 0 if idle else len(delta.payload))
+        count("memopt_sync_full_bytes_total", delta.fp32_bytes)
         return PushReport(
             adapter=manager.adapter,
             sequence=job.sequence or manager.state.sequence,
@@ -321,7 +325,8 @@ class SyncClient:
             with self._link.exchange(ends=ends) as exchange:
                 job.run(exchange)
 
-        return self._retries.run(attempt, job)
+        with errors("sync"):
+            return self._retries.run(attempt, job)
 
 
 def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:

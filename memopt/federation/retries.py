@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from memopt.federation.failures import SyncFailure
-from memopt.metrics import count
+from memopt.metrics import count, fallback
 
 # Waiting grows from a fifth of a second to ten; full jitter keeps a fleet from coming in step
 # (Brooker 2015, "Exponential Backoff And Jitter").
@@ -71,6 +71,7 @@ class Retries:
                 return attempts
             except SyncFailure as error:
                 if error.code in _FALL_BACK and job.fall_back():
+                    fallback("delta", "full", error.code, told=f"delta -> full: {error.problem}")
                     continue
                 if not error.retryable:
                     raise

@@ -34,6 +34,7 @@ from memopt.memory.rows import vectors_array
 from memopt.memory.schedule import RUN
 from memopt.memory.schema import ARCHIVED, Content
 from memopt.memory.upkeep import tidy
+from memopt.metrics import ERRORS, count, fallback
 
 if TYPE_CHECKING:
     from memopt.memory.llm import Summariser
@@ -244,6 +245,10 @@ class _Run:
             stopped=done < len(steps),
             seconds=time.monotonic() - started,
         )
+        count("memopt_consolidation_runs_total")
+        for what in ("condensed", "archived", "expired", "fallbacks", "failed", "stale"):
+            count(f"memopt_consolidation_{what}_total", getattr(report, what))
+        count("memopt_consolidation_summaries_total", len(report.summaries))
         if not report.stopped:
             self.store.event(
                 RUN,
@@ -360,6 +365,7 @@ class _Run:
                 self.refusals += 1
                 reason = error.problem if isinstance(error, MemoptError) else repr(error)
             self.store.event(FALLBACK, f"{reason}; sentences were extracted", group.ids)
+            fallback(self.llm.name, "extractive", "llm", told=reason)
             self.fallbacks += 1
         elif self.llm is not None:
             self.fallbacks += 1
@@ -391,6 +397,7 @@ class _Run:
 
     def _failure(self, ids: list[str], error: MemoptError) -> None:
         self.failed += 1
+        count(ERRORS, component="consolidation", error=type(error).__name__)
         before = sum(1 for event in self.store.events(FAILED) if set(event.memory_ids) & set(ids))
         wait = min(self.recipe.retry_s * 2**before, _LONGEST_BACKOFF)
         retry_at = utc(self.store.clock()) + timedelta(seconds=wait)

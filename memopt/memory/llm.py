@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
 from memopt.memory.redaction import redactor
+from memopt.metrics import count
 
 # Statuses that may pass by themselves: timeout, conflict, too early, too many, any server error.
 _PASSING = frozenset({408, 409, 425, 429})
@@ -139,8 +140,10 @@ class LanguageModel:
                 answer = self._send(system, prompt, self.limits).strip()
                 if not answer:
                     raise Refused("the answer is empty", passing=True)
+                self._count("answered")
                 return answer
             except Refused as refused:
+                self._count("refused")
                 wait = refused.wait if refused.wait is not None else _backoff(tries)
                 last = tries > self.limits.retries or wait > self.limits.longest_wait_s
                 if last or not refused.passing:
@@ -149,6 +152,10 @@ class LanguageModel:
                         f"{'try' if tries == 1 else 'tries'}: {refused}"
                     ) from refused
                 self._sleep(wait)
+
+    def _count(self, outcome: str) -> None:
+        labels = {"component": "consolidation", "model": self.name, "outcome": outcome}
+        count("memopt_model_calls_total", 1, **labels)
 
     def _pace(self) -> None:
         if not self.limits.per_minute:

@@ -145,9 +145,11 @@ class ArrowEngine:
             events=self._events,
         )
         watch(self)
-        metrics.gauge("memory_usage_bytes", lambda: limits.resident_mb() * 2**20)
+        metrics.gauge(
+            "memory_usage_bytes", lambda: limits.resident_mb() * 2**20, component="process"
+        )
         if self._chain.candidate.provider == "cuda":
-            metrics.gauge("vram_usage_bytes", _vram_bytes)
+            metrics.gauge("vram_usage_bytes", _vram_bytes, device="cuda")
 
     def after_fork(self) -> None:
         """In a child of fork(): tokenizer, queue and locks of the parent are not used again."""
@@ -318,7 +320,8 @@ class ArrowEngine:
         if failures and fail:
             raise refusal(failures)
         vectors = np.empty((len(items), self.dimension), np.float32)
-        self._fill(front, items, vectors, failures, batch_size, show_progress, fail)
+        with metrics.errors("inference"):
+            self._fill(front, items, vectors, failures, batch_size, show_progress, fail)
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:

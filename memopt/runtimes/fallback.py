@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from memopt.runtimes.base import Feed, Rows
 
-log = logging.getLogger("memopt.runtimes")
 _OUT_OF_MEMORY = (
     "out of memory",
     "out_of_memory",
@@ -244,9 +242,7 @@ class BackendChain:
                 to_variant=to.variant.name,
             )
             self._events.append(event)
-            labels = {"from": from_.provider, "to": to.provider, "reason": failure.kind}
-            metrics.count(metrics.FALLBACK_EVENTS, 1, **labels)
-            log.warning("fallback %s", event)
+            metrics.fallback(from_.provider, to.provider, failure.kind, told=str(event))
 
 
 def _kind(error: Exception, otherwise: str) -> str:
