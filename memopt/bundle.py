@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import BundleError
+from memopt.errors import BundleError, ConfigurationError
 from memopt.files import atomic_path, open_plain, sha256_file, swapped_in
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
+from memopt.verified import has_hash
 
 MANIFEST = "memopt.json"
 FORMAT_VERSION = 1
@@ -33,6 +34,9 @@ TASKS = (
 MODALITIES = ("text", "image", "audio", "joint")
 POOLINGS = ("mean", "cls", "max", "last", "model", "none")
 FORMATS = ("onnx", "openvino")
+# How the hashes of files are checked when they are opened.
+VERIFY = ("open", "always", "never")
+_HASHED_AT_OPEN = 10**9  # bytes; hashing more would take over a second
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "nf4")
 
 
@@ -236,6 +240,34 @@ class Bundle:
             lambda m: replace(m, files={**m.files, **hashed}, history=(*m.history, stamp(event))),
             staged,
         )
+
+    def check(self, *names: str, mode: str = "open") -> None:
+        """Compare files that are about to be opened with their hashes in the manifest.
+
+        Args:
+            names: in the bundle; one that is missing, or not recorded, is not looked at.
+            mode: ``open`` hashes files under 1 GB, once for each size and time of change; of larger
+                ones it compares the size. ``always`` hashes every file, ``never`` none.
+
+        Raises:
+            BundleError: a file is another one than the manifest records.
+            ConfigurationError: an unknown mode.
+        """
+        if mode not in VERIFY:
+            raise ConfigurationError(f"verify {mode!r} is unknown", fix=nearest(mode, VERIFY))
+        for name in names if mode != "never" else ():
+            path, record = self.path / name, self.manifest.files.get(name)
+            if record is None or not path.is_file():
+                continue
+            size = path.stat().st_size
+            same = size == record["bytes"]
+            if same and (mode == "always" or size < _HASHED_AT_OPEN):
+                same = has_hash(path, record["sha256"], again=mode == "always")
+            if not same:
+                raise BundleError(
+                    f"{path} is not the file that {MANIFEST} records: it was changed or swapped",
+                    fix="convert and export the model again, or copy the bundle again",
+                )
 
     def verify(self) -> list[str]:
         """Recompute every SHA-256; return one line per file that is missing or differs."""

@@ -98,6 +98,7 @@ def export(
     task = _checked(format, task, precision, opset, bundle.manifest)
     say = on_step or (lambda line: None)
     _check_weights(bundle.weights)
+    bundle.check(bundle.weights.name)
     say("build the model from weights.parquet")
     kind = _kind(task)
     loaded = joint.load_model(bundle) if kind is joint else load_model(bundle, task)

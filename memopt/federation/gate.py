@@ -226,11 +226,11 @@ class Gate:
 
     async def _spoken(self, plain: socket.socket) -> None:
         """Wait for the first byte: whoever says nothing costs a socket and no more."""
-        ready = self._loop.create_future()
-        self._loop.add_reader(plain, lambda: ready.done() or ready.set_result(None))
+        ready = asyncio.Event()
+        self._loop.add_reader(plain, ready.set)
         try:
             async with asyncio.timeout(_HANDSHAKE_SECONDS):
-                await ready
+                await ready.wait()
         finally:
             self._loop.remove_reader(plain)
 

@@ -119,6 +119,7 @@ def quantize(
     started = time.monotonic()
     recipe = recipe or Recipe()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    opened.check(opened.weights.name)
     gate = gate or Gate(min_cosine=least_cosine(recipe))
     key = (recipe.method, recipe.format)
     if key not in METHODS:

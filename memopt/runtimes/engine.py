@@ -70,6 +70,9 @@ class ArrowEngine:
         use_amp: on a GPU, take a float16 variant before a float32 one.
         fallback_to_cpu: let the CPU take over from a GPU that fails.
         max_delay_ms: how long :meth:`aencode` waits for others to share a batch with.
+        verify: how files are compared with their recorded hashes before they are opened: ``open``
+            (graph and weights under 1 GB, remembered by size and time), ``always`` (every file of
+            the bundle, read each time) or ``never``.
 
     Raises:
         BundleError: no bundle there, no such variant, or nothing exported yet.
@@ -98,6 +101,7 @@ class ArrowEngine:
         use_amp: bool = True,
         fallback_to_cpu: bool = True,
         max_delay_ms: float = 2.0,
+        verify: str = "open",
     ) -> None:
         bundle = (
             path_or_bundle if isinstance(path_or_bundle, Bundle) else open_bundle(path_or_bundle)
@@ -125,6 +129,8 @@ class ArrowEngine:
             use_ipex=use_ipex,
         )
         self._max_delay_ms = max_delay_ms
+        bundle.check(mode=verify)  # the mode itself
+        self._verify = verify
         self._arguments = {
             **{field.name: getattr(self._settings, field.name) for field in fields(Settings)},
             "device": device,
@@ -133,6 +139,7 @@ class ArrowEngine:
             "use_amp": use_amp,
             "fallback_to_cpu": fallback_to_cpu,
             "max_delay_ms": max_delay_ms,
+            "verify": verify,
         }
         self._events: list[FallbackEvent] = []
         self._lock = threading.Lock()
@@ -159,6 +166,10 @@ class ArrowEngine:
     # What a fake engine replaces.
     def _open(self, candidate: Candidate) -> Backend:
         open_backend = opener(candidate.provider)
+        variant = candidate.variant
+        # Small files are often edited by hand, to good purpose; "always" takes them at their hash.
+        more = self._bundle.manifest.files if self._verify == "always" else ()
+        self._bundle.check(variant.file, *variant.companions, *more, mode=self._verify)
         settings = self._settings
         if candidate.provider == "cuda":
             size = self._bundle.file(candidate.variant).stat().st_size / 2**20

@@ -174,6 +174,7 @@ def to_safetensors(bundle: Bundle, output: str | Path | None = None) -> Path:
     path = Path(output) if output is not None else bundle.path / "model.safetensors"
     with WeightLoader(bundle.weights) as loader:
         header = loader.metadata.get(_HEADER_KEY)
+    bundle.check(WEIGHTS)
     write_safetensors(bundle.weights, path, header=header.encode() if header else None)
     return path
 
