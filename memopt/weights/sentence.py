@@ -6,7 +6,6 @@ without ``modules.json`` are not read here either.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any
 
 from memopt.bundle import read_json
 from memopt.errors import BundleError, WeightsError
+from memopt.jsontext import parse_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -157,13 +157,13 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
     """
     path = folder / MODULES
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_bytes(), "it", error=WeightsError)
         found = [
             (str(e["type"]), str(e.get("path", f"{i}_{str(e['type']).rpartition('.')[2]}")))
             for i, e in enumerate(entries)
         ]
         bare = [i for i, e in enumerate(entries) if "path" not in e]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, WeightsError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path} is not a list of modules ({error})") from error
     modules = []
     for index, (reference, inside) in enumerate(found):

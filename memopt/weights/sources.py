@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from memopt.bundle import MANIFEST, taken_by
 from memopt.errors import ConfigurationError, WeightsError
+from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.weights.hub import download
 from memopt.weights.safetensors import SafetensorsFile, open_safetensors
@@ -202,9 +202,13 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
             )
         return [open_safetensors(main[0])]
     try:
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed = parse_json(index.read_bytes(), "it", error=WeightsError)["weight_map"]
         names = sorted(set(placed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(
+            isinstance(n, str) and 0 < len(n.encode("utf-8", "replace")) < 256 for n in names
+        ):
+            raise WeightsError("a name in it is no file's name")
+    except (WeightsError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not a safetensors index ({error})") from error
     missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
     if missing:

@@ -121,7 +121,10 @@ _CONFIG = {
     "max_position_embeddings": 64,
     "text_config": {"hidden_size": 8},
 }
-_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+_MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
 _SIDES = (
     "config.json",
     "modules.json",
@@ -142,10 +145,9 @@ def model_folder(data: bytes) -> None:
     folder = scratch() / "model"
     (folder / "1_Pooling").mkdir(parents=True, exist_ok=True)
     name = _SIDES[data[0] % len(_SIDES)] if data else _SIDES[0]
-    pooling = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
     good = {
         "config.json": _CONFIG,
-        "modules.json": [*_MODULES, {"idx": 1, "name": "1", **pooling}],
+        "modules.json": _MODULES,
         "1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 32},
     }
     for file in _SIDES:
