@@ -41,6 +41,7 @@ SIDE_FILES = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SCALES = ("weight_scale", "scale", "input_scale")  # what names of fp8 scales begin with
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -200,7 +201,7 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
                 + ", ".join(f.name for f in main),
                 fix="add the index, or keep one file",
             )
-        return [open_safetensors(main[0])]
+        return _plain([open_safetensors(main[0])])
     try:
         placed = parse_json(index.read_bytes(), "it", error=WeightsError)["weight_map"]
         names = sorted(set(placed.values()))
@@ -223,7 +224,21 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
             f"{folder}: {_INDEX} places {wrong[0]!r} in {placed[wrong[0]]}, which does not have it",
             fix="download the model again",
         )
-    return list(shards.values())
+    return _plain(list(shards.values()))
+
+
+def _plain(shards: list[SafetensorsFile]) -> list[SafetensorsFile]:
+    """Return the shards unless their fp8 values mean something only with scales beside them."""
+    tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    scales = [name for name in tensors if name.rpartition(".")[2].startswith(_SCALES)]
+    for name, tensor in tensors.items():
+        near = [s for s in scales if s.startswith(name.rpartition(".")[0])]
+        if tensor.dtype.startswith("float8") and near:
+            raise WeightsError(
+                f"{name!r} is fp8 with scales ({near[0]!r}), which memopt does not read",
+                fix="give the float weights; memopt quantize makes its own",
+            )
+    return shards
 
 
 def _refuse_others(where: str, names: list[str]) -> None:

@@ -66,6 +66,47 @@ def test_shards_become_one_file(model_folder: ModelFolder, tmp_path: Path) -> No
         convert(folder, tmp_path / "other")
 
 
+def test_a_single_file_counts_before_shards(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """As in transformers: shards beside model.safetensors are left from an older save."""
+    folder = model_folder({"a": np.float32([1, 2])})
+    save_file({"a": np.float32([8, 9])}, folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with WeightLoader(convert(folder, tmp_path / "out").weights) as loader:
+        assert loader.load("a").tolist() == [1, 2]
+    (folder / "model.safetensors").unlink()
+    with WeightLoader(convert(folder, tmp_path / "shards").weights) as loader:
+        assert loader.load("a").tolist() == [8, 9]
+
+
+def test_fp8_values_with_scales_are_named(model_folder: ModelFolder, tmp_path: Path) -> None:
+    """Without their scales fp8 values are other numbers; alone they are a plain number format."""
+    import ml_dtypes
+
+    eights = np.ones((2, 2), ml_dtypes.float8_e4m3fn)
+    with WeightLoader(
+        convert(_fp8(model_folder(name="a"), eights), tmp_path / "float").weights
+    ) as w:
+        assert w.info("x.weight").dtype == "float8_e4m3fn"
+    scaled = _fp8(model_folder(name="b"), eights, "x.weight_scale_inv")
+    with pytest.raises(WeightsError, match=r"'x.weight' is fp8 with scales \('x.weight_scale_inv'"):
+        convert(scaled, tmp_path / "scaled")
+
+
+def _fp8(folder: Path, values: np.ndarray, *scales: str) -> Path:
+    """Put fp8 values, and float32 scales of that name, into a folder's checkpoint."""
+    entries: dict[str, Any] = {
+        "x.weight": {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}
+    }
+    for name in scales:
+        entries[name] = {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}
+    header = json.dumps(entries).encode()
+    body = values.tobytes() + np.ones(len(scales), np.float32).tobytes()
+    content = len(header).to_bytes(8, "little") + header + body
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
 def test_nan_weights_are_named(model_folder: ModelFolder, tmp_path: Path) -> None:
     """NaN and infinity are kept, warned about by name and written into the history."""
     weights = {"a": np.float32([1, np.nan]), "b": np.float16([np.inf]), "c": np.float32([0])}
@@ -359,7 +400,9 @@ def test_quantized_weights_do_not_go_back(model_folder: ModelFolder, tmp_path: P
     from memopt.weights.writer import write_quantized
 
     bundle = convert(model_folder(), tmp_path / "out")
-    write_quantized(bundle.weights, [("a", np.ones(2, np.float32))])
+    write_quantized(tmp_path / "v2.parquet", [("a", np.ones(2, np.float32))])
+    staged = {"weights.parquet": tmp_path / "v2.parquet"}
+    bundle = bundle.add_files(staged, event={"event": "test"})
     with pytest.raises(WeightsError, match="schema V2"):
         to_safetensors(bundle, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
