@@ -114,8 +114,7 @@ class HotColdTiering:
                 used.append((row["last_access"] or row["timestamp"]).timestamp())
         if not ids:
             return []
-        recency = _lru(np.array(used))
-        relevance = _tfidf(texts, query, np.argsort(-recency, kind="stable")[:_FOCUS])
+        recency, relevance = recency_and_relevance(np.array(used), texts, query)
         score = self._recency * recency + self._relevance * relevance
         order = sorted(range(len(ids)), key=lambda at: (-score[at], ids[at]))
         return [
@@ -183,6 +182,20 @@ class HotColdTiering:
                 self.store.commit(updates=changed)
                 moved_rows += rows.num_rows
         return moved_rows
+
+
+def recency_and_relevance(
+    used: NDArray[np.float64], texts: list[str], query: str | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what :class:`HotColdTiering` weighs, each (n,) in 0..1.
+
+    Args:
+        used: when each was used last, in seconds since 1970.
+        texts: their words.
+        query: what is being worked on; None lets those used last say it.
+    """
+    recency = _lru(used)
+    return recency, _tfidf(texts, query, np.argsort(-recency, kind="stable")[:_FOCUS])
 
 
 def _lru(used: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,1 @@
+"""Commands under the founding design's names: ``python -m memopt.tools.quantize``."""
