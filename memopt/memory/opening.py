@@ -17,6 +17,7 @@ from memopt.memory.schema import (
     DEFAULT_DIM,
     EDGES,
     EVENTS,
+    WORDS,
     Embedder,
     memories_schema,
 )
@@ -37,7 +38,7 @@ def make(
     A creation that was cut short is finished by the next one.
     """
     dim = dim or (embedder.dim if embedder else DEFAULT_DIM)
-    schemas = (memories_schema(dim), EDGES, ACCESS_LOG, EVENTS)
+    schemas = (memories_schema(dim).append(WORDS), EDGES, ACCESS_LOG, EVENTS)
     for name, schema in zip(TABLES, schemas, strict=True):
         count = _row_count(database, name)
         if count:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory import rows, searching
 from memopt.memory.filters import one_of
-from memopt.memory.schema import Content, Embedder, memories_schema
+from memopt.memory.schema import WORDS, Content, Embedder, memories_schema
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
@@ -132,6 +132,8 @@ def _replace(store: MemoryStore, embedder: Embedder, table: Any) -> None:
     models = memories.search().select(["model_id"]).limit(None).to_arrow()["model_id"]
     if pc.all(pc.equal(models, embedder.model_id)).as_py() is not True:
         schema = memories_schema(embedder.dim)
+        if WORDS.name in memories.schema.names:
+            schema = schema.append(WORDS)
         old = memories.search().limit(None).to_batches(_CHUNK)
         stream = pa.RecordBatchReader.from_batches(schema, _moved(old, table, schema, embedder))
         memories.add(stream, mode="overwrite")

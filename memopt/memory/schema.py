@@ -31,6 +31,8 @@ SHORT_TERM, LONG_TERM, ARCHIVED = "short_term", "long_term", "archived"
 TIERS = (SHORT_TERM, LONG_TERM, ARCHIVED)
 MODALITIES = ("text", "vision", "audio")
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+# A column of the table only, made from text and summary with each row (memopt.memory.lexicon).
+WORDS = pa.field("words", pa.string())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

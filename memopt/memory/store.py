@@ -19,6 +19,7 @@ from memopt.memory import (
     events,
     incoming,
     interchange,
+    lexicon,
     payload,
     reading,
     searching,
@@ -108,6 +109,7 @@ class MemoryStore(Sealed):
         self.adjacency = Adjacency(self)
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
+        self.word_columns = lexicon.opened(self)
 
     # --- life -------------------------------------------------------------------------------
 
@@ -214,6 +216,8 @@ class MemoryStore(Sealed):
         Raises:
             ConsolidationError: the disk takes no more; the store is as it was.
         """
+        lexicon.upgrade(self)
+        self.word_columns = lexicon.indexed(self.memories)
         for name in TABLES:
             merge(self, name)
 

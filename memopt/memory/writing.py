@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import incoming, payload, rows
+from memopt.memory import incoming, lexicon, payload, rows
 from memopt.memory.filters import DELETED, id_list, one_of, utc
 from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
@@ -66,8 +66,8 @@ def commit(
 ) -> None:
     """Do what :meth:`MemoryStore.commit` says."""
     empty = memories_schema(store.dim).empty_table()
-    inserts = empty if inserts is None else sealed(store, inserts)
-    updates = empty if updates is None else sealed(store, updates)
+    inserts = sealed(store, empty if inserts is None else inserts)
+    updates = sealed(store, empty if updates is None else updates)
     old, new, gone = _ids(updates), _ids(inserts), id_list(deletes)
     if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
         raise InputError("one commit names a memory twice")
@@ -234,9 +234,9 @@ def arrow_memories(store: MemoryStore, batches: Iterable[pa.RecordBatch]) -> Ite
 
 
 def sealed(store: MemoryStore, table: pa.Table) -> pa.Table:
-    """Return whole rows in the table's types; plain ones encrypted where the store is."""
+    """Return whole rows as the table has them: with their words, or encrypted."""
     schema = memories_schema(store.dim)
-    table = table.select(schema.names).cast(schema)
+    table = lexicon.with_words(store, table.select(schema.names).cast(schema))
     if store.cipher is None or not table.num_rows:
         return table
     plain = np.array([not codec for codec in table["codec"].to_pylist()])
@@ -365,7 +365,7 @@ def _tombstones(store: MemoryStore, ids: Sequence[str]) -> pa.Table:
     vectors = np.zeros((len(ids), store.dim), np.float32)
     # A vector of length 0 has no cosine, which an index built in between would trip over.
     vectors[:, 0] = 1
-    return rows.new_rows(vectors, columns)
+    return lexicon.with_words(store, rows.new_rows(vectors, columns))
 
 
 def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:
