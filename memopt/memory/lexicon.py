@@ -27,6 +27,7 @@ _NAME = WORDS.name
 # The columns that were indexed before there were words.
 TEXTS = ("text", "summary")
 _CHUNK = 4096
+_SCHEMA = pa.schema([pa.field("memory_id", pa.string(), nullable=False), WORDS])
 
 
 def indexed(table: Any) -> tuple[str, ...]:
@@ -68,10 +69,10 @@ def upgrade(store: MemoryStore) -> None:
             if not ids:
                 break
             found = store.rows(ids, ["memory_id", *payload.CONTENT, "codec", "packed"])
-            columns = {"memory_id": found["memory_id"], _NAME: _words_of(store, found)}
+            made = pa.table([found["memory_id"], _words_of(store, found)], schema=_SCHEMA)
             cover_ids(store.memories)
             merge = store.memories.merge_insert("memory_id").when_matched_update_all()
-            merge.execute(pa.table(columns))
+            merge.execute(made)
         cover_ids(store.memories)
         create_indices(store.database)
         for index in store.memories.list_indices():
@@ -82,12 +83,15 @@ def upgrade(store: MemoryStore) -> None:
 
 def opened(store: MemoryStore) -> tuple[str, ...]:
     """Return the columns to search for words, after an upgrade where the store can be written."""
-    if store.place.local is not None and not has_words(store):
+    found = indexed(store.memories)
+    if store.place.local is not None and store.cipher is None and found != (_NAME,):
+        # One that was cut short is finished: the index is made last.
         try:
             upgrade(store)
         except ConsolidationError as error:
             _LOG.info("%s is searched without its words: %s", store.place, error)
-    return indexed(store.memories)
+        found = indexed(store.memories)
+    return found
 
 
 def _words_of(store: MemoryStore, table: pa.Table) -> pa.Array:

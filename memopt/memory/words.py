@@ -22,9 +22,14 @@ _ACCENTS = frozenset({1, *range(10, 37), *range(202, 241)})
 # Scripts without spaces between words; Korean joins particles to them.
 _JOINED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f"
 _SPELLED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+# Vowel signs belong to their letter; the regular expressions of Python take them for gaps.
+_SIGNS = "".join(
+    chr(code) for code in range(0x300, 0x1E00) if unicodedata.category(chr(code))[0] == "M"
+)
+_LETTER = rf"(?:(?![{_JOINED}{_SPELLED}_])[\w{_SIGNS}])"
 _PIECES = re.compile(
     rf"(?P<joined>[{_JOINED}]+)|(?P<spelled>[{_SPELLED}]+)"
-    rf"|(?P<word>(?:(?![{_JOINED}{_SPELLED}_])\w)+(?:'(?:(?![{_JOINED}{_SPELLED}_])\w)+)*)"
+    rf"|(?P<word>{_LETTER}+(?:'{_LETTER}+)*)"
     r"|(?P<sign>[^\w\s])"
 )
 _ASCII = re.compile(r"[a-z]+")
