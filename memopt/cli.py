@@ -30,6 +30,7 @@ COMMANDS: tuple[str, ...] = (
     "embed",
     "bench",
     "pack",
+    "encrypt",
     "info",
     "sync",
     "memory",

@@ -50,11 +50,14 @@ def convert(
     from memopt.commands.console import stderr
     from memopt.errors import ConfigurationError
     from memopt.weights.convert import convert, to_safetensors
+    from memopt.weights.locked import unlocked
 
     if to is not None:
         if to != "safetensors":
             raise ConfigurationError(f"--to {to!r} is not a format", fix="use --to safetensors")
-        path = to_safetensors(open_bundle(source), output)
+        opened = open_bundle(source)
+        with unlocked(opened) as plain:
+            path = to_safetensors(plain, output or opened.path / "model.safetensors")
         size = path.stat().st_size
         typer.echo(
             json.dumps({"file": str(path), "bytes": size}) if as_json else f"{path}  {size:,} bytes"

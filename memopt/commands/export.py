@@ -32,6 +32,7 @@ def export(
     from memopt.commands.console import stderr
     from memopt.exporters.base import export as run
     from memopt.weights.convert import resolve
+    from memopt.weights.locked import unlocked
 
     errors = stderr()
     with errors.status("resolve") as status:
@@ -42,19 +43,20 @@ def export(
             ),
             on_warning=lambda line: errors.print(f"warning: {line}"),
         )
-        if weights is not None:
-            from memopt.exporters.from_v2 import export_v2
+        with unlocked(bundle) as plain:
+            if weights is not None:
+                from memopt.exporters.from_v2 import export_v2
 
-            variants: tuple[Variant, ...] = (export_v2(bundle, weights),)
-        else:
-            variants = run(
-                bundle,
-                format=format,
-                task=task,
-                precision=precision,
-                opset=opset,
-                on_step=status.update,
-            )
+                variants: tuple[Variant, ...] = (export_v2(plain, weights),)
+            else:
+                variants = run(
+                    plain,
+                    format=format,
+                    task=task,
+                    precision=precision,
+                    opset=opset,
+                    on_step=status.update,
+                )
     if as_json:
         typer.echo(json.dumps([asdict(variant) for variant in variants], indent=1))
     else:

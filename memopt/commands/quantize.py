@@ -210,6 +210,7 @@ def quantize(
     from memopt.quantization import quantize as library
     from memopt.quantization.arrow_method import quantize_arrow
     from memopt.quantization.recipe import Recipe, known_recipe, load_recipe
+    from memopt.weights.locked import unlocked
 
     given: dict[str, Any] = {
         "method": method,
@@ -255,9 +256,9 @@ def quantize(
         with tempfile.TemporaryFile(dir=report.parent):
             pass
     make = quantize_arrow if chosen.method == "arrow" else library.quantize
-    with _progress() as (step, progress):
+    with unlocked(opened) as plain, _progress() as (step, progress):
         result: Proven = make(
-            opened,
+            plain,
             data,
             chosen,
             gate=gate,

@@ -32,6 +32,7 @@ from memopt.runtimes.vectors import (
     to_arrow,
     unit_length,
 )
+from memopt.weights.locked import Unlocked, is_encrypted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,7 +119,13 @@ class ArrowEngine:
             )
         # Of the folder as it is now: tokenizer, streams and fallbacks are opened later, from
         # wherever the process is then.
-        self._bundle = bundle = replace(bundle, path=bundle.path.absolute())
+        bundle = replace(bundle, path=bundle.path.absolute())
+        self._given = bundle.path
+        self._unlocked = None
+        if is_encrypted(bundle):
+            self._unlocked = Unlocked(bundle)
+            bundle = self._unlocked.bundle
+        self._bundle = bundle
         self._settings = Settings(
             threads=threads,
             streams=streams,
@@ -145,12 +152,17 @@ class ArrowEngine:
         self._lock = threading.Lock()
         self._front: FrontEnd | None = None
         self._coalescer: Coalescer | None = None
-        self._chain = BackendChain(
-            candidates(bundle, device, variant, half=use_amp, cpu_fallback=fallback_to_cpu),
-            self._open,
-            strict=strict,
-            events=self._events,
-        )
+        try:
+            self._chain = BackendChain(
+                candidates(bundle, device, variant, half=use_amp, cpu_fallback=fallback_to_cpu),
+                self._open,
+                strict=strict,
+                events=self._events,
+            )
+        except BaseException:
+            if self._unlocked is not None:
+                self._unlocked.close()
+            raise
         watch(self)
         metrics.gauge(
             "memory_usage_bytes", lambda: limits.resident_mb() * 2**20, component="process"
@@ -167,6 +179,8 @@ class ArrowEngine:
     def _open(self, candidate: Candidate) -> Backend:
         open_backend = opener(candidate.provider)
         variant = candidate.variant
+        if self._unlocked is not None:
+            self._unlocked.need(variant.file, *variant.companions)
         # Small files are often edited by hand, to good purpose; "always" takes them at their hash.
         more = self._bundle.manifest.files if self._verify == "always" else ()
         self._bundle.check(variant.file, *variant.companions, *more, mode=self._verify)
@@ -200,10 +214,10 @@ class ArrowEngine:
 
     def __reduce__(self) -> Any:
         # To a worker that was spawned an engine goes as its arguments; it is opened anew there.
-        return partial(type(self), self._bundle.path, **self._arguments), ()
+        return partial(type(self), self._given, **self._arguments), ()
 
     def __repr__(self) -> str:
-        return f"ArrowEngine({str(self._bundle.path)!r} on {self._chain.candidate})"
+        return f"ArrowEngine({str(self._given)!r} on {self._chain.candidate})"
 
     @property
     def bundle(self) -> Bundle:
@@ -238,6 +252,8 @@ class ArrowEngine:
         if self._coalescer is not None:
             self._coalescer.close()
         self._chain.close()
+        if self._unlocked is not None:
+            self._unlocked.close()
 
     @overload
     def encode(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memopt import metrics
-from memopt.errors import BundleError, DeviceError, InputError
+from memopt.errors import BundleError, DeviceError, InputError, WeightsError
 from memopt.runtimes.base import Backend, Candidate
 from memopt.runtimes.limits import OverLimit
 from memopt.runtimes.processes import keep_for_ever, watch
@@ -215,8 +215,8 @@ class BackendChain:
             except Unavailable as error:
                 failures.append(_Failure(candidate, "unavailable", error.problem))
                 self._left = [c for c in self._left if c.provider != candidate.provider]
-            except BundleError:
-                # A changed file is no failure of a provider, and no reason to take another one.
+            except (BundleError, WeightsError):
+                # A changed file, or a wrong key, is no failure of a provider: no other takes over.
                 raise
             except Exception as error:  # noqa: BLE001 - any failure to open is handed on
                 failures.append(_Failure(candidate, _kind(error, "open"), one_line(error)))

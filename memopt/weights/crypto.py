@@ -13,17 +13,18 @@ import hashlib
 import os
 import struct
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from memopt.errors import ConfigurationError, WeightsError
 from memopt.extras import require
 from memopt.files import atomic_path, sha256_file
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 KEY_BYTES = 32
 KEY_VARIABLE = "MEMOPT_WEIGHTS_KEY"
+KEY_FILE_VARIABLE = "MEMOPT_WEIGHTS_KEY_FILE"
 MAGIC = b"MEMOPT-GCM1"
 _SEGMENT = 4 << 20
 _HEAD = struct.Struct("<QQ")  # segment bytes, plain bytes
@@ -33,21 +34,24 @@ _FOOTER = "memopt"
 
 
 def load_key(source: str | Path | None = None) -> bytes:
-    """Return a 32-byte key from a file, or from ``MEMOPT_WEIGHTS_KEY``.
+    """Return a 32-byte key from a file, or from the environment.
 
     Args:
-        source: a file with 64 hex digits or base64; None reads the environment variable.
+        source: a file with 64 hex digits or base64; None reads ``MEMOPT_WEIGHTS_KEY``, else the
+            file that ``MEMOPT_WEIGHTS_KEY_FILE`` names.
 
     Raises:
         ConfigurationError: there is none, it is not 32 bytes, or others may read the file.
     """
+    if source is None and not os.environ.get(KEY_VARIABLE):
+        source = os.environ.get(KEY_FILE_VARIABLE) or None
     if source is None:
         text = os.environ.get(KEY_VARIABLE, "")
         origin = f"variable {KEY_VARIABLE}"
         if not text:
             raise ConfigurationError(
                 "there is no key for the weights",
-                fix=f"set {KEY_VARIABLE} to 64 hex digits, or give a key file",
+                fix=f"set {KEY_VARIABLE} to 64 hex digits, or {KEY_FILE_VARIABLE} to a key file",
             )
     else:
         path, origin = Path(source), f"key file {source}"
@@ -60,6 +64,24 @@ def load_key(source: str | Path | None = None) -> bytes:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{origin} cannot be read ({error})") from error
     return parse_key(text.strip(), origin)
+
+
+def write_key(path: str | Path) -> None:
+    """Write a new random key, readable by its owner only.
+
+    Raises:
+        ConfigurationError: there is a file; a key is never overwritten.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ConfigurationError(f"{path} exists already", fix="use it, or give another") from None
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(os.urandom(KEY_BYTES).hex() + "\n")
+        file.flush()
+        os.fsync(descriptor)
 
 
 def parse_key(text: str, origin: str) -> bytes:
@@ -191,6 +213,7 @@ def encrypt_parquet(source: str | Path, target: str | Path, key: bytes) -> str:
 
     Row groups stay as they are. Returns the SHA-256 of the encrypted file.
     """
+    pq = require("pyarrow.parquet", extra="arrow", why="encrypt Parquet files")
     source = Path(source)
     properties = _factory(key).file_encryption_properties(_connection(), _configuration())
     with (
@@ -213,6 +236,8 @@ def read_encrypted_parquet(
     Raises:
         WeightsError: another SHA-256 than expected, a wrong key, or a damaged file.
     """
+    pa = require("pyarrow", extra="arrow", why="decrypt Parquet files")
+    pq = require("pyarrow.parquet", extra="arrow", why="decrypt Parquet files")
     path = Path(path)
     if sha256 is not None and sha256_file(path) != sha256:
         raise WeightsError(f"{path} does not match its SHA-256 {sha256[:16]}")

@@ -129,7 +129,9 @@ def test_block_codecs_stay_within_half_a_step(seed, block, codec) -> None:
     rng = np.random.default_rng(seed)
     base = {"w": rng.normal(size=1000).astype("float32")}
     new = {"w": base["w"] + (rng.normal(size=1000) * rng.exponential(size=1000)).astype("float32")}
-    chosen = DeltaSettings(codec=name, delta_threshold=0, block=block, full_ratio=INFINITE)
+    chosen = DeltaSettings(
+        codec=name, delta_threshold=0, block=block, levels=127, full_ratio=INFINITE
+    )
     got = apply_delta(base, compute_delta(base, new, chosen).payload)["w"]
     change = np.abs(new["w"].astype("f8") - base["w"])
     padded = np.zeros(-(-1000 // block) * block)
