@@ -94,7 +94,8 @@ def make_plan(
     # A recalled original has its summary already.
     fresh = np.array([value is None for value in table["consolidated_at"].to_pylist()], bool)
     hot = counts >= hot_accesses
-    cold = ~hot & np.array([now - moment >= cold_age for moment in times], bool)
+    # A moment that far in the future was written by a wrong clock, and would never grow old.
+    cold = ~hot & np.array([abs(now - moment) >= cold_age for moment in times], bool)
 
     members = np.flatnonzero(hot & free & fresh)
     vectors = vectors_array(table["joint_embedding"].take(pa.array(members)), store.dim)

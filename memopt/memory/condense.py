@@ -26,13 +26,14 @@ import pyarrow as pa
 from memopt.errors import ConfigurationError, ConsolidationError, MemoptError
 from memopt.memory import summarise
 from memopt.memory.batches import Group, Plan, chunks, make_plan
-from memopt.memory.condensed_rows import Ready, moved, same, summary_row, untouched
+from memopt.memory.condensed_rows import Ready, has_media, moved, same, summary_row, untouched
 from memopt.memory.erase import erase, expire
 from memopt.memory.filters import utc
 from memopt.memory.graph import AssociationGraph
 from memopt.memory.rows import vectors_array
 from memopt.memory.schedule import RUN
 from memopt.memory.schema import ARCHIVED, Content
+from memopt.memory.summarise import Cover
 from memopt.memory.upkeep import tidy
 from memopt.metrics import ERRORS, count, fallback
 
@@ -64,7 +65,8 @@ class ConsolidationRecipe:
         cold_age_days: others are archived when they are that old.
         similarity: least cosine similarity of a group's members to its centre.
         batch_size: memories per summary at most.
-        originals: what happens to those a summary stands for: 'archive' or 'drop'.
+        originals: what happens to those a summary stands for: 'archive' or 'drop'. What has a
+            picture or a sound is archived either way.
         fidelity: least cosine similarity of a summary to its sources' centroid.
         summary_length: characters of a summary at most.
         retry_s: seconds until a failed batch is tried again, the first time.
@@ -267,18 +269,34 @@ class _Run:
                 self._changed(ids)
                 return None
             opened = self.store.unpack(before)
-            vectors = vectors_array(opened["joint_embedding"], self.store.dim)
-            summary = self._summary(opened, group)
+            made = self._summaries(opened, group)
             _fault("summarised")
-            row = summary_row(self.store, opened, vectors, summary, group, self.recipe.originals)
-            archived = None
-            if self.recipe.originals == "archive":
-                archived = self.store.pack(moved(opened, ARCHIVED, utc(self.store.clock())))
+            # What no summary says stays as it is.
+            rest = sorted({place for part in made for place in part.of})
+            if not rest:
+                return None
+            vectors = vectors_array(opened["joint_embedding"], self.store.dim)
+            rows = [
+                summary_row(
+                    self.store,
+                    opened.take(list(part.of)),
+                    vectors[list(part.of)],
+                    part.text,
+                    group,
+                    self.recipe.originals,
+                )
+                for part in made
+            ]
+            before, opened = before.take(rest), opened.take(rest)
+            if self.recipe.originals == "drop":
+                # Words stand for words: pictures and sounds are kept.
+                opened = opened.filter(has_media(opened))
+            archived = self.store.pack(moved(opened, ARCHIVED, utc(self.store.clock())))
         except MemoptError as error:
             self._failure(ids, error)
             return None
         _fault("ready")
-        return Ready(ids, before, row, archived)
+        return Ready(before["memory_id"].to_pylist(), before, pa.concat_tables(rows), archived)
 
     def archive(self, ids: list[str]) -> Ready | None:
         """Make the archived rows of cold memories."""
@@ -310,14 +328,13 @@ class _Run:
                 stale = [part for part in batch if not same(part.before, part.of(now))]
                 batch = [part for part in batch if part not in stale]
                 if batch:
-                    rows = [part.summary for part in batch if part.summary is not None]
-                    packed = [part.archived for part in batch if part.archived is not None]
+                    rows = [part.summaries for part in batch if part.summaries is not None]
+                    packed = pa.concat_tables([part.archived for part in batch])
+                    stay = set(packed["memory_id"].to_pylist())
                     self.store.commit(
                         inserts=pa.concat_tables(rows) if rows else None,
-                        updates=pa.concat_tables(packed) if packed else None,
-                        deletes=[
-                            key for part in batch if part.archived is None for key in part.ids
-                        ],
+                        updates=packed,
+                        deletes=[key for part in batch for key in part.ids if key not in stay],
                     )
         except MemoptError as error:
             for part in batch:
@@ -326,26 +343,61 @@ class _Run:
         for part in stale:
             self._changed(part.ids)
         for part in batch:
-            if part.summary is None:
+            if part.summaries is None:
                 self.archived += len(part.ids)
             else:
-                self.summaries.append(part.summary["memory_id"][0].as_py())
+                self.summaries += part.summaries["memory_id"].to_pylist()
                 self.condensed += len(part.ids)
-        if any(part.summary is not None for part in batch):
+        if any(part.summaries is not None for part in batch):
             _fault("committed")
-        if any(part.summary is None for part in batch):
+        if any(part.summaries is None for part in batch):
             _fault("archived")
         if batch:
             tidy(self.store)
 
-    def _summary(self, opened: pa.Table, group: Group) -> str:
-        texts = [text for text in opened["text"].to_pylist() if text and text.strip()]
-        if not texts:
+    def _summaries(self, opened: pa.Table, group: Group) -> list[Cover]:
+        """Return texts that stand for a group, each with the rows it stands for."""
+        said = [(at, text) for at, text in enumerate(opened["text"].to_pylist())]
+        worded = [(at, text) for at, text in said if text and text.strip()]
+        everything = tuple(range(opened.num_rows))
+        if not worded:
             names = (("has_vision", "pictures"), ("has_audio", "sounds"))
             kinds = " and ".join(what for flag, what in names if any(opened[flag].to_pylist()))
-            return f"{len(group.ids)} {kinds}" + (f" of {group.category}" if group.category else "")
+            about = f" of {group.category}" if group.category else ""
+            return [Cover(f"{len(group.ids)} {kinds}{about}", everything)]
+        texts = [text for _, text in worded]
         embed, bound = self._comparison(texts)
-        if self.llm is not None and self.refusals < _GIVE_UP:
+        answer = self._asked(texts, group, embed, bound) if self.llm is not None else None
+        if answer is not None:
+            return [Cover(answer, everything)]
+        length = self.recipe.summary_length
+        words = summarise.with_words(embed, texts)
+        covers = summarise.cover(texts, words, length=length)
+        covered = {place for part in covers for place in part.of}
+        found = [Cover(part.text, tuple(worded[at][0] for at in part.of)) for part in covers]
+        left = [at for at in range(len(texts)) if at not in covered]
+        if self.recipe.originals == "drop" or len(left) < 2 or covers:
+            # Nothing is said of a text that was not said whole; it stays.
+            return found
+        # Long texts, which stay in the archive: more sentences until it is what they are about.
+        wrong = "nothing fits"
+        for most in (3, 6, 12):
+            answer = _cut(summarise.extract(texts, words, most=most), length)
+            problem = summarise.problem(answer, texts, embed, bound)
+            if problem is None:
+                return [Cover(answer, everything)]
+            wrong = problem
+        raise ConsolidationError(f"no summary of {len(texts)} texts holds: {wrong}")
+
+    def _asked(
+        self, texts: list[str], group: Group, embed: summarise.Embed, bound: float
+    ) -> str | None:
+        """Return what the language model made of ``texts``; None where that is nothing to keep."""
+        assert self.llm is not None
+        self.fallbacks += 1
+        if self.refusals >= _GIVE_UP:
+            reason = f"{self.llm.name} is given up on for this run"
+        else:
             try:
                 asked = summarise.prompt(texts, group.category)
                 if self.store.redact:
@@ -355,32 +407,31 @@ class _Run:
                     answer = self.llm.complete(summarise.SYSTEM, asked)
                 finally:
                     self.waited += time.monotonic() - asking
-                answer = _cut(answer, self.recipe.summary_length)
                 self.refusals = 0
-                wrong = summarise.problem(answer, texts, embed, bound)
+                wrong = self._wrong(answer, texts, embed, bound)
                 if wrong is None:
+                    self.fallbacks -= 1
                     return answer
                 reason = f"the summary by {self.llm.name} was rejected: {wrong}"
             except Exception as error:  # noqa: BLE001 - a client of the caller's may raise anything
                 self.refusals += 1
                 reason = error.problem if isinstance(error, MemoptError) else repr(error)
-            self.store.event(FALLBACK, f"{reason}; sentences were extracted", group.ids)
-            fallback(self.llm.name, "extractive", "llm", told=reason)
-            self.fallbacks += 1
-        elif self.llm is not None:
-            self.fallbacks += 1
-            detail = f"{self.llm.name} is given up on for this run; sentences were extracted"
-            self.store.event(FALLBACK, detail, group.ids)
-        # More sentences until the facts are there, as many as the length allows.
-        wrong = "nothing fits"
-        words = summarise.with_words(embed, texts)
-        for most in (3, 6, 12):
-            answer = _cut(summarise.extract(texts, words, most=most), self.recipe.summary_length)
-            found = summarise.problem(answer, texts, embed, bound)
-            if found is None:
-                return answer
-            wrong = found
-        raise ConsolidationError(f"no summary of {len(texts)} texts holds: {wrong}")
+        self.store.event(FALLBACK, f"{reason}; sentences were extracted", group.ids)
+        fallback(self.llm.name, "extractive", "llm", told=reason)
+        return None
+
+    def _wrong(
+        self, answer: str, texts: list[str], embed: summarise.Embed, bound: float
+    ) -> str | None:
+        """Say why an answer is no summary of ``texts``, None where it is."""
+        if not answer.strip():
+            return "it is empty"
+        if len(answer) > self.recipe.summary_length:
+            return f"it has {len(answer)} characters, above {self.recipe.summary_length}"
+        lost = summarise.lost(answer, texts) if self.recipe.originals == "drop" else []
+        if lost:
+            return f"it lost {', '.join(lost[:3])}"
+        return summarise.problem(answer, texts, embed, bound)
 
     def _comparison(self, texts: list[str]) -> tuple[summarise.Embed, float]:
         embedder = self.store.embedder
@@ -423,7 +474,9 @@ def _plan(store: MemoryStore, recipe: ConsolidationRecipe) -> Plan:
     latest: dict[str, datetime | None] = {}
     for event in store.events(FAILED):
         latest.update(dict.fromkeys(event.memory_ids, event.retry_at))
-    postponed = frozenset(key for key, moment in latest.items() if moment and moment > now)
+    # Nobody is asked to wait longer than this: what is later was written by a wrong clock.
+    last = now + timedelta(seconds=_LONGEST_BACKOFF)
+    postponed = frozenset(key for key, moment in latest.items() if moment and now < moment <= last)
     return make_plan(
         store,
         hot_accesses=recipe.hot_accesses,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memopt.memory import summarise
 from memopt.memory.filters import utc
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """What is to be written for a group: its summary, and its originals as they are to be kept."""
+    """What is to be written for a group: its summaries, and its originals as they are kept."""
 
     ids: list[str]
     before: pa.Table
-    summary: pa.Table | None
-    archived: pa.Table | None
+    summaries: pa.Table | None
+    archived: pa.Table
     since: float = field(default_factory=time.monotonic)
 
     def of(self, rows: pa.Table) -> pa.Table:
@@ -45,11 +45,11 @@ def summary_row(
     group: Group,
     originals: str,
 ) -> pa.Table:
-    """Return the row of a summary: at the centroid of its sources, with the media nearest to it."""
+    """Return the row of a summary: at the centroid of its sources."""
+    ids = opened["memory_id"].to_pylist()
     middle = summarise.centroid(vectors)
-    nearest = np.argsort(-(vectors @ middle), kind="stable").tolist()
     columns: dict[str, Any] = {
-        "memory_id": "sum-" + hashlib.sha256("\n".join(group.ids).encode()).hexdigest()[:32],
+        "memory_id": "sum-" + hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32],
         "timestamp": max(opened["timestamp"].to_pylist()),
         "category": group.category,
         "tier": LONG_TERM,
@@ -57,19 +57,21 @@ def summary_row(
         "model_id": opened["model_id"][0].as_py(),
         "summary": store.redact(summary) if store.redact else summary,
         "has_text": True,
-        "source_count": len(group.ids),
+        "source_count": len(ids),
         "consolidated_at": utc(store.clock()),
         "last_access": max(filter(None, opened["last_access"].to_pylist()), default=None),
     }
+    # Archived originals keep their own counts: nothing is counted twice.
     if originals == "drop":
-        # Archived originals keep their own counts: nothing is counted twice.
-        columns["access_count"] = sum(opened["access_count"].to_pylist())
-        for name, flag in (("vision_data", "has_vision"), ("audio_data", "has_audio")):
-            media = opened[name].to_pylist()
-            kept = next((media[at] for at in nearest if media[at] is not None), None)
-            columns[name], columns[flag] = kept, kept is not None
+        gone = opened.filter(pc.invert(has_media(opened)))
+        columns["access_count"] = sum(gone["access_count"].to_pylist())
     listed = {name: [value] for name, value in columns.items()}
-    return new_rows(middle[None, :], {**listed, "source_memory_ids": [list(group.ids)]})
+    return new_rows(middle[None, :], {**listed, "source_memory_ids": [ids]})
+
+
+def has_media(opened: pa.Table) -> pa.ChunkedArray:
+    """Return which rows hold a picture or a sound, bool."""
+    return pc.or_(opened["has_vision"], opened["has_audio"])
 
 
 def moved(opened: pa.Table, tier: str, consolidated_at: datetime | None = None) -> pa.Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from memopt.memory import events, searching, writing
+from memopt.memory.clocks import mend
 from memopt.memory.filters import one_of, utc
 from memopt.memory.reclaim import reclaim
 from memopt.memory.reembed import unfinished
@@ -52,9 +53,7 @@ def forget(store: MemoryStore, ids: Sequence[str]) -> Erased:
     >>> forget(store, store.add(new).ids).memories
     1
     """
-    wanted = set(ids)
-    wanted |= _summaries_of(store, wanted)
-    gone = store.delete(sorted(wanted)) if wanted else 0
+    gone = store.delete(sorted(set(ids))) if ids else 0
     expired = expire(store)
     return Erased(gone + expired, expired, erase(store))
 
@@ -63,6 +62,7 @@ def expire(store: MemoryStore) -> int:
     """Delete the memories whose time has come; return how many. Their bytes go with erase()."""
     from lancedb.expr import col, lit
 
+    mend(store)
     now = utc(store.clock())
     query = store.query().where(col("expires_at") <= lit(now)).select(["memory_id"])
     ids = store.fetch(query)["memory_id"].to_pylist()
@@ -110,18 +110,6 @@ def _cast(batches: Any, schema: pa.Schema) -> Any:
         yield pa.RecordBatch.from_arrays(
             [batch[field.name].cast(field.type) for field in schema], schema=schema
         )
-
-
-def _summaries_of(store: MemoryStore, ids: set[str]) -> set[str]:
-    if not ids:
-        return set()
-    found = set()
-    for batch in store.scan(columns=["memory_id", "source_memory_ids"], batch_size=8192):
-        sources = batch["source_memory_ids"].to_pylist()
-        for key, own in zip(batch["memory_id"].to_pylist(), sources, strict=True):
-            if own and ids.intersection(own):
-                found.add(key)
-    return found
 
 
 def _size(store: MemoryStore) -> int:

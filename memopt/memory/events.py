@@ -47,11 +47,12 @@ def read(store: MemoryStore, kind: str | None) -> list[Event]:
     query = store.query("events")
     if kind is not None:
         query = query.where(one_of("kind", [kind]))
-    found = [
+    # In the order they were written, not by their times: a clock that was wrong once would else put
+    # one event after all later ones.
+    return [
         Event(**{**row, "memory_ids": tuple(row["memory_ids"])})
         for row in store.fetch(query).to_pylist()
     ]
-    return sorted(found, key=lambda event: event.at)
 
 
 def scrub(store: MemoryStore) -> None:

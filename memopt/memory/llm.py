@@ -7,6 +7,7 @@ off, so that a limit of three tries means three requests.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
@@ -31,6 +32,12 @@ _PASSING = frozenset({408, 409, 425, 429})
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 # The size of an answer that is read at most: a summary is kilobytes.
 _MOST_BYTES = 4 << 20
+# How servers say that an answer is whole. Whatever else they say (length, max_tokens, tool_calls,
+# content_filter, refusal), it is not; some older ones say nothing.
+_WHOLE = frozenset({None, "", "stop", "eos", "eos_token", "end_turn", "stop_sequence"})
+# What reasoning models think aloud before they answer, by the tags of their chat templates.
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)\b[^>]*>.*?</\1\s*>", re.S | re.I)
+_THOUGHT_TAG = re.compile(r"</?(think|thinking|thought|reasoning)\b[^>]*>", re.I)
 _DEFAULT_MODELS = {"ollama": "llama3.2", "anthropic": "claude-haiku-4-5", "openai": "gpt-5-mini"}
 
 
@@ -137,7 +144,7 @@ class LanguageModel:
             self._pace()
             tries += 1
             try:
-                answer = self._send(system, prompt, self.limits).strip()
+                answer = _said(self._send(system, prompt, self.limits))
                 if not answer:
                     raise Refused("the answer is empty", passing=True)
                 self._count("answered")
@@ -219,7 +226,12 @@ def _ollama(model: str, url: str | None, limits: Limits) -> Send:
         # ollama's own error keeps the status and drops the headers.
         seen["retry-after"] = response.headers.get("retry-after")
 
-    client = ollama.Client(host=url, timeout=limits.timeout_s, event_hooks={"response": [remember]})
+    client = ollama.Client(
+        host=url,
+        timeout=limits.timeout_s,
+        event_hooks={"response": [remember]},
+        follow_redirects=False,
+    )
 
     def send(system: str, prompt: str, limits: Limits) -> str:
         seen.clear()
@@ -232,7 +244,7 @@ def _ollama(model: str, url: str | None, limits: Limits) -> Send:
                 ],
                 options={"num_predict": limits.max_tokens, "temperature": 0, "seed": 0},
             )
-            return str(answer.message.content or "")
+            return _whole(answer.done_reason, answer.message.content)
         except ollama.ResponseError as error:
             raise _status(error.status_code, error.error, seen.get("retry-after")) from error
         except httpx.TimeoutException as error:
@@ -248,7 +260,12 @@ def _ollama(model: str, url: str | None, limits: Limits) -> Send:
 def _anthropic(model: str, url: str | None, limits: Limits) -> Send:
     anthropic = require("anthropic", extra="llm", why="summarise with anthropic")
     try:
-        client = anthropic.Anthropic(base_url=url, timeout=limits.timeout_s, max_retries=0)
+        client = anthropic.Anthropic(
+            base_url=url,
+            timeout=limits.timeout_s,
+            max_retries=0,
+            http_client=anthropic.DefaultHttpxClient(follow_redirects=False),
+        )
     except anthropic.AnthropicError as error:
         raise ConfigurationError(
             f"anthropic cannot be used: {_line(error)}", fix="set ANTHROPIC_API_KEY"
@@ -265,7 +282,8 @@ def _anthropic(model: str, url: str | None, limits: Limits) -> Send:
             )
             if answer.stop_reason == "refusal":
                 raise Refused("the model declined", passing=False)
-            return "".join(part.text for part in answer.content if part.type == "text")
+            parts = [part.text for part in answer.content if part.type == "text"]
+            return _whole(answer.stop_reason, "".join(parts))
         except anthropic.APITimeoutError as error:
             raise Refused(f"no answer within {limits.timeout_s:g} s", passing=True) from error
         except anthropic.APIStatusError as error:
@@ -286,6 +304,7 @@ def _anthropic(model: str, url: str | None, limits: Limits) -> Send:
 
 def _openai(model: str, url: str | None, limits: Limits) -> Send:
     base = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
+    opener = urllib.request.build_opener(_NoRedirect)
 
     def send(system: str, prompt: str, limits: Limits) -> str:
         body = {
@@ -304,9 +323,10 @@ def _openai(model: str, url: str | None, limits: Limits) -> Send:
             f"{base}/chat/completions", json.dumps(body).encode(), headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=limits.timeout_s) as response:
+            with opener.open(request, timeout=limits.timeout_s) as response:
                 answer = json.loads(response.read(_MOST_BYTES))
-            return str(answer["choices"][0]["message"]["content"] or "")
+            choice = answer["choices"][0]
+            return _whole(choice.get("finish_reason"), choice["message"]["content"])
         except urllib.error.HTTPError as error:
             text = error.read(2000).decode(errors="replace")
             raise _status(error.code, text, error.headers.get("retry-after")) from error
@@ -316,9 +336,16 @@ def _openai(model: str, url: str | None, limits: Limits) -> Send:
             if isinstance(error.reason, TimeoutError):
                 raise Refused(f"no answer within {limits.timeout_s:g} s", passing=True) from error
             raise Refused(_line(error.reason), passing=True) from error
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise Refused(f"unreadable answer: {_line(error)}", passing=True) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Refused(_line(error), passing=True) from error
 
     return send
@@ -331,7 +358,62 @@ _BACKENDS: dict[str, Callable[[str, str | None, Limits], Send]] = {
 }
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Whoever answers with a redirect would be sent the texts and the key at another address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follow none: the answer is then an HTTPError of its status."""
+        return
+
+
+def _whole(reason: object, content: object) -> str:
+    """Return the text of an answer that its server calls complete.
+
+    Content may come in parts, as newer chat completions allow; only parts of text are said.
+
+    Raises:
+        Refused: it was cut off, or is something else than text.
+
+    >>> _whole("stop", [{"type": "text", "text": "The door "}, {"type": "text", "text": "is red."}])
+    'The door is red.'
+    >>> _whole("length", "The door")
+    Traceback (most recent call last):
+    ...
+    memopt.memory.llm.Refused: the answer is not whole: the server says 'length'
+    """
+    if not (reason is None or isinstance(reason, str)) or reason not in _WHOLE:
+        raise Refused(f"the answer is not whole: the server says {reason!r}", passing=False)
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        kinds = {str(part.get("type")) for part in parts} - {"text", "reasoning", "thinking"}
+        if kinds or len(parts) < len(content):
+            raise Refused(f"the answer holds {', '.join(kinds) or 'no text'}", passing=False)
+        content = "".join(str(part.get("text")) for part in parts if part["type"] == "text")
+    if not (content is None or isinstance(content, str)):
+        raise Refused(f"the answer is {type(content).__name__}, not text", passing=True)
+    return content or ""
+
+
+def _said(answer: str) -> str:
+    """Return an answer without what a model thought aloud before it.
+
+    Raises:
+        Refused: a thought has no end or no beginning, so that nobody knows where the answer is.
+
+    >>> _said("<think>Two doors?</think> The door is red.")
+    'The door is red.'
+    """
+    said = _THOUGHT.sub("", answer)
+    if _THOUGHT_TAG.search(said):
+        raise Refused("the answer is a thought without an end", passing=False)
+    return said.strip()
+
+
 def _status(status: int, text: object, retry_after: str | None) -> Refused:
+    if 300 <= status < 400:
+        return Refused(
+            f"HTTP {status}: redirects are not followed, give the address itself", passing=False
+        )
     passing = status in _PASSING or status >= 500
     return Refused(f"HTTP {status}: {_line(text)}", passing=passing, wait=_seconds(retry_after))
 

@@ -1,9 +1,10 @@
 """The content of a row in one cell: zstd-compressed when archived, encrypted when a key is set.
 
-A payload is four fields in the order text, vision_data, audio_data, summary, each a presence byte
-and, when present, a little-endian uint64 length and the bytes. ``codec`` of the row says what was
-done to it, innermost first: 'zstd', 'aesgcm:KEY_ID', 'zstd+aesgcm:KEY_ID'. A compressed payload
-starts with its own length as uint64.
+Media of an archived row, and all content of an encrypted one; in a plain store the words of the
+archive stay in their columns, where they are found. A payload is four fields in the order text,
+vision_data, audio_data, summary, each a presence byte and, when present, a little-endian uint64
+length and the bytes. ``codec`` of the row says what was done to it, innermost first: 'zstd',
+'aesgcm:KEY_ID', 'zstd+aesgcm:KEY_ID'. A compressed payload starts with its own length as uint64.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pyarrow as pa
 from memopt.errors import ConsolidationError, MemoptError
 
 CONTENT = ("text", "vision_data", "audio_data", "summary")
+_MEDIA = ("vision_data", "audio_data")
 ZSTD = "zstd"
 # Archived rows are written once and rarely read: a level where zstd still unpacks at full speed.
 _LEVEL = 12
@@ -85,23 +87,29 @@ def codec_name(*, compress: bool, cipher: Cipher | None) -> str:
 def seal(rows: pa.Table, *, compress: bool, cipher: Cipher | None) -> pa.Table:
     """Move the content of every row into ``packed``.
 
-    ``summary`` moves along only under a cipher: it stays readable in an archive, and must not in
-    an encrypted store. Rows that are packed already must be opened first (:func:`unseal`).
+    Under a cipher all of it. Without one the words stay where they are, text and summary: they are
+    found by the word index, and Lance compresses them as well as zstd does one by one. A row
+    without media is then left as it is. Packed rows must be opened first (:func:`unseal`).
     """
     codec = codec_name(compress=compress, cipher=cipher)
     if not codec or not rows.num_rows:
         return rows
     if any(rows["codec"].to_pylist()):
         raise ConsolidationError("rows are packed already", fix="unpack them first")
-    fields = CONTENT if cipher else CONTENT[:3]
-    columns = [rows[name].to_pylist() for name in fields]
+    fields = CONTENT if cipher else _MEDIA
+    columns = [
+        rows[name].to_pylist() if name in fields else [None] * rows.num_rows for name in CONTENT
+    ]
     packed = [
         _wrap(encode_fields([_as_bytes(value) for value in values]), compress, cipher)
+        if cipher or any(value is not None for value in values)
+        else None
         for values in zip(*columns, strict=True)
     ]
     for name in fields:
         rows = _set(rows, name, pa.nulls(rows.num_rows, rows.schema.field(name).type))
-    rows = _set(rows, "codec", pa.repeat(pa.scalar(codec), rows.num_rows))
+    codecs = ["" if data is None else codec for data in packed]
+    rows = _set(rows, "codec", pa.array(codecs, pa.string()))
     return _set(rows, "packed", pa.array(packed, pa.large_binary()))
 
 
@@ -122,9 +130,9 @@ def unseal(rows: pa.Table, cipher: Cipher | None) -> pa.Table:
             continue
         values = decode_fields(_unwrap(packed[at], codec, ids[at], cipher))
         for name, value in zip(CONTENT, values, strict=False):
-            if name in columns:
+            if name in columns and value is not None:
                 text = name in ("text", "summary") and value is not None
-                columns[name][at] = value.decode() if text and value is not None else value
+                columns[name][at] = value.decode() if text else value
     for name, values in columns.items():
         rows = _set(rows, name, pa.array(values, rows.schema.field(name).type))
     rows = _set(rows, "codec", pa.repeat(pa.scalar(""), rows.num_rows))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from memopt.errors import InputError
+from memopt.memory import derived
 from memopt.memory.filters import utc
 from memopt.memory.schema import TIMESTAMP, Filter
 from memopt.memory.touches import cover_ids
@@ -62,10 +63,15 @@ def retain(store: MemoryStore, category: str, days: float | None) -> int:
                     ends[row["memory_id"]] = end
             set_ends(store, ends)
             changed += len(ends)
-    return changed
+        # A summary happened when the latest of its sources did: it would outlive the others.
+        sooner = derived.expiries(store, category)
+        set_ends(store, sooner)
+    return changed + len(sooner)
 
 
-def set_ends(store: MemoryStore, ends: Mapping[str, datetime | None]) -> None:
+def set_ends(
+    store: MemoryStore, ends: Mapping[str, datetime] | Mapping[str, datetime | None]
+) -> None:
     """Write, under the lock, when memories that are there expire; None is never."""
     if not ends:
         return

@@ -61,8 +61,12 @@ def next_run(cron: str, after: datetime) -> datetime:
 
 
 def last_run(store: MemoryStore) -> datetime | None:
-    """Return when a consolidation finished last, by whatever process."""
-    return max((event.at for event in store.events(RUN)), default=None)
+    """Return when a consolidation finished last, by whatever process.
+
+    A run of a time that has not come was recorded while the clock was wrong, and does not count.
+    """
+    now = utc(store.clock())
+    return max((event.at for event in store.events(RUN) if event.at <= now), default=None)
 
 
 def due(store: MemoryStore, triggers: Triggers) -> str | None:
@@ -88,4 +92,6 @@ def due(store: MemoryStore, triggers: Triggers) -> str | None:
 
 def _made(store: MemoryStore, now: datetime) -> datetime:
     made = store.meta.created_at
-    return utc(datetime.fromisoformat(made)) if made else now.astimezone(UTC)
+    moment = utc(datetime.fromisoformat(made)) if made else now.astimezone(UTC)
+    # Made by a clock that was wrong: nobody knows since when, so a first run is due at once.
+    return moment if moment <= now else datetime(1970, 1, 1, tzinfo=UTC)

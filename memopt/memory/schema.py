@@ -192,8 +192,9 @@ class AddResult:
 def memories_schema(dim: int) -> pa.Schema:
     """Return the schema of the ``memories`` table.
 
-    ``packed`` holds text, vision_data and audio_data of archived or encrypted memories, which then
-    are null; ``codec`` says how ('' plain columns, 'zstd', 'aesgcm:KEY_ID', 'zstd+aesgcm:KEY_ID').
+    ``packed`` holds the media of archived memories and all content of encrypted ones, which then
+    are null in their columns; ``codec`` says how ('' plain columns, 'zstd', 'aesgcm:KEY_ID',
+    'zstd+aesgcm:KEY_ID').
 
     >>> memories_schema(4).field("joint_embedding").type
     FixedSizeListType(fixed_size_list<item: float>[4])

@@ -186,7 +186,7 @@ class MemoryStore(Sealed):
         writing.commit(self, inserts, updates, deletes)
 
     def update(self, memory_id: str, **fields: Any) -> None:
-        """Change fields of one memory.
+        """Change fields of one memory; a summary of what it said before goes.
 
         Args:
             fields: any of text, vision_data, audio_data, category, timestamp, expires_at,
@@ -201,10 +201,11 @@ class MemoryStore(Sealed):
     def delete(self, ids: Sequence[str]) -> int:
         """Delete memories with their links in one commit; unknown ids are passed over.
 
-        The bytes leave the disk when old versions are dropped.
+        Summaries made of them go too, and what else these were made of is short-term again. The
+        bytes leave the disk when old versions are dropped.
 
         Returns:
-            How many there were.
+            How many went, summaries among them.
         """
         return writing.delete(self, ids)
 

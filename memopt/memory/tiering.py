@@ -13,7 +13,7 @@ from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
 from memopt.memory.batches import chunks
 from memopt.memory.condensed_rows import moved
-from memopt.memory.filters import id_list
+from memopt.memory.filters import id_list, utc
 from memopt.memory.schema import ARCHIVED, LONG_TERM, SHORT_TERM, Filter
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class HotColdTiering:
         tiers: list[str] = []
         texts: list[str] = []
         used: list[float] = []
+        # Whatever a wrong clock dated later than now was used just now at the latest.
+        now = utc(self.store.clock()).timestamp()
         # Media are read only of packed rows, where they share a cell with the text.
         for batch in self.store.scan(where, [*columns, "text", "summary", "codec"], 1024):
             table = pa.Table.from_batches([batch])
@@ -111,7 +113,7 @@ class HotColdTiering:
                 ids.append(row["memory_id"])
                 tiers.append(row["tier"])
                 texts.append(" ".join(filter(None, (text, summary))))
-                used.append((row["last_access"] or row["timestamp"]).timestamp())
+                used.append(min(now, (row["last_access"] or row["timestamp"]).timestamp()))
         if not ids:
             return []
         recency, relevance = recency_and_relevance(np.array(used), texts, query)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from memopt.memory.filters import utc
 from memopt.memory.schema import TIMESTAMP
 
 if TYPE_CHECKING:
@@ -83,16 +84,14 @@ class Touches:
         if not self._pending:
             return
         with store.changing():
-            taken = self.pending()
+            taken, now = self.pending(), utc(store.clock())
             current = store.light(list(taken), _SCHEMA.names).to_pylist()
             if current:
                 source = [
                     {
                         "memory_id": row["memory_id"],
                         "access_count": row["access_count"] + taken[row["memory_id"]][0],
-                        "last_access": max(
-                            filter(None, (row["last_access"], taken[row["memory_id"]][1]))
-                        ),
+                        "last_access": later(row["last_access"], taken[row["memory_id"]][1], now),
                     }
                     for row in current
                 ]
@@ -109,6 +108,19 @@ class Touches:
                 else:
                     self._pending[memory_id] = (left - count, last)
             self._since = time.monotonic()
+
+
+def later(one: datetime | None, other: datetime | None, now: datetime) -> datetime | None:
+    """Return the later of two accesses; one after ``now`` was written by a wrong clock.
+
+    >>> from datetime import UTC
+    >>> wrong, right = datetime(2099, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, tzinfo=UTC)
+    >>> later(wrong, right, right).year
+    2026
+    """
+    known = [moment for moment in (one, other) if moment is not None]
+    past = [moment for moment in known if moment <= now]
+    return max(past or known, default=None)
 
 
 def cover_ids(memories: Any) -> None:

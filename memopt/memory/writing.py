@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import incoming, lexicon, payload, rows
+from memopt.memory import derived, incoming, lexicon, payload, rows
 from memopt.memory.filters import DELETED, id_list, one_of, utc
 from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
@@ -119,8 +119,15 @@ def sweep(store: MemoryStore) -> int:
 
 def delete(store: MemoryStore, ids: Sequence[str]) -> int:
     """Do what :meth:`MemoryStore.delete` says."""
+    named = list(dict.fromkeys(id_list(ids)))
     with store.changing():
-        present = sorted(_ids(store.light(list(dict.fromkeys(id_list(ids))), ("memory_id",))))
+        # Of dropped originals only the summary is left, which names them.
+        made = derived.summaries(store, named)
+        present = sorted({*_ids(store.light(named, ("memory_id",))), *made})
+        others = derived.released(store, made, present)
+        if others.num_rows:
+            commit(store, None, others, present)
+            return len(present)
         if present:
             _deleting(store, present)
             store.memories.delete(one_of("memory_id", present))
@@ -182,12 +189,17 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
         row.update({f"has_{name}": name in content.modalities for name in _CONTENT.values()})
         row["has_text"] |= row["summary"] is not None
         changed = rows.new_rows(vectors, {name: [value] for name, value in row.items()})
-        if row["tier"] == "archived":
+        # A summary would go on saying what this memory no longer says.
+        made = derived.summaries(store, [memory_id])
+        if made:
+            others = derived.released(store, made, [memory_id])
+            changed = pa.concat_tables([derived.free(changed), others])
+        elif row["tier"] == "archived":
             changed = store.pack(changed)
         moved = vector is not None or new_content
         if moved:
             _deleting(store, [memory_id])
-        commit(store, None, changed, ())
+        commit(store, None, changed, sorted(made))
     if moved:
         announce(store, changed)
 

@@ -23,6 +23,7 @@ class Served(ThreadingHTTPServer):
         self.script, self.text = script, text
         self.requests: list[dict[str, Any]] = []
         self.at: list[float] = []
+        self.headers: list[dict[str, str]] = []
 
     def url(self, kind: str) -> str:
         return f"http://127.0.0.1:{self.server_port}" + ("/v1" if kind == "openai" else "")
@@ -47,6 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.requests.append(body)
+        self.server.headers.append(dict(self.headers))
         self.server.at.append(time.monotonic())
         step = self.server.script[min(len(self.server.requests), len(self.server.script)) - 1]
         kind = PATHS.get(self.path)
@@ -58,6 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, b"<html>not JSON")
         elif step == "shape":
             self._reply(200, b'{"unexpected": [1]}')
+        elif step.startswith("30"):
+            status, _, place = step.partition(":")
+            self._reply(int(status), b"{}", {"location": place})
         elif step.startswith("429"):
             error = b'{"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}'
             self._reply(429, error, {"retry-after": step.partition(":")[2]})
@@ -65,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(int(step), b'{"error": {"message": "broken", "type": "api_error"}}')
         else:
             text = "" if step == "empty" else self.server.text
-            self._reply(200, json.dumps(_answer(kind, body["model"], text)).encode())
+            end = "length" if step == "cut" else "stop"
+            self._reply(200, json.dumps(_answer(kind, body["model"], text, end)).encode())
 
     def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -79,14 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
-def _answer(kind: str, model: str, text: str) -> dict[str, Any]:
+def _answer(kind: str, model: str, text: str, end: str = "stop") -> dict[str, Any]:
     if kind == "ollama":
         return {
             "model": model,
             "created_at": "2026-05-01T12:00:00Z",
             "message": {"role": "assistant", "content": text},
             "done": True,
-            "done_reason": "stop",
+            "done_reason": end,
         }
     if kind == "anthropic":
         return {
@@ -95,7 +101,7 @@ def _answer(kind: str, model: str, text: str) -> dict[str, Any]:
             "role": "assistant",
             "model": model,
             "content": [{"type": "text", "text": text}],
-            "stop_reason": "end_turn",
+            "stop_reason": "end_turn" if end == "stop" else "max_tokens",
             "stop_sequence": None,
             "usage": {"input_tokens": 5, "output_tokens": 5},
         }
@@ -104,5 +110,5 @@ def _answer(kind: str, model: str, text: str) -> dict[str, Any]:
         "id": "chat-1",
         "object": "chat.completion",
         "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": message, "finish_reason": end}],
     }

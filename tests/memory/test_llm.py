@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.memory.llm import LanguageModel, Limits, language_model
+from memopt.memory.llm import LanguageModel, Limits, Refused, _whole, language_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from llm_server import Served, serve
@@ -83,6 +83,73 @@ def test_a_refusal_is_final(kind: str) -> None:
         with pytest.raises(ConsolidationError, match="1 try: HTTP 401"):
             client(kind, server, []).complete("s", "p")
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])
+def test_a_redirect_takes_neither_texts_nor_keys_elsewhere(
+    kind: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever answers with another address gets no second request, and that address none at all."""
+    for name in ("OPENAI_API_KEY", "OLLAMA_API_KEY"):
+        monkeypatch.setenv(name, "not-a-key")
+    with serve("ok") as other, serve(f"{status}:{other.url(kind)}/chat/completions") as server:
+        with pytest.raises(ConsolidationError, match=f"1 try: HTTP {status}.*not followed"):
+            client(kind, server, []).complete("s", "p")
+        assert (len(server.requests), other.requests, other.headers) == (1, [], [])
+
+
+def test_an_answer_that_was_cut_off_is_none(kind: str) -> None:
+    """The server says that the token limit ended it; asking again would end the same way."""
+    whole = pytest.raises(ConsolidationError, match="1 try: the answer is not whole")
+    with serve("cut") as server, whole:
+        client(kind, server, []).complete("s", "p")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<think>Red? Blue?</think>\n\nThe door is red.", "The door is red."),
+        ("<reasoning a='b'>Red?</reasoning>The door is red.", "The door is red."),
+        ("<think>The door is red. Is it?", None),
+        ("Is it? </think> The door is red.", None),
+        ("<think>The door is red.</think>", None),
+    ],
+)
+def test_what_a_model_thinks_aloud_is_no_answer(kind: str, text: str, said: str | None) -> None:
+    """Only what comes after a whole thought is taken; a thought without an end is refused."""
+    with serve("ok", text=text) as server:
+        if said is not None:
+            assert client(kind, server, []).complete("s", "p") == said
+            return
+        with pytest.raises(ConsolidationError, match=r"thought without an end|answer is empty"):
+            client(kind, server, []).complete("s", "p")
+
+
+@pytest.mark.parametrize(
+    ("reason", "content", "said"),
+    [
+        (
+            "stop",
+            [{"type": "text", "text": "The "}, {"type": "text", "text": "door."}],
+            "The door.",
+        ),
+        ("stop", [{"type": "text", "text": "A."}, {"type": "image_url", "image_url": {}}], None),
+        ("stop", ["The door."], None),
+        ("stop", {"text": "The door."}, None),
+        ("stop", 5, None),
+        ("tool_calls", "The door.", None),
+        ("content_filter", "The door.", None),
+        ({"length": 1}, "The door.", None),
+        (None, "The door.", "The door."),
+    ],
+)
+def test_an_odd_answer_is_named(reason: object, content: object, said: str | None) -> None:
+    """Parts of text are joined; anything else than whole text is refused, never a traceback."""
+    if said is not None:
+        assert _whole(reason, content) == said
+        return
+    with pytest.raises(Refused):
+        _whole(reason, content)
 
 
 def test_nobody_listens(kind: str) -> None:
