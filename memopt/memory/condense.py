@@ -26,6 +26,7 @@ import pyarrow as pa
 from memopt.errors import ConfigurationError, ConsolidationError, MemoptError
 from memopt.memory import summarise
 from memopt.memory.batches import Group, Plan, chunks, make_plan
+from memopt.memory.compact import compact
 from memopt.memory.condensed_rows import Ready, has_media, moved, same, summary_row, untouched
 from memopt.memory.erase import erase, expire
 from memopt.memory.filters import utc
@@ -70,6 +71,8 @@ class ConsolidationRecipe:
         fidelity: least cosine similarity of a summary to its sources' centroid.
         summary_length: characters of a summary at most.
         retry_s: seconds until a failed batch is tried again, the first time.
+        compact: keep vectors in a quarter of the room, where search finds the same by them
+            (:mod:`memopt.memory.compact`).
         duty: share of the time to be at work; the rest is left to readers. Waiting for a language
             model is no work. With 5 % and more the slowest twentieth of searches would all be some
             that met it.
@@ -88,6 +91,7 @@ class ConsolidationRecipe:
     fidelity: float = 0.7
     summary_length: int = 500
     retry_s: float = 3600
+    compact: bool = True
     duty: float = 0.03
 
     def __post_init__(self) -> None:
@@ -204,6 +208,7 @@ class _Run:
     failed: int = 0
     stale: int = 0
     waited: float = 0.0
+    compacted: bool = False
 
     def run(self, on_step: Progress | None) -> Consolidation:
         started = begun = time.monotonic()
@@ -232,7 +237,9 @@ class _Run:
                 if on_step:
                     on_step(done, len(steps))
             self.commit(batch)
-        if self.summaries or self.archived:
+        if self.recipe.compact and done == len(steps):
+            self.compacted = compact(self.store) is not None
+        if self.summaries or self.archived or self.compacted:
             self.store.optimize()
             self.store.index.fit()
         report = Consolidation(

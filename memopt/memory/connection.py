@@ -20,7 +20,7 @@ from memopt.memory import opening, payload
 from memopt.memory.filters import utc
 from memopt.memory.locking import lock_of
 from memopt.memory.meta import Meta, Place
-from memopt.memory.schema import Embedder
+from memopt.memory.schema import BITS, Embedder
 
 # Lance caches what it read of each version, 7 GB of it unless told otherwise: a store that is
 # written all day would fill that. The least holds the index of 150,000 memories.
@@ -81,6 +81,19 @@ class Connection:
                 fix="leave dim out, or reembed the store",
             )
         self.memories = self.table("memories")
+        self._compact: bool | None = None
+
+    @property
+    def compact(self) -> bool:
+        """Whether the vectors were compact when :meth:`look_again` looked last."""
+        if self._compact is None:
+            with opening.named_errors(self.place, "read"):
+                self._compact = BITS in self.memories.schema.names
+        return self._compact
+
+    def look_again(self) -> None:
+        """Notice whether another process made the vectors compact, or plain again."""
+        self._compact = None
 
     @property
     def meta(self) -> Meta:

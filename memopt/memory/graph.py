@@ -16,6 +16,7 @@ from memopt.errors import ConfigurationError
 from memopt.memory.filters import EVERYTHING, utc
 from memopt.memory.neighbours import Pairs, close_in_meaning, close_in_time
 from memopt.memory.network import Asked, Network, seconds
+from memopt.memory.rows import vectors_array
 from memopt.memory.schema import EDGES, Filter
 from memopt.memory.searching import candidates
 
@@ -156,10 +157,7 @@ class AssociationGraph:
                 return 0
             moments = np.concatenate([seconds(batch["timestamp"]) for batch in batches])
             vectors = np.concatenate(
-                [
-                    batch["joint_embedding"].flatten().to_numpy().reshape(-1, self.store.dim)
-                    for batch in batches
-                ]
+                [vectors_array(batch["joint_embedding"], self.store.dim) for batch in batches]
             )
             step("time")
             pairs = close_in_time(moments, self.recipe.window_s, self.recipe.most)

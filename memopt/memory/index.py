@@ -12,6 +12,7 @@ import numpy as np
 
 from memopt.errors import ConsolidationError
 from memopt.memory.opening import named_errors
+from memopt.memory.schema import BITS
 from memopt.memory.upkeep import merge
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class VectorIndex:
         """Build or refresh the index where that is due, and check its recall.
 
         Returns:
-            How it is used from now on; None where the store is small and searched exactly.
+            How it is used from now on; None where the store is small and searched exactly, or
+            compact.
 
         Raises:
             ConsolidationError: the disk takes no more, or there is no memory for it; searches go on
@@ -120,6 +122,8 @@ class VectorIndex:
         """
         memories = self.store.table("memories")
         with self._one_at_a_time, named_errors(self.store.place, "indexed"):
+            if BITS in memories.schema.names:
+                return None
             rows = memories.count_rows()
             state = last_state(self.store)
             if rows < MIN_ROWS:
@@ -184,7 +188,7 @@ class VectorIndex:
 
     def _checked(self, memories: Any, rows: int) -> IndexState:
         cells = int(rows**0.5)
-        queries = _sample(self.store)
+        queries = sample(self.store)
         exact = [self._nearest(query, None) for query in queries]
         for nprobes, refine in _SETTINGS:
             found = [self._nearest(query, (nprobes, refine)) for query in queries]
@@ -254,7 +258,7 @@ def _name(memories: Any) -> str | None:
     return found[0] if found else None
 
 
-def _sample(store: MemoryStore) -> NDArray[np.float32]:
+def sample(store: MemoryStore) -> NDArray[np.float32]:
     """Return queries near stored vectors, float32 (64, dim), the same for the same store."""
     generator = np.random.default_rng(0)
     rows = store.table("memories").count_rows()

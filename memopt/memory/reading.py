@@ -45,6 +45,7 @@ def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | No
     """Do what :meth:`MemoryStore.rows` says."""
     names = list(columns or memories_schema(store.dim).names)
     tables = [_take(store, part, names) for part in _parts(list(dict.fromkeys(id_list(ids))))]
+    tables = [table for table in tables if table.num_rows]
     return pa.concat_tables(tables) if tables else _schema(store, names).empty_table()
 
 
@@ -101,7 +102,9 @@ def vectors(
     names = ["memory_id", "joint_embedding"]
     if ids is None:
         batches = scan(store, where, names, 4096)
-        table = pa.Table.from_batches(list(batches), schema=_schema(store, names))
+        parts = list(batches)
+        empty = _schema(store, names) if not parts else None
+        table = pa.Table.from_batches(parts, schema=empty)
         found = table["memory_id"].to_pylist()
         return found, rows.vectors_array(table["joint_embedding"], store.dim)
     table = raw_rows(store, ids, names)

@@ -138,6 +138,7 @@ def _replace(store: MemoryStore, embedder: Embedder, table: Any) -> None:
         stream = pa.RecordBatchReader.from_batches(schema, _moved(old, table, schema, embedder))
         memories.add(stream, mode="overwrite")
     store.write_meta(model_id=embedder.model_id, dim=embedder.dim)
+    store.look_again()
     searching.create_indices(store.database)
 
 

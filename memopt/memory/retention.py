@@ -69,9 +69,7 @@ def retain(store: MemoryStore, category: str, days: float | None) -> int:
     return changed + len(sooner)
 
 
-def set_ends(
-    store: MemoryStore, ends: Mapping[str, datetime] | Mapping[str, datetime | None]
-) -> None:
+def set_ends(store: MemoryStore, ends: Mapping[str, datetime | None]) -> None:
     """Write, under the lock, when memories that are there expire; None is never."""
     if not ends:
         return

@@ -94,7 +94,7 @@ def vectors_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
 
 
 def vectors_array(column: pa.ChunkedArray | pa.Array, dim: int) -> NDArray[np.float32]:
-    """Return a fixed-size list column as float32 (n, dim).
+    """Return a fixed-size list column as float32 (n, dim), of length 1 where it was compact.
 
     >>> vectors_array(vectors_column(np.eye(2, dtype=np.float32)), 2).shape
     (2, 2)
@@ -104,7 +104,11 @@ def vectors_array(column: pa.ChunkedArray | pa.Array, dim: int) -> NDArray[np.fl
     if isinstance(column, pa.ChunkedArray):  # combine_chunks of no chunk at all
         return np.empty((0, dim), np.float32)
     values = column.flatten().to_numpy(zero_copy_only=False)
-    return cast("NDArray[np.float32]", values.astype(np.float32, copy=False).reshape(-1, dim))
+    vectors = values.astype(np.float32, copy=False).reshape(-1, dim)
+    if values.dtype == np.int8:
+        # Of a compact store: directions without their length.
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    return cast("NDArray[np.float32]", vectors)
 
 
 def memories(

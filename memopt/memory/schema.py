@@ -33,6 +33,8 @@ MODALITIES = ("text", "vision", "audio")
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 # A column of the table only, made from text and summary with each row (memopt.memory.lexicon).
 WORDS = pa.field("words", pa.string())
+# The column of signs that only a compact store has (memopt.memory.compact).
+BITS = "joint_bits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +13,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import payload, rows
+from memopt.memory import compact, payload, rows
 from memopt.memory.filters import expression, utc
 from memopt.memory.incoming import check_text
-from memopt.memory.schema import SHORT_TERM, WORDS, Filter, Hit, memories_schema
+from memopt.memory.schema import BITS, SHORT_TERM, WORDS, Filter, Hit, memories_schema
 from memopt.memory.words import query_words
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
 
+_T = TypeVar("_T")
 MAX_TOP_K = 10_000
 # Reciprocal rank fusion: Cormack, Clarke, Buettcher, SIGIR 2009, whose k is 60.
 _RRF_K = 60
@@ -90,6 +92,17 @@ def search(
 ) -> list[Hit]:
     """Do what :meth:`MemoryStore.search` says, without counting the access."""
     check_top_k(top_k)
+    return _again(store, lambda: _search(store, vector, text=text, where=where, top_k=top_k))
+
+
+def _search(
+    store: MemoryStore,
+    vector: NDArray[Any] | Sequence[float] | None,
+    *,
+    text: str | None,
+    where: Filter,
+    top_k: int,
+) -> list[Hit]:
     if text is not None:
         check_text(text, "query")
         text = text if text.strip() else None
@@ -104,7 +117,16 @@ def search(
         text = None
     if text is None:
         assert query is not None
-        (found,) = _living(store, [_by_vector(store, query, top_k)], where)
+        # Of a compact store many more rows are compared than found: these are read afterwards.
+        columns = _ID_ONLY if store.compact else None
+        (found,) = _living(store, [_by_vector(store, query, top_k, columns)], where)
+        if store.compact:
+            near = dict(
+                zip(found["memory_id"].to_pylist(), found["_distance"].to_pylist(), strict=True)
+            )
+            found = store.rows(list(near))
+            distances = [near[key] for key in found["memory_id"].to_pylist()]
+            return _hits(store, found, np.clip(1 - np.array(distances), 0, 1), top_k)
         return _hits(store, found, np.clip(1 - found["_distance"].to_numpy(), 0, 1), top_k)
     if query is None:
         (found,) = _living(store, [_by_words(store, text, top_k)], where)
@@ -125,6 +147,16 @@ def candidates(
 ) -> list[list[tuple[str, float]]]:
     """Do what :meth:`MemoryStore.candidates` says, for several vectors at the same time."""
     check_top_k(top_k)
+    return _again(store, lambda: _candidates(store, vectors, where=where, top_k=top_k))
+
+
+def _candidates(
+    store: MemoryStore,
+    vectors: Sequence[NDArray[Any] | Sequence[float]],
+    *,
+    where: Filter,
+    top_k: int,
+) -> list[list[tuple[str, float]]]:
     found: list[list[tuple[str, float]]] = []
     for start in range(0, len(vectors), _AT_ONCE):
         part = [query_vector(store, vector) for vector in vectors[start : start + _AT_ONCE]]
@@ -147,10 +179,30 @@ def nearest(
             ``top_k / SPARE`` are among them, and the caller finds them by their vectors. Words are
             ranked exactly, so that only ``top_k / SPARE`` rows come of them.
     """
-    asks = [_by_vector(store, query, top_k, RANKED)]
-    if text is not None:
-        asks.append(_by_words(store, text, top_k // SPARE, RANKED))
-    return [table.select(RANKED) for table in _living(store, asks, where)]
+
+    def run() -> list[pa.Table]:
+        asks = [_by_vector(store, query, top_k, RANKED)]
+        if text is not None:
+            asks.append(_by_words(store, text, top_k // SPARE, RANKED))
+        return [table.select(RANKED) for table in _living(store, asks, where)]
+
+    return _again(store, run)
+
+
+def _again(store: MemoryStore, run: Callable[[], _T]) -> _T:
+    """Search once more where the vectors were made compact, or plain again, meanwhile."""
+    try:
+        return run()
+    except ConsolidationError:
+        if store.place.local is None:
+            raise
+        before = store.compact
+        # Waits until the indices are there as well.
+        with suppress(ConsolidationError), store.exclusive():
+            store.look_again()
+        if store.compact == before:
+            raise
+        return run()
 
 
 def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
@@ -171,12 +223,17 @@ def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    """A search: its queries for a number of rows, what they are ranked by, what is read of them."""
+    """A search: its queries for a number of rows, what they are ranked by, what is read of them.
+
+    ``deep`` says how many rows to look at for a number of rows, and ``rank`` ranks them.
+    """
 
     build: Callable[[int], list[Any]]
     top_k: int
     score: str
     columns: Sequence[str] | None
+    deep: Callable[[int], int] = int
+    rank: Callable[[pa.Table], pa.Table] = lambda found: found
 
 
 def _by_vector(
@@ -185,6 +242,8 @@ def _by_vector(
     top_k: int,
     columns: Sequence[str] | None = None,
 ) -> _Ask:
+    if store.compact:
+        return _by_signs(store, query, top_k, columns)
     # Who asks for more than it needs, with their vectors, compares them itself.
     spare = SPARE if columns is RANKED else 1
 
@@ -193,6 +252,27 @@ def _by_vector(
         return [store.index.tune(search, count, spare)]
 
     return _Ask(build, top_k, "_distance", columns)
+
+
+def _by_signs(
+    store: MemoryStore, query: NDArray[np.float32], top_k: int, columns: Sequence[str] | None
+) -> _Ask:
+    """Search the vectors of a compact store: by their signs, then the nearest by all their bits."""
+    if columns is not None:
+        columns = list(dict.fromkeys([*columns, "joint_embedding"]))
+
+    def build(count: int) -> list[Any]:
+        bits = compact.signs(query[None])[0]
+        return [store.query().nearest_to(bits).column(BITS).distance_type("hamming")]
+
+    def rank(found: pa.Table) -> pa.Table:
+        distances = 1 - rows.vectors_array(found["joint_embedding"], store.dim) @ query
+        order = np.argsort(distances, kind="stable")
+        at = found.column_names.index("_distance")
+        found = found.set_column(at, "_distance", pa.array(distances.astype(np.float32)))
+        return found.take(pa.array(order))
+
+    return _Ask(build, top_k, "_distance", columns, compact.candidates, rank)
 
 
 def _by_words(
@@ -237,13 +317,14 @@ def _living(store: MemoryStore, asks: Sequence[_Ask], where: Filter) -> list[pa.
             queries += [
                 (search if condition is None else search.where(condition))
                 .select(names)
-                .limit(count)
+                .limit(ask.deep(count))
                 for search in built
             ]
         tables = store.fetch_all(queries)
         for at, part in parts.items():
             ask = asks[at]
-            found = _best(tables[part], ask.score, counts[at])
+            found = ask.rank(_best(tables[part], ask.score, ask.deep(counts[at])))
+            found = found.slice(0, counts[at])
             missing = set() if ask.columns else needed_columns(found) - store.wanted_columns
             if missing:
                 # The first row that uses a column is met: it is read from now on. One query sees

@@ -13,6 +13,7 @@ from memopt.errors import ConsolidationError
 from memopt.memory import writing
 from memopt.memory.filters import DELETED, one_of
 from memopt.memory.index import last_state
+from memopt.memory.rows import vectors_array
 from memopt.memory.schema import LONG_TERM, TIERS, memories_schema
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
     half_deleted = store.memories.count_rows(f"tier = '{DELETED}'")
     for batch in store.scan(batch_size=_CHUNK):
         table = batch.to_pylist()
-        vectors = batch["joint_embedding"].flatten().to_numpy(zero_copy_only=False)
+        vectors = vectors_array(batch["joint_embedding"], store.dim)
         lengths = np.linalg.norm(vectors.reshape(-1, store.dim), axis=1)
         for row, length in zip(table, lengths.tolist(), strict=True):
             key = row["memory_id"]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import derived, incoming, lexicon, payload, rows
+from memopt.memory import compact, derived, incoming, lexicon, payload, rows
 from memopt.memory.filters import DELETED, id_list, one_of, utc
 from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
@@ -92,7 +92,7 @@ def commit(
             source = [inserts, _keep_counts(updates, current), _tombstones(store, gone)]
             merge = store.memories.merge_insert("memory_id")
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(pa.concat_tables(source))
+            merge.execute(compact.fitted(store.memories.schema, pa.concat_tables(source)))
             if gone:
                 sweep(store)
         elif gone:
@@ -193,7 +193,9 @@ def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
         made = derived.summaries(store, [memory_id])
         if made:
             others = derived.released(store, made, [memory_id])
-            changed = pa.concat_tables([derived.free(changed), others])
+            changed = pa.concat_tables(
+                [sealed(store, derived.free(changed)), sealed(store, others)]
+            )
         elif row["tier"] == "archived":
             changed = store.pack(changed)
         moved = vector is not None or new_content
@@ -333,7 +335,7 @@ def _write(
         store.memories.delete(one_of("memory_id", found.expired))
     if store.place.local is not None:
         # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
-        store.memories.add(table)
+        store.memories.add(compact.fitted(store.memories.schema, table))
         return table, table.num_rows
     sweep(store)  # a merge would take a row that is marked as deleted for the memory
     merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()

@@ -435,7 +435,7 @@ def test_one_commit_inserts_updates_and_deletes(store: MemoryStore) -> None:
     assert sorted(store.vectors()[0]) == ["0", "3", "4", "s"]
     archived = store.get("0")
     assert (archived.tier, archived.text, archived.access_count) == ("archived", "text 0", 1)
-    assert store.rows(["0"])["text"].to_pylist() == [None]
+    assert store.rows(["0"])["text"].to_pylist() == ["text 0"]  # where its words are found
     assert store.get("s").source_memory_ids == ("1", "2")
     assert store.search(text="short")[0].memory.memory_id == "s"
 
