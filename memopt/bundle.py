@@ -98,6 +98,7 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # sha256, bytes
     variants: Mapping[str, Variant] = field(default_factory=dict)
     chosen: Mapping[str, Any] = field(default_factory=dict)  # machine key -> tuned choice
+    validation: Mapping[str, Any] | None = None  # the set that variants were proven on last
     history: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -211,6 +212,7 @@ class Bundle:
         *variants: Variant,
         event: Mapping[str, Any],
         staged: Mapping[str, Path] | None = None,
+        proof: Mapping[str, Any] | None = None,
     ) -> Bundle:
         """Record variants with the hashes of their files and one event.
 
@@ -218,6 +220,7 @@ class Bundle:
             variants: to add, or to take the place of those of the same name.
             event: of the history; the time is added.
             staged: as in :meth:`update`; a file not named there is in the bundle already.
+            proof: the validation set they were proven on.
         """
         staged = staged or {}
         names = {n for v in variants for n in (v.file, *v.companions)}
@@ -228,6 +231,7 @@ class Bundle:
                 manifest,
                 variants={**manifest.variants, **{v.name: v for v in variants}},
                 files={**manifest.files, **hashed},
+                validation=proof or manifest.validation,
                 history=(*manifest.history, stamp(event)),
             )
 

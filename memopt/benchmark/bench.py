@@ -174,6 +174,23 @@ def compare(
     )
 
 
+def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
+    """Return a line for each variant whose answers here are worse than the gate it passed."""
+    lines = []
+    for record in records:
+        path, name = record.spec.get("path"), record.spec.get("variant")
+        if record.spec.get("kind") != "memopt" or record.cosine_min is None:
+            continue
+        variant = open_bundle(str(path)).manifest.variants.get(str(name))
+        bound = ((variant and variant.validation) or {}).get("gate", {}).get("min_cosine")
+        if variant and variant.passed and bound is not None and record.cosine_min < bound:
+            lines.append(
+                f"{name} passed {bound:g} on its validation set and has {record.cosine_min:.4f} "
+                "here: if these inputs are yours, calibrate and prove it with inputs like them"
+            )
+    return lines
+
+
 def _told_apart(first: Path, second: Path) -> tuple[str, str]:
     """Return what to call two records of one label: their file names, or first and second."""
     return (first.name, second.name) if first.name != second.name else ("first", "second")

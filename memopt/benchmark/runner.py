@@ -30,6 +30,7 @@ from memopt.bundle import stamp
 from memopt.errors import InputError, MemoptError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
+from memopt.quantization.extremes import expected_minimum
 from memopt.runtimes.cpu import cpu_model, usable_cpus
 from memopt.runtimes.limits import process_vram_mb
 
@@ -70,6 +71,7 @@ class BenchmarkMetrics:
     rss_increase_mb: float  # over the worker before it opened the model
     cosine_min: float | None  # against the contender `reference`
     cosine_mean: float | None
+    cosine_low: float | None = None  # what the minimum of as many other inputs stays above
     reference: str = ""
     inputs: str = ""  # the file they were read from; empty for seeded ones
     at: str = ""  # UTC
@@ -344,6 +346,7 @@ def _record(
         rss_increase_mb=worker.memory["rss_mb"] - worker.opened["base"]["rss_mb"],
         cosine_min=None if cosines is None else float(cosines.min()),
         cosine_mean=None if cosines is None else float(cosines.mean()),
+        cosine_low=None if cosines is None else expected_minimum(cosines),
         vram_mb=worker.vram_mb,
         versions=worker.opened["versions"],
         **common,

@@ -86,6 +86,8 @@ def bench(
         typer.echo(json.dumps(document, indent=1))
         return
     stdout(170).print(reports.table(records))
+    for line in measure.below_gate(records):
+        typer.echo(line, err=True)
     if compare:
         result = ratio(records[1], records[0])
         typer.echo(

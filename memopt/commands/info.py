@@ -63,7 +63,7 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
             f"{_size(bundle, variant) / 1e6:.1f}",
             "yes" if variant.passed else "NO",
             _check(variant.check),
-            _validation(variant.validation),
+            _validation(variant.validation, m.validation),
             _speed(variant.benchmark, variant.validation),
         )
     for file, made in _weights(m).items():
@@ -73,7 +73,7 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
             f"{m.files[file]['bytes'] / 1e6:.1f}",
             "yes" if made.get("passed") else "NO",
             "-",
-            _validation(made.get("validation")),
+            _validation(made.get("validation"), m.validation),
             "-",
         )
     console.print(variants)
@@ -102,13 +102,21 @@ def _check(check: Any) -> str:
     return f"cosine {check['min_cosine']:.7f}, max error {check['max_abs_error']:.1e}"
 
 
-def _validation(record: Any) -> str:
+def _validation(record: Any, proven_on: Any) -> str:
     if not record:
         return "-"
-    named = (("min", "cosine_min"), ("mean", "cosine_mean"), ("spearman", "spearman"))
+    named = (
+        *(("min", "cosine_min"), ("elsewhere", "cosine_low"), ("mean", "cosine_mean")),
+        ("spearman", "spearman"),
+    )
     parts = [f"{label} {record[key]:.4f}" for label, key in named if record.get(key) is not None]
     if record.get("perplexity") is not None:
         parts.append(f"ppl {record['perplexity']:.2f}")
+    bound = (record.get("gate") or {}).get("min_cosine")
+    if bound is not None and record.get("cosine_min") is not None:
+        parts[0] += f" (gate {bound:g})"
+    if proven_on and record.get("set_sha256") not in (None, proven_on.get("sha256")):
+        parts.append("on another set")
     return ", ".join(parts) or "-"
 
 

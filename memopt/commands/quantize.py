@@ -396,6 +396,7 @@ def _rows(result: Proven) -> list[tuple[str, str, str]]:
     if proof.cosine_min is not None:
         rows += [
             ("cosine min", f"{proof.cosine_min:.4f}", f">= {gate.min_cosine}"),
+            ("on other inputs", f"{proof.cosine_low:.4f}", f">= {gate.min_cosine}"),
             ("cosine 1 %", f"{proof.cosine_p1:.4f}", ""),
             ("cosine mean", f"{proof.cosine_mean:.4f}", ""),
         ]

@@ -44,6 +44,7 @@ def build(
     calibration: CalibrationSet,
     gate: Gate,
     *,
+    held_out: CalibrationSet,
     seconds_left: float,
 ) -> Outcome:
     """Make the variant of one candidate, or take the one that an earlier call made.
@@ -54,7 +55,7 @@ def build(
 
     Args:
         path: the bundle.
-        samples: what quantization reads; ``calibration`` is what that comes to.
+        samples: what quantization reads; ``calibration`` and ``held_out`` are what that comes to.
         seconds_left: of the budget; nothing is built when this is not positive.
     """
     absent = missing(canonical(candidate.device))
@@ -86,10 +87,15 @@ def build(
     if candidate.name not in bundle.manifest.variants:
         reason = "the exporter made no such variant for this architecture"
         return Outcome(candidate=candidate, status="dropped", reason=reason)
+    proof = bundle.variant(candidate.name).validation or {}
+    # What quantize measured on the very inputs that this call judges with.
+    same = proof.get("set_sha256") == held_out.digest
     return Outcome(
         candidate=candidate,
         status="kept",
         reason="",
+        cosine_min=proof.get("cosine_min") if same else None,
+        cosine_low=proof.get("cosine_low") if same else None,
         reused=reused,
         seconds=time.monotonic() - begin,
         bytes=size_of(bundle, bundle.variant(candidate.name)),

@@ -65,6 +65,7 @@ class Outcome:
     bytes: int = 0
     cosine_min: float | None = None
     cosine_mean: float | None = None
+    cosine_low: float | None = None  # what the minimum of as many other inputs stays above
     items_per_second: float | None = None
     latency_ms_p50: float | None = None
     rounds_seconds: tuple[float, ...] = ()  # paired by position with those of the others

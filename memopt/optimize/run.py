@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from memopt.optimize.build import USED_UP, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.plan import TARGETS, Outcome, Plan
-from memopt.quantization.calibration import split
+from memopt.quantization.calibration import described, split
 from memopt.quantization.quantize import Samples
 from memopt.quantization.validate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
@@ -142,7 +142,15 @@ def optimize(
         if spent > budget:
             outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
         else:
-            outcome = build(bundle.path, candidate, given, calibration_set, gate, seconds_left=left)
+            outcome = build(
+                bundle.path,
+                candidate,
+                given,
+                calibration_set,
+                gate,
+                held_out=held_out,
+                seconds_left=left,
+            )
         if outcome.status != "skipped" and not outcome.reused:
             built.append(outcome.seconds)
         outcomes.append(outcome)
@@ -171,7 +179,7 @@ def optimize(
         calibration_sha256=digest,
         machine={"key": machine_key(), **hardware(), **versions()},
     )
-    _remember(bundle.path, made, judged)
+    _remember(bundle.path, made, judged, described(held_out))
     if best is not None:
         say("choose the number of streams")
         tune_streams(
@@ -223,7 +231,7 @@ def _write(result: Optimized) -> None:
     write_html(result, result.bundle / REPORT_FILE)
 
 
-def _remember(path: Path, plan: Plan, judged: Judged) -> None:
+def _remember(path: Path, plan: Plan, judged: Judged, proof: Mapping[str, Any]) -> None:
     """Put measurements, verdicts and the choice into the manifest."""
     key = machine_key()
     best = _best(judged.outcomes)
@@ -237,7 +245,9 @@ def _remember(path: Path, plan: Plan, judged: Judged) -> None:
 
     def change(manifest: Manifest) -> Manifest:
         variants = {
-            name: _judged(variant, measured[name], plan, key) if name in measured else variant
+            name: _judged(variant, measured[name], plan, key, proof)
+            if name in measured
+            else variant
             for name, variant in manifest.variants.items()
         }
         chosen = dict(manifest.chosen)
@@ -253,12 +263,16 @@ def _remember(path: Path, plan: Plan, judged: Judged) -> None:
             "calibration_sha256": plan.calibration_sha256,
         }
         history = (*manifest.history, stamp(event))
-        return replace(manifest, variants=variants, chosen=chosen, history=history)
+        return replace(
+            manifest, variants=variants, chosen=chosen, history=history, validation=proof
+        )
 
     open_bundle(path).update(change)
 
 
-def _judged(variant: Variant, outcome: Outcome, plan: Plan, key: str) -> Variant:
+def _judged(
+    variant: Variant, outcome: Outcome, plan: Plan, key: str, proven: Mapping[str, Any]
+) -> Variant:
     record = {
         "items_per_second": round(outcome.items_per_second or 0.0, 1),
         "latency_ms_p50": round(outcome.latency_ms_p50 or 0.0, 3),
@@ -268,8 +282,15 @@ def _judged(variant: Variant, outcome: Outcome, plan: Plan, key: str) -> Variant
     }
     if outcome.candidate.kind == "export":
         return replace(variant, benchmark=record)
-    # A variant of an earlier call may have been made under another gate: this one counts now.
-    proof = {**(variant.validation or {}), "gate": asdict(Gate(min_cosine=plan.min_cosine))}
+    # A variant of an earlier call may have been made under another gate, or on other inputs: these
+    # count now, and of what was measured on them the worst.
+    proof = {
+        **(variant.validation or {}),
+        "cosine_min": outcome.cosine_min,
+        "cosine_low": outcome.cosine_low,
+        "set_sha256": proven["sha256"],
+        "gate": asdict(Gate(min_cosine=plan.min_cosine)),
+    }
     passed = outcome.status in ("kept", "chosen")
     return replace(variant, benchmark=record, passed=passed, validation=proof)
 

@@ -55,6 +55,11 @@ class CalibrationSet:
         return state.hexdigest()
 
 
+def described(held_out: CalibrationSet) -> dict[str, Any]:
+    """Return what the manifest says of the set its variants are proven on."""
+    return {"sha256": held_out.digest, "samples": len(held_out), "origin": held_out.origin}
+
+
 def split(
     path: str | Path,
     *,

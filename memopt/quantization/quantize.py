@@ -15,7 +15,13 @@ import numpy as np
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import BundleError, ConfigurationError, QuantizationError, WeightsError
 from memopt.files import staged_directory
-from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split
+from memopt.quantization.calibration import (
+    CalibrationSet,
+    check_disjoint,
+    described,
+    load,
+    split,
+)
 from memopt.quantization.graph_runner import feeds, open_graph
 from memopt.quantization.layer_error import with_errors
 from memopt.quantization.recipe import Recipe
@@ -187,7 +193,7 @@ def quantize(
         event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
         # The graph, which is the first, after what it needs.
         staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
-        opened.add_variants(variant, event=event, staged=staged)
+        opened.add_variants(variant, event=event, staged=staged, proof=described(held_out))
     return Result(
         name=variant.name,
         file=variant.file,

@@ -98,10 +98,12 @@ def _verdict(result: Proven) -> str:
     lead += " that it was not calibrated with.</p>"
     limits = {
         "cosine_min": f"at least {gate.min_cosine:g}",
+        "cosine_low": f"at least {gate.min_cosine:g}",
         "perplexity_increase": f"at most {gate.max_perplexity_increase:.0%}",
     }
     names = {
         "cosine_min": "cosine, least",
+        "cosine_low": "cosine, least, expected on other inputs",
         "cosine_p1": "cosine, 1st percentile",
         "cosine_mean": "cosine, mean",
         "overlap_at_10": "overlap of the ten nearest neighbours",

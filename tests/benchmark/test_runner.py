@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from memopt.benchmark import report, runner
-from memopt.benchmark.bench import bench, compare
+from memopt.benchmark.bench import below_gate, bench, compare
 from memopt.benchmark.peers import Contender, peer_contenders
 from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
 from memopt.benchmark.workload import read_inputs
-from memopt.bundle import Bundle
+from memopt.bundle import MANIFEST, Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
 from memopt.runtimes.cpu import BF16, cpu_features
 
@@ -146,6 +146,20 @@ def test_bench_of_a_missing_variant_says_which_there_are(minilm: Bundle) -> None
     """The mistake is found before any process is started."""
     with pytest.raises(BundleError, match="did you mean"):
         bench(minilm.path, variants=["onnx-fp23"])
+
+
+def test_answers_below_the_gate_a_variant_passed_are_said(
+    minilm: Bundle, tmp_path: Path, records: list[BenchmarkMetrics]
+) -> None:
+    """On inputs unlike its validation set: the line has both numbers."""
+    proof = {"cosine_min": 0.99, "gate": {"min_cosine": 0.98}}
+    variant = replace(minilm.variant("onnx-fp32"), validation=proof)
+    manifest = replace(minilm.manifest, variants={variant.name: variant})
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    spec = {"kind": "memopt", "path": str(tmp_path), "variant": variant.name}
+    low = replace(records[0], spec=spec, cosine_min=0.962)
+    (line,) = below_gate([low, replace(low, cosine_min=0.985)])
+    assert line.startswith("onnx-fp32 passed 0.98 on its validation set and has 0.9620 here")
 
 
 def test_a_box_without_openvino_measures_what_it_can_run(

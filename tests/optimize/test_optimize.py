@@ -13,7 +13,7 @@ import pytest
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError
 from memopt.optimize.candidates import candidates
-from memopt.optimize.judge import _as_at_home, choose
+from memopt.optimize.judge import _as_at_home, _gated, choose
 from memopt.optimize.plan import Candidate, Outcome, Plan, check_targets
 from memopt.optimize.run import Optimized, optimize
 from memopt.quantization.quantize import seconds
@@ -172,10 +172,40 @@ def test_optimize_leaves_a_bundle_whose_auto_is_the_choice(minilm_copy: Bundle, 
     assert plan.chosen == best.candidate.name
     manifest = open_bundle(minilm_copy.path).manifest
     assert manifest.variants[best.candidate.name].benchmark is not None
+    # One set, one number: what quantize and this call measured on the same inputs, the worst of it.
+    assert manifest.validation is not None
+    quantized = [v for v in manifest.variants.values() if v.validation and v.benchmark]
+    assert quantized
+    for variant in quantized:
+        proof, record = variant.validation or {}, variant.benchmark or {}
+        assert proof["set_sha256"] == manifest.validation["sha256"]
+        assert proof["cosine_min"] == record["cosine_min"]
+        bound = proof["gate"]["min_cosine"]
+        assert variant.passed == (min(proof["cosine_min"], proof["cosine_low"]) >= bound)
 
     again = run(minilm_copy, data, min_cosine=0.9, plan=plan)
     assert [o.candidate for o in again.outcomes] == list(plan.candidates)
     assert all(o.reused for o in again.outcomes if o.status in ("kept", "chosen"))
+
+
+def test_the_worst_that_was_measured_counts() -> None:
+    """quantize's validator saw .9797, the engine sees .9815 on the same inputs: it fails .98."""
+    seen = replace(outcome("onnx-int8-dynamic", None, 0.9797), cosine_low=0.97)
+    record: Any = SimpleNamespace(
+        cosine_min=0.9815,
+        cosine_low=0.981,
+        cosine_mean=0.99,
+        items=512,
+        items_per_second=1.0,
+        latency_ms_p50=1.0,
+        rounds_seconds=(1.0,),
+    )
+    judged = _gated(seen, record, 0.98)
+    assert (judged.status, judged.cosine_min, judged.cosine_low) == ("dropped", 0.9797, 0.97)
+    assert judged.reason == "min cosine 0.9797 is below 0.98"
+    assert _gated(replace(seen, cosine_min=None, cosine_low=None), record, 0.98).status == "kept"
+    lucky = _gated(replace(seen, cosine_min=None), record, 0.98)
+    assert "too near to 0.98" in lucky.reason
 
 
 def test_a_gate_nothing_quantized_passes_leaves_the_float_variant(
