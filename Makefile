@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint fuzz bench edge clean
+.PHONY: demo test test-all lint fuzz bench edge shell clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A shell in which `memopt` and `python` are those of .venv.
+shell: .venv/.demo
+	@. $(BIN)/activate && exec $${SHELL:-sh} -i
 
 # A fresh venv with memopt[cpu]: size, packages, first vector; fails past 195 MB.
 edge: .venv/.dev

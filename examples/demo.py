@@ -5,6 +5,8 @@ make demo
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +86,15 @@ def main() -> None:
     for index in np.argsort(-scores)[:3]:
         console.print(f"  {scores[index]:.3f}  {SENTENCES[index]}")
     console.print(f"\ndone in {time.perf_counter() - begin:.0f} s; the bundle is in {BUNDLE}")
+    # What stands beside this very Python is found whatever the PATH is.
+    command = Path(os.path.relpath(Path(sys.executable).parent / "memopt"))
+    console.print("next (or `make shell`, where it is just `memopt`):")
+    for arguments in (
+        "embed minilm -i examples/texts.csv -o vectors.npy",
+        "optimize minilm --calibration examples/texts.csv   # minutes: the fastest right variant",
+        "pack minilm -o box                                  # what a small box needs of it",
+    ):
+        console.print(f"  {command} {arguments}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A fleet on one machine: a server, two nodes that train, a third that only pulls.
 
-    python examples/federation_tour.py [--rounds 10] [--steps 15]
+    .venv/bin/python examples/federation_tour.py [--rounds 10] [--steps 15]
+
+Needs extras federation and export, and peft: all of `make test`'s environment, no other data.
 
 Mutual TLS 1.3 and Ed25519 signatures as in earnest. The two nodes train LoRA adapters with peft,
 each on its half of this package's source; every round both push what changed, the server

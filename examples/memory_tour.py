@@ -2,6 +2,9 @@
 
     .venv/bin/python examples/memory_tour.py          (after make demo; offline, under 2 minutes)
 
+Needs digits-written.parquet, digits-spoken.parquet and stsb-en-dev.csv in ../shared/data, which are
+not part of this repository.
+
 Handwritten digits are seen, spoken digits are heard, and sentences that mention a number are read,
 all from ../shared/data. Two small encoders and the joint layer learn from one part of them; what is
 remembered and asked are other pictures, takes and sentences.
@@ -49,7 +52,7 @@ START = datetime(2026, 9, 1, 8, tzinfo=UTC)
 def main() -> None:
     """Learn, remember, find, condense, find again."""
     if not DATA.is_dir():
-        raise SystemExit(f"{DATA} is not there: run from the project's folder")
+        raise SystemExit(f"{DATA} is not there: run from the project's folder, beside those data")
     console = Console(width=None if Console().is_terminal else 110, highlight=False)
     begin = time.perf_counter()
     torch.manual_seed(0)

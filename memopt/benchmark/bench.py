@@ -203,7 +203,7 @@ def _peers(bundle: Bundle, names: list[str], say: Step) -> list[Contender]:
             f"peers embed text, {bundle.path} is an {bundle.manifest.modality} model",
             fix="leave --peers out; device torch gives the reference",
         )
-    say("the peers' own environment (minutes on first use)")
+    say("the peers' own environment: about 2 GB in .peers, minutes on first use")
     python = peer_python()
     say("the peers' own exports (a minute on first use)")
     folder = peer_model(bundle, python)

@@ -27,7 +27,10 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per contender.")] = 5,
     singles: Annotated[int, typer.Option(min=1, help="Inputs timed one by one.")] = 200,
     peers: Annotated[
-        str, typer.Option(help="sentence-transformers,fastembed,optimum: in the same run.")
+        str,
+        typer.Option(
+            help="sentence-transformers,fastembed,optimum: in the same run (builds 2 GB in .peers)."
+        ),
     ] = "",
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -45,7 +48,7 @@ def bench(
     from memopt.benchmark import bench as measure
     from memopt.benchmark import report as reports
     from memopt.benchmark.runner import ratio
-    from memopt.commands.console import check_target, stderr, stdout
+    from memopt.commands.console import check_target, stdout, steps
     from memopt.errors import ConfigurationError
 
     if compare and (bundle or variant or all_variants or peers or inputs):
@@ -56,11 +59,10 @@ def bench(
     check_target(output, folder=True)
     if report:
         check_target(report)
-    console = stderr()
-    with console.status("measuring") as status:
+    with steps("measuring") as say:
         if compare:
             records = measure.compare(
-                compare[0], compare[1], rounds=rounds, singles=singles, on_step=status.update
+                compare[0], compare[1], rounds=rounds, singles=singles, on_step=say
             )
         elif bundle is None:
             raise ConfigurationError("no bundle given", fix="memopt bench BUNDLE")
@@ -74,7 +76,7 @@ def bench(
                 rounds=rounds,
                 singles=singles,
                 peers=[name.strip() for name in peers.split(",") if name.strip()],
-                on_step=status.update,
+                on_step=say,
             )
     saved = [record.save(output) for record in records]
     if report:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+EVERY_SECONDS = 5.0
 
 
 def stdout(width: int = 160) -> Console:
@@ -23,6 +28,36 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def steps(first: str) -> Iterator[Callable[[str], None]]:
+    """Yield ``say(line)``: a status on a terminal, else lines on standard error.
+
+    A log shall show that work goes on, not each of a hundred rounds, and a command of a second
+    nothing but its answer: every few seconds the newest line is written, if it is a new one.
+    """
+    console = stderr()
+    if console.is_terminal:
+        with console.status(first) as status:
+            yield status.update
+        return
+    newest, ended = [first], threading.Event()
+
+    def tell() -> None:
+        told = ""
+        while not ended.wait(EVERY_SECONDS):
+            if newest[0] != told:
+                told = newest[0]
+                console.print(told)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda line: newest.__setitem__(0, line)
+    finally:
+        ended.set()
+        teller.join()
 
 
 def check_target(path: Path, *, folder: bool = False) -> None:

@@ -29,18 +29,16 @@ def export(
     """Export weights to ONNX or OpenVINO and check the result against torch."""
     from dataclasses import asdict
 
-    from memopt.commands.console import stderr
+    from memopt.commands.console import stderr, steps
     from memopt.exporters.base import export as run
     from memopt.weights.convert import resolve
     from memopt.weights.locked import unlocked
 
     errors = stderr()
-    with errors.status("resolve") as status:
+    with steps("resolve") as say:
         bundle = resolve(
             source,
-            on_step=lambda name, done, total: status.update(
-                f"convert {done * 100 // (total or 1)} %"
-            ),
+            on_step=lambda name, done, total: say(f"convert {done * 100 // (total or 1)} %"),
             on_warning=lambda line: errors.print(f"warning: {line}"),
         )
         with unlocked(bundle) as plain:
@@ -55,7 +53,7 @@ def export(
                     task=task,
                     precision=precision,
                     opset=opset,
-                    on_step=status.update,
+                    on_step=say,
                 )
     if as_json:
         typer.echo(json.dumps([asdict(variant) for variant in variants], indent=1))

@@ -36,7 +36,7 @@ def optimize(
 
     Interrupted, it goes on where it stopped when called again.
     """
-    from memopt.commands.console import stderr, stdout
+    from memopt.commands.console import stderr, stdout, steps
     from memopt.errors import ConfigurationError
     from memopt.optimize.plan import Outcome, Plan, check_targets
     from memopt.optimize.report import summary, table, told
@@ -63,7 +63,7 @@ def optimize(
     def show(number: int, count: int, outcome: Outcome) -> None:
         errors.print(told(number, count, outcome))
 
-    with errors.status("optimize") as status:
+    with steps("optimize") as say:
         result = run(
             source,
             calibration,
@@ -74,7 +74,7 @@ def optimize(
             seed=int(pick(seed, "seed", 0)),
             rounds=rounds,
             plan=replayed,
-            step=status.update,
+            step=say,
             on_outcome=show,
         )
     if as_json:

@@ -284,9 +284,13 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
     """Show a bar on a terminal's standard error; yield (say a step, say how many of how many)."""
     from rich import progress as bars
 
-    from memopt.commands.console import stderr
+    from memopt.commands.console import stderr, steps
 
     console = stderr()
+    if not console.is_terminal:
+        with steps("quantizing") as say:
+            yield say, lambda done, whole: say(f"{done} of {whole} tries")
+        return
     columns = (
         bars.SpinnerColumn(),
         bars.BarColumn(30),
@@ -294,8 +298,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
         bars.TimeElapsedColumn(),
         bars.TextColumn("{task.description}", markup=False),
     )
-    hidden = not console.is_terminal
-    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
+    with bars.Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("quantizing", total=None)
         yield (
             lambda line: shown.update(task, description=line),

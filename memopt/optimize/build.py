@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memopt.bundle import Bundle, Variant, open_bundle
-from memopt.errors import ConfigurationError, MemoptError
+from memopt.errors import ConfigurationError, MemoptError, MissingExtra
 from memopt.exporters.base import export
 from memopt.optimize.plan import Candidate, Outcome
 from memopt.quantization.calibration import CalibrationSet
@@ -82,7 +82,9 @@ def build(
         raise
     except MemoptError as error:
         spent = time.monotonic() - begin
-        return Outcome(candidate=candidate, status="dropped", reason=error.problem, seconds=spent)
+        # Of a missing library the command that installs it is the news.
+        reason = str(error) if isinstance(error, MissingExtra) else error.problem
+        return Outcome(candidate=candidate, status="dropped", reason=reason, seconds=spent)
     bundle = open_bundle(path)
     if candidate.name not in bundle.manifest.variants:
         reason = "the exporter made no such variant for this architecture"
