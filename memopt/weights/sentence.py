@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from memopt.bundle import read_json
-from memopt.errors import BundleError, WeightsError
+from memopt.errors import BundleError, MemoptError, WeightsError
 from memopt.jsontext import parse_json
 
 MODULES = "modules.json"
@@ -101,6 +101,19 @@ def read_sentence(folder: Path) -> Sentence | None:
         WeightsError: a kind of model, a module or a key that memopt does not honour, named; or a
             file that is missing or damaged.
     """
+    try:
+        return _read(folder)
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        if isinstance(error, MemoptError):
+            raise
+        raise WeightsError(
+            f"{folder}: its sentence-transformers files hold what that library does not write "
+            f"({error})",
+            fix="compare them with a model that sentence-transformers saved",
+        ) from error
+
+
+def _read(folder: Path) -> Sentence | None:
     stated = _object(folder / SETTINGS)
     kind = stated.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
@@ -222,10 +235,10 @@ def default_prompt(folder: Path) -> str:
         return ""
     # sentence-transformers always has these two, empty unless the file says something.
     known = {"query": "", "document": "", **(prompts if isinstance(prompts, dict) else {})}
-    if name not in known or not isinstance(known[name] or "", str):
+    if not isinstance(name, str) or name not in known or not isinstance(known[name] or "", str):
         raise BundleError(
             f"{folder / SETTINGS}: the default prompt {name!r} is not among the prompts "
-            f"{list(prompts)}"
+            f"{list(known)[2:]}"
         )
     return str(known[name] or "")
 

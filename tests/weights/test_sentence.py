@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -224,6 +225,35 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "'logits'",
     ),
 }
+
+
+ODD: list[Change] = [
+    settings(processing_kwargs=5),
+    settings(processing_kwargs={"text": 5}),
+    settings(model_kwargs="x"),
+    settings(tokenizer_args=[1]),
+    settings(modality_config=[1]),
+    settings(modality_config={"text": 1}),
+    pooling(pooling_mode=7),
+    pooling(pooling_mode=[{}]),
+    pipeline(prompts=5, default_prompt_name="query"),
+    pipeline(prompts={"query": 5}, default_prompt_name="query"),
+    pipeline(default_prompt_name=[1]),
+    pipeline(truncate_dim="8"),
+    pipeline(model_type=[1]),
+    module(1, path=[1]),
+    lambda f: put(f, "modules.json", {"a": 1}),
+    lambda f: put(f, "modules.json", [[1]]),
+    lambda f: put(f, "modules.json", []),
+]
+
+
+@pytest.mark.parametrize("index", range(len(ODD)))
+def test_odd_values_never_end_in_a_traceback(source: Path, index: int) -> None:
+    """A value of another type is read as nothing, or is one line."""
+    ODD[index](source)
+    with contextlib.suppress(MemoptError):
+        read_sentence(source)
 
 
 @pytest.mark.parametrize("name", REFUSED)
