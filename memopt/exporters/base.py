@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
-from memopt.errors import ConfigurationError, ExportError
+from memopt.errors import ConfigurationError, ExportError, MemoptError
 from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
@@ -102,17 +103,21 @@ def export(
     say("build the model from weights.parquet")
     kind = _kind(task)
     loaded = joint.load_model(bundle) if kind is joint else load_model(bundle, task)
-    signature = kind.signature(loaded, bundle.manifest, task)
+    with _refused(loaded, task):
+        signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
         known = _portable(bundle, task, opset) if format == "openvino" else None
         graph = None
         if known is None:
             module = kind.wrap(loaded, bundle.manifest, task)
-            feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
+            with _refused(loaded, task):
+                feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
+                kind.reference(loaded, bundle.manifest, task, feeds)
             say("trace and translate to ONNX")
             graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
-        cases = _cases(loaded, bundle.manifest, task, signature)
+        with _refused(loaded, task):
+            cases = _cases(loaded, bundle.manifest, task, signature)
         job = _Job(
             bundle, task, precision, loaded, signature, cases, folder, external_data_bytes, say
         )
@@ -124,6 +129,22 @@ def export(
                 onnx.save_onnx(graph, known, limit=external_data_bytes)
             made = _openvino(job, known)
         return _publish(job, made, format, opset)
+
+
+@contextmanager
+def _refused(loaded: LoadedModel, task: str) -> Iterator[None]:
+    """Say in one line what a model's own code raises when it is called as ``task`` asks."""
+    try:
+        yield
+    except MemoptError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        kind = loaded.config.model_type
+        raise ExportError(
+            f"{kind} cannot be run as {task}: {reason}",
+            fix="give another --task; an encoder of this kind is not supported",
+        ) from error
 
 
 def _checked(format: str, task: str, precision: str, opset: int, manifest: Manifest) -> str:

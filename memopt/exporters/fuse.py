@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from memopt.bundle import position_limit
 from memopt.errors import ExportError
 from memopt.exporters.fuse_attention import AttentionFusion, weight_name
 from memopt.exporters.fuse_embed import fuse_embeddings
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     import onnx
 
 DEFAULT_POSITIONS = 512
-# A padding id below this may be an offset of the position table; above it is a plain token id.
-RESERVED_POSITIONS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +116,7 @@ def fuse(
     before = graph.num_nodes()
     if any(v.shape is None for node in graph for v in node.outputs):
         common.ShapeInferencePass()(target)
-    positions = _positions(config)
+    positions = position_limit(config) or DEFAULT_POSITIONS
     probe = Probe(
         original,
         positions=positions,
@@ -162,13 +161,6 @@ def fuse(
         unfused=tuple(attention.problems + problems),
     )
     return fused, report
-
-
-def _positions(config: Mapping[str, Any]) -> int:
-    """The longest sequence: RoBERTa's table keeps rows for padding (514 for 512)."""
-    rows = int(config.get("max_position_embeddings") or DEFAULT_POSITIONS)
-    padding = config.get("pad_token_id") or 0
-    return max(1, rows - padding - 1) if 0 < padding < RESERVED_POSITIONS else rows
 
 
 def name_weights(graph: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memopt.bundle import Manifest
+from memopt.bundle import Manifest, position_limit
 from memopt.errors import ExportError
 from memopt.runtimes.torch_model import LoadedModel
 
@@ -25,6 +25,9 @@ FOUR_D_MASK = frozenset(
     {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "electra", "t5"}
 )
 CAUSAL_MASK = frozenset({"llama", "qwen2", "qwen3", "gpt2", "mistral"})
+# Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
+# heads. Torch and the runtime hold a few such arrays at once.
+LONGEST_SCORES = 256 << 20
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 
@@ -97,7 +100,8 @@ def _module_classes() -> Any:
             named = dict(zip(self.inputs, values, strict=True))
             mask = named.get("attention_mask")
             call = dict(named)
-            if mask is not None and self.model_type in FOUR_D_MASK:
+            decoder = getattr(self.config, "is_decoder", False)
+            if mask is not None and self.model_type in FOUR_D_MASK and not decoder:
                 call["attention_mask"] = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
             elif mask is not None and self.model_type in CAUSAL_MASK:
                 call["attention_mask"] = _causal_masks(mask, self.config)
@@ -138,6 +142,7 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
             return {"logits": loaded.module(**tensors, use_cache=False).logits.numpy()}
         result = loaded.module(**tensors)
     hidden = result.last_hidden_state.numpy()
+    _refuse_missing_class_token(loaded, manifest, feeds, hidden)
     mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
     if loaded.skip:
         mask = mask * (np.cumsum(mask, axis=1) > loaded.skip)
@@ -147,6 +152,22 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : loaded.keep]}
 
 
+def _refuse_missing_class_token(
+    loaded: LoadedModel, manifest: Manifest, feeds: dict[str, Any], hidden: np.ndarray
+) -> None:
+    """Refuse to take the first patch, a corner of the picture, for what stands for all of it."""
+    patch = getattr(loaded.config, "patch_size", None)
+    if manifest.pooling != "cls" or "pixel_values" not in feeds or not isinstance(patch, int):
+        return
+    high, wide = feeds["pixel_values"].shape[2:]
+    if hidden.ndim == 3 and hidden.shape[1] <= (high // patch) * (wide // patch):
+        raise ExportError(
+            f"{loaded.config.model_type} has no class token: its {hidden.shape[1]} tokens are "
+            "patches, and pooling 'cls' would take the first of them",
+            fix="convert it again, or set pooling 'mean' or 'model' in memopt.json",
+        )
+
+
 def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int) -> dict[str, Any]:
     """Return seeded inputs of one shape, each an array of its own; row 0 is never padded."""
     generator = np.random.default_rng(seed)
@@ -154,8 +175,9 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     feeds: dict[str, Any] = {}
     if "input_ids" in names:
         pad = getattr(config, "pad_token_id", None) or 0
-        ids = generator.integers(0, config.vocab_size, (shape.batch, shape.length))
-        ids[ids == pad] = (pad + 1) % config.vocab_size
+        rows = loaded.module.get_input_embeddings().weight.shape[0]
+        ids = generator.integers(0, rows, (shape.batch, shape.length))
+        ids[ids == pad] = (pad + 1) % rows
         mask = np.ones((shape.batch, shape.length), dtype=np.int64)
         if shape.padding:
             for row in range(1, shape.batch):
@@ -167,7 +189,7 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
         eos = getattr(config, "eos_token_id", None)
         if config.model_type in ("clip", "clip_text_model") and isinstance(eos, int):
             # CLIP pools at the end-of-text token: every row has one, at its last kept place.
-            ids[ids == eos] = (eos + 1) % config.vocab_size
+            ids[ids == eos] = (eos + 1) % rows
             last = shape.length - 1 - mask[:, ::-1].argmax(axis=1)
             ids[np.arange(shape.batch), last] = eos
         feeds["input_ids"] = ids.astype(np.int64)
@@ -177,10 +199,7 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
             types[:, shape.length // 2 :] = 1
             feeds["token_type_ids"] = types * mask
     elif "pixel_values" in names:
-        size = config.image_size
-        high, wide = (size, size) if isinstance(size, int) else size
-        channels = getattr(config, "num_channels", 3)
-        feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, channels, high, wide))
+        feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, *_picture(loaded)))
     elif "input_features" in names:
         frames = config.max_source_positions * 2
         feeds["input_features"] = generator.normal(0, 1, (shape.batch, config.num_mel_bins, frames))
@@ -189,12 +208,26 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     return {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in feeds.items()}
 
 
+def _picture(loaded: LoadedModel) -> tuple[int, int, int]:
+    """Return (channels, height, width) of what the image front end gives this model."""
+    if loaded.picture is not None:
+        return loaded.picture
+    size = getattr(loaded.config, "image_size", None)
+    if size is None:
+        raise ExportError(
+            f"config.json of this {loaded.config.model_type} has no image_size, and there is no "
+            "preprocessor_config.json beside it",
+            fix="convert a folder that has the model's preprocessor_config.json",
+        )
+    high, wide = (size, size) if isinstance(size, int) else size
+    return getattr(loaded.config, "num_channels", 3), high, wide
+
+
 def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tuple[Shape, ...]:
     """Return the shapes every export is checked on: at least four, with padding where it exists."""
     if task in ("embedding", "text-generation"):
-        longest = min(max_length or 128, 128)
-        longest = min(longest, getattr(loaded.config, "max_position_embeddings", None) or longest)
-        # Some position tables start behind the padding index (RoBERTa), hence the margin of 2.
+        limit = _longest(loaded, task, max_length)
+        longest = min(limit, 128)
         plan: tuple[tuple[int, int, Literal["", "left", "right"]], ...] = (
             (1, 1, ""),
             (1, 3, ""),
@@ -202,16 +235,30 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             (5, 17, "right"),
             (4, 33, "left"),
             (3, longest - 2, "right"),
+            # Some models do something else with long texts (BigBird attends in blocks).
+            *(((1, limit, ""),) if limit > longest else ()),
         )
         # A prompt that is not pooled leaves nothing of a text shorter than itself.
-        longest = max(longest, min(loaded.skip + 17, max_length or loaded.skip + 17))
-        plan = tuple((b, length + loaded.skip, side) for b, length, side in plan)
-        return tuple(Shape(b, max(1, min(length, longest)), side) for b, length, side in plan)
+        limit = max(limit, min(loaded.skip + 17, max_length or loaded.skip + 17))
+        plan = tuple((b, min(length + loaded.skip, limit), side) for b, length, side in plan)
+        return tuple(Shape(b, max(1, length), side) for b, length, side in plan)
     if task == "image-embedding" or loaded.config.model_type == "whisper":
         return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))
     return tuple(
         Shape(batch, length) for batch, length in ((1, 4_000), (2, 16_000), (3, 9_001), (1, 32_000))
     )
+
+
+def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
+    """Return the most tokens to check with: all that a text may have, or what memory allows."""
+    config = loaded.config
+    stated = position_limit(config.to_dict())
+    limit = min(max_length or stated or 512, stated or max_length or 512)
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 12
+    limit = min(limit, int((LONGEST_SCORES / 4 / heads) ** 0.5))
+    if task == "text-generation":
+        limit = min(limit, LONGEST_SCORES // 4 // loaded.module.config.vocab_size)
+    return max(limit, 1)
 
 
 def trace_shape(task: str) -> Shape:
@@ -220,26 +267,36 @@ def trace_shape(task: str) -> Shape:
 
 
 def _causal_masks(mask: Any, config: Any) -> Any:
-    """Return the mask of every layer, or one per kind of layer where only some see a window."""
+    """Return the mask of every layer, or one per kind of layer where only some see a window.
+
+    ``is_causal: false`` in the config makes an encoder of a decoder: each token sees all.
+    """
+    causal = getattr(config, "is_causal", None) is not False
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds:
         return {
-            "full_attention": _causal(mask, None),
-            "sliding_attention": _causal(mask, window),
+            "full_attention": _hidden(mask, None, causal),
+            "sliding_attention": _hidden(mask, window, causal),
         }
     # Of those without layer types only Mistral's have a window, and all of its layers do.
-    return _causal(mask, window if config.model_type == "mistral" else None)
+    return _hidden(mask, window if config.model_type == "mistral" else None, causal)
 
 
-def _causal(mask: Any, window: int | None) -> Any:
+def _hidden(mask: Any, window: int | None, causal: bool) -> Any:
+    """Return what is added to the scores: MASK_BIAS where a token may not look."""
     import torch
 
+    padding = 1.0 - mask[:, None, None, :].float()
+    if not causal and window is None:
+        return padding * MASK_BIAS
     positions = torch.arange(mask.shape[1], device=mask.device)
     distance = positions[:, None] - positions[None, :]
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    blocked = torch.maximum(hidden.float()[None, None], 1.0 - mask[:, None, None, :].float())
-    return blocked * MASK_BIAS
+    if causal:
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    else:
+        hidden = distance.abs() > window
+    return torch.maximum(hidden.float()[None, None], padding) * MASK_BIAS
 
 
 def _without_prompt(mask: Any, skip: int) -> Any:
@@ -252,6 +309,7 @@ def _pool(result: Any, hidden: Any, mask: Any, pooling: str) -> Any:
 
     if pooling == "model":
         return _own(result)
+    _refuse_unpoolable(hidden, pooling, "the model")
     if pooling == "cls":
         # With left padding the first kept token is not the first one.
         return hidden[:, 0] if mask is None else _at(hidden, mask.argmax(dim=1))
@@ -266,6 +324,15 @@ def _pool(result: Any, hidden: Any, mask: Any, pooling: str) -> Any:
     return _at(hidden, (mask * positions).argmax(dim=1))
 
 
+def _refuse_unpoolable(hidden: Any, pooling: str, what: str) -> None:
+    if hidden.ndim != 3:
+        raise ExportError(
+            f"{what} gives hidden states of shape {tuple(hidden.shape)}, which have no tokens for "
+            f"pooling {pooling!r}",
+            fix="convert it again; its own pooled output is pooling 'model'",
+        )
+
+
 def _at(hidden: Any, index: Any) -> Any:
     picked = index[:, None, None].expand(-1, 1, hidden.shape[2])
     return hidden.gather(1, picked).squeeze(1)
@@ -275,13 +342,14 @@ def _own(result: Any) -> Any:
     for name in ("image_embeds", "text_embeds", "pooler_output"):
         value = getattr(result, name, None)
         if value is not None:
-            return value
+            return value.flatten(1)  # convolutional models keep two axes of length 1
     raise ExportError("the model has no pooled output", fix="set another pooling in memopt.json")
 
 
 def _numpy_pool(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
     if pooling == "model":
         return np.asarray(_own(result).numpy())
+    _refuse_unpoolable(hidden, pooling, "the model")
     if hidden.shape[1] != mask.shape[1]:
         mask = np.ones(hidden.shape[:2], dtype=np.int64)
     rows = []

@@ -1,12 +1,14 @@
 """Images to ``pixel_values`` as ``preprocessor_config.json`` says, with pillow and numpy.
 
-The steps and their rounding are those of transformers' PIL image processors (CLIP, ViT, SigLIP,
-DINOv2/BiT): convert to RGB, resize the 8-bit image, centre crop, rescale, normalise.
+The steps and their rounding are those of transformers' PIL image processors: put on white, resize
+the 8-bit image, centre crop, rescale, normalise.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,31 +24,98 @@ from memopt.runtimes.batching import MEDIA_BATCH, Batch, decoded, in_order
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_BICUBIC, _BILINEAR = 3, 2
-# What a processor does where its configuration file is silent (older files leave keys out).
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "CLIP": {
-        "size": {"shortest_edge": 224},
-        "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": 224,
-        "image_mean": _CLIP_MEAN,
-        "image_std": _CLIP_STD,
-    },
-    "Bit": {
-        "size": {"shortest_edge": 224},
-        "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": 224,
-        "image_mean": _CLIP_MEAN,
-        "image_std": _CLIP_STD,
-    },
-    "Siglip": {"resample": _BICUBIC, "size": {"height": 224, "width": 224}},
-    "": {"resample": _BILINEAR, "size": {"height": 224, "width": 224}},
+_log = logging.getLogger("memopt.runtimes")
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_OPENAI = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
+_BILINEAR, _BICUBIC = 2, 3
+_SHORT = {"default_to_square": False}  # a size of one number is that of the shorter edge
+_CROP = {"do_center_crop": True, "crop_size": 224}
+_CLIP = {"size": {"shortest_edge": 224}, "resample": _BICUBIC, **_SHORT, **_CROP, **_OPENAI}
+# What transformers' processor of each class does where its configuration file is silent (older
+# files leave keys out). These classes are followed to the last bit; any other is refused.
+_PROCESSORS: dict[str, dict[str, Any]] = {
+    "Beit": {"resample": _BICUBIC, "crop_size": 224},
+    "Bit": _CLIP,
+    "Blip": {"resample": _BICUBIC, "size": {"height": 384, "width": 384}, **_OPENAI},
+    "CLIP": _CLIP,
+    "ChineseCLIP": _CLIP,
+    "ConvNext": {
+        "resample": _BICUBIC, "size": {"shortest_edge": 384}, **_SHORT, "crop_pct": 224 / 256
+    },
+    "DeiT": {"resample": _BICUBIC, "size": {"height": 256, "width": 256}, **_CROP},
+    "EfficientNet": {
+        "resample": _BICUBIC,
+        "size": {"height": 346, "width": 346},
+        "crop_size": 289,
+        "rescale_offset": False,
+        "include_top": True,
+    },
+    "Levit": {
+        "resample": _BICUBIC, "size": {"shortest_edge": 224}, **_SHORT, **_CROP, **_IMAGENET
+    },
+    "MobileNetV1": {"size": {"shortest_edge": 256}, **_SHORT, **_CROP},
+    "MobileNetV2": {"size": {"shortest_edge": 256}, **_SHORT, **_CROP},
+    "MobileViT": {
+        "resample": _BICUBIC,
+        "size": {"shortest_edge": 224},
+        **_SHORT,
+        "do_center_crop": True,
+        "crop_size": 256,
+        "do_flip_channel_order": True,
+    },
+    "OwlViT": {
+        "resample": _BICUBIC, "size": {"height": 768, "width": 768}, "crop_size": 768, **_OPENAI
+    },
+    "PoolFormer": {
+        "resample": _BICUBIC,
+        "size": {"shortest_edge": 224},
+        **_SHORT,
+        **_CROP,
+        **_IMAGENET,
+        "crop_pct": 0.9,
+    },
+    "Pvt": {"resample": _BICUBIC, **_IMAGENET},
+    "Siglip": {"resample": _BICUBIC, **_SHORT},
+    "ViT": {},
+}  # fmt: skip
+_ALL: dict[str, Any] = {
+    "size": {"height": 224, "width": 224},
+    "default_to_square": True,
+    "resample": _BILINEAR,
+    "do_resize": True,
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+# Files that name no class are of models that had only one.
+_OF_MODELS = {
+    "clip": "CLIP",
+    "clip_vision_model": "CLIP",
+    "siglip": "Siglip",
+    "siglip_vision_model": "Siglip",
+    "dinov2": "Bit",
+    "deit": "DeiT",
+    "convnext": "ConvNext",
+    "convnextv2": "ConvNext",
+    "resnet": "ConvNext",
+    "efficientnet": "EfficientNet",
+}
+# They say how images come in and arrays go out, what is done to labels, or what the class is.
+_OTHER_KEYS = frozenset(
+    {
+        *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb"),
+        *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
+        *("do_reduce_labels", "reduce_labels", "model_input_names", "image_seq_length", "auto_map"),
+        *("_valid_processor_keys", "pad_size", "do_pad", "backend"),
+    }
+)
 
 
 class ImageFrontEnd:
@@ -54,25 +123,10 @@ class ImageFrontEnd:
 
     def __init__(self, bundle: Bundle) -> None:
         self._pil = require("PIL.Image", extra="media", why="read images")
-        config = processor_config(bundle, "image_processor")
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-        known = next(name for name in _DEFAULTS if kind.startswith(name))
-        self._config: dict[str, Any] = {
-            "do_resize": True,
-            "do_center_crop": False,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": (0.5, 0.5, 0.5),
-            "image_std": (0.5, 0.5, 0.5),
-            **_DEFAULTS[known],
-            **{key: value for key, value in config.items() if value is not None},
-        }
-        if self._config.get("do_pad"):
-            raise BundleError(f"{bundle.path}: do_pad in the image processor is not supported")
-        self._size = _size(self._config["size"], square=known in ("", "Siglip"))
-        self._crop = _size(self._config.get("crop_size") or self._size, square=True)
-        self._table = _table(self._config)
+        self._class, self._config = _settings(bundle)
+        self._size = _size(self._config["size"], square=self._config["default_to_square"])
+        self._crop = _size(self._config["crop_size"] or self._size, square=True)
+        self._table = _table(self._class, self._config)
 
     def check(self, item: object) -> str | None:
         """Return why ``item`` cannot be an image, None when it may."""
@@ -102,16 +156,19 @@ class ImageFrontEnd:
 
     def transform(self, item: Any) -> NDArray[np.float32]:
         """Return ``pixel_values`` (3, height, width) of one image."""
-        image = self._open(item).convert("RGB")
+        image = _on_white(self._open(item))
         if self._config["do_resize"]:
-            width, height = _resized(image.size, self._size)
+            (width, height), crop = _resized(self._class, image.size, self._size, self._config)
             if (width, height) != image.size:
                 image = image.resize((width, height), self._config["resample"])
+            if crop:
+                image = self._pil.fromarray(_center_crop(np.asarray(image), crop, crop))
         array = np.asarray(image)
         if self._config["do_center_crop"]:
             array = _center_crop(array, self._crop["height"], self._crop["width"])
         # One look-up per channel does rescale and normalise, in the processors' own rounding.
-        return np.stack([self._table[channel][array[:, :, channel]] for channel in range(3)])
+        pixels = np.stack([self._table[channel][array[:, :, channel]] for channel in range(3)])
+        return pixels[::-1].copy() if self._config.get("do_flip_channel_order") else pixels
 
     def _open(self, item: Any) -> Any:
         if isinstance(item, bytes | bytearray):
@@ -119,13 +176,83 @@ class ImageFrontEnd:
         elif isinstance(item, str | Path):
             image = self._pil.open(item)
         elif isinstance(item, np.ndarray):
-            return self._pil.fromarray(_as_uint8(item))
+            pixels = _as_uint8(item)
+            if pixels.ndim == 3 and pixels.shape[2] == 4:
+                alpha = pixels[:, :, 3:] / 255
+                pixels = np.round(alpha * pixels[:, :, :3] + (1 - alpha) * 255).astype(np.uint8)
+            return self._pil.fromarray(pixels)
         else:
             return item
         from PIL import ImageOps
 
         # Cameras store sideways and say so in EXIF; transformers' load_image turns them as well.
         return ImageOps.exif_transpose(image)
+
+
+def image_shape(bundle: Bundle) -> tuple[int, int, int] | None:
+    """Return the (channels, height, width) that every image is given; None where they differ.
+
+    Raises:
+        BundleError: a processor or a setting that is not supported.
+    """
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((bundle.path / name).is_file() for name in names):
+        return None
+    kind, config = _settings(bundle)
+    size = _size(config["size"], square=config["default_to_square"])
+    if config["do_center_crop"]:
+        crop = _size(config["crop_size"] or size, square=True)
+        return 3, crop["height"], crop["width"]
+    if config["do_resize"] and kind == "ConvNext":
+        return 3, size["shortest_edge"], size["shortest_edge"]
+    if config["do_resize"] and "height" in size:
+        return 3, size["height"], size["width"]
+    return None
+
+
+def _settings(bundle: Bundle) -> tuple[str, dict[str, Any]]:
+    """Return the processor's class, without its suffix, and all it does.
+
+    Raises:
+        BundleError: another class than those followed, or a setting of them that is not.
+    """
+    stated = processor_config(bundle, "image_processor")
+    name = str(stated.get("image_processor_type") or stated.get("feature_extractor_type") or "")
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", name)
+    kind = kind or _OF_MODELS.get(bundle.manifest.model_type, "ViT")
+    if kind not in _PROCESSORS:
+        raise BundleError(
+            f"{bundle.path}: the image processor {name!r} is not supported",
+            fix=f"supported are those of {', '.join(_PROCESSORS)}",
+        )
+    config = {**_ALL, **_PROCESSORS[kind]}
+    for key, value in stated.items():
+        if key in config and value is not None:
+            config[key] = value
+        elif key not in config and key not in _OTHER_KEYS and value:
+            # transformers keeps it as an attribute that nothing reads.
+            _log.warning("%s: %sImageProcessor has no setting %r", bundle.path, kind, key)
+    if stated.get("do_pad"):
+        raise BundleError(f"{bundle.path}: do_pad in the image processor is not supported")
+    if kind == "ConvNext" and "shortest_edge" not in _size(config["size"], square=False):
+        raise BundleError(
+            f"{bundle.path}: size {config['size']!r} of ConvNextImageProcessor is not supported",
+            fix="it has a shortest_edge",
+        )
+    if kind == "MobileViT":
+        config["do_normalize"] = False
+    return kind, config
+
+
+def _on_white(image: Any) -> Any:
+    """Return the picture as RGB, what is transparent on white, as transformers has it."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def processor_config(bundle: Bundle, part: str) -> dict[str, Any]:
@@ -155,11 +282,28 @@ def _size(value: Any, *, square: bool) -> dict[str, int]:
     raise BundleError(f"image size {value!r} in preprocessor_config.json is not supported")
 
 
-def _resized(old: tuple[int, int], size: Mapping[str, int]) -> tuple[int, int]:
-    """Return the new (width, height)."""
-    if "shortest_edge" not in size:
-        return size["width"], size["height"]
-    short = size["shortest_edge"]
+def _resized(
+    kind: str, old: tuple[int, int], size: Mapping[str, int], config: Mapping[str, Any]
+) -> tuple[tuple[int, int], int | None]:
+    """Return the new (width, height), and the edge of a square to cut out of that, if any."""
+    short = size.get("shortest_edge")
+    share = config.get("crop_pct")
+    if kind == "ConvNext" and short is not None and share is not None:
+        if short >= 384:  # the class squeezes large ones and cuts small ones
+            return (short, short), None
+        return _shortest(old, int(short / share)), short
+    if kind == "PoolFormer" and share is not None:
+        if short is None and size["height"] != size["width"]:
+            return (int(size["width"] / share), int(size["height"] / share)), None
+        return _shortest(old, int((short or size["height"]) / share)), None
+    if kind == "Levit" and short is not None:
+        short = int((256 / 224) * short)
+    if short is None:
+        return (size["width"], size["height"]), None
+    return _shortest(old, short), None
+
+
+def _shortest(old: tuple[int, int], short: int) -> tuple[int, int]:
     width, height = old
     if width <= height:
         return short, int(short * height / width)
@@ -178,17 +322,20 @@ def _center_crop(array: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     return array[top : top + height, left : left + width]
 
 
-def _table(config: Mapping[str, Any]) -> NDArray[np.float32]:
+def _table(kind: str, config: Mapping[str, Any]) -> NDArray[np.float32]:
     """Return float32 (3, 256): what each 8-bit value becomes in each channel."""
     values = np.arange(256, dtype=np.float64)
     if config["do_rescale"]:
         values = values * config["rescale_factor"]
     channels = np.tile(values.astype(np.float32), (3, 1))
+    if config["do_rescale"] and config.get("rescale_offset"):
+        channels = channels - np.float32(1)
+    mean, std = (np.asarray(config[k], np.float32) for k in ("image_mean", "image_std"))
+    mean, std = (np.broadcast_to(x, (3,))[:, None] for x in (mean, std))
     if config["do_normalize"]:
-        mean, std = (
-            np.asarray(config[k], np.float32)[:, None] for k in ("image_mean", "image_std")
-        )
         channels = (channels - mean) / std
+    if kind == "EfficientNet" and config["include_top"]:
+        channels = channels / std
     return channels.astype(np.float32)
 
 

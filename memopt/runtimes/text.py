@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.bundle import Bundle, read_json
+from memopt.bundle import OFFSET_POSITIONS, Bundle, position_limit, read_json
 from memopt.errors import BundleError
 from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import Batch, bucket, by_budget
+from memopt.runtimes.batching import Batch, UnusableItems, bucket, by_budget
 from memopt.weights.sentence import default_prompt, lower_cased
 from memopt.weights.tokenizer import lower_case
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # transformers writes 1e30 for "no limit"; no model has positions beyond this.
 _NO_LIMIT = 1_000_000
-# RoBERTa and its kin count positions from pad_id + 1: two of the position embeddings are unusable.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer")
 # Texts tokenized at once, while the chunk before them runs: nothing runs beside the first, so it is
 # small. Each chunk sweeps over the widths once, and a new shape costs a runtime as much as a tenth
 # of a batch, so later ones are large, up to this many characters (6 MB of ids).
@@ -65,6 +63,9 @@ class TextFrontEnd:
         if self.max_length is not None:
             side = _tokenizer_config(bundle).get("truncation_side") or cut.get("direction", "right")
             self._tokenizer.enable_truncation(self.max_length, direction=side)
+        self._rows = _rows(bundle) or np.iinfo(np.int64).max
+        if self._pad >= self._rows:
+            self._pad = 0  # padding is masked, any id will do
         # Single sequences have type 0 in nearly every tokenizer; ask once instead of per text.
         self._types = any(self._tokenizer.encode("a").type_ids)
 
@@ -112,7 +113,11 @@ class TextFrontEnd:
         tokens: int = TOKENS_ON_CPU,
         step: int = 1,
     ) -> list[Batch]:
-        """Tokenize one chunk and cut it into batches of similar length."""
+        """Tokenize one chunk and cut it into batches of similar length.
+
+        Raises:
+            UnusableItems: texts with a token that the model has no embedding of.
+        """
         texts = [self._prompt + text for text in items] if self._prompt else list(items)
         encodings = self._tokenizer.encode_batch_fast(texts)
         if len(encodings) == 1:
@@ -121,12 +126,28 @@ class TextFrontEnd:
             if length <= LONGEST_ROUNDED:
                 length = min(-(-length // step) * step, self.max_length or LONGEST_ROUNDED)
             width = bucket(length, self.max_length)
-            return [Batch(_FIRST, self._feed(encodings, width))]
-        lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
-        return [
-            Batch(rows, self._feed([encodings[row] for row in rows], width))
-            for rows, width in by_budget(lengths, batch_size, tokens, self.max_length)
-        ]
+            batches = [Batch(_FIRST, self._feed(encodings, width))]
+        else:
+            lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
+            batches = [
+                Batch(rows, self._feed([encodings[row] for row in rows], width))
+                for rows, width in by_budget(lengths, batch_size, tokens, self.max_length)
+            ]
+        # A runtime may answer an id beyond the table with whatever lies there.
+        if any(batch.feed["input_ids"].max(initial=0) >= self._rows for batch in batches):
+            self._refuse_beyond(encodings)
+        return batches
+
+    def _refuse_beyond(self, encodings: list[Any]) -> None:
+        highest = [max(encoding.ids, default=0) for encoding in encodings]
+        beyond = {
+            index: f"holds the token {self._tokenizer.id_to_token(token)!r} with id {token}, and "
+            f"the model knows {self._rows} (its tokenizer.json is of another model)"
+            for index, token in enumerate(highest)
+            if token >= self._rows
+        }
+        if beyond:
+            raise UnusableItems(beyond)
 
     def _feed(self, encodings: list[Any], width: int) -> dict[str, NDArray[np.int64]]:
         shape = (len(encodings), width)
@@ -168,15 +189,22 @@ def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:
 def _max_length(bundle: Bundle) -> int | None:
     """Return how many tokens the model takes, special tokens included."""
     if bundle.manifest.max_length:
-        return bundle.manifest.max_length
+        config = bundle.config() if (bundle.path / "config.json").is_file() else {}
+        # Bundles of older versions have limits that some position tables do not hold.
+        table = position_limit(config) if config.get("model_type") in OFFSET_POSITIONS else None
+        return min(bundle.manifest.max_length, table or bundle.manifest.max_length)
     limit = _tokenizer_config(bundle).get("model_max_length")
     if isinstance(limit, int | float) and limit < _NO_LIMIT:
         return int(limit)
-    config = bundle.config()
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and positions > 0:
-        return positions - 2 if config.get("model_type") in _OFFSET_POSITIONS else positions
-    return None
+    return position_limit(bundle.config())
+
+
+def _rows(bundle: Bundle) -> int | None:
+    """Return how many rows the table of token embeddings has, None when the config does not say."""
+    path = bundle.path / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    rows = {**config, **(config.get("text_config") or {})}.get("vocab_size")
+    return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def _pad_id(bundle: Bundle, tokenizer: Any) -> int:

@@ -19,6 +19,7 @@ from memopt.bundle import Bundle
 from memopt.errors import ExportError
 from memopt.extras import require
 from memopt.runtimes.conversions import Converted
+from memopt.runtimes.image import image_shape
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import read_sentence
 
@@ -32,6 +33,8 @@ CLASSES = {
     ("siglip", "embedding"): "SiglipTextModel",
     ("siglip", "image-embedding"): "SiglipVisionModel",
     ("siglip_vision_model", "image-embedding"): "SiglipVisionModel",
+    ("siglip2", "embedding"): "Siglip2TextModel",
+    ("clap", "embedding"): "ClapTextModelWithProjection",
     ("whisper", "audio-embedding"): "WhisperModel",
 }
 # Only the part below this attribute is exported.
@@ -59,6 +62,8 @@ class LoadedModel:
     names: dict[str, str]  # parameter name of the module -> weight name of the file
     skip: int = 0
     keep: int | None = None
+    # (channels, height, width) that the bundle's image front end gives; None without one.
+    picture: tuple[int, int, int] | None = None
 
 
 def load_config(folder: Path) -> Any:
@@ -125,7 +130,8 @@ def load_model(
             if id(parameter) in stored:
                 names.setdefault(name, stored[id(parameter)])
     skip, keep = _sentence_head(bundle) if task == "embedding" else (0, None)
-    return LoadedModel(module.eval(), config, names, skip, keep)
+    picture = image_shape(bundle) if task == "image-embedding" else None
+    return LoadedModel(module.eval(), config, names, skip, keep, picture)
 
 
 def _sentence_head(bundle: Bundle) -> tuple[int, int | None]:
@@ -233,6 +239,37 @@ def _match(module: Any, current: dict[str, str]) -> dict[str, str]:
     return names
 
 
+def _buffers(module: Any, names: dict[str, str], current: dict[str, str]) -> dict[str, str]:
+    """Map each buffer that a checkpoint has (batch norm's statistics) to its weight.
+
+    Its name has the prefix that the parameters beside it have in the file.
+
+    Raises:
+        ExportError: the statistics of a layer whose weights are there are missing.
+    """
+    stored = {weight: name for name, weight in current.items()}
+    prefixes = {}
+    for name, weight in names.items():
+        folder = name.rpartition(".")[0]
+        prefixes.setdefault(folder, stored.get(weight, weight).rpartition(".")[0])
+    found, missing = {}, []
+    for name, buffer in module.named_buffers():
+        folder, _, last = name.rpartition(".")
+        options = (name, f"{prefixes[folder]}.{last}" if folder in prefixes else name)
+        hit = next((option for option in options if option in current), None)
+        if hit is not None and buffer.is_floating_point():
+            found[name] = current[hit]
+        elif last in ("running_mean", "running_var"):
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ExportError(
+            f"the weights do not fit the architecture: missing {', '.join(missing[:5])}{more}",
+            fix="check that config.json and the weights are of the same model",
+        )
+    return found
+
+
 def _refuse_unexpected(
     module: Any, current: dict[str, str], names: dict[str, str], add: str, remove: str
 ) -> None:
@@ -284,6 +321,7 @@ def _assign(
             f"the weights do not fit the architecture: {', '.join(problems)}{rest}",
             fix="check that config.json and the weights are of the same model",
         )
+    buffers = _buffers(module, names, stored.names)
     made: dict[str, Any] = {}
     for name, weight in names.items():
         if weight not in made:
@@ -297,10 +335,9 @@ def _assign(
             # An unused part: zeros keep the module whole, and the exporter drops what is not used.
             zeros = torch.zeros(parameter.shape, dtype=torch.float32)
             _set(module, name, torch.nn.Parameter(zeros, requires_grad=False))
-    for weight in stored.list_names():
-        buffer = _buffer(module, weight)
-        if buffer is not None and buffer.is_floating_point():
-            buffer.copy_(torch.from_numpy(np.asarray(stored.load(weight)).astype(np.float32)))
+    for name, weight in buffers.items():
+        values = torch.from_numpy(np.asarray(stored.load(weight)).astype(np.float32))
+        module.get_buffer(name).copy_(values)
 
 
 def _set(module: Any, name: str, parameter: Any) -> None:
@@ -308,14 +345,6 @@ def _set(module: Any, name: str, parameter: Any) -> None:
     for part in path:
         module = getattr(module, part)
     module._parameters[last] = parameter
-
-
-def _buffer(module: Any, name: str) -> Any:
-    try:
-        found = module.get_buffer(name)
-    except AttributeError:
-        return None
-    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,20 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import POOLINGS, TASKS, Manifest, read_json
+from memopt.bundle import POOLINGS, TASKS, Manifest, position_limit, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
 from memopt.registry import nearest
 from memopt.weights.sentence import Sentence, read_sentence
 
 _IMAGE = {
     *("vit", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
-    *("swin", "swinv2", "convnext", "convnextv2", "resnet", "vit_mae", "ijepa"),
+    *("swin", "swinv2", "convnext", "convnextv2", "resnet", "vit_mae", "vit_msn", "ijepa"),
+    *("efficientnet", "regnet", "mobilenet_v1", "mobilenet_v2", "mobilevit", "poolformer", "pvt"),
+    *("focalnet", "bit", "swiftformer", "hiera", "dinov3_convnext", "levit", "cvt", "dinat"),
     *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"),
 }
 _AUDIO = {
     *("whisper", "wav2vec2", "wav2vec2-conformer", "wav2vec2-bert", "hubert", "wavlm", "unispeech"),
     *("unispeech-sat", "data2vec-audio", "sew", "audio-spectrogram-transformer"),
 }
+# Their first token stands for the picture; the layer that transformers puts behind it is not in
+# every checkpoint. What is in neither set gives transformers' own pooled output.
+_CLASS_TOKEN = {
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae", "vit_msn"),
+}
+_PATCHES_ONLY = {"ijepa"}  # neither a class token nor a pooled output: the mean of the patches
 # Two towers in one checkpoint: the image tower is the default, --task embedding takes the text one.
 _DUAL = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
 _OWN_HEAD = {*_DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
@@ -34,10 +42,6 @@ _ANSWERS = tuple(
         *("MultipleChoice", "NextSentencePrediction"),
     )
 )
-# Positions are relative in these: ``n_positions`` is what they were trained with, no limit.
-_RELATIVE_POSITIONS = {"t5", "mt5", "umt5", "longt5", "switch_transformers"}
-# RoBERTa and its kin count positions from pad_token_id + 1, so that many fewer tokens fit.
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"}
 # transformers writes this huge number where a tokenizer has no limit.
 _NO_LIMIT = 10**9
 
@@ -196,17 +200,14 @@ def _default_pooling(task: str, model_type: str) -> str:
         return "none"
     if model_type in _OWN_HEAD:
         return "model"
-    return "cls" if task == "image-embedding" else "mean"
+    if task != "image-embedding" or model_type in _PATCHES_ONLY:
+        return "mean"
+    return "cls" if model_type in _CLASS_TOKEN else "model"
 
 
 def _max_length(folder: Path, config: Mapping[str, Any], sentence: Sentence | None) -> int | None:
-    text = {**config, **(config.get("text_config") or {})}
-    limits = []
-    for key in ("max_position_embeddings", "n_positions"):
-        relative = key == "n_positions" and text["model_type"] in _RELATIVE_POSITIONS
-        if isinstance(text.get(key), int) and text[key] > 0 and not relative:
-            offset = (text.get("pad_token_id") or 0) + 1
-            limits.append(text[key] - (offset if text["model_type"] in _OFFSET_POSITIONS else 0))
+    table = position_limit(config)
+    limits = [] if table is None else [table]
     stated: Any = sentence.max_length if sentence else None
     if stated is None and (folder / "tokenizer_config.json").is_file():
         stated = read_json(folder / "tokenizer_config.json").get("model_max_length")
