@@ -7,6 +7,7 @@ A head follows sentence-transformers: pooling over the tokens the mask keeps, th
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 
 from memopt.bundle import Manifest, position_limit
 from memopt.errors import ExportError
-from memopt.runtimes.torch_model import LoadedModel
+from memopt.runtimes.torch_model import LoadedModel, reset
 
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.
@@ -106,6 +107,9 @@ def _module_classes() -> Any:
             elif mask is not None and self.model_type in CAUSAL_MASK:
                 call["attention_mask"] = _causal_masks(mask, self.config)
                 call["use_cache"] = False
+            elif mask is not None and self.model_type == "big_bird":
+                self.model.set_attention_type("original_full")
+                call["attention_mask"] = _block_mask(mask, self.config)
             result = self.model(**call)
             if self.pooling == "logits":
                 return (result.logits,)
@@ -136,6 +140,7 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     """
     import torch
 
+    reset(loaded.module, loaded.config)
     with torch.no_grad():
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         if task == "text-generation":
@@ -234,7 +239,7 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             (2, 8, "right"),
             (5, 17, "right"),
             (4, 33, "left"),
-            (3, longest - 2, "right"),
+            (3, longest, "right"),
             # Some models do something else with long texts (BigBird attends in blocks).
             *(((1, limit, ""),) if limit > longest else ()),
         )
@@ -281,6 +286,31 @@ def _causal_masks(mask: Any, config: Any) -> Any:
         }
     # Of those without layer types only Mistral's have a window, and all of its layers do.
     return _hidden(mask, window if config.model_type == "mistral" else None, causal)
+
+
+def _block_mask(mask: Any, config: Any) -> Any:
+    """Return BigBird's attention in blocks as a mask of every text, by its own number of tokens.
+
+    Zaheer et al. 2020, https://arxiv.org/abs/2007.14062, as transformers computes it outside of
+    training: the first and the last block see and are seen by all, others see their neighbours;
+    the random blocks are then all the first one, which so counts that many times more. A text of no
+    more than 5 + 2 x random blocks is not cut into blocks.
+    """
+    import torch
+
+    size, random = config.block_size, config.num_random_blocks
+    padding = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
+    if config.attention_type != "block_sparse":
+        return padding
+    length = mask.sum(1)[:, None, None, None]
+    last = (length + (size - 1)) // size - 1
+    block = torch.arange(mask.shape[1], device=mask.device) // size
+    query, key = block[None, None, :, None], block[None, None, None, :]
+    edge = (query == 0) | (query == last)
+    visible = edge | (key == 0) | (key == last) | ((query - key).abs() <= 1)
+    more = ((key == 0) & ~edge).float() * math.log(1 + random)
+    long = (length > (5 + 2 * random) * size).float()
+    return padding + long * (more + (~visible).float() * MASK_BIAS)
 
 
 def _hidden(mask: Any, window: int | None, causal: bool) -> Any:

@@ -92,6 +92,9 @@ class Backend(Protocol):
 
     def submit(self, feed: Feed) -> Future[Rows]: ...
 
+    def free(self) -> None:
+        """Give back what is kept for later runs; called when a run found too little memory."""
+
     def info(self) -> dict[str, Any]: ...
 
     def close(self) -> None: ...

@@ -35,7 +35,8 @@ _OUT_OF_MEMORY = (
 class FallbackEvent:
     """One hand-over: ``from_`` could not do it, ``to`` took over.
 
-    ``from_`` and ``to`` are providers; they are equal where only the variant had to change.
+    ``from_`` and ``to`` are providers; they are equal where only the variant had to change, or, for
+    want of memory, only the batch.
     ``kind`` is ``unavailable``, ``open``, ``memory`` or ``run``; ``reason`` is what the provider
     said.
     """
@@ -179,6 +180,11 @@ class BackendChain:
                 # ONNX Runtime says the request is wrong (a shape, a token id beyond the
                 # vocabulary): it would be wrong everywhere, and the provider is fine.
                 raise InputError(f"the graph refused the input: {one_line(error)}") from error
+            if backend is self._backend and _kind(error, "run") == "memory":
+                rows = self._halved(backend, feed)
+                if rows is not None:
+                    self._tell_halved(backend, error)
+                    return rows
             with self._lock:
                 # Another thread may have moved on already: then only run again.
                 if backend is self._backend:
@@ -188,6 +194,36 @@ class BackendChain:
                 return backend.run(feed)
             except Exception as again:  # noqa: BLE001 - handed on until nothing is left
                 error = again
+
+    def _halved(self, backend: Backend, feed: Feed) -> Rows | None:
+        """Run a batch that found no memory as two, and those as two; None if one row is too much.
+
+        Whatever else goes wrong is left to the next provider.
+        """
+        import numpy as np
+
+        count = len(next(iter(feed.values())))
+        if count < 2:
+            return None
+        backend.free()
+        found = []
+        for rows in (slice(0, count // 2), slice(count // 2, count)):
+            part = {name: values[rows] for name, values in feed.items()}
+            try:
+                found.append(backend.run(part))
+            except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
+                again = self._halved(backend, part) if _kind(error, "run") == "memory" else None
+                if again is None:
+                    return None
+                found.append(again)
+        return np.concatenate(found)
+
+    def _tell_halved(self, backend: Backend, error: Exception) -> None:
+        with self._lock:
+            # Batches to come are half as large at once.
+            backend.tokens = max(1, backend.tokens // 2)
+            failure = _Failure(self._candidate, "memory", f"{one_line(error)}; batch halved")
+            self._tell([failure], self._candidate)
 
     def _replace(self, error: Exception) -> None:
         candidate, failed = self._candidate, self._backend

@@ -138,6 +138,7 @@ class OnnxBackend:
         self._session: Any = session
         self._many: Any = session if self.streams == 1 else None
         self._submitted = 0
+        self._run_options: Any = None
         self._lock = threading.Lock()
         self._pool = Streams(self.streams, f"memopt-{candidate.provider}")
 
@@ -176,8 +177,16 @@ class OnnxBackend:
 
         if session is None:
             raise DeviceError(f"the session on {self._provider} is closed")
-        (rows,) = session.run([self._variant.output], feed)
+        (rows,) = session.run([self._variant.output], feed, self._run_options)
         return np.asarray(rows, dtype=np.float32)
+
+    def free(self) -> None:
+        """From now on give a GPU's memory back after each run, instead of keeping it."""
+        if self._provider != "cuda" or self._run_options is not None:
+            return
+        options = _onnxruntime().RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+        self._run_options = options
 
     def info(self) -> dict[str, Any]:
         """Return what runs where."""

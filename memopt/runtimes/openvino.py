@@ -175,6 +175,9 @@ class OpenvinoBackend:
             raise DeviceError("the model on openvino is closed")
         return requests.infer([feed[name] for name in self.inputs])
 
+    def free(self) -> None:
+        """Nothing is kept that could be given back."""
+
     def info(self) -> dict[str, Any]:
         """Return what runs where."""
         compiled = self._single.compiled

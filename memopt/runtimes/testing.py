@@ -32,10 +32,17 @@ _CHUNK = 64
 
 
 class FakeBackend:
-    """Answers from memory; ``fail(n)`` may raise for the n-th run (counted from 1)."""
+    """Answers from memory; ``fail(n)`` may raise for the n-th run (counted from 1).
+
+    A batch of more than ``room`` rows runs out of memory.
+    """
 
     def __init__(
-        self, dimension: int = 8, streams: int = 1, fail: Callable[[int], None] | None = None
+        self,
+        dimension: int = 8,
+        streams: int = 1,
+        fail: Callable[[int], None] | None = None,
+        room: int | None = None,
     ) -> None:
         self.inputs: tuple[str, ...] = ("digest",)
         self.dimension: int | None = dimension
@@ -43,7 +50,9 @@ class FakeBackend:
         self.tokens = TOKENS_ON_CPU
         self.step = 1
         self.runs = 0
+        self.freed = 0
         self._fail = fail
+        self._room = room
         self._lock = threading.Lock()
         self._pool = Streams(streams, "memopt-fake")
 
@@ -54,6 +63,8 @@ class FakeBackend:
             run = self.runs
         if self._fail is not None:
             self._fail(run)
+        if self._room is not None and len(feed["digest"]) > self._room:
+            raise RuntimeError("CUDA failure 2: out of memory")
         assert self.dimension is not None
         seeds = [int.from_bytes(row.tobytes(), "little") for row in feed["digest"]]
         rows = [np.random.default_rng(seed).standard_normal(self.dimension) for seed in seeds]
@@ -62,6 +73,10 @@ class FakeBackend:
     def submit(self, feed: Feed) -> Future[Rows]:
         """Run beside the caller."""
         return self._pool.submit(self.run, feed)
+
+    def free(self) -> None:
+        """Count that it was asked for."""
+        self.freed += 1
 
     def info(self) -> dict[str, Any]:
         """Return what runs where."""

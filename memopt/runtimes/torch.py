@@ -51,7 +51,10 @@ class TorchBackend:
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         torch = require("torch", extra="export", why="run the reference")
+        from memopt.runtimes.torch_model import reset
+
         self._torch = torch
+        self._reset = reset
         self._manifest = bundle.manifest
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
@@ -90,6 +93,9 @@ class TorchBackend:
     def submit(self, feed: Feed) -> Future[Rows]:
         """Run one batch beside the caller."""
         return self._pool.submit(self.run, feed)
+
+    def free(self) -> None:
+        """Nothing is kept that could be given back."""
 
     def info(self) -> dict[str, Any]:
         """Return what runs where."""

@@ -134,6 +134,12 @@ def load_model(
     return LoadedModel(module.eval(), config, names, skip, keep, picture)
 
 
+def reset(module: Any, config: Any) -> None:
+    """Undo what a model did to itself: after one short text BigBird no longer attends in blocks."""
+    if config.model_type == "big_bird":
+        module.set_attention_type(config.attention_type)
+
+
 def _sentence_head(bundle: Bundle) -> tuple[int, int | None]:
     """Return how many of the prompt's tokens are not pooled, and how much of the vector is kept."""
     from memopt.runtimes.text import prompt_tokens
@@ -248,7 +254,7 @@ def _buffers(module: Any, names: dict[str, str], current: dict[str, str]) -> dic
         ExportError: the statistics of a layer whose weights are there are missing.
     """
     stored = {weight: name for name, weight in current.items()}
-    prefixes = {}
+    prefixes: dict[str, str] = {}
     for name, weight in names.items():
         folder = name.rpartition(".")[0]
         prefixes.setdefault(folder, stored.get(weight, weight).rpartition(".")[0])

@@ -249,7 +249,12 @@ def make_source(name: str, folder: Path) -> Architecture:
     if chosen.pooling:
         types = ("Transformer", "Pooling", "Normalize")
         modules = [
-            {"idx": i, "name": str(i), "path": "", "type": f"sentence_transformers.models.{t}"}
+            {
+                "idx": i,
+                "name": str(i),
+                "path": f"{i}_{t}" if t == "Pooling" else "",
+                "type": f"sentence_transformers.models.{t}",
+            }
             for i, t in enumerate(types)
         ]
         (folder / "modules.json").write_text(json.dumps(modules))

@@ -84,6 +84,38 @@ def test_out_of_memory_on_the_third_batch_hands_the_same_request_on() -> None:
     assert [(e.from_, e.to, e.kind) for e in events] == [("a", "b", "memory")]
 
 
+def test_a_batch_that_finds_no_memory_is_halved_until_it_fits() -> None:
+    """Memory is freed, the answer is right, the provider stays, and later batches are smaller."""
+    events: list[FallbackEvent] = []
+    variant = Variant(name="v", format="onnx", precision="fp32", file="f")
+    small, large = FakeBackend(8, room=3), FakeBackend(8)
+    backends: dict[str, Backend] = {"cuda": small, "cpu": large}
+    rungs = [Candidate(name, variant) for name in backends]
+    used = BackendChain(rungs, lambda c: backends[c.provider], strict=True, events=events)
+    feed = {"digest": np.arange(13 * 32, dtype=np.uint8).reshape(13, 32)}
+    tokens = small.tokens
+    np.testing.assert_array_equal(used.run(feed), FakeBackend(8).run(feed))
+    backend, future = used.submit(feed)
+    np.testing.assert_array_equal(used.result(backend, future, feed), FakeBackend(8).run(feed))
+    assert used.candidate.provider == "cuda"
+    assert large.runs == 0
+    assert small.freed > 0
+    assert small.tokens == tokens // 4
+    assert [(e.from_, e.to, e.kind) for e in events] == [("cuda", "cuda", "memory")] * 2
+    assert "batch halved" in events[0].reason
+
+
+def test_where_not_even_one_row_fits_the_next_provider_answers() -> None:
+    """Halving ends at one row."""
+    events: list[FallbackEvent] = []
+    variant = Variant(name="v", format="onnx", precision="fp32", file="f")
+    backends: dict[str, Backend] = {"cuda": FakeBackend(8, room=0), "cpu": FakeBackend(8)}
+    rungs = [Candidate(name, variant) for name in backends]
+    used = BackendChain(rungs, lambda c: backends[c.provider], strict=False, events=events)
+    np.testing.assert_array_equal(used.run(FEED), FakeBackend(8).run(FEED))
+    assert [(e.from_, e.to, e.kind) for e in events] == [("cuda", "cpu", "memory")]
+
+
 def test_a_provider_that_dies_for_good_is_never_asked_again() -> None:
     """After the hand-over every request goes to the next provider, submitted ones too."""
     used, events, opened = chain(from_run(2, RuntimeError("device lost")), fine)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memopt.bundle import Bundle, open_bundle
+from memopt.bundle import Bundle, open_bundle, position_limit
 from memopt.errors import BundleError
+from memopt.runtimes.batching import UnusableItems
 from memopt.runtimes.text import TextFrontEnd
 from memopt.weights.convert import to_safetensors
 
@@ -91,3 +92,39 @@ def test_chunks_grow_and_hold_every_text_once(bundle: Bundle) -> None:
     assert lengths == sorted(lengths, reverse=True)
     assert [len(chunk) for chunk in front.chunks(texts[:128])] == [128]
     assert front.chunks([]) == []
+
+
+def test_a_token_beyond_the_table_is_an_input_error(tiny: Bundle, tmp_path: Path) -> None:
+    """By name and position, before any runtime makes up a vector; others are answered."""
+    folder = tmp_path / "small"
+    shutil.copytree(tiny.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rows = config["vocab_size"] = config["vocab_size"] - 1  # "dog" is the last word
+    (folder / "config.json").write_text(json.dumps(config))
+    front = TextFrontEnd(Bundle(folder, tiny.manifest), ("input_ids", "attention_mask"))
+    assert front.prepare(["a cat"], None)
+    for texts in (["a cat", "the dog"], ["the dog"]):
+        with pytest.raises(UnusableItems) as error:
+            front.prepare(texts, None)
+        ((index, why),) = error.value.reasons.items()
+        assert index == len(texts) - 1
+        assert f"'dog' with id {rows}" in why
+
+
+@pytest.mark.parametrize(
+    ("model_type", "padding", "fits"),
+    [
+        *(("bert", 0, 130), ("gpt2", None, 130), ("roberta", 1, 128), ("mpnet", 1, 128)),
+        *(("data2vec-text", 1, 128), ("roberta-prelayernorm", 1, 128), ("luke", 1, 128)),
+        *(("xmod", 1, 128), ("roberta", None, 129), ("lilt", 0, 129)),
+    ],
+)
+def test_how_many_tokens_a_position_table_takes(
+    model_type: str, padding: int | None, fits: int
+) -> None:
+    """RoBERTa's kin count from behind the padding id; the rest use every row."""
+    config = {"model_type": model_type, "max_position_embeddings": 130, "pad_token_id": padding}
+    assert position_limit(config) == fits
+    if padding == 1:
+        del config["pad_token_id"]  # save_pretrained leaves out what is the default
+        assert position_limit(config) == fits
