@@ -1,4 +1,4 @@
-"""Models that are not like BERT: what their graph computes is what transformers answers, or refused.
+"""Models that are not like BERT: their graph computes what transformers answers, or is refused.
 
 The wrapped module is compared before it is traced: tracing is what test_architectures holds.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as T
+import transformers as hf
 from PIL import Image
 
 from memopt.bundle import Bundle, Manifest
@@ -49,7 +49,7 @@ def loaded(name: str, config: Any) -> LoadedModel:
     """A seeded random model."""
     torch.manual_seed(1)
     return LoadedModel(
-        getattr(T, name)._from_config(config, attn_implementation="eager").eval(), config, {}
+        getattr(hf, name)._from_config(config, attn_implementation="eager").eval(), config, {}
     )
 
 
@@ -69,7 +69,7 @@ def test_a_decoder_that_is_not_causal_looks_both_ways(window: int | None) -> Non
         "sliding_window": window,
         "max_window_layers": 1,
     }
-    config = T.Qwen3Config(
+    config = hf.Qwen3Config(
         **TEXT, num_key_value_heads=2, head_dim=8, is_causal=False, **(extra if window else {})
     )
     model, made = loaded("Qwen3Model", config), manifest("qwen3")
@@ -84,7 +84,7 @@ def test_a_decoder_that_is_not_causal_looks_both_ways(window: int | None) -> Non
 
 def test_bigbird_attends_in_blocks_where_a_text_is_long_enough() -> None:
     """Below, at and above the length from which it does, and again after a short text."""
-    config = T.BigBirdConfig(
+    config = hf.BigBirdConfig(
         **TEXT,
         attention_type="block_sparse",
         block_size=4,
@@ -105,25 +105,25 @@ def test_bigbird_attends_in_blocks_where_a_text_is_long_enough() -> None:
 
 def test_every_export_is_checked_at_the_longest_text_once() -> None:
     """All that the position table holds, as far as memory allows."""
-    config = T.BertConfig(**TEXT, max_position_embeddings=512)
+    config = hf.BertConfig(**TEXT, max_position_embeddings=512)
     model = LoadedModel(None, config, {})
     assert max(s.length for s in tasks.check_shapes(model, "embedding", None)) == 512
     assert max(s.length for s in tasks.check_shapes(model, "embedding", 300)) == 300
     assert max(s.length for s in tasks.check_shapes(model, "embedding", 40)) == 40
-    long = LoadedModel(None, T.BertConfig(**TEXT, max_position_embeddings=32_768), {})
+    long = LoadedModel(None, hf.BertConfig(**TEXT, max_position_embeddings=32_768), {})
     longest = max(s.length for s in tasks.check_shapes(long, "embedding", 32_768))
     assert 4 * 4 * longest**2 <= tasks.LONGEST_SCORES < 4 * 4 * (longest + 1) ** 2
-    roberta = T.RobertaConfig(**TEXT, max_position_embeddings=130)
+    roberta = hf.RobertaConfig(**TEXT, max_position_embeddings=130)
     shapes = tasks.check_shapes(LoadedModel(None, roberta, {}), "embedding", None)
     assert max(s.length for s in shapes) == 128
 
 
 def test_the_first_patch_is_not_taken_for_the_picture() -> None:
     """Swin has no class token, ConvNeXt no tokens: pooling 'cls' is refused, 'model' is theirs."""
-    swin = T.SwinConfig(
+    swin = hf.SwinConfig(
         image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
     )
-    convnext = T.ConvNextConfig(image_size=32, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+    convnext = hf.ConvNextConfig(image_size=32, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
     for name, config in (("SwinModel", swin), ("ConvNextModel", convnext)):
         model = loaded(name, config)
         feeds = tasks.example(model, ("pixel_values",), tasks.Shape(2, 0), 1)
@@ -141,10 +141,10 @@ def test_the_first_patch_is_not_taken_for_the_picture() -> None:
 def test_statistics_of_batch_norm_come_from_the_checkpoint(tmp_path: Path) -> None:
     """Under a head's prefix they were left at 0 and 1, in the reference as in the graph."""
     torch.manual_seed(0)
-    config = T.ResNetConfig(
+    config = hf.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
     )
-    model = T.ResNetForImageClassification(config).eval()
+    model = hf.ResNetForImageClassification(config).eval()
     with torch.no_grad():
         for buffer in model.buffers():
             if buffer.is_floating_point():
@@ -165,8 +165,8 @@ def test_statistics_of_batch_norm_come_from_the_checkpoint(tmp_path: Path) -> No
 
 def test_a_model_whose_picture_size_nobody_states_is_refused(tmp_path: Path) -> None:
     """One line that says which file would state it."""
-    config = T.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
-    T.ResNetModel(config).save_pretrained(tmp_path / "source")
+    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    hf.ResNetModel(config).save_pretrained(tmp_path / "source")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bundle = convert(tmp_path / "source", tmp_path / "bundle")
@@ -176,7 +176,7 @@ def test_a_model_whose_picture_size_nobody_states_is_refused(tmp_path: Path) -> 
 
 def test_what_a_models_own_code_raises_is_one_line() -> None:
     """Whatever it is, it becomes an ExportError that names the model and the task."""
-    model = LoadedModel(None, T.BertConfig(**TEXT), {})
+    model = LoadedModel(None, hf.BertConfig(**TEXT), {})
     with (
         pytest.raises(ExportError, match="bert cannot be run as embedding: boom"),
         base._refused(model, "embedding"),
@@ -212,7 +212,7 @@ def test_pictures_are_prepared_as_transformers_does(name: str, tmp_path: Path) -
     for settings in SETTINGS:
         if name == "ConvNext" and "height" in str(settings.get("size")):
             continue  # the class refuses it itself
-        processor = getattr(T, f"{name}ImageProcessorPil")(**settings)
+        processor = getattr(hf, f"{name}ImageProcessorPil")(**settings)
         whole = json.loads(processor.to_json_string())
         for stated in (whole, {**settings, "image_processor_type": f"{name}ImageProcessor"}):
             bundle = _front(tmp_path, stated)
@@ -232,7 +232,7 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     picture = Image.fromarray(rgba)
     palette = picture.quantize(8)
     palette.info["transparency"] = palette.getpixel((10, 0))
-    processor = T.CLIPImageProcessorPil()
+    processor = hf.CLIPImageProcessorPil()
     front = ImageFrontEnd(_front(tmp_path, {"image_processor_type": "CLIPImageProcessor"}))
     for item in (picture, picture.convert("LA"), palette, rgba):
         want = np.asarray(processor(item, return_tensors="np")["pixel_values"][0])
