@@ -114,3 +114,35 @@ def test_what_signs_cannot_tell_apart_stays_as_it_is(tmp_path: Path) -> None:
     small = MemoryStore(tmp_path / "small", dim=compact.LEAST_DIM - 1, background=False)
     small.add(NewMemory(content=Content(text="a"), embedding=np.ones(compact.LEAST_DIM - 1)))
     assert compact.compact(small) is None
+
+
+def test_stats_name_the_near_duplicates_and_every_fact_stays_findable(tmp_path: Path) -> None:
+    """50 facts said 10 times each in other words: nearly all have a duplicate, none gets lost."""
+    random = np.random.default_rng(0)
+    ways = [*"abcdefghij"]
+    facts = random.normal(size=(50, DIM))
+    store = MemoryStore(tmp_path / "s", dim=DIM, background=False)
+    assert store.stats().duplicate_rate is None
+    noise = random.normal(size=(50, len(ways), DIM))
+    store.add(
+        [
+            NewMemory(
+                content=Content(text=f"{way} fact {at}"), embedding=fact + 0.25 * noise[at, n]
+            )
+            for at, fact in enumerate(facts)
+            for n, way in enumerate(ways)
+        ]
+    )
+    rate = store.stats().duplicate_rate
+    assert rate is not None
+    assert rate > 0.9
+    ids, _ = store.vectors()
+    store.touch(ids * 10)
+    consolidate(store, ConsolidationRecipe(duty=1, originals="drop"))
+    for at, fact in enumerate(facts):
+        best = store.search(fact, top_k=1)[0].memory
+        assert f"fact {at}" in (best.summary or best.text or "")
+    after = store.stats()
+    assert after.memories < 250
+    assert after.duplicate_rate is not None
+    assert after.duplicate_rate < rate

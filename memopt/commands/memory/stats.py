@@ -45,6 +45,8 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
         elif isinstance(value, int) and not isinstance(value, bool):
             text = f"{value:,}"
         else:
+            if name == "duplicate_rate" and value is not None:
+                value = f"{value:.0%} of the memories at hand have a near duplicate"
             exact = name == "index_recall"
             text = ("exact search" if exact else "-") if value is None else str(value)
         table.add_row(name.replace("_", " "), text)
