@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint fuzz bench edge shell clean
+.PHONY: demo test test-all coverage lint fuzz bench edge shell clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,13 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Processes that tests start are measured too (patch), and threads that pyarrow or gRPC start.
+coverage: .venv/.dev
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
