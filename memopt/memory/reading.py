@@ -14,7 +14,7 @@ from memopt.memory import payload, rows
 from memopt.memory.filters import DELETED, EVERYTHING, expression, id_list, one_of, present, utc
 from memopt.memory.locking import reading as keeping
 from memopt.memory.opening import named_errors
-from memopt.memory.schema import Filter, Link, Memory, memories_schema
+from memopt.memory.schema import WORDS, Filter, Link, Memory, memories_schema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -214,7 +214,7 @@ def _all_known(store: MemoryStore, ids: Sequence[str], known: Any) -> None:
 
 
 def _schema(store: MemoryStore, names: Sequence[str]) -> pa.Schema:
-    schema = memories_schema(store.dim)
+    schema = memories_schema(store.dim).append(WORDS)
     return pa.schema([schema.field(name) for name in names])
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.memory.graph import AssociationGraph
+    from memopt.memory.relevance import Question
     from memopt.memory.store import MemoryStore
 
 # Associated memories looked at, the strongest; those that cannot win are left out before.
@@ -34,7 +35,8 @@ class Retrieved:
     """One result; the three scores are in 0..1.
 
     Attributes:
-        similarity: cosine similarity to the query, 0 where it is negative.
+        similarity: cosine similarity to the query, 0 where it is negative; to a text, its words and
+            what is said around it count as well (:mod:`memopt.memory.relevance`).
         association_score: activation that reached it over the graph, 1 for the most activated.
         final_score: (alpha x similarity + beta x association_score) / (alpha + beta).
     """
@@ -116,14 +118,15 @@ class MultimodalRetriever:
         )
         where = where or Filter()
         asked = searching.SPARE * top_k
-        # An encrypted store has no word index.
-        words = text if text and self.store.cipher is None else None
-        tables = searching.nearest(self.store, query, text=words, where=where, top_k=asked)
-        similar = self._similarity(tables[0], query)
+        question = None
+        if text and text.strip():
+            answers = searching.related(self.store, query, text, where=where, top_k=top_k)
+            question, similar, tables = answers.question, answers.similar, [answers.table]
+        else:
+            tables = [searching.nearest(self.store, query, where=where, top_k=asked)]
+            similar = self._similarity(tables[0], query, None)
         # Whatever the search did not return is less similar than its last result.
-        below = min(similar.values()) if len(similar) == asked else 1.0
-        for table in tables[1:]:
-            similar |= self._similarity(_rows_without(table, similar), query)
+        below = min(similar.values()) if len(similar) >= asked else 1.0
         activation = self._activation(similar) if enable_association else None
         if activation is None:
             alpha, beta = 1.0, 0.0
@@ -143,9 +146,9 @@ class MultimodalRetriever:
         # Association seldom changes all of the first: they are read while it is looked at.
         likely = self._row_ids(tables, [key for _, key in best()])
         seen = activation.network.row_ids(list(new)) if activation is not None else {}
-        associated, early = self._read(list(new), seen, where, likely)
+        associated, early = self._read(list(new), seen, where, likely, question)
         tables.append(associated)
-        similar |= self._similarity(associated, query)
+        similar |= self._similarity(associated, query, question)
         reached |= new
         ranked = best()
         memories = self._memories(self._row_ids(tables, [key for _, key in ranked]), early)
@@ -161,13 +164,23 @@ class MultimodalRetriever:
                 self.graph.retrieved(ids)
         return found
 
-    def _similarity(self, table: pa.Table, query: NDArray[np.float32]) -> dict[str, float]:
-        vectors = rows.vectors_array(table["joint_embedding"], self.store.dim)
-        cosines = np.clip(vectors @ query, 0, 1)
-        return dict(zip(table["memory_id"].to_pylist(), cosines.tolist(), strict=True))
+    def _similarity(
+        self, table: pa.Table, query: NDArray[np.float32], question: Question | None
+    ) -> dict[str, float]:
+        if question is None:
+            vectors = rows.vectors_array(table["joint_embedding"], self.store.dim)
+            values = np.clip(vectors @ query, 0, 1)
+        else:
+            values = question.alone(table)
+        return dict(zip(table["memory_id"].to_pylist(), values.tolist(), strict=True))
 
     def _read(
-        self, ids: Sequence[str], seen: Mapping[str, int], where: Filter, likely: Mapping[str, int]
+        self,
+        ids: Sequence[str],
+        seen: Mapping[str, int],
+        where: Filter,
+        likely: Mapping[str, int],
+        question: Question | None,
     ) -> tuple[pa.Table, pa.Table | None]:
         """Return what ranks those of ``ids`` that the filter lets pass, and the ``likely`` rows.
 
@@ -175,29 +188,15 @@ class MultimodalRetriever:
         """
         if where.ids:
             ids = [key for key in ids if key in where.ids]
-        conditions = {
-            "timestamp": where.since or where.until,
-            "category": where.categories,
-            "tier": where.tiers,
-            f"has_{where.modality}": where.modality,
-        }
-        names = [name for name, condition in conditions.items() if condition]
+        columns = [*searching.RANKED, *(question.columns if question else ())]
+        names = list(dict.fromkeys([*columns, *searching.condition_columns(where)]))
         table, early, moved = reading.light_and_rows(
-            self.store, ids, seen, [*searching.RANKED, *names], likely, self._columns()
+            self.store, ids, seen, names, likely, self._columns()
         )
         if moved > len(seen) // 2:
             self.store.adjacency.refresh()
-        now = utc(self.store.clock())
-        kept = [
-            (row["expires_at"] is None or row["expires_at"] > now)
-            and (where.since is None or row["timestamp"] >= utc(where.since))
-            and (where.until is None or row["timestamp"] < utc(where.until))
-            and (not where.categories or row["category"] in where.categories)
-            and (not where.tiers or row["tier"] in where.tiers)
-            and (where.modality is None or row[f"has_{where.modality}"])
-            for row in table.select(["expires_at", *names]).to_pylist()
-        ]
-        return table.select(searching.RANKED).filter(pa.array(kept, pa.bool_())), early
+        kept = searching.passing(table, where, utc(self.store.clock()))
+        return table.select(columns).filter(kept), early
 
     def _columns(self) -> list[str]:
         return [*searching.ALWAYS, *sorted(self.store.wanted_columns)]
@@ -276,8 +275,3 @@ def _worth_reading(
     strong = activation.above(missing / beta if beta else 0.0)
     new = [(-value, key) for key, value in strong.items() if key not in similar]
     return {key: -value for value, key in sorted(new)[:_MOST_READ]}
-
-
-def _rows_without(table: pa.Table, known: Mapping[str, float]) -> pa.Table:
-    kept = [key not in known for key in table["memory_id"].to_pylist()]
-    return table.filter(pa.array(kept, pa.bool_()))

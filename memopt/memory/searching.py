@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from memopt.errors import ConsolidationError, InputError
 from memopt.memory import compact, payload, rows
 from memopt.memory.filters import expression, utc
 from memopt.memory.incoming import check_text
+from memopt.memory.relevance import Question, neighbours
 from memopt.memory.schema import BITS, SHORT_TERM, WORDS, Filter, Hit, memories_schema
 from memopt.memory.words import query_words
 
@@ -24,10 +26,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 MAX_TOP_K = 10_000
-# Reciprocal rank fusion: Cormack, Clarke, Buettcher, SIGIR 2009, whose k is 60.
-_RRF_K = 60
-# Each list is read deeper than asked, so that what is second in both can win.
-_FUSION_DEPTH = 4
+# Rows looked at for a question, so that what is second in both can win.
+_LEAST = 40
 _SELDOM = (
     "vision_data",
     "audio_data",
@@ -132,10 +132,11 @@ def _search(
         (found,) = _living(store, [_by_words(store, text, top_k)], where)
         scores = found["_score"].to_numpy()
         return _hits(store, found, scores / max(scores.max(initial=0), 1e-9), top_k)
-    depth = min(MAX_TOP_K, top_k * _FUSION_DEPTH)
-    asks = [_by_vector(store, query, depth, _ID_ONLY), _by_words(store, text, depth, _ID_ONLY)]
-    by_vector, by_words = _living(store, asks, where)
-    return _fuse(store, by_vector, by_words, top_k)
+    answers = related(store, query, text, where=where, top_k=top_k)
+    best = sorted(answers.similar, key=lambda key: (-answers.similar[key], key))[:top_k]
+    found = store.rows(best)
+    values = [answers.similar[key] for key in found["memory_id"].to_pylist()]
+    return _hits(store, found, np.array(values), top_k)
 
 
 def candidates(
@@ -168,23 +169,19 @@ def _candidates(
 
 
 def nearest(
-    store: MemoryStore, query: NDArray[np.float32], *, text: str | None, where: Filter, top_k: int
-) -> list[pa.Table]:
+    store: MemoryStore, query: NDArray[np.float32], *, where: Filter, top_k: int
+) -> pa.Table:
     """Return rows near the query, by rough distances, with the columns of ``RANKED``.
 
     Args:
         query: float32 (dim,), of length 1.
-        text: words to search for as well; the rows with them are a second table.
-        top_k: rows of each table at most, SPARE times as many as are wanted: the first
-            ``top_k / SPARE`` are among them, and the caller finds them by their vectors. Words are
-            ranked exactly, so that only ``top_k / SPARE`` rows come of them.
+        top_k: rows at most, SPARE times as many as are wanted: the first ``top_k / SPARE`` are
+            among them, and the caller finds them by their vectors.
     """
 
-    def run() -> list[pa.Table]:
-        asks = [_by_vector(store, query, top_k, RANKED)]
-        if text is not None:
-            asks.append(_by_words(store, text, top_k // SPARE, RANKED))
-        return [table.select(RANKED) for table in _living(store, asks, where)]
+    def run() -> pa.Table:
+        (found,) = _living(store, [_by_vector(store, query, top_k, RANKED)], where)
+        return found.select(RANKED)
 
     return _again(store, run)
 
@@ -203,6 +200,92 @@ def _again(store: MemoryStore, run: Callable[[], _T]) -> _T:
         if store.compact == before:
             raise
         return run()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answers:
+    """What may answer a question.
+
+    Attributes:
+        table: rows with the columns of ``RANKED``.
+        similar: id -> relevance, 0..1.
+    """
+
+    question: Question
+    table: pa.Table
+    similar: dict[str, float]
+
+
+def related(
+    store: MemoryStore, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
+) -> Answers:
+    """Return the memories that answer ``text`` best: near it, with its words, or beside those."""
+    return _again(store, lambda: _related(store, query, text, where=where, top_k=top_k))
+
+
+def _related(
+    store: MemoryStore, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
+) -> Answers:
+    question = Question(store, text, query)
+    conditions = condition_columns(where)
+    columns = list(dict.fromkeys([*RANKED, *question.columns, *conditions]))
+    asked = min(MAX_TOP_K, max(_LEAST, SPARE * top_k))
+    asks = [_by_vector(store, query, asked, columns)]
+    if question.asked:
+        asks.append(_by_words(store, text, min(MAX_TOP_K, max(_LEAST, 2 * top_k)), columns))
+    table = _once(pa.concat_tables([part.select(columns) for part in _living(store, asks, where)]))
+    if not table.num_rows:
+        return Answers(question, table, {})
+    count = table.num_rows
+    own = question.scores(table)
+    ids = table["_rowid"].to_numpy()
+    first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 2, 2 * top_k)]]
+    beside = set(neighbours(question, first.tolist())) - set(ids.tolist())
+    if beside:
+        more = store.fetch(store.take(sorted(beside)).select(columns).with_row_id())
+        kept = more.select(columns).filter(passing(more, where, utc(store.clock())))
+        table = _once(pa.concat_tables([table, kept]))
+    values = question.relevance(table, count)
+    similar = dict(zip(table["memory_id"].to_pylist(), values.tolist(), strict=True))
+    return Answers(question, table.select(RANKED), similar)
+
+
+def condition_columns(where: Filter) -> list[str]:
+    """Return the columns a filter looks at, beside the id."""
+    conditions = {
+        "timestamp": where.since or where.until,
+        "category": where.categories,
+        "tier": where.tiers,
+        f"has_{where.modality}": where.modality,
+    }
+    return [name for name, condition in conditions.items() if condition]
+
+
+def passing(table: pa.Table, where: Filter, now: datetime) -> pa.Array:
+    """Say which rows pass the filter and have not expired, bool (n,).
+
+    Args:
+        table: with ``memory_id``, ``expires_at`` and :func:`condition_columns`.
+    """
+    names = ["memory_id", "expires_at", *condition_columns(where)]
+    kept = [
+        (row["expires_at"] is None or row["expires_at"] > now)
+        and (not where.ids or row["memory_id"] in where.ids)
+        and (where.since is None or row["timestamp"] >= utc(where.since))
+        and (where.until is None or row["timestamp"] < utc(where.until))
+        and (not where.categories or row["category"] in where.categories)
+        and (not where.tiers or row["tier"] in where.tiers)
+        and (where.modality is None or row[f"has_{where.modality}"])
+        for row in table.select(names).to_pylist()
+    ]
+    return pa.array(kept, pa.bool_())
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """Return the first row of each memory."""
+    ids = table["memory_id"].to_pylist()
+    first = {key: at for at, key in reversed(list(enumerate(ids)))}
+    return table.take(pa.array(sorted(first.values()), pa.int64()))
 
 
 def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
@@ -245,7 +328,7 @@ def _by_vector(
     if store.compact:
         return _by_signs(store, query, top_k, columns)
     # Who asks for more than it needs, with their vectors, compares them itself.
-    spare = SPARE if columns is RANKED else 1
+    spare = SPARE if columns and "joint_embedding" in columns else 1
 
     def build(count: int) -> list[Any]:
         search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
@@ -364,18 +447,6 @@ def needed_columns(found: pa.Table) -> set[str]:
     if any(tier != SHORT_TERM for tier in found["tier"].to_pylist()):
         needed |= {"summary", "source_memory_ids", "source_count", "consolidated_at"}
     return needed
-
-
-def _fuse(store: MemoryStore, by_vector: pa.Table, by_text: pa.Table, top_k: int) -> list[Hit]:
-    scores: dict[str, float] = {}
-    for found in (by_vector, by_text):
-        for rank, memory_id in enumerate(found["memory_id"].to_pylist()):
-            scores[memory_id] = scores.get(memory_id, 0.0) + 1 / (_RRF_K + 1 + rank)
-    best = sorted(scores, key=lambda memory_id: (-scores[memory_id], memory_id))[:top_k]
-    table = store.rows(best)
-    first_in_both = 2 / (_RRF_K + 1)
-    values = [scores[key] / first_in_both for key in table["memory_id"].to_pylist()]
-    return _hits(store, table, np.array(values), top_k)
 
 
 def _hits(store: MemoryStore, found: pa.Table, scores: NDArray[Any], top_k: int) -> list[Hit]:

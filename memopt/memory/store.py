@@ -43,6 +43,7 @@ from memopt.memory.schema import (
 )
 from memopt.memory.sealed import Sealed
 from memopt.memory.stats import Stats, stats
+from memopt.memory.surroundings import Looks
 from memopt.memory.touches import Touches
 from memopt.memory.upkeep import Upkeep, merge
 
@@ -110,6 +111,7 @@ class MemoryStore(Sealed):
         self._touches = Touches(self)
         self.wanted_columns: set[str] = set()
         self.word_columns = lexicon.opened(self)
+        self.looks = Looks(self)
 
     # --- life -------------------------------------------------------------------------------
 
