@@ -70,9 +70,9 @@ class Question:
             self._near = float(near.max(initial=0)) or 1.0
             self._worded = float(worded.max(initial=0))
             self._scale = 1.0
-        if not self._worded:
-            return near / self._near
-        return _MEANING * near / self._near + (1 - _MEANING) * worded / self._worded
+        share = _MEANING if self._worded else 1.0
+        found = share * near / self._near + (1 - share) * worded / (self._worded or 1.0)
+        return np.asarray(found, np.float64)
 
     def relevance(self, table: pa.Table, candidates: int) -> NDArray[np.float64]:
         """Return the relevance of rows with the context they give each other, 0..1.

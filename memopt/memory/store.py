@@ -307,7 +307,7 @@ class MemoryStore(Sealed):
         touch: bool = True,
         model_id: str | None = None,
     ) -> list[Hit]:
-        """Find memories by vector, by words, or by both (reciprocal rank fusion).
+        """Find memories by vector, by words, or by both (see :mod:`memopt.memory.relevance`).
 
         Args:
             vector: (dim,), of the model the store was made with.
@@ -319,7 +319,7 @@ class MemoryStore(Sealed):
 
         Returns:
             At most ``top_k`` hits, best first, without links. The score is the cosine similarity
-            for a vector, BM25 relative to the best hit for words, the relative rank score for
+            for a vector, BM25 relative to the best hit for words, the relevance for
             both; 0..1.
 
         Raises:

@@ -98,7 +98,7 @@ class Looks:
 
 def nowhere(row_ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Say which of the rows of :meth:`Surroundings.beside` there are not."""
-    return row_ids == _NOWHERE
+    return np.asarray(row_ids == _NOWHERE, np.bool_)
 
 
 def _look(store: MemoryStore) -> Surroundings:

@@ -174,3 +174,40 @@ def _wav() -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(160), 16_000, format="WAV")
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize("association", [False, True])
+def test_the_only_memory_with_the_word_is_found(store: MemoryStore, association: bool) -> None:
+    """A rare word wins over a hundred that are nearer."""
+    graph = AssociationGraph(store)
+    near = np.eye(DIM)[0]
+    generator = np.random.default_rng(0)
+    store.add(
+        [
+            NewMemory(
+                content=Content(text=f"chatter {at}"),
+                embedding=near + 0.1 * generator.normal(size=DIM),
+            )
+            for at in range(100)
+        ]
+    )
+    part = "the pump takes ZX-4410B"
+    far = NewMemory(content=Content(text=part), embedding=np.eye(DIM)[1] + 0.2 * near)
+    store.add(far)
+    found = MultimodalRetriever(store, graph).retrieve(
+        "ZX-4410B", vector=near, enable_association=association, touch=False
+    )
+    assert part in {result.memory.text for result in found}
+
+
+def test_an_answer_is_found_by_its_question(store: MemoryStore) -> None:
+    """What was said right after, in none of the words asked for, comes before what is nearer."""
+    axes = np.eye(DIM)
+    talk = ["Ann: where is the ladder kept?", "Bob: behind the shed", "Ann: thanks a lot"]
+    vectors = [axes[1] + axes[0], axes[2], axes[3]]
+    for at, (text, vector) in enumerate(zip(talk, vectors, strict=True)):
+        add(store, text, at * 0.01, embedding=vector)
+    for at in range(20):
+        add(store, f"Eve: note {at}", 10 + at, embedding=axes[4] + 0.3 * axes[0])
+    found = MultimodalRetriever(store).retrieve("ladder", vector=axes[0], top_k=2, touch=False)
+    assert [result.memory.text for result in found] == talk[:2]
