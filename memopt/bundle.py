@@ -193,6 +193,11 @@ class Bundle:
     manifest: Manifest
 
     @property
+    def encrypted(self) -> bool:
+        """Whether files of it are under a key, see :mod:`memopt.weights.locked`."""
+        return any("plain" in record for record in self.manifest.files.values())
+
+    @property
     def weights(self) -> Path:
         """The float weight file (schema V1)."""
         return self.path / "weights.parquet"

@@ -95,6 +95,13 @@ def main() -> None:
         app(_debug_anywhere(sys.argv[1:]), prog_name="memopt")
     except MemoptError as error:
         _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        # Modules of weights, memory and sync import pyarrow, which encoding does without.
+        if error.name is None or error.name.partition(".")[0] not in ("pyarrow", "ml_dtypes"):
+            raise
+        from memopt.extras import pip_command
+
+        _fail(f"{error.name} is needed here and not installed; run: {pip_command('arrow')}", 1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,6 +16,7 @@ import numpy as np
 from memopt import metrics
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError
+from memopt.extras import require
 from memopt.runtimes import limits
 from memopt.runtimes.base import Backend, Candidate, Settings
 from memopt.runtimes.batching import FrontEnd, in_flight, prepared_batches
@@ -32,7 +33,6 @@ from memopt.runtimes.vectors import (
     to_arrow,
     unit_length,
 )
-from memopt.weights.locked import Unlocked, is_encrypted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from memopt.runtimes.base import Feed
     from memopt.runtimes.coalesce import Coalescer
+    from memopt.weights.locked import Unlocked
 
 
 _FIRST = np.zeros(1, np.intp)
@@ -121,8 +122,11 @@ class ArrowEngine:
         # wherever the process is then.
         bundle = replace(bundle, path=bundle.path.absolute())
         self._given = bundle.path
-        self._unlocked = None
-        if is_encrypted(bundle):
+        self._unlocked: Unlocked | None = None
+        if bundle.encrypted:
+            require("pyarrow", extra="arrow", why="open an encrypted bundle")
+            from memopt.weights.locked import Unlocked
+
             self._unlocked = Unlocked(bundle)
             bundle = self._unlocked.bundle
         self._bundle = bundle

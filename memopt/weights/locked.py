@@ -31,7 +31,7 @@ _REPORTS = (".html", ".json", ".svg", ".png", ".md")
 
 def is_encrypted(bundle: Bundle) -> bool:
     """Whether files of the bundle are under a key."""
-    return any("plain" in record for record in bundle.manifest.files.values())
+    return bundle.encrypted
 
 
 def encrypt_bundle(bundle: Bundle, key: bytes) -> Bundle:
