@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from memopt.errors import InputError
-from memopt.files import atomic_path
-from memopt.memory import rows
+from memopt.files import staged_directory, swapped_in
+from memopt.memory import compact, lexicon, rows
+from memopt.memory.exchange import (
+    CHUNK,
+    GRAPH,
+    LONG_TERMS,
+    MEMORIES,
+    MODEL_KEY,
+    find,
+    model_of,
+    read_links,
+    read_memories,
+    read_summaries,
+)
 from memopt.memory.filters import utc
+from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
     EDGES,
     GRAPH_FILE,
@@ -26,30 +40,43 @@ from memopt.memory.schema import (
     Filter,
     Memory,
 )
-from memopt.parquetfile import batches, open_parquet
+from memopt.memory.staging import Parts, staged
+from memopt.memory.standing import has_expired, later, rows_there
+from memopt.memory.writing import announce, clear, sweep
 
 if TYPE_CHECKING:
     from memopt.memory.store import MemoryStore
 
-MEMORIES, GRAPH, LONG_TERMS = "memories.parquet", "associations.parquet", "long_term.parquet"
-_CHUNK = 512
-_MODEL_KEY = b"memopt.model_id"
-
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How many rows went into, or came from, each file."""
+    """How many rows went into, or came from, each file.
+
+    Attributes:
+        memories: written, or added.
+        linked: memories with links that were written, or whose links were added.
+        long_term: summaries among ``memories``.
+        already: of an import, were there.
+        differing: of ``already``, those with other content, which stays.
+        expired: left out, since their time has come.
+        dangling: links left out, since an end of theirs is no memory.
+    """
 
     memories: int
     linked: int
     long_term: int
+    already: int = 0
+    differing: int = 0
+    expired: int = 0
+    dangling: int = 0
 
 
 def export_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     """Write ``memories.parquet``, ``associations.parquet`` and ``long_term.parquet``.
 
-    Content is written plain, decrypted and unpacked; vectors as float16. Each file is written
-    beside and renamed, so an interrupted export leaves the old one.
+    Content is written plain, decrypted and unpacked; vectors as float16; what has expired is left
+    out. The files are their owner's, and come into place together: an export that is interrupted
+    leaves the old ones.
 
     Args:
         folder: made when absent.
@@ -61,32 +88,35 @@ def export_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
     >>> new = NewMemory(content=Content(text="a red door"), embedding=np.array([1.0, 0.0]))
     >>> _ = store.add(new)
     >>> folder = tempfile.mkdtemp()
-    >>> export_parquet(store, folder)
-    Transfer(memories=1, linked=0, long_term=0)
+    >>> export_parquet(store, folder).memories
+    1
     >>> other = MemoryStore(tempfile.mkdtemp(), dim=2)
-    >>> import_parquet(other, folder)
-    Transfer(memories=1, linked=0, long_term=0)
+    >>> import_parquet(other, folder).memories
+    1
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tiers = Filter(tiers=TIERS)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    now = utc(store.clock())
     ids: list[str] = []
-    for batch in store.scan(tiers, ["memory_id"], 8192):
-        ids += batch["memory_id"].to_pylist()
+    expired = 0
+    for batch in store.scan(Filter(tiers=TIERS), ["memory_id", "expires_at"], 8192):
+        living = [row["memory_id"] for row in batch.to_pylist() if not has_expired(row, now)]
+        expired += batch.num_rows - len(living)
+        ids += living
     ids.sort()
-    metadata = {_MODEL_KEY: store.meta.model_id.encode()}
-    linked = 0
+    there = set(ids)
+    schema = MEMORIES_FILE.with_metadata({MODEL_KEY: store.meta.model_id.encode()})
+    count = linked = 0
     long_term: list[dict[str, Any]] = []
-    with atomic_path(folder / MEMORIES) as first, atomic_path(folder / GRAPH) as second:
-        memories_schema = MEMORIES_FILE.with_metadata(metadata)
+    with staged_directory(folder) as staging:
         with (
-            pq.ParquetWriter(first, memories_schema, compression="zstd") as memories,
-            pq.ParquetWriter(second, GRAPH_FILE, compression="zstd") as graph,
+            pq.ParquetWriter(staging / MEMORIES, schema, compression="zstd") as memories,
+            pq.ParquetWriter(staging / GRAPH, GRAPH_FILE, compression="zstd") as graph,
         ):
-            for start in range(0, len(ids), _CHUNK):
-                part = ids[start : start + _CHUNK]
-                found = _read(store, part)
-                memories.write_table(_memories_table(found, memories_schema))
+            for start in range(0, len(ids), CHUNK):
+                found = _read(store, ids[start : start + CHUNK], there)
+                count += len(found)
+                memories.write_table(_memories_table(found, schema))
                 links = [
                     {"memory_id": m.memory_id, "links": _links(m)}
                     for m in found
@@ -95,114 +125,143 @@ def export_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
                 linked += len(links)
                 graph.write_table(pa.Table.from_pylist(links, GRAPH_FILE))
                 long_term += [_long_term(m) for m in found if m.tier == LONG_TERM]
-    with atomic_path(folder / LONG_TERMS) as third:
-        pq.write_table(pa.Table.from_pylist(long_term, LONG_TERM_FILE), third, compression="zstd")
+        table = pa.Table.from_pylist(long_term, LONG_TERM_FILE)
+        pq.write_table(table, staging / LONG_TERMS, compression="zstd")
+        files = {folder / name: staging / name for name in (MEMORIES, GRAPH, LONG_TERMS)}
+        for file in files.values():
+            file.chmod(0o600)
+        with swapped_in(files, committed=lambda: False):
+            pass
     store.observe("export", ids)
-    return Transfer(len(ids), linked, len(long_term))
+    return Transfer(count, linked, len(long_term), expired=expired)
 
 
 def import_parquet(store: MemoryStore, folder: str | Path) -> Transfer:
-    """Add what :func:`export_parquet` (or another tool) wrote; ids that are there are left alone.
+    """Add what :func:`export_parquet` or another tool wrote, as :meth:`MemoryStore.add` would.
+
+    Everything is read, checked and redacted before anything is stored, then stored in one commit;
+    the links follow. An id that is there keeps its content, but for a later end. A memory expires
+    at its own time, or by the retention of this store when that is sooner. Summaries whose ids are
+    not among the memories get the middle of their sources for a vector; sources that the files
+    give no tier are archived, as consolidation does.
 
     Args:
-        folder: holds ``memories.parquet``; the two others may be absent (links are in the memories
-            as well).
-
-    Returns:
-        Memories added, memories whose links were added, summaries added.
+        folder: files as in :mod:`memopt.memory.exchange`, or one of them.
 
     Raises:
-        InputError: a file is missing, damaged, has another schema, or vectors of another dimension
-            or model. Nothing was added.
+        InputError: there are none, one is damaged, of another kind, dimension or model, or a row
+            is one that add would refuse. Nothing was added.
     """
-    folder = Path(folder)
-    file = _opened(folder / MEMORIES, MEMORIES_FILE)
-    model = (file.schema_arrow.metadata or {}).get(_MODEL_KEY, b"").decode()
+    files = find(Path(folder))
+    model = model_of(files)
     if model and store.meta.model_id and model != store.meta.model_id:
         raise InputError(
-            f"{folder / MEMORIES} holds vectors of {model!r}, the store of {store.meta.model_id!r}",
+            f"{folder} holds vectors of {model!r}, the store of {store.meta.model_id!r}",
             fix="import into a new store, or reembed",
         )
-    dim = check_export(folder)
-    if dim not in (None, store.dim):
-        raise InputError(
-            f"{folder / MEMORIES} has vectors of {dim} numbers, the store of {store.dim}",
-            fix="import into a new store, or reembed",
-        )
-    summaries: dict[str, dict[str, Any]] = {}
-    if (folder / LONG_TERMS).is_file():
-        table = _opened(folder / LONG_TERMS, LONG_TERM_FILE).read()
-        summaries = {row["memory_id"]: row for row in table.to_pylist()}
-    graph = _opened(folder / GRAPH, GRAPH_FILE) if (folder / GRAPH).is_file() else None
-    if model and not store.meta.model_id and not store.count():
-        store.write_meta(model_id=model)
-    added, condensed = 0, 0
-    for batch in batches(file, folder / MEMORIES, _CHUNK):
-        table = _new_rows(store, batch, summaries)
-        with store.changing():
-            known = store.light(table["memory_id"].to_pylist(), ("memory_id",))
-            there = set(known["memory_id"].to_pylist())
-            keep = [key not in there for key in table["memory_id"].to_pylist()]
-            table = table.filter(pa.array(keep, pa.bool_()))
-            if table.num_rows:
-                store.commit(inserts=table)
-        added += table.num_rows
-        condensed += table["tier"].to_pylist().count(LONG_TERM)
-    if graph is not None:
-        links = batches(graph, folder / GRAPH, _CHUNK)
-    else:
-        # The memories carry their links too.
-        named = ["memory_id", "association_links"]
-        links = (
-            batch.rename_columns(GRAPH_FILE.names)
-            for batch in batches(file, folder / MEMORIES, _CHUNK, named)
-        )
-    linked = sum(_add_links(store, batch) for batch in links)
-    return Transfer(added, linked, condensed)
+    links = sum(len(part) for part in read_links(files))  # checked, before anything is stored
+    with staged(store, files, model) as (parts, expired):
+        added, already, differing, long_term = _commit(store, parts, model)
+    linked: set[str] = set()
+    dangling: set[tuple[str, str]] = set()
+    if links:
+        for part in read_links(files):
+            _add_links(store, part, linked, dangling)
+    return Transfer(added, len(linked), long_term, already, differing, expired, len(dangling))
 
 
 def check_export(folder: str | Path) -> int | None:
-    """Look at every id, time and vector of an export before anything is made of it.
+    """Look at every memory, summary and link of an export before anything is made of it.
 
     Returns:
-        The dimension of its vectors; None when it is empty.
+        The dimension of its vectors; None when it has none.
 
     Raises:
-        InputError: it is no export, an id or a time is missing, an id comes twice, or a vector is
-            NaN, infinite, all zeros, or not as long as the first.
+        InputError: as :func:`import_parquet`, as far as no store is needed to tell.
     """
-    path = Path(folder) / MEMORIES
+    files = find(Path(folder))
+    model_of(files)
     dim: int | None = None
-    seen: set[str] = set()
-    columns = ["memory_id", "timestamp", "joint_embedding"]
-    for batch in batches(_opened(path, MEMORIES_FILE), path, _CHUNK, columns):
-        for key, moment, vector in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-            dim = dim or len(vector or ()) or None
-            problem = _problem(key, moment, vector or (), dim, seen)
-            if problem:
-                raise InputError(f"{path}: memory {key!r} {problem}", fix="export it again")
-            seen.add(key)
+    for row in read_memories(files):
+        dim = len(row.vector)
+    read_summaries(files)
+    for _ in read_links(files):
+        pass
     return dim
 
 
-def _problem(
-    key: str | None, moment: Any, vector: Sequence[float], dim: int | None, seen: set[str]
-) -> str | None:
-    array = np.asarray(vector, np.float32)
-    if not key or moment is None:
-        return "has no id" if not key else "has no timestamp"
-    if key in seen:
-        return "comes twice"
-    if not len(array) or len(array) != dim:
-        return f"has a vector of {len(array)} numbers, not {dim or 'any'}"
-    if not np.isfinite(array).all():
-        return "has a vector with NaN or infinity"
-    return None if array.any() else "has a vector of zeros"
+def _commit(store: MemoryStore, parts: Parts, model: str) -> tuple[int, int, int, int]:
+    """Store what of the staged rows is not there, in one commit.
+
+    Returns:
+        Memories added, there already, there with other content; summaries added.
+    """
+    now = utc(store.clock())
+    with store.changing():
+        sweep(store)
+        if model and not store.meta.model_id and not store.memories.count_rows():
+            store.write_meta(model_id=model)
+        kept: list[pa.Array] = []
+        expired: list[str] = []
+        ends: dict[str, datetime | None] = {}
+        differing = already = 0
+        for part in parts:
+            there = rows_there(store, part["memory_id"].to_pylist())
+            living = {key: row for key, row in there.items() if not has_expired(row, now)}
+            expired += sorted(set(there) - set(living))
+            new = pa.array([key not in living for key in part["memory_id"].to_pylist()], pa.bool_())
+            kept.append(new)
+            already += len(living)
+            if not living:
+                continue
+            for row in store.unpack(part.filter(pc.invert(new))).to_pylist():
+                old = living[row["memory_id"]]
+                same = all(
+                    old[name] == row[name]
+                    for name in ("text", "vision_data", "audio_data", "summary")
+                )
+                differing += not same
+                if same and later(old["expires_at"], row["expires_at"]) != old["expires_at"]:
+                    ends[row["memory_id"]] = row["expires_at"]
+        set_ends(store, ends)
+        if expired:
+            clear(store, expired)
+
+        def rest() -> Iterator[pa.Table]:
+            for part, new in zip(parts, kept, strict=True):
+                yield part.filter(new)
+
+        ids = [key for part in rest() for key in part["memory_id"].to_pylist()]
+        if ids:
+            _append(store, rest())
+    store.observe("delete", expired)
+    store.observe("write", [*ids, *ends])
+    summaries = 0
+    for part in rest():
+        announce(store, part)
+        summaries += part["tier"].to_pylist().count(LONG_TERM)
+    return len(ids), already, differing, summaries
 
 
-def _read(store: MemoryStore, ids: list[str]) -> list[Memory]:
+def _append(store: MemoryStore, parts: Iterable[pa.Table]) -> None:
+    schema = store.memories.schema
+    tables = (compact.fitted(schema, lexicon.with_words(store, part)) for part in parts)
+    batches = (batch for table in tables for batch in table.cast(schema).to_batches())
+    stream = pa.RecordBatchReader.from_batches(schema, batches)
+    if store.place.local is not None:
+        store.memories.add(stream)
+        return
+    merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
+    merge.execute(stream.read_all())
+
+
+def _read(store: MemoryStore, ids: list[str], there: set[str]) -> list[Memory]:
     table = store.unpack(store.rows(ids))
-    found = rows.memories(table, store.dim, store.links(ids), store.pending_touches())
+    links = {
+        key: [link for link in own if link.linked_id in there]
+        for key, own in store.links(ids).items()
+    }
+    found = rows.memories(table, store.dim, links, store.pending_touches())
     return sorted(found, key=lambda memory: memory.memory_id)
 
 
@@ -210,105 +269,61 @@ def _links(memory: Memory) -> list[dict[str, Any]]:
     return [{"linked_id": e.linked_id, "weight": e.weight} for e in memory.association_links]
 
 
+def _naive(moment: datetime | None) -> datetime | None:
+    return moment.astimezone(UTC).replace(tzinfo=None) if moment else None
+
+
 def _memories_table(found: list[Memory], schema: pa.Schema) -> pa.Table:
-    columns = {
-        "memory_id": [m.memory_id for m in found],
-        "text": [m.text for m in found],
-        "vision_data": [m.vision_data for m in found],
-        "audio_data": [m.audio_data for m in found],
+    columns: dict[str, list[Any]] = {
         "joint_embedding": [np.asarray(m.joint_embedding, np.float16) for m in found],
         "association_links": [_links(m) for m in found],
-        "timestamp": [m.timestamp.astimezone(UTC).replace(tzinfo=None) for m in found],
-        "access_count": [m.access_count for m in found],
-        "category": [m.category for m in found],
     }
+    for field in schema:
+        if field.name not in columns:
+            values = [getattr(m, field.name) for m in found]
+            timed = pa.types.is_timestamp(field.type)
+            columns[field.name] = [_naive(value) for value in values] if timed else values
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.table(arrays, schema=schema)
 
 
 def _long_term(memory: Memory) -> dict[str, Any]:
-    at = memory.consolidated_at
     return {
         "memory_id": memory.memory_id,
         "category": memory.category,
         "summary": memory.summary,
         "source_memory_ids": list(memory.source_memory_ids),
-        "consolidated_at": at.astimezone(UTC).replace(tzinfo=None) if at else None,
+        "consolidated_at": _naive(memory.consolidated_at),
         "source_count": memory.source_count,
     }
 
 
-def _opened(path: Path, schema: pa.Schema) -> pq.ParquetFile:
-    if not path.is_file():
-        raise InputError(f"{path} is missing", fix="give the folder of an export")
-    file = open_parquet(path)
-    missing = [name for name in schema.names if name not in file.schema_arrow.names]
-    if missing:
-        raise InputError(
-            f"{path} has no column {missing[0]!r}", fix=f"columns: {', '.join(schema.names)}"
-        )
-    return file
-
-
-def _new_rows(
-    store: MemoryStore, batch: pa.RecordBatch, summaries: dict[str, dict[str, Any]]
-) -> pa.Table:
-    found = batch.to_pylist()
-    vectors = [row["joint_embedding"] for row in found]
-    own = [summaries.get(row["memory_id"]) for row in found]
-    columns: dict[str, Any] = {
-        name: [row[name] for row in found]
-        for name in ("memory_id", "text", "vision_data", "audio_data", "access_count")
-    }
-    columns["category"] = [row["category"] or "" for row in found]
-    columns["timestamp"] = [row["timestamp"].replace(tzinfo=UTC) for row in found]
-    columns["tier"] = [LONG_TERM if summary else "short_term" for summary in own]
-    columns["summary"] = [summary["summary"] if summary else None for summary in own]
-    columns["source_memory_ids"] = [s["source_memory_ids"] if s else None for s in own]
-    columns["source_count"] = [s["source_count"] or 0 if s else 0 for s in own]
-    columns["consolidated_at"] = [
-        s["consolidated_at"].replace(tzinfo=UTC) if s and s["consolidated_at"] else None
-        for s in own
-    ]
-    columns["model_id"] = store.meta.model_id
-    for flag, name in (("text", "text"), ("vision", "vision_data"), ("audio", "audio_data")):
-        columns[f"has_{flag}"] = [row[name] is not None for row in found]
-    columns["has_text"] = [
-        has or summary is not None
-        for has, summary in zip(columns["has_text"], columns["summary"], strict=True)
-    ]
-    return rows.new_rows(rows.unit(np.array(vectors, np.float32), store.dim), columns)
-
-
-def _add_links(store: MemoryStore, batch: pa.RecordBatch) -> int:
-    """Add the links of one batch whose both ends are there; return how many memories had any."""
+def _add_links(
+    store: MemoryStore,
+    links: list[tuple[str, str, float]],
+    linked: set[str],
+    dangling: set[tuple[str, str]],
+) -> None:
+    """Add links in both directions where both ends are there; those there already stay."""
     wanted: dict[tuple[str, str], float] = {}
-    for row in batch.to_pylist():
-        for link in row["links"] or []:
-            wanted[row["memory_id"], link["linked_id"]] = float(link["weight"])
+    for left, right, weight in links:
+        for pair in ((left, right), (right, left)) if left != right else ():
+            wanted[pair] = max(weight, wanted.get(pair, 0.0))
     if not wanted:
-        return 0
+        return
     ends = list({end for pair in wanted for end in pair})
     with store.changing():
         there = set(store.light(ends, ("memory_id",))["memory_id"].to_pylist())
+        dangling |= {pair for pair in wanted if pair[0] < pair[1] and not set(pair) <= there}
         known = {
-            (source, link.linked_id)
-            for source, links in store.links(ends).items()
-            for link in links
+            (source, link.linked_id) for source, own in store.links(ends).items() for link in own
         }
         new = {p: w for p, w in wanted.items() if p not in known and set(p) <= there}
         if new:
-            store.table("edges").add(pa.Table.from_pylist(list(_edges(store, new)), EDGES))
-    return len({pair[0] for pair in new})
-
-
-def _edges(store: MemoryStore, links: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
-    now = utc(store.clock())
-    for (source, target), weight in links.items():
-        yield {
-            "source": source,
-            "target": target,
-            "weight": weight,
-            "kind": "imported",
-            "updated_at": now,
-        }
+            now = utc(store.clock())
+            edges = [
+                {"source": a, "target": b, "weight": w, "kind": "imported", "updated_at": now}
+                for (a, b), w in new.items()
+            ]
+            store.table("edges").add(pa.Table.from_pylist(edges, EDGES))
+    linked |= {pair[0] for pair in new}

@@ -274,6 +274,11 @@ MEMORIES_FILE = pa.schema(
         pa.field("timestamp", pa.timestamp("us")),
         pa.field("access_count", pa.int64()),
         pa.field("category", pa.string()),
+        # So that nothing comes back that was to go, and what is archived stays archived.
+        pa.field("expires_at", pa.timestamp("us")),
+        pa.field("last_access", pa.timestamp("us")),
+        pa.field("tier", pa.string()),
+        pa.field("consolidated_at", pa.timestamp("us")),
     ]
 )
 GRAPH_FILE = pa.schema(

@@ -53,11 +53,11 @@ def standing(store: MemoryStore, memories: Sequence[NewMemory], now: datetime) -
             or store.content_id(memories[at].content, memories[at].category, turn)
             for at in rest
         }
-        there = _there(store, list(dict.fromkeys(keys.values())))
+        there = rows_there(store, list(dict.fromkeys(keys.values())))
         again = []
         for at, key in keys.items():
             memory, row = memories[at], there.get(key)
-            if row is not None and not _expired(row, now):
+            if row is not None and not has_expired(row, now):
                 if _same(row, memory):
                     known = found.renewed.get(key, row["expires_at"])
                     if later(known, ends[at]) != known:
@@ -96,8 +96,8 @@ def later(one: datetime | None, other: datetime | None) -> datetime | None:
     return None if one is None or other is None else max(one, other)
 
 
-def _there(store: MemoryStore, ids: list[str]) -> dict[str, dict[str, Any]]:
-    """Return id -> end, category and content of those that are there."""
+def rows_there(store: MemoryStore, ids: list[str]) -> dict[str, dict[str, Any]]:
+    """Return id -> end, category and content of those that are there, expired ones too."""
     names = ("memory_id", "expires_at", "category")
     rows = {row["memory_id"]: row for row in store.light(ids, names).to_pylist()}
     if not rows:
@@ -108,7 +108,8 @@ def _there(store: MemoryStore, ids: list[str]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _expired(row: dict[str, Any], now: datetime) -> bool:
+def has_expired(row: dict[str, Any], now: datetime) -> bool:
+    """Say whether a row's end has come."""
     return row["expires_at"] is not None and row["expires_at"] <= now
 
 

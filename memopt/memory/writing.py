@@ -117,6 +117,15 @@ def sweep(store: MemoryStore) -> int:
     return int(store.memories.delete(marked).num_deleted_rows)
 
 
+def clear(store: MemoryStore, expired: Sequence[str]) -> None:
+    """Make room, under the lock, for new rows of ids whose rows have expired.
+
+    Nobody sees those any more: a crash in between loses nothing.
+    """
+    _deleting(store, expired)
+    store.memories.delete(one_of("memory_id", list(expired)))
+
+
 def delete(store: MemoryStore, ids: Sequence[str]) -> int:
     """Do what :meth:`MemoryStore.delete` says."""
     named = list(dict.fromkeys(id_list(ids)))
@@ -330,9 +339,7 @@ def _write(
     stacked = np.stack([vectors[at] for at in found.new.values()])
     table = sealed(store, rows.new_rows(stacked, columns))
     if found.expired:
-        # Nobody sees these any more: a crash in between loses nothing.
-        _deleting(store, found.expired)
-        store.memories.delete(one_of("memory_id", found.expired))
+        clear(store, found.expired)
     if store.place.local is not None:
         # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
         store.memories.add(compact.fitted(store.memories.schema, table))
