@@ -155,8 +155,8 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 
 @given(st.text(max_size=80))
-def test_nothing_but_the_secret_changes(text: str) -> None:
-    """The way back from the copy never leaves the text, and twice is once."""
+def test_any_text_around_hides_nothing(text: str) -> None:
+    """The way back from the copy stays within the text, and no neighbour hides an address."""
     copy = normalised(text)
     assert len(copy.text) == len(copy.starts) == len(copy.ends)
     assert all(0 <= a < b <= len(text) for a, b in zip(copy.starts, copy.ends, strict=True))
