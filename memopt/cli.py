@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import typer
 
 from memopt import __version__
 from memopt.errors import MemoptError
+from memopt.visible import VisibleLog, visible
 
 # Each module has an attribute of the command's name (a function) or `app` (a group). The modules
 # import typer only; the library behind a command is imported inside the command.
@@ -91,6 +93,8 @@ _register()
 def main() -> None:
     """Run the command line and turn every expected failure into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
+    if logging.lastResort:
+        logging.lastResort.setFormatter(VisibleLog())
     try:
         app(_debug_anywhere(sys.argv[1:]), prog_name="memopt")
     except MemoptError as error:
@@ -145,7 +149,7 @@ def _fail(message: str, code: int) -> None:
     if os.environ.get("MEMOPT_DEBUG"):
         import traceback
 
-        traceback.print_exc()
-    line = " ".join(message.split())
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
+    line = visible(" ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

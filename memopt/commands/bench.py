@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def bench(
     bundle: Annotated[
@@ -85,16 +87,16 @@ def bench(
         document: dict[str, object] = {"records": [asdict(record) for record in records]}
         if compare:
             document["ratio"] = asdict(ratio(records[1], records[0]))
-        typer.echo(json.dumps(document, indent=1))
+        echo(json.dumps(document, indent=1))
         return
     stdout(170).print(reports.table(records))
     for line in measure.below_gate(records):
-        typer.echo(line, err=True)
+        echo(line, err=True)
     if compare:
         result = ratio(records[1], records[0])
-        typer.echo(
+        echo(
             f"{records[1].label} is {result.median:.3f}x as fast as {records[0].label} "
             f"(95 % interval {result.low:.3f} to {result.high:.3f}, {result.rounds} paired rounds)"
         )
     for path in (*saved, *([report] if report else [])):
-        typer.echo(f"wrote {path}")
+        echo(f"wrote {path}")

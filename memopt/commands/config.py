@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
+
 app = typer.Typer(help="Show, check or write the settings.", no_args_is_help=True)
 
 FileOption = Annotated[
@@ -48,9 +50,9 @@ def show(
         document = config.model_dump(mode="json")
         for section, values in document.items():
             values.update(dict.fromkeys(getattr(config, section).idle()))
-        typer.echo(json.dumps(document, indent=1))
+        echo(json.dumps(document, indent=1))
     else:
-        typer.echo(in_force(config, origins(file, given)), nl=False)
+        echo(in_force(config, origins(file, given)), nl=False)
 
 
 @app.command()
@@ -63,9 +65,9 @@ def check(
     load_config(file, _merge(assignments))
     read = config_file(file)
     if as_json:
-        typer.echo(json.dumps({"valid": True, "file": str(read) if read else None}))
+        echo(json.dumps({"valid": True, "file": str(read) if read else None}))
     else:
-        typer.echo(f"the settings are valid ({read or 'no file: defaults and environment'})")
+        echo(f"the settings are valid ({read or 'no file: defaults and environment'})")
 
 
 @app.command()
@@ -83,4 +85,4 @@ def init(
         raise ConfigurationError(f"{path} exists", fix="choose another name or add --force")
     with atomic_path(path) as temporary:
         temporary.write_text(template(), encoding="utf-8")
-    typer.echo(json.dumps({"file": str(path)}) if as_json else f"wrote {path}")
+    echo(json.dumps({"file": str(path)}) if as_json else f"wrote {path}")

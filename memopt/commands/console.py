@@ -1,13 +1,22 @@
-"""The consoles every command prints through: no markup, so that `memopt[cpu]` stays as it is."""
+"""The one way every command prints: no markup, so that `memopt[cpu]` stays as it is.
+
+What is printed was written by others: a memory, a file's name, a node's. A terminal obeys some of
+its characters (another title, a cleared screen, a line written over), so these are shown instead.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from memopt.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,19 +24,44 @@ if TYPE_CHECKING:
 EVERY_SECONDS = 5.0
 
 
+def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print one text as :func:`visible` shows it, not wrapped."""
+    typer.echo(visible(str(text)), err=err, nl=nl)
+
+
+@cache
+def _console_class() -> type[Console]:
+    # rich takes 50 ms to import, so its class is made when something is printed.
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class VisibleConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            # Here, so that columns are as wide as what is shown.
+            return super().render_str(visible(text), **options)
+
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterable[Segment]:
+            # A status and a bar make their texts themselves; rich's own controls are marked.
+            for part in super().render(renderable, options):
+                text = part.text if part.control else visible(part.text)
+                yield part if text == part.text else Segment(text, part.style)
+
+    return VisibleConsole
+
+
 def stdout(width: int = 160) -> Console:
     """Return standard output; ``width`` applies when it is not a terminal, so rows stay whole."""
-    from rich.console import Console
-
-    terminal = Console().is_terminal
-    return Console(width=None if terminal else width, highlight=False, markup=False)
+    made = _console_class()
+    terminal = made().is_terminal
+    return made(width=None if terminal else width, highlight=False, markup=False)
 
 
 def stderr() -> Console:
     """Return standard error, where progress and warnings go."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    return _console_class()(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

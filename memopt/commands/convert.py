@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def convert(
     source: Annotated[
@@ -59,7 +61,7 @@ def convert(
         with unlocked(opened) as plain:
             path = to_safetensors(plain, output or opened.path / "model.safetensors")
         size = path.stat().st_size
-        typer.echo(
+        echo(
             json.dumps({"file": str(path), "bytes": size}) if as_json else f"{path}  {size:,} bytes"
         )
         return
@@ -85,10 +87,10 @@ def convert(
         )
     m = bundle.manifest
     if as_json:
-        typer.echo(json.dumps({"path": str(bundle.path), **json.loads(m.to_json())}))
+        echo(json.dumps({"path": str(bundle.path), **json.loads(m.to_json())}))
         return
     size = bundle.weights.stat().st_size
-    typer.echo(
+    echo(
         f"{bundle.path}: {m.architecture}, {m.task}, dimension {m.dimension}, pooling {m.pooling}, "
         f"weights {size / 1e6:.1f} MB"
     )

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -21,7 +23,7 @@ def doctor(
 
     found = diagnose()
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1))
+        echo(json.dumps(asdict(found), indent=1))
         raise typer.Exit(1 if found.conflicts else 0)
     console = stdout(160)
     providers = Table("provider", "usable", "what answered, or why not", "runs on")

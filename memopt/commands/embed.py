@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def embed(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
@@ -68,12 +70,12 @@ def embed(
     seconds = time.perf_counter() - begin
     if as_json:
         summary = {**asdict(done), "seconds": seconds, "device": info, "events": events}
-        typer.echo(json.dumps(summary, indent=1))
+        echo(json.dumps(summary, indent=1))
         return
     for entry in done.skipped:
-        typer.echo(f"skipped input {entry['index']} {entry['reason']}", err=True)
+        echo(f"skipped input {entry['index']} {entry['reason']}", err=True)
     again = f" ({done.resumed} of them before)" if done.resumed else ""
-    typer.echo(
+    echo(
         f"{done.vectors} vectors of {done.dimension} from {done.inputs} inputs{again} in "
         f"{seconds:.1f} s on {info['device']} ({info['variant']}): {done.output}"
     )

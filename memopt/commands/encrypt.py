@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def encrypt(
     bundle: Annotated[str, typer.Argument(help="A bundle folder, or the name of a built bundle.")],
@@ -35,8 +37,6 @@ def encrypt(
     done = decrypt_bundle(opened, key) if undo else encrypt_bundle(opened, key)
     names = [name for name, record in done.manifest.files.items() if "plain" in record]
     if as_json:
-        typer.echo(json.dumps({"path": str(done.path), "encrypted": names}))
+        echo(json.dumps({"path": str(done.path), "encrypted": names}))
         return
-    typer.echo(
-        f"{len(names)} files of {done.path} are encrypted" if names else "nothing is encrypted"
-    )
+    echo(f"{len(names)} files of {done.path} are encrypted" if names else "nothing is encrypted")

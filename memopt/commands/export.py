@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 if TYPE_CHECKING:
     from memopt.bundle import Variant
 
@@ -56,7 +58,7 @@ def export(
                     on_step=say,
                 )
     if as_json:
-        typer.echo(json.dumps([asdict(variant) for variant in variants], indent=1))
+        echo(json.dumps([asdict(variant) for variant in variants], indent=1))
     else:
         _print(bundle.path, variants)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -32,7 +34,7 @@ def info(
         document["path"] = str(opened.path)
         if verify:
             document["problems"] = problems
-        typer.echo(json.dumps(document, indent=1))
+        echo(json.dumps(document, indent=1))
     else:
         _print(opened, verified=verify and not problems)
     if problems:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def optimize(
     source: Annotated[
@@ -78,7 +80,7 @@ def optimize(
             on_outcome=show,
         )
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        echo(json.dumps(result.to_dict(), indent=1))
     else:
         console = stdout(190)
         console.print(table(result))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
+
 
 def pack(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
@@ -31,9 +33,9 @@ def pack(
     names = [name.strip() for name in variants.split(",") if name.strip()]
     packed = run(bundle, output, target=target, variants=names)
     if as_json:
-        typer.echo(json.dumps({**asdict(packed), "path": str(packed.path)}, indent=1))
+        echo(json.dumps({**asdict(packed), "path": str(packed.path)}, indent=1))
         return
-    typer.echo(
+    echo(
         f"{packed.path}: {', '.join(packed.variants)}, {packed.bytes / 1e6:.1f} MB "
         f"of {packed.bytes_before / 1e6:.1f}"
     )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -272,11 +274,11 @@ def quantize(
 
         write_report(result, report)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        echo(json.dumps(result.to_dict(), indent=1))
         return
     _print(result)
     if report:
-        typer.echo(f"wrote {report}")
+        echo(f"wrote {report}")
 
 
 @contextmanager
@@ -386,11 +388,11 @@ def _print(result: Proven) -> None:
                 "yes" if point.passed else "no",
             )
         console.print(trade)
-        typer.echo("kept in float: " + (", ".join(result.recipe["keep_float"]) or "none"))
+        echo("kept in float: " + (", ".join(result.recipe["keep_float"]) or "none"))
         if not trail.complete:
-            typer.echo(f"the budget ended the search after {trail.seconds:.0f} s; fewer might do")
+            echo(f"the budget ended the search after {trail.seconds:.0f} s; fewer might do")
     verdict = "passed" if result.passed else "FAILED"
-    typer.echo(f"{result.name} ({result.file}) {verdict} its gate")
+    echo(f"{result.name} ({result.file}) {verdict} its gate")
 
 
 def _rows(result: Proven) -> list[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memopt.compat.weights import ArrowQuantizer, QuantizationConfig
 from memopt.errors import MemoptError
+from memopt.visible import visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = QuantizationConfig(given.quant_type, given.calibration)
         report = ArrowQuantizer(config).quantize_model(given.input, given.output, texts)
     except (MemoptError, OSError, UnicodeDecodeError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(visible(f"error: {error}\n"))
         return getattr(error, "exit_code", 1)
     size = given.output.stat().st_size
     sys.stdout.write(f"{given.output}: {len(report.quantized)} weights, {size / 1e6:.1f} MB\n")

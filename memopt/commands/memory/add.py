@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def add(
         result = here.store.add(watched())
         here.store.index.ensure()
     if as_json:
-        typer.echo(
+        echo(
             json.dumps(
                 {
                     "ids": list(result.ids),

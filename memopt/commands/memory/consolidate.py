@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def consolidate(
             if event.retry_at and event.retry_at > opened.clock()
         ]
     if as_json:
-        typer.echo(json.dumps(document(report, before, after, events), indent=1))
+        echo(json.dumps(document(report, before, after, events), indent=1))
     else:
         tell(report, before, after, events)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
 
 
@@ -25,7 +26,7 @@ def export(
     with stderr().status("export"), opened(store, embed=False, key=key) as here:
         done = here.store.export_parquet(folder)
     if as_json:
-        typer.echo(json.dumps(asdict(done)))
+        echo(json.dumps(asdict(done)))
         return
     stdout().print(
         f"{done.memories} memories, {done.linked} with links, {done.long_term} long-term: {folder}"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
 
 
@@ -55,7 +56,7 @@ def forget(
             raise typer.Exit(1)
         result = run(here.store, chosen)
     if as_json:
-        typer.echo(
+        echo(
             json.dumps(
                 {
                     "forgotten": result.memories,
@@ -81,7 +82,7 @@ def _retain(
     with opened(store, embed=False, key=key) as here:
         changed = {name: retain(here.store, name, days) for name in categories}
     if as_json:
-        typer.echo(json.dumps({"days": days, "changed": changed}))
+        echo(json.dumps({"days": days, "changed": changed}))
         return
     for name, count in changed.items():
         stdout().print(f"{name}: kept {days:g} days; {count} memories got an earlier end")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
 
 
@@ -35,7 +36,7 @@ def import_(
             here.store.listeners.append(here.graph)
             here.store.index.ensure()
     if as_json:
-        typer.echo(json.dumps(asdict(done)))
+        echo(json.dumps(asdict(done)))
         return
     stdout().print(
         f"{done.memories} added, links of {done.linked}, {done.long_term} of them long-term"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-import typer
-
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
 
 
@@ -54,6 +53,6 @@ def reembed(
     with opened(store, embed=False, key=key) as here:
         here.graph.build()
     if as_json:
-        typer.echo(json.dumps({"memories": count, "model_id": embedder.model_id}))
+        echo(json.dumps({"memories": count, "model_id": embedder.model_id}))
         return
     stdout().print(f"{count} memories moved to {embedder.model_id}")

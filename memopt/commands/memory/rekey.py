@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-import typer
-
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
 
 
@@ -30,6 +29,6 @@ def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
         count = rotate(here.store, cipher)
         erase(here.store)
     if as_json:
-        typer.echo(json.dumps({"memories": count, "key_id": cipher.key_id}))
+        echo(json.dumps({"memories": count, "key_id": cipher.key_id}))
         return
     stdout().print(f"{count} memories sealed under key {cipher.key_id}")

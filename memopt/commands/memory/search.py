@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
+from memopt.visible import json_text
 
 
 def search(
@@ -61,7 +62,7 @@ def search(
             }
             for result in found
         ]
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        echo(json_text(rows))
         return
     table = Table("score", "similarity", "association", "memory", "category", "when", "id")
     for result in found:

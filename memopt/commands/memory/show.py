@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.visible import json_text
 
 
 def show(
@@ -47,7 +48,7 @@ def show(
             for line in lines
         ]
     if as_json:
-        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        echo(json_text(document))
         return
     table = Table("field", "value")
     for name, value in document.items():

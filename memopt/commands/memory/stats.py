@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-import typer
-
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.visible import json_text
 
 
 def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
@@ -36,7 +36,7 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     for name in ("oldest", "newest", "last_consolidation"):
         document[name] = document[name].isoformat() if document[name] else None
     if as_json:
-        typer.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        echo(json_text(document))
         return
     table = Table("what", "value")
     for name, value in document.items():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memopt.commands.console import echo
+
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
     from memopt.memory.encoders import Encoder
@@ -89,7 +91,7 @@ def train_joint(
         )
     report = made.manifest.history[0]
     if as_json:
-        typer.echo(json.dumps({"bundle": str(made.path), **report}, indent=1))
+        echo(json.dumps({"bundle": str(made.path), **report}, indent=1))
     else:
         _print(made, report)
 

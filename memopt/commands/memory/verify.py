@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store
 
 
@@ -32,7 +33,7 @@ def verify(
     with opened(store, embed=False, key=key) as here:
         report = run(here.store, expected, repair=repair)
     if as_json:
-        typer.echo(json.dumps({**asdict(report), "problems": report.problems}, indent=1))
+        echo(json.dumps({**asdict(report), "problems": report.problems}, indent=1))
     else:
         table = Table("problem", "how many")
         for name, count in report.problems.items():

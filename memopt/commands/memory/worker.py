@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def worker(
                 opened.event(SAVED, json.dumps({"before": before, "after": after}))
             if as_json:
                 line = {"why": why, "at": opened.clock().isoformat()}
-                typer.echo(json.dumps(line | document(report, before, after, [])))
+                echo(json.dumps(line | document(report, before, after, [])))
             else:
-                typer.echo(f"{opened.clock():%Y-%m-%d %H:%M:%S} by {why}")
+                echo(f"{opened.clock():%Y-%m-%d %H:%M:%S} by {why}")
                 tell(report, before, after, [])
 
         condenser = ConsolidationWorker(

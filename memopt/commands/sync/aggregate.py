@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import DEFAULT_KEYS, AsJson, Insecure, Keys, Node, Plain, Server
 from memopt.commands.sync.output import print_report
 
@@ -47,7 +48,7 @@ def aggregate(
         codec=codec,
     )
     if as_json:
-        typer.echo(json.dumps({"adapter": adapter, **done}))
+        echo(json.dumps({"adapter": adapter, **done}))
         return
     print_report(
         f"{adapter} version {done['sequence']} is the average of {', '.join(inputs)}",

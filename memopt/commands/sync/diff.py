@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import AsJson
 from memopt.commands.sync.output import print_rows
 
@@ -25,7 +26,7 @@ def diff(
 
     result = compare(old, new, delta_threshold=delta_threshold)
     if as_json:
-        typer.echo(json.dumps(result))
+        echo(json.dumps(result))
         return
     print_rows(
         ("tensor", "action", "relative mean change"),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import DEFAULT_KEYS, AsJson, Keys
 
 
@@ -43,7 +44,7 @@ def keygen(
         path.unlink(missing_ok=True)
         raise
     done = {"node": node, "public": key.public(), "key": str(path)}
-    typer.echo(json.dumps(done) if as_json else f"{node} {key.public()}")
+    echo(json.dumps(done) if as_json else f"{node} {key.public()}")
 
 
 def init_ca(keys: Keys = DEFAULT_KEYS, as_json: AsJson = False) -> None:
@@ -51,7 +52,7 @@ def init_ca(keys: Keys = DEFAULT_KEYS, as_json: AsJson = False) -> None:
     from memopt.federation.authority import init_ca as make
 
     certificate = str(make(keys))
-    typer.echo(json.dumps({"certificate": certificate}) if as_json else f"wrote {certificate}")
+    echo(json.dumps({"certificate": certificate}) if as_json else f"wrote {certificate}")
 
 
 def issue(
@@ -69,4 +70,4 @@ def issue(
 
     certificate, key = make(out or keys, node, ca=keys, hosts=host or (), days=days)
     done = {"node": node, "certificate": str(certificate), "key": str(key)}
-    typer.echo(json.dumps(done) if as_json else f"wrote {certificate} and {key}")
+    echo(json.dumps(done) if as_json else f"wrote {certificate} and {key}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import DEFAULT_KEYS, AsJson, Insecure, Keys, Node, Plain, Server
 from memopt.commands.sync.output import kind, print_rows, when
 
@@ -26,7 +27,7 @@ def status(
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     rows = session.client.status(adapter)
     if as_json:
-        typer.echo(json.dumps(rows))
+        echo(json.dumps(rows))
         return
     print_rows(
         ("adapter", "version", "kind", "by", "when", "bytes", "weights"),
@@ -66,7 +67,7 @@ def history(
         digest = signed.manifest.digest()
         rows.append({**signed.to_json(), "digest": digest, "trusted": verdict})
     if as_json:
-        typer.echo(json.dumps(rows))
+        echo(json.dumps(rows))
         return
     print_rows(
         ("version", "kind", "by", "when", "bytes", "weights", "trusted"),
@@ -100,6 +101,6 @@ def rollback(
         adapter, to, key=files.signing_key(), node=node, trust=files.trust()
     )
     if as_json:
-        typer.echo(json.dumps({"adapter": adapter, "sequence": sequence, "target": to}))
+        echo(json.dumps({"adapter": adapter, "sequence": sequence, "target": to}))
         return
-    typer.echo(f"{adapter}: version {sequence} has the weights of version {to}")
+    echo(f"{adapter}: version {sequence} has the weights of version {to}")

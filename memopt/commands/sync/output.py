@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import typer
+from memopt.commands.console import echo
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def moving(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_report(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print what was done: a title, and rows of a name and its value."""
-    typer.echo(title)
+    echo(title)
     print_rows(None, rows)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import (
     DEFAULT_KEYS,
     DEFAULT_STATE,
@@ -57,7 +58,7 @@ def pull(
         report = session.client.pull(manager, trust=session.files.trust(), progress=progress)
         write_weights(output, report.weights)
     if as_json:
-        typer.echo(json.dumps(report_json(report)))
+        echo(json.dumps(report_json(report)))
         return
     print_report(
         f"{adapter} is at version {report.sequence} ({report.kind})",

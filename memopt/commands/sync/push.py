@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import (
     DEFAULT_KEYS,
     DEFAULT_STATE,
@@ -94,7 +95,7 @@ def push(
             progress=progress,
         )
     if as_json:
-        typer.echo(json.dumps(report_json(report)))
+        echo(json.dumps(report_json(report)))
         return
     print_report(
         f"pushed {adapter} version {report.sequence} ({report.kind})",

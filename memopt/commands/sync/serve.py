@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from memopt.commands.console import echo
 from memopt.commands.sync.options import (
     DEFAULT_KEYS,
     Dictionary,
@@ -59,6 +60,6 @@ def serve(
     ) as server:
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         how = "plain" if plain else "TLS 1.3, client certificates"
-        typer.echo(f"serving {store} on {host}:{server.port} ({how})")
+        echo(f"serving {store} on {host}:{server.port} ({how})")
         while not stop.wait(3600):
             pass
