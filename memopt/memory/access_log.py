@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from memopt.memory.filters import all_of, utc
+from memopt.memory.locking import ReadOnlyError
 from memopt.memory.schema import ACCESS_LOG
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class AccessLog:
                 self._timer.daemon = True
                 self._timer.start()
         if full:
-            self.flush()
+            self.store.keep_book(self.flush)
 
     def flush(self) -> None:
         """Write what is buffered."""
@@ -94,6 +95,9 @@ class AccessLog:
         try:
             with self.store.changing():
                 self.store.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
+        except ReadOnlyError:
+            # Never to be written: kept, they would fill the memory of who reads for a year.
+            raise
         except Exception:
             with self._lock:
                 self._pending = lines + self._pending
@@ -101,13 +105,13 @@ class AccessLog:
 
     def _flush_quietly(self) -> None:
         try:
-            self.flush()
+            self.store.keep_book(self.flush)
         except Exception as error:  # noqa: BLE001 - the lines stay, the next flush() raises it
             _LOG.warning("the access log could not be written yet: %s", error)
 
     def close(self) -> None:
         """Write what is buffered and stop watching."""
-        self.flush()
+        self.store.keep_book(self.flush)
         if self.observe in self.store.observers:
             self.store.observers.remove(self.observe)
             self.store.closing.remove(self.flush)
@@ -127,7 +131,7 @@ def read_log(
     for observer in store.observers:
         log = getattr(observer, "__self__", None)
         if isinstance(log, AccessLog):
-            log.flush()
+            store.keep_book(log.flush)
     parts = []
     if actor is not None:
         parts.append(col("actor") == lit(actor))

@@ -102,7 +102,7 @@ class AssociationGraph:
 
     def close(self) -> None:
         """Write what is buffered and stop following the store."""
-        self.flush()
+        self.store.keep_book(self.flush)
         if self in self.store.listeners:
             self.store.listeners.remove(self)
             self.store.closing.remove(self.flush)
@@ -128,7 +128,7 @@ class AssociationGraph:
         for left, right in combinations(sorted(set(ids)), 2):
             self._together[left, right] += 1
         if len(self._together) > MOST_PENDING_PAIRS:
-            self.flush()
+            self.store.keep_book(self.flush)
 
     def flush(self) -> None:
         """Write the counted co-retrievals."""

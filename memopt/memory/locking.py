@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -18,6 +19,13 @@ READ_FILE = ".reading"
 # A commit takes milliseconds, compaction seconds; a minute of waiting is a stuck process.
 PATIENCE = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02
+
+
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class ReadOnlyError(ConsolidationError):
+    """The store may only be read, by this user or at this place."""
 
 
 _LOCKS: dict[Path, WriterLock] = {}
@@ -59,6 +67,7 @@ class WriterLock:
         """Hold the lock for the length of the block.
 
         Raises:
+            ReadOnlyError: the store may only be read.
             ConsolidationError: another process kept the lock longer than ``patience`` seconds.
         """
         if not self._thread.acquire(timeout=self._patience):
@@ -74,7 +83,8 @@ class WriterLock:
             try:
                 descriptor = open_plain(self._path)
             except OSError as error:
-                raise ConsolidationError(
+                kind = ReadOnlyError if error.errno in _NOT_ALLOWED else ConsolidationError
+                raise kind(
                     f"{self._path} cannot be opened ({error.strerror})",
                     fix="write as a user who may change the store",
                 ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 from memopt.errors import ConsolidationError, MemoptError
 from memopt.memory import payload, searching
+from memopt.memory.locking import ReadOnlyError
 from memopt.memory.meta import TABLES, Meta, Place
 from memopt.memory.schema import (
     ACCESS_LOG,
@@ -23,6 +25,8 @@ from memopt.memory.schema import (
 )
 
 _ID_KEY_BYTES = 32
+# How the services of Amazon, Google and Azure refuse a write, as Lance quotes it.
+_REFUSED = re.compile(r"\b403\b|AccessDenied|Permission ?Denied|Forbidden", re.IGNORECASE)
 
 
 def make(
@@ -123,6 +127,7 @@ def named_errors(place: Place, what: str) -> Iterator[None]:
     """Turn what Lance raises when a file cannot be written or read into one clear line.
 
     Raises:
+        ReadOnlyError: an object store lets this user read only.
         ConsolidationError: instead of OSError, RuntimeError or ValueError.
     """
     try:
@@ -133,7 +138,10 @@ def named_errors(place: Place, what: str) -> Iterator[None]:
         reason = str(error).partition("\n")[0]
         # Rust adds the place in its own source, which tells a user nothing.
         reason = reason.partition(", /")[0].partition(": rust/")[0]
-        raise ConsolidationError(
+        # A local store says it by its lock, before anything is tried.
+        refused = place.local is None and _REFUSED.search(str(error)) is not None
+        kind = ReadOnlyError if refused and what == "changed" else ConsolidationError
+        raise kind(
             f"{place} could not be {what}: {reason}",
             fix="check free space and permissions, then: memopt memory verify",
         ) from error

@@ -13,6 +13,7 @@ import pyarrow as pa
 from memopt.errors import InputError
 from memopt.memory import incoming, opening, payload, rows
 from memopt.memory.connection import Connection
+from memopt.memory.locking import ReadOnlyError
 from memopt.memory.schema import Content, Embedder
 
 if TYPE_CHECKING:
@@ -57,13 +58,18 @@ class Sealed(Connection):
         """
         if not model_id or model_id == self.meta.model_id:
             return
-        with self.exclusive():
-            if model_id == self.meta.model_id:
+        # What a commit deleted counts too until it is swept: its vectors are still there.
+        if not self.memories.count_rows():
+            try:
+                with self.exclusive():
+                    if not self.memories.count_rows():
+                        self.write_meta(model_id=model_id)
+            except ReadOnlyError:
+                # Whatever model: there is nothing to be found, and nothing can be added.
                 return
-            # What a commit deleted counts too until it is swept: its vectors are still there.
-            if not self.memories.count_rows():
-                self.write_meta(model_id=model_id)
-                return
+        # Another process may have been first; it names its model before it adds.
+        if model_id == self.meta.model_id:
+            return
         raise InputError(
             f"{self.place} holds vectors of {self.meta.model_id or 'an unnamed model'!r}, "
             f"not of {model_id!r}",

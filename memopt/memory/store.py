@@ -5,6 +5,7 @@ Here is what a store can do; how is in writing, reading, searching, touches, eve
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from memopt.memory import reembed as reembedding
 from memopt.memory.adjacency import Adjacency
 from memopt.memory.filters import EVERYTHING, id_list, utc
 from memopt.memory.index import VectorIndex
+from memopt.memory.locking import ReadOnlyError
 from memopt.memory.meta import TABLES
 from memopt.memory.schema import (
     AddResult,
@@ -49,6 +51,7 @@ from memopt.memory.upkeep import Upkeep, merge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+_LOG = logging.getLogger(__name__)
 
 
 class MemoryStore(Sealed):
@@ -109,6 +112,7 @@ class MemoryStore(Sealed):
         self.upkeep = Upkeep(self, background=background)
         self.adjacency = Adjacency(self)
         self._touches = Touches(self)
+        self._told_read_only = False
         self.wanted_columns: set[str] = set()
         self.word_columns = lexicon.opened(self)
         self.looks = Looks(self)
@@ -124,8 +128,8 @@ class MemoryStore(Sealed):
     def close(self) -> None:
         """Write what is buffered and wait for the index. The store can still be used afterwards."""
         for write in self.closing:
-            write()
-        self.flush()
+            self.keep_book(write)
+        self.keep_book(self.flush)
         self.adjacency.close()
         self.index.close()
         self.upkeep.close()
@@ -136,6 +140,22 @@ class MemoryStore(Sealed):
         with super().changing():
             yield
         self.upkeep.wrote()
+
+    def keep_book(self, write: Callable[[], None]) -> None:
+        """Write down what reading leaves behind, where the store can be written.
+
+        Whoever may only read finds what is there; that is said in the log once.
+        """
+        try:
+            write()
+        except ReadOnlyError as error:
+            if not self._told_read_only:
+                self._told_read_only = True
+                _LOG.warning(
+                    "%s may only be read: accesses are neither counted nor logged (%s)",
+                    self.place,
+                    error,
+                )
 
     # --- writing ----------------------------------------------------------------------------
 

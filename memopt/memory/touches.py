@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from memopt.memory.filters import utc
+from memopt.memory.locking import ReadOnlyError
 from memopt.memory.schema import TIMESTAMP
 
 if TYPE_CHECKING:
@@ -70,11 +71,19 @@ class Touches:
         writer = self._writer
         if writer is not None and writer is not threading.current_thread():
             writer.join()
-        self._write()
+        self._write_or_drop()
+
+    def _write_or_drop(self) -> None:
+        try:
+            self._write()
+        except ReadOnlyError:
+            with self._guard:
+                self._pending.clear()
+            raise
 
     def _write_quietly(self) -> None:
         try:
-            self._write()
+            self._store.keep_book(self._write_or_drop)
         except Exception as error:  # noqa: BLE001 - whatever it is, the reader must not fail by it
             # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
             _LOG.warning("access counts could not be written yet: %s", error)

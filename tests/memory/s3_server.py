@@ -29,6 +29,8 @@ class Bucket(ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.guard = threading.Lock()
         self.conflicts = 0
+        # Answers to whatever would change something, as for a user who may only read.
+        self.read_only = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,9 +90,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _xml(self, text: str) -> None:
         self._answer(200, f'<?xml version="1.0"?>{text}'.encode(), Content_Type="application/xml")
 
+    def _refused(self) -> bool:
+        if self.server.read_only:
+            self._answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+        return self.server.read_only
+
     def do_PUT(self) -> None:
         path, query = self._target()
         body = self._body()
+        if self._refused():
+            return
         with self.server.guard:
             if "partNumber" in query:
                 self.server.parts[query["uploadId"]][int(query["partNumber"])] = body
@@ -109,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         path, query = self._target()
         body = self._body()
+        if self._refused():
+            return
         if "uploads" in query:
             upload = uuid.uuid4().hex
             self.server.parts[upload] = {}
@@ -132,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._xml(f"<DeleteResult>{deleted}</DeleteResult>")
 
     def do_DELETE(self) -> None:
+        if self._refused():
+            return
         self.server.objects.pop(self._target()[0], None)
         self._answer(204)
 

@@ -14,6 +14,7 @@ import pytest
 
 from memopt.errors import ConsolidationError
 from memopt.memory.schema import Content, NewMemory
+from memopt.memory.session import open_memory
 from memopt.memory.store import MemoryStore
 
 _WRITER = """
@@ -98,3 +99,18 @@ def test_two_writers_without_a_lock_store_each_row_once(bucket: Any) -> None:
     texts = [text for batch in store.scan(columns=["text"]) for text in batch["text"].to_pylist()]
     assert sorted(texts, key=int) == [str(n) for n in range(30)]
     assert sum(counts) == 30
+
+
+def test_a_bucket_that_may_only_be_read_is_searched(
+    bucket: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_memory("s3://bucket/notes", embed=False) as here:
+        here.store.add(NewMemory(content=Content(text="a door"), embedding=np.ones(768)))
+    before = set(bucket.objects)
+    bucket.read_only = True
+    with open_memory("s3://bucket/notes", embed=False, create=False) as here:
+        assert len(here.retriever.retrieve(vector=np.ones(768))) == 1
+        with pytest.raises(ConsolidationError, match="could not be changed"):
+            here.store.add(NewMemory(content=Content(text="more"), embedding=np.ones(768)))
+    assert set(bucket.objects) == before
+    assert len([line for line in caplog.messages if "may only be read" in line]) == 1
