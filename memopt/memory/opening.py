@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from memopt.errors import ConsolidationError, MemoptError
 from memopt.memory import payload, searching
-from memopt.memory.locking import ReadOnlyError
-from memopt.memory.meta import TABLES, Meta, Place
+from memopt.memory.locking import LOCK_FILE, READ_FILE, ReadOnlyError, lock_of
+from memopt.memory.meta import META_FILE, TABLES, Meta, Place
+from memopt.memory.models import MODELS_FILE
 from memopt.memory.schema import (
     ACCESS_LOG,
     DEFAULT_DIM,
@@ -63,6 +66,55 @@ def make(
     )
     place.write(meta)
     return meta
+
+
+@contextmanager
+def unmade_on_error(path: str | Path) -> Iterator[None]:
+    """Take back a local store that the block made and put nothing into, if the block raises.
+
+    What was there before the block, and a store with a memory of anybody in it, stays.
+
+    >>> import tempfile
+    >>> from memopt.memory.store import MemoryStore
+    >>> folder = Path(tempfile.mkdtemp()) / "store"
+    >>> with unmade_on_error(folder), MemoryStore(folder, dim=8):
+    ...     raise ValueError("no such file")
+    Traceback (most recent call last):
+    ...
+    ValueError: no such file
+    >>> folder.exists()
+    False
+    """
+    folder = Place(path).local
+    was_there = folder is not None and folder.is_dir()
+    if folder is None or (folder.exists() and (not was_there or any(folder.iterdir()))):
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():
+            _unmake(folder)
+            if not was_there and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def _unmake(folder: Path) -> None:
+    import lancedb
+
+    names = [f"{name}.lance" for name in TABLES]
+    with lock_of(folder).held():
+        database = lancedb.connect(folder)
+        if any(_row_count(database, name) for name in ("memories", "edges")):
+            return
+        # Without memory.json it is a creation that was cut short, should this be cut short too.
+        for file in (META_FILE, MODELS_FILE):
+            (folder / file).unlink(missing_ok=True)
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in (READ_FILE, LOCK_FILE):
+            (folder / file).unlink(missing_ok=True)
 
 
 def table(place: Place, database: Any, name: str) -> Any:

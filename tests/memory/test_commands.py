@@ -175,3 +175,49 @@ def test_an_encrypted_store_needs_its_key(minilm: Bundle, tmp_path: Path) -> Non
     shown = json.loads(memopt("search", path, "key", "--key", new, "--json").stdout)
     assert shown[0]["text"] == "zq7vxk2jwp9 key"
     assert "does not open" in memopt("search", path, "key", "--key", key).stderr
+
+
+@pytest.mark.parametrize("source", ["notes.md", "gone.pdf", "./gone.dat", "../gone/x.q", "folder"])
+def test_a_name_of_a_file_is_not_kept_as_a_text(
+    source: str, minilm: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is stored then, also of what came before it, and no empty store is left."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("The roof was mended in May.\n")
+    Path("folder").mkdir()
+    done = memopt("add", "s", "A good text.", source, "--model", minilm.path)
+    assert done.returncode != 0
+    assert source in done.stderr
+    assert not Path("s").exists()
+
+
+def test_texts_that_only_look_like_paths_are_kept(minilm: Bundle, tmp_path: Path) -> None:
+    """Addresses of the web, versions, and sentences that name a file."""
+    texts = ["https://example.org/a.html", "and/or", "v1.2", "Read notes.md first", "3.14"]
+    done = memopt("add", tmp_path / "s", *texts, "--model", minilm.path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["added"] == 5
+
+
+def test_a_failed_add_or_import_leaves_no_empty_store(
+    store: Path, minilm: Bundle, tmp_path: Path
+) -> None:
+    """A store that was there stays, and so does a folder of the user's."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"colour": "bad"}\n')
+    new, empty = tmp_path / "new", tmp_path / "empty"
+    empty.mkdir()
+    for folder in (new, empty):
+        done = memopt("add", folder, tmp_path / "bad.jsonl", "--model", minilm.path)
+        assert done.returncode != 0
+        assert "colour" in done.stderr
+    assert not new.exists()
+    assert list(empty.iterdir()) == []
+    assert memopt("export", store, tmp_path / "out").returncode == 0
+    for file in (tmp_path / "out").iterdir():
+        file.write_bytes(b"PAR1 no")
+    assert memopt("import", new, tmp_path / "out").returncode != 0
+    assert not new.exists()
+    assert memopt("add", new, "kept", "--model", minilm.path).returncode == 0
+    assert memopt("add", new, tmp_path / "bad.jsonl").returncode != 0
+    found = json.loads(memopt("search", new, "kept", "--json").stdout)
+    assert [memory["text"] for memory in found] == ["kept"]

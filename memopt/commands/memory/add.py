@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 _PICTURES, _SOUNDS = (".png", ".jpg", ".jpeg"), (".wav",)
 _TABLES = (".csv", ".tsv")
 _FILES = (*_PICTURES, *_SOUNDS, *_TABLES, ".txt", ".jsonl", ".parquet")
+# One word that ends so is a file somebody meant, not a memory.
+_OTHER_FILES = (
+    *(".md", ".rst", ".log", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".html", ".htm", ".xml"),
+    *(".json", ".yaml", ".yml", ".zip", ".gz", ".tar", ".xlsx", ".npy", ".arrow", ".mp4", ".mov"),
+    *(".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".mp3", ".flac", ".ogg", ".m4a", ".opus"),
+)
 _FIELDS = ("memory_id", "text", "image", "audio", "category", "timestamp", "expires_at")
 
 
@@ -49,11 +56,15 @@ def add(
 
     from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import moment, opened
+    from memopt.memory.opening import unmade_on_error
 
+    for source in sources:
+        _check(source)
     at, until = moment(time, "time"), moment(expires, "expires")
     given = {"text": model, "vision": vision, "audio": audio, "joint": joint}
     console = stderr()
     with (
+        unmade_on_error(store),
         opened(store, create=True, given=given, key=key, redaction=redaction) as here,
         Progress(
             TextColumn("{task.completed} memories"),
@@ -113,6 +124,7 @@ def read(
                 if text := record.values["text"].strip():
                     yield NewMemory(content=Content(text=text), origin=record.where, **usual)
         elif suffix not in _FILES or "\n" in source:
+            _check(source)
             yield NewMemory(content=Content(text=source), **usual)
         elif not path.is_file():
             raise InputError(f"{source} is no file", fix="check the path")
@@ -122,6 +134,35 @@ def read(
             yield NewMemory(content=Content(audio=path.read_bytes()), origin=source, **usual)
         else:
             yield from _rows(path, usual)
+
+
+def _check(source: str) -> None:
+    """Refuse a name of a file that would be kept as a text, before anything is stored.
+
+    Raises:
+        InputError: it is there, or is written as a path, and is of no kind that is read.
+    """
+    from memopt.errors import InputError
+
+    if source == "-" or "\n" in source:
+        return
+    suffix = Path(source).suffix.lower()
+    if suffix in _FILES:
+        if not os.path.isfile(source):
+            raise InputError(f"{source} is no file", fix="check the path")
+        return
+    kind = f"a folder or a file of a kind that is not read ({', '.join(_FILES)} are)"
+    words = f"for its text: memopt memory add STORE - < {source}"
+    if os.path.exists(source):
+        raise InputError(f"{source} is {kind}", fix=words)
+    one_word = not any(letter.isspace() for letter in source)
+    if one_word and "://" not in source:
+        written_as_path = source.startswith(("/", "./", "../", "~/"))
+        if suffix in _OTHER_FILES or (written_as_path and suffix):
+            raise InputError(
+                f"{source} is the name of a file that is not there",
+                fix="check the path; if it is a memory, give it on standard input: add STORE -",
+            )
 
 
 def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:

@@ -24,9 +24,10 @@ def import_(
     from memopt.commands.memory.opened import opened
     from memopt.memory.interchange import check_export
     from memopt.memory.keys import read_cipher
+    from memopt.memory.opening import unmade_on_error
     from memopt.memory.store import MemoryStore
 
-    with stderr().status("import"):
+    with unmade_on_error(store), stderr().status("import"):
         dim = check_export(folder)
         with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
             pass  # made with the dimension of the export when it is new
