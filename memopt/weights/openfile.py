@@ -23,6 +23,15 @@ _NAME_COLUMNS = ["layer_name", "weight_name"]
 _DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError)
 
 
+# Arrow's names of floats; its integers are called as numpy's. to_pandas_dtype() wants pandas up
+# to pyarrow 20.
+_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+
+def _numpy_dtype(kind: pa.DataType) -> np.dtype[Any]:
+    return np.dtype(_FLOATS.get(str(kind), str(kind)))
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     row: int
@@ -189,7 +198,7 @@ class OpenFile:
     def carrier(self) -> str:
         """The dtype of the V1 weight_data column."""
         value = self._arrow.field("weight_data").type.value_type
-        return str(np.dtype(value.to_pandas_dtype()))
+        return str(_numpy_dtype(value))
 
     def loaded_dtype(self, row: dict[str, Any], name: str) -> str:
         if self.version == 1:
@@ -271,7 +280,7 @@ class OpenFile:
                 if where is None:
                     return None
                 return self._array(np.dtype(np.int8), where.stop - where.start, where.start)
-            dtype = np.dtype(kind.value_type.to_pandas_dtype()).newbyteorder("<")
+            dtype = _numpy_dtype(kind.value_type).newbyteorder("<")
             # Fewer bytes than levels: an empty list, nulls or damage; pyarrow tells which.
             if page.encoding != PLAIN or page.end - page.start != page.levels * dtype.itemsize:
                 return None
