@@ -91,6 +91,23 @@ def open_plain(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o60
     return descriptor
 
 
+def read_plain(path: Path) -> bytes | None:
+    """Return the bytes of a file that is ours alone; None where there is none.
+
+    Raises:
+        ConfigurationError: there is a link, a folder, a pipe or a device of that name.
+
+    >>> read_plain(Path("no/such/file")) is None
+    True
+    """
+    try:
+        descriptor = open_plain(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
 @contextmanager
 def staged_directory(parent: Path) -> Iterator[Path]:
     """Yield an empty folder inside ``parent`` that is always removed at the end.

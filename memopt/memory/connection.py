@@ -82,6 +82,7 @@ class Connection:
             )
         self.memories = self.table("memories")
         self._compact: bool | None = None
+        self._tight = False
 
     @property
     def compact(self) -> bool:
@@ -128,6 +129,9 @@ class Connection:
             ConsolidationError: the disk is full, the folder is read-only, a file is damaged.
         """
         with self.exclusive(), opening.named_errors(self.place, "changed"):
+            if not self._tight:
+                self.place.tighten()
+                self._tight = True
             yield
 
     def table(self, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError
-from memopt.files import atomic_path
+from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
 from memopt.memory.schema import FORMAT_VERSION
 
@@ -70,8 +71,8 @@ class Place:
             ConsolidationError: the file is damaged or of a newer format.
         """
         if self.local is not None:
-            file = self.local / META_FILE
-            return parse_meta(file.read_bytes(), self) if file.is_file() else None
+            data = read_plain(self.local / META_FILE)
+            return None if data is None else parse_meta(data, self)
         try:
             rows = self.database.open_table(META_TABLE).search().limit(None).to_list()
         except ValueError:
@@ -96,12 +97,25 @@ class Place:
         """Write ``memory.json``, whole or not at all."""
         text = json.dumps(asdict(meta), indent=2, sort_keys=True) + "\n"
         if self.local is not None:
-            with atomic_path(self.local / META_FILE) as path:
+            with atomic_path(self.local / META_FILE, 0o600) as path:
                 path.write_text(text)
             return
         row = pa.table({"json": [text]})
         there = self.read() is not None
         self.database.create_table(META_TABLE, row, mode="overwrite" if there else "create")
+
+    def tighten(self) -> None:
+        """Make a local store its owner's alone; one of somebody else is left as it is.
+
+        The folder's bits guard all that Lance writes inside.
+        """
+        if self.local is None:
+            return
+        for path in (self.local, self.local / META_FILE, self.local / "models.json"):
+            with suppress(OSError):
+                mode = path.stat().st_mode
+                if mode & 0o077 and not path.is_symlink():
+                    path.chmod(mode & 0o700)
 
     def check_free(self, *, create: bool) -> None:
         """Make the folder of a new store, where there is none yet.
@@ -121,7 +135,7 @@ class Place:
         if self.local is None:
             return
         try:
-            self.local.mkdir(parents=True, exist_ok=True)
+            self.local.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise ConsolidationError(
                 f"{self.local} cannot be made ({error.strerror})", fix="give another folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.files import atomic_path
+from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
 
 if TYPE_CHECKING:
@@ -93,10 +93,11 @@ def remembered(folder: str | Path) -> Models:
         ConsolidationError: the file is damaged.
     """
     path = Path(folder) / MODELS_FILE
-    if not path.is_file():
+    data = read_plain(path)
+    if data is None:
         return Models()
     try:
-        return Models(**parse_json(path.read_bytes(), str(path)))
+        return Models(**parse_json(data, str(path)))
     except (ValueError, TypeError) as error:
         raise ConsolidationError(f"{path} is damaged ({error})", fix="delete it") from error
 
@@ -105,5 +106,5 @@ def remember(store: MemoryStore, models: Models) -> None:
     """Write the bundles beside a local store, so that later commands need no flag."""
     if store.place.local is None:
         return
-    with atomic_path(store.place.local / MODELS_FILE) as path:
+    with atomic_path(store.place.local / MODELS_FILE, 0o600) as path:
         path.write_text(json.dumps(asdict(models), indent=1) + "\n", encoding="utf-8")

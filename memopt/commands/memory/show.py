@@ -27,20 +27,22 @@ def show(
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import as_dict, opened
+    from memopt.files import atomic_path
     from memopt.memory.access_log import read_log
 
     with opened(store, embed=False, key=key) as here:
         memory = here.store.get(memory_id)
         lines = read_log(here.store, memory_id=memory_id) if log else []
     if save:
-        save.mkdir(parents=True, exist_ok=True)
+        save.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name, content in (
             ("text.txt", memory.text.encode() if memory.text else None),
             ("image", memory.vision_data),
             ("sound.wav", memory.audio_data),
         ):
             if content is not None:
-                (save / name).write_bytes(content)
+                with atomic_path(save / name, 0o600) as path:
+                    path.write_bytes(content)
     document = as_dict(memory)
     if log:
         document["log"] = [
