@@ -198,6 +198,9 @@ class Failing:
     def submit(self, feed: Feed) -> Future[Rows]:
         return self.pool.submit(self.run, feed)
 
+    def free(self) -> None:
+        self.real.free()
+
     def info(self) -> dict[str, object]:
         return self.real.info()
 
