@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,8 +51,16 @@ print("done")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    place = tmp_path / "store"
+def public() -> Iterator[Path]:
+    """A folder whose parents every user may enter; pytest's own are their owner's alone."""
+    with tempfile.TemporaryDirectory(prefix="readers-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def place(public: Path) -> Path:
+    place = public / "store"
     with open_memory(place, embed=False) as memory:
         for text in ("a red door", "the sea", "a letter"):
             memory.store.add(NewMemory(content=Content(text=text), embedding=np.ones(768)))
@@ -98,14 +107,12 @@ def test_another_user_who_may_only_read(place: Path) -> None:
     if os.geteuid():
         check(place)
         return
-    for folder in (place.parent, place.parent.parent, place.parent.parent.parent):
-        folder.chmod(0o755)
     check(place, before=("setpriv", "--reuid", "65534", "--clear-groups"))
 
 
-def test_an_empty_store_that_may_only_be_read_finds_nothing(tmp_path: Path) -> None:
+def test_an_empty_store_that_may_only_be_read_finds_nothing(public: Path) -> None:
     """A model that was never written down is no reason to fail where there is nothing to find."""
-    place = tmp_path / "empty"
+    place = public / "empty"
     MemoryStore(place, dim=2).close()
     (place / ".lock").unlink()
     code = (
@@ -113,10 +120,7 @@ def test_an_empty_store_that_may_only_be_read_finds_nothing(tmp_path: Path) -> N
         "with MemoryStore(sys.argv[1]) as store:\n"
         "    print(store.search(np.ones(2), model_id='m'))"
     )
-    place.chmod(0o555)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
-    for path in place.rglob("*"):
+    for path in (place, *place.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     become = () if os.geteuid() else ("setpriv", "--reuid", "65534", "--clear-groups")
     command = [*become, sys.executable, "-c", code, str(place)]

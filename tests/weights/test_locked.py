@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.cli import app
 from memopt.errors import ConfigurationError, WeightsError
 from memopt.runtimes.engine import ArrowEngine
+from memopt.weights import locked
 from memopt.weights.crypto import KEY_FILE_VARIABLE, KEY_VARIABLE, MAGIC, load_key
 from memopt.weights.locked import encrypt_bundle, is_encrypted
 
@@ -31,12 +33,22 @@ def run(*arguments: object) -> str:
     return result.output
 
 
-def private_folders() -> set[Path]:
-    return {path for parent in ("/dev/shm", "/tmp") for path in Path(parent).glob("memopt-*")}
+@pytest.fixture(autouse=True)
+def private_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where private folders are made; in the shared places other tests make theirs meanwhile."""
+    place = tmp_path / "private"
+    place.mkdir()
+    monkeypatch.setattr(locked, "_MEMORY", place)
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return place
+
+
+def private_folders(place: Path) -> set[Path]:
+    return set(place.glob("memopt-*"))
 
 
 def test_a_bundle_is_encrypted_opened_and_decrypted(
-    minilm_copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minilm_copy: Bundle, tmp_path: Path, private_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file of weights stays in the clear; with the key the vectors are the same."""
     path, key = minilm_copy.path, tmp_path / "keys" / "key"
@@ -56,19 +68,19 @@ def test_a_bundle_is_encrypted_opened_and_decrypted(
         ArrowEngine(path, device="cpu", variant="onnx-fp32")
 
     monkeypatch.setenv(KEY_FILE_VARIABLE, str(key))
-    before = private_folders()
+    before = private_folders(private_place)
     with ArrowEngine(path, device="cpu", variant="onnx-fp32") as engine:
         np.testing.assert_array_equal(engine.encode(TEXTS), expected)
-        (private,) = private_folders() - before
+        (private,) = private_folders(private_place) - before
         assert private.stat().st_mode & 0o077 == 0
         assert not (private / "weights.parquet").exists()  # only what was needed
-    assert private_folders() == before
+    assert private_folders(private_place) == before
     assert not list(path.rglob(".ort-cache"))
 
     monkeypatch.setenv(KEY_VARIABLE, "11" * 32)
     with pytest.raises(WeightsError, match="a wrong key, or the file was changed"):
         ArrowEngine(path, device="cpu", variant="onnx-fp32")
-    assert private_folders() == before
+    assert private_folders(private_place) == before
     monkeypatch.delenv(KEY_VARIABLE)
     run("encrypt", path, "--undo")
     assert {n: (path / n).read_bytes() for n in minilm_copy.manifest.files} == whole
@@ -76,13 +88,13 @@ def test_a_bundle_is_encrypted_opened_and_decrypted(
 
 
 def test_what_commands_make_of_encrypted_weights_is_encrypted(
-    tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Bundle, tmp_path: Path, private_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Export reads the weights with the key, and its graphs are under it too."""
     path = Path(shutil.copytree(tiny.path, tmp_path / "tiny"))
     monkeypatch.setenv(KEY_VARIABLE, "22" * 32)
     run("encrypt", path)
-    before = private_folders()
+    before = private_folders(private_place)
     run("export", path, "--format", "onnx")
     bundle = open_bundle(path)
     assert is_encrypted(bundle)
@@ -93,7 +105,7 @@ def test_what_commands_make_of_encrypted_weights_is_encrypted(
         assert np.isfinite(engine.encode(TEXTS)).all()
     run("convert", path, "--to", "safetensors", "-o", tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").is_file()
-    assert private_folders() == before
+    assert private_folders(private_place) == before
 
 
 def test_a_changed_byte_is_refused(
