@@ -6,8 +6,10 @@ target reads several formats, the first byte chooses. ``seeds`` are small good f
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import struct
 import tempfile
 import zlib
@@ -35,7 +37,9 @@ class Target:
 def scratch() -> Path:
     """A folder of this process, in memory where the system has such a place."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="memopt-fuzz-", dir=memory))
+    folder = Path(tempfile.mkdtemp(prefix="memopt-fuzz-", dir=memory))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _file(name: str, data: bytes) -> Path:
