@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import BundleError, ConfigurationError
-from memopt.files import atomic_path, open_plain, sha256_file, swapped_in
+from memopt.files import atomic_path, open_plain, sha256_file, stays_below, swapped_in
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.verified import has_hash
@@ -109,8 +109,8 @@ class Variant:
         _one_of("format", self.format, FORMATS)
         _one_of("precision", self.precision, PRECISIONS)
         for name in (self.file, *self.companions):
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise BundleError(f"variant file {name!r} points outside the bundle")
+            if not stays_below(name):
+                raise BundleError(f"variant file {name!r:.200} points outside the bundle")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +145,8 @@ class Manifest:
         if type(self.normalize) is not bool:
             raise BundleError(f"normalize {self.normalize!r} is neither true nor false")
         for name, record in self.files.items():
+            if not stays_below(name):
+                raise BundleError(f"file {name!r:.200} points outside the bundle")
             if not isinstance(record, Mapping) or not {"sha256", "bytes"} <= set(record):
                 raise BundleError(f"the record of file {name!r} lacks sha256 or bytes")
 
@@ -418,6 +420,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(path.read_bytes(), str(path), error=BundleError)
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise BundleError(f"{path} is not a JSON object")
     return value

@@ -12,13 +12,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from memopt.errors import ConfigurationError
 
 # 1 MiB reads keep hashing bound by SHA-256 itself, not by system calls.
 _HASH_CHUNK = 1 << 20
 _STAGING = ".staging-"
+# Bytes of one name on every usual file system, and of a path that leaves room for its folder's.
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
 
 
 @contextmanager
@@ -52,6 +54,28 @@ def atomic_path(target: Path, mode: int = 0o666) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         path.unlink(missing_ok=True)
+
+
+def stays_below(name: object) -> bool:
+    """Tell whether a name that a file states can only be a place below the folder it is joined to.
+
+    What it names need not be there; but asking the system for it raises nothing.
+
+    >>> [stays_below(name) for name in ("1_Pooling", "a/b", "../a", "/a", "a\\0", "a" * 999)]
+    [True, True, False, False, False, False]
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    try:
+        parts = [part.encode() for part in PurePath(name).parts]
+    except UnicodeEncodeError:
+        return False
+    return (
+        not PurePath(name).is_absolute()
+        and b".." not in parts
+        and all(len(part) <= _LONGEST_NAME for part in parts)
+        and sum(map(len, parts)) <= _LONGEST_PATH
+    )
 
 
 def open_plain(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o600) -> int:

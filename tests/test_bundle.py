@@ -100,7 +100,9 @@ def test_verify_names_every_file_that_changed_or_vanished(bundle: Bundle) -> Non
     ]
 
 
-@pytest.mark.parametrize("file", ["/etc/passwd", "../outside.onnx"])
+@pytest.mark.parametrize(
+    "file", ["/etc/passwd", "../outside.onnx", "a" * 300, "\ud83d.onnx", "a\0b"], ids=ascii
+)
 def test_a_variant_cannot_point_outside_its_bundle(file: str) -> None:
     """A manifest from a stranger cannot make the runtime open another file."""
     with pytest.raises(BundleError, match="outside the bundle"):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from memopt.bundle import read_json
 from memopt.errors import BundleError, MemoptError, WeightsError
+from memopt.files import stays_below
 from memopt.jsontext import parse_json
 
 MODULES = "modules.json"
@@ -194,8 +195,10 @@ def read_modules(folder: Path) -> tuple[Module, ...]:
             )
         if index == 0 and index in bare:
             inside = ""
-        if PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
-            raise WeightsError(f"{path} has the path {inside!r}, which leads out of the folder")
+        if not stays_below(inside):
+            raise WeightsError(
+                f"{path} has the path {inside!r:.200}, which is not below the folder"
+            )
         modules.append(Module(kind, "" if inside == "." else inside.rstrip("/")))
     kinds = [m.kind for m in modules if m.kind != "Dropout"]
     if not kinds or kinds[0] not in ("Transformer", "CLIPModel"):

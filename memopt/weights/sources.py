@@ -11,6 +11,7 @@ from typing import Any
 
 from memopt.bundle import MANIFEST, taken_by
 from memopt.errors import ConfigurationError, WeightsError
+from memopt.files import stays_below
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.weights.hub import download
@@ -205,9 +206,7 @@ def checkpoint(folder: Path) -> list[SafetensorsFile]:
     try:
         placed = parse_json(index.read_bytes(), "it", error=WeightsError)["weight_map"]
         names = sorted(set(placed.values()))
-        if not all(
-            isinstance(n, str) and 0 < len(n.encode("utf-8", "replace")) < 256 for n in names
-        ):
+        if not all(n and stays_below(n) for n in names):
             raise WeightsError("a name in it is no file's name")
     except (WeightsError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not a safetensors index ({error})") from error

@@ -205,7 +205,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "order",
     ),
     "code": (module(0, type="custom_st.Transformer"), "Python code of its own"),
-    "outside": (module(1, path="../1_Pooling"), "leads out"),
+    "outside": (module(1, path="../1_Pooling"), "not below"),
+    "a name too long": (module(1, path="1_" + "n" * 300), "not below"),
+    "half a character": (module(1, path="1_\ud83d"), "not below"),
     "dense": (module(2, type="sentence_transformers.models.Dense"), "a Dense module"),
     "normalize what": (
         lambda f: put(f, "2_Normalize/config.json", {"module_input_name": "token_embeddings"}),
