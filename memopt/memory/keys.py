@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
-from memopt.memory import opening
-from memopt.memory.schema import ARCHIVED
+from memopt.memory import opening, payload
+from memopt.memory.schema import ARCHIVED, FORMAT_VERSION
 from memopt.weights.crypto import KEY_BYTES, parse_key
 
 if TYPE_CHECKING:
@@ -125,10 +125,11 @@ def read_cipher(file: str | Path | None = None) -> AesGcm | None:
 
 
 def rotate(store: MemoryStore, new: AesGcm, *, on_step: Callable[[int], None] | None = None) -> int:
-    """Seal every memory of an encrypted store under a new key.
+    """Seal every memory of an encrypted store under a new key, tied to its row.
 
     Resumable: rows under the new key are passed over, and until the end the store opens with the
-    present key beside the new one. Dropped versions hold the old ciphertexts until ``erase``.
+    present key beside the new one; from then on it takes no cell that is not tied. Dropped versions
+    hold the old ciphertexts until ``erase``.
 
     Args:
         store: opened with its present key, or with the new and the present one.
@@ -144,23 +145,37 @@ def rotate(store: MemoryStore, new: AesGcm, *, on_step: Callable[[int], None] | 
         raise ConsolidationError(
             f"{store.place} is not encrypted", fix="import its export into a new encrypted store"
         )
-    id_key = opening.id_key(store.place, store.meta, new)
-    done_mark = f"aesgcm:{new.key_id}"
-    ids = [
+    id_key = opening.id_key(store.place, store.meta, new).value
+    store.cipher = new
+    done = 0
+    while True:
+        with store.changing():
+            ids = _left(store, new)
+            if not ids:
+                # Under the lock: what others added under the old key until now is among the done.
+                store.write_meta(
+                    format=FORMAT_VERSION,
+                    key_id=new.key_id,
+                    id_key=opening.seal_id_key(id_key, new),
+                )
+                return done
+        for start in range(0, len(ids), _CHUNK):
+            part = ids[start : start + _CHUNK]
+            with store.changing():
+                opened = store.unpack(store.rows(part))
+                archived = pc.equal(opened["tier"], ARCHIVED)
+                plain = opened.filter(pc.invert(archived))
+                store.commit(updates=pa.concat_tables([plain, store.pack(opened.filter(archived))]))
+            done += len(part)
+            if on_step:
+                on_step(done)
+
+
+def _left(store: MemoryStore, new: AesGcm) -> list[str]:
+    """Return the memories that are not sealed under the new key and tied to their rows."""
+    return [
         row["memory_id"]
         for batch in store.scan(columns=["memory_id", "codec"], batch_size=8192)
         for row in batch.to_pylist()
-        if not row["codec"].endswith(done_mark)
+        if not payload.tied_under(row["codec"], new.key_id)
     ]
-    store.cipher = new
-    for start in range(0, len(ids), _CHUNK):
-        part = ids[start : start + _CHUNK]
-        with store.changing():
-            table = store.rows(part)
-            archived = pc.equal(table["tier"], ARCHIVED)
-            plain = store.unpack(table.filter(pc.invert(archived)))
-            store.commit(updates=pa.concat_tables([plain, store.pack(table.filter(archived))]))
-        if on_step:
-            on_step(start + len(part))
-    store.write_meta(key_id=new.key_id, id_key=opening.seal_id_key(id_key, new))
-    return len(ids)

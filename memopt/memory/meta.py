@@ -13,7 +13,7 @@ import pyarrow as pa
 from memopt.errors import ConsolidationError
 from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
-from memopt.memory.schema import FORMAT_VERSION
+from memopt.memory.schema import FORMAT_VERSION, PLAIN_FORMAT
 
 META_FILE = "memory.json"
 META_TABLE = "meta"
@@ -28,11 +28,12 @@ class Meta:
         model_id: what made the vectors; '' while nobody said.
         key_id: the key the content is encrypted with; None in a plain store.
         id_key: base64 of the encrypted random key of the content hashes; opening it proves the
-            key, and without it nobody can test a guessed text against the memory ids.
+            key, and without it nobody can test a guessed text against the memory ids. Tied, as
+            cells are, once all of them are.
         retention: category -> days its memories are kept.
     """
 
-    format: int = FORMAT_VERSION
+    format: int = PLAIN_FORMAT
     dim: int
     model_id: str = ""
     created_at: str = ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memopt.errors import ConsolidationError, MemoptError
 from memopt.memory import payload, searching
@@ -22,6 +22,8 @@ from memopt.memory.schema import (
     DEFAULT_DIM,
     EDGES,
     EVENTS,
+    FORMAT_VERSION,
+    PLAIN_FORMAT,
     WORDS,
     Embedder,
     memories_schema,
@@ -30,6 +32,19 @@ from memopt.memory.schema import (
 _ID_KEY_BYTES = 32
 # How the services of Amazon, Google and Azure refuse a write, as Lance quotes it.
 _REFUSED = re.compile(r"\b403\b|AccessDenied|Permission ?Denied|Forbidden", re.IGNORECASE)
+
+
+class IdKey(NamedTuple):
+    """The secret of an encrypted store, b'' of a plain one.
+
+    Attributes:
+        value: the key of the content hashes, and of what ties cells to this store.
+        only_tied: every cell of the store is tied to its row. That is said where only a key can
+            say it, so that nobody without one makes the store take loose cells again.
+    """
+
+    value: bytes = b""
+    only_tied: bool = False
 
 
 def make(
@@ -58,6 +73,7 @@ def make(
     database.open_table("memories").set_unenforced_primary_key("memory_id")
     searching.create_indices(database)
     meta = Meta(
+        format=FORMAT_VERSION if cipher else PLAIN_FORMAT,
         dim=dim,
         model_id=embedder.model_id if embedder else "",
         created_at=now.isoformat(),
@@ -130,8 +146,11 @@ def table(place: Place, database: Any, name: str) -> Any:
 
 
 def seal_id_key(key: bytes, cipher: payload.Cipher) -> str:
-    """Return ``key``, as :func:`id_key` gave it, encrypted for ``memory.json``; base64."""
-    return base64.b64encode(cipher.encrypt(key)).decode()
+    """Return ``key``, as :func:`id_key` gave it, encrypted for ``memory.json``; base64.
+
+    From then on the store takes no cell that is not tied to its row.
+    """
+    return base64.b64encode(cipher.encrypt(payload.tie(key, "", "id_key", "", b""))).decode()
 
 
 def reader(place: Place, name: str, options: dict[str, Any]) -> Any:
@@ -153,15 +172,15 @@ def reader(place: Place, name: str, options: dict[str, Any]) -> Any:
         raise _unreadable(place, name, error) from error
 
 
-def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
-    """Return the key of the content hashes; opening it proves the encryption key.
+def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> IdKey:
+    """Return the secret of a store; opening it proves the encryption key.
 
     Raises:
         ConsolidationError: no key or a wrong one for an encrypted store, or a key for a plain one.
     """
     if meta.id_key is None:
         if cipher is None:
-            return b""
+            return IdKey()
         raise ConsolidationError(
             f"{place} is not encrypted, and a key was given",
             fix="open it without a key, or import its export into a new encrypted store",
@@ -171,7 +190,16 @@ def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> bytes:
             f"{place} is encrypted with key {meta.key_id!r} and no key was given",
             fix="open the store with its key",
         )
-    return payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
+    data = payload.open_secret(cipher, base64.b64decode(meta.id_key), meta.key_id)
+    if not payload.is_tied(data):
+        return IdKey(data)
+    own = payload.untie(data, "", "id_key", "", b"")
+    if own is None:
+        raise ConsolidationError(
+            f"{place} was changed from outside: its {META_FILE} holds another secret",
+            fix="restore it from a copy",
+        )
+    return IdKey(own, only_tied=True)
 
 
 @contextmanager

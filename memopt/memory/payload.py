@@ -4,11 +4,17 @@ Media of an archived row, and all content of an encrypted one; in a plain store 
 archive stay in their columns, where they are found. A payload is four fields in the order text,
 vision_data, audio_data, summary, each a presence byte and, when present, a little-endian uint64
 length and the bytes. ``codec`` of the row says what was done to it, innermost first: 'zstd',
-'aesgcm:KEY_ID', 'zstd+aesgcm:KEY_ID'. A compressed payload starts with its own length as uint64.
+'aesgcm2:KEY_ID', 'zstd+aesgcm2:KEY_ID'. A compressed payload starts with its own length as uint64.
+
+What is encrypted begins with a tie (:func:`tie`) to the store, the memory, the column and the
+codec, which is checked on opening: whoever can write the files and has no key cannot put the
+content of one memory under another. Cells of before, 'aesgcm:KEY_ID', have no tie; they open until
+the store is bound (see :func:`memopt.memory.keys.rotate`), and are tied whenever they are written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -23,6 +29,10 @@ ZSTD = "zstd"
 # Archived rows are written once and rarely read: a level where zstd still unpacks at full speed.
 _LEVEL = 12
 _LENGTH = struct.Struct("<Q")
+_LOOSE, _TIED = "aesgcm:", "aesgcm2:"
+# No payload of before begins so: its first byte is a field mark, or its first eight a length.
+_TIE = b"memopt\xb2\xff"
+_DIGEST_BYTES = 16
 
 
 class Cipher(Protocol):
@@ -80,11 +90,52 @@ def decode_fields(data: bytes) -> list[bytes | None]:
 
 def codec_name(*, compress: bool, cipher: Cipher | None) -> str:
     """Return the ``codec`` of a row; '' when its content stays in the plain columns."""
-    names = ([ZSTD] if compress else []) + ([f"aesgcm:{cipher.key_id}"] if cipher else [])
+    names = ([ZSTD] if compress else []) + ([f"{_TIED}{cipher.key_id}"] if cipher else [])
     return "+".join(names)
 
 
-def seal(rows: pa.Table, *, compress: bool, cipher: Cipher | None) -> pa.Table:
+def tied_under(codec: str, key_id: str) -> bool:
+    """Say whether a cell is encrypted under a key and tied to its row.
+
+    >>> tied_under("zstd+aesgcm2:k1", "k1"), tied_under("aesgcm:k1", "k1")
+    (True, False)
+    """
+    return codec.split("+")[-1] == f"{_TIED}{key_id}"
+
+
+def tie(data: bytes, memory_id: str, column: str, codec: str, store_key: bytes) -> bytes:
+    """Return ``data`` after 24 bytes that only this cell of this store begins with.
+
+    In the plain text rather than beside it, since not every :class:`Cipher` takes associated data;
+    authenticated encryption protects it there as well.
+
+    Args:
+        store_key: a secret of the store, up to 64 bytes.
+    """
+    return _tie_of(memory_id, column, codec, store_key) + data
+
+
+def untie(data: bytes, memory_id: str, column: str, codec: str, store_key: bytes) -> bytes | None:
+    """Return what :func:`tie` was given; None for a cell of another place.
+
+    >>> cell = tie(b"x", "a", "packed", "aesgcm2:k1", b"store")
+    >>> untie(cell, "a", "packed", "aesgcm2:k1", b"store")
+    b'x'
+    >>> untie(cell, "b", "packed", "aesgcm2:k1", b"store") is None
+    True
+    """
+    head = _tie_of(memory_id, column, codec, store_key)
+    return data[len(head) :] if data.startswith(head) else None
+
+
+def is_tied(data: bytes) -> bool:
+    """Say whether decrypted ``data`` begins with any tie."""
+    return data.startswith(_TIE)
+
+
+def seal(
+    rows: pa.Table, *, compress: bool, cipher: Cipher | None, store_key: bytes = b""
+) -> pa.Table:
     """Move the content of every row into ``packed``.
 
     Under a cipher all of it. Without one the words stay where they are, text and summary: they are
@@ -100,12 +151,15 @@ def seal(rows: pa.Table, *, compress: bool, cipher: Cipher | None) -> pa.Table:
     columns = [
         rows[name].to_pylist() if name in fields else [None] * rows.num_rows for name in CONTENT
     ]
-    packed = [
-        _wrap(encode_fields([_as_bytes(value) for value in values]), compress, cipher)
-        if cipher or any(value is not None for value in values)
-        else None
-        for values in zip(*columns, strict=True)
-    ]
+    packed: list[bytes | None] = []
+    for memory_id, *values in zip(rows["memory_id"].to_pylist(), *columns, strict=True):
+        data = None
+        if cipher or any(value is not None for value in values):
+            data = encode_fields([_as_bytes(value) for value in values])
+            data = _compressed(data) if compress else data
+        if data is not None and cipher:
+            data = cipher.encrypt(tie(data, memory_id, "packed", codec, store_key))
+        packed.append(data)
     for name in fields:
         rows = _set(rows, name, pa.nulls(rows.num_rows, rows.schema.field(name).type))
     codecs = ["" if data is None else codec for data in packed]
@@ -113,22 +167,33 @@ def seal(rows: pa.Table, *, compress: bool, cipher: Cipher | None) -> pa.Table:
     return _set(rows, "packed", pa.array(packed, pa.large_binary()))
 
 
-def unseal(rows: pa.Table, cipher: Cipher | None) -> pa.Table:
+def unseal(
+    rows: pa.Table, cipher: Cipher | None, store_key: bytes = b"", *, only_tied: bool = False
+) -> pa.Table:
     """Return ``rows`` with the content back in its columns; plain rows pass as they are.
 
+    Args:
+        store_key: what :func:`seal` was given.
+        only_tied: refuse what is not encrypted and tied to its row.
+
     Raises:
-        ConsolidationError: a row is encrypted and the key is absent or wrong, or it is damaged.
+        ConsolidationError: a row is encrypted and the key is absent or wrong, it is damaged, or its
+            content is that of another row.
     """
     codecs = rows["codec"].to_pylist()
+    ids = rows["memory_id"].to_pylist()
+    if only_tied:
+        for memory_id, codec in zip(ids, codecs, strict=True):
+            if not codec.split("+")[-1].startswith(_TIED):
+                raise _misplaced(memory_id, "is not encrypted as all of this store is")
     if not any(codecs):
         return rows
-    ids = rows["memory_id"].to_pylist()
     packed = rows["packed"].to_pylist()
     columns = {name: rows[name].to_pylist() for name in CONTENT if name in rows.column_names}
     for at, codec in enumerate(codecs):
         if not codec:
             continue
-        values = decode_fields(_unwrap(packed[at], codec, ids[at], cipher))
+        values = decode_fields(_unwrap(packed[at], codec, ids[at], cipher, store_key))
         for name, value in zip(CONTENT, values, strict=False):
             if name in columns and value is not None:
                 text = name in ("text", "summary") and value is not None
@@ -156,25 +221,53 @@ def open_secret(cipher: Cipher, data: bytes, key_id: str | None) -> bytes:
         ) from error
 
 
-def _wrap(data: bytes, compress: bool, cipher: Cipher | None) -> bytes:
-    if compress:
-        codec = pa.Codec(ZSTD, compression_level=_LEVEL)
-        data = _LENGTH.pack(len(data)) + cast("bytes", codec.compress(data, asbytes=True))
-    return cipher.encrypt(data) if cipher else data
+def _compressed(data: bytes) -> bytes:
+    codec = pa.Codec(ZSTD, compression_level=_LEVEL)
+    return _LENGTH.pack(len(data)) + cast("bytes", codec.compress(data, asbytes=True))
 
 
-def _unwrap(data: bytes | None, codec: str, memory_id: str, cipher: Cipher | None) -> bytes:
+def _tie_of(memory_id: str, column: str, codec: str, store_key: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=store_key, person=b"memopt cell")
+    for part in (memory_id, column, codec):
+        name = part.encode()
+        digest.update(_LENGTH.pack(len(name)) + name)
+    return _TIE + digest.digest()
+
+
+def _misplaced(memory_id: str, what: str) -> ConsolidationError:
+    return ConsolidationError(
+        f"memory {memory_id} was changed from outside: its content {what}",
+        fix="restore it from a copy of the store, or delete it",
+    )
+
+
+def _unwrap(
+    data: bytes | None, codec: str, memory_id: str, cipher: Cipher | None, store_key: bytes
+) -> bytes:
     if data is None:
         raise ConsolidationError(f"memory {memory_id} is damaged: packed content is missing")
     *rest, last = codec.split("+")
-    if last.startswith("aesgcm:"):
-        key_id = last.removeprefix("aesgcm:")
+    mark = next((mark for mark in (_LOOSE, _TIED) if last.startswith(mark)), None)
+    if mark:
+        key_id = last.removeprefix(mark)
         if cipher is None:
             raise ConsolidationError(
                 f"memory {memory_id} is encrypted with key {key_id!r} and no key was given",
                 fix="open the store with its key",
             )
-        data = open_secret(cipher, data, key_id)
+        try:
+            data = open_secret(cipher, data, key_id)
+        except MemoptError as error:
+            raise ConsolidationError(
+                f"memory {memory_id} does not open: {error.problem}", fix=error.fix
+            ) from error
+        # An old mark opens no tied cell, or a cell could be moved by changing its mark.
+        own = None if mark == _LOOSE and is_tied(data) else data
+        if mark == _TIED:
+            own = untie(data, memory_id, "packed", codec, store_key)
+        if own is None:
+            raise _misplaced(memory_id, "is that of another memory or store")
+        data = own
     else:
         rest.append(last)
     if rest not in ([], [ZSTD]):

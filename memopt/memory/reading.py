@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import payload, rows
+from memopt.memory import rows
 from memopt.memory.filters import DELETED, EVERYTHING, expression, id_list, one_of, present, utc
 from memopt.memory.locking import reading as keeping
 from memopt.memory.opening import named_errors
@@ -28,7 +28,7 @@ _IDS_PER_QUERY = 10_000
 def get_many(store: MemoryStore, ids: Sequence[str], *, links: bool) -> list[Memory]:
     """Do what :meth:`MemoryStore.get_many` says."""
     ids = id_list(ids)
-    found = payload.unseal(raw_rows(store, ids, None), store.cipher)
+    found = store.unpack(raw_rows(store, ids, None))
     linked = links_of(store, ids) if links else {}
     now = utc(store.clock())
     by_id = {

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import payload, reading, rows, searching
+from memopt.memory import reading, rows, searching
 from memopt.memory.filters import utc
 from memopt.memory.incoming import check_content
 from memopt.memory.schema import Content, Filter, Memory
@@ -232,7 +232,7 @@ class MultimodalRetriever:
             names = table["memory_id"].to_pylist()
             wanted = pa.array([key in row_ids for key in names], pa.bool_())
             memories = rows.memories(
-                payload.unseal(table.filter(wanted), self.store.cipher),
+                self.store.unpack(table.filter(wanted)),
                 self.store.dim,
                 extra_accesses=self.store.pending_touches(),
             )

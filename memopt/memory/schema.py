@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+# What is read up to. Encrypted stores are written as 2, all cells tied to their rows; plain ones as
+# 1, which a memopt of before opens too.
+FORMAT_VERSION, PLAIN_FORMAT = 2, 1
 DEFAULT_DIM = 768
 SHORT_TERM, LONG_TERM, ARCHIVED = "short_term", "long_term", "archived"
 TIERS = (SHORT_TERM, LONG_TERM, ARCHIVED)
@@ -195,8 +197,8 @@ def memories_schema(dim: int) -> pa.Schema:
     """Return the schema of the ``memories`` table.
 
     ``packed`` holds the media of archived memories and all content of encrypted ones, which then
-    are null in their columns; ``codec`` says how ('' plain columns, 'zstd', 'aesgcm:KEY_ID',
-    'zstd+aesgcm:KEY_ID').
+    are null in their columns; ``codec`` says how ('' plain columns, 'zstd', 'aesgcm2:KEY_ID',
+    'zstd+aesgcm2:KEY_ID'; 'aesgcm:KEY_ID' before cells were tied to their rows).
 
     >>> memories_schema(4).field("joint_embedding").type
     FixedSizeListType(fixed_size_list<item: float>[4])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,29 @@ class Sealed(Connection):
         create: bool,
     ) -> None:
         super().__init__(path, dim, embedder, cipher, clock, create=create)
-        self._id_key = opening.id_key(self.place, self.meta, cipher)
+        self._id_key = opening.IdKey()
+        self._id_key_of: str | None = ""
+        self.id_key()
+
+    def id_key(self) -> opening.IdKey:
+        """Return the secret of an encrypted store, as it is now: another process may rotate keys.
+
+        Raises:
+            ConsolidationError: the key does not open it, any longer.
+        """
+        meta = self.meta
+        if meta.id_key != self._id_key_of:
+            self._id_key = opening.id_key(self.place, meta, self.cipher)
+            self._id_key_of = meta.id_key
+        return self._id_key
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Do what :meth:`Connection.changing` does, with a key that is still the store's."""
+        with super().changing():
+            # What is sealed under a key that was replaced meanwhile would open for nobody.
+            self.id_key()
+            yield
 
     def embed(self, contents: Sequence[Content]) -> NDArray[np.float32]:
         """Return unit vectors, float32 (n, dim), by the store's embedder.
@@ -82,12 +105,24 @@ class Sealed(Connection):
         Args:
             turn: 1 for the next id, where other content took the first, and so on.
         """
-        return incoming.content_id(content, category, self._id_key, turn)
+        return incoming.content_id(content, category, self.id_key().value, turn)
 
-    def pack(self, table: pa.Table) -> pa.Table:
-        """Return whole rows with their content compressed (and encrypted where the store is)."""
-        return payload.seal(self.unpack(table), compress=True, cipher=self.cipher)
+    def pack(self, table: pa.Table, *, compress: bool = True) -> pa.Table:
+        """Return whole rows with their content compressed (and encrypted where the store is).
+
+        Args:
+            table: rows as they are stored, or all opened.
+        """
+        opened = self.unpack(table) if any(table["codec"].to_pylist()) else table
+        return payload.seal(
+            opened, compress=compress, cipher=self.cipher, store_key=self.id_key().value
+        )
 
     def unpack(self, table: pa.Table) -> pa.Table:
-        """Return rows with their content back in the plain columns."""
-        return payload.unseal(table, self.cipher)
+        """Return stored rows with their content back in the plain columns.
+
+        Raises:
+            ConsolidationError: a row is damaged, or holds what was written for another.
+        """
+        key, only_tied = self.id_key()
+        return payload.unseal(table, self.cipher, key, only_tied=only_tied)

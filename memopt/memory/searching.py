@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import compact, payload, rows
+from memopt.memory import compact, rows
 from memopt.memory.filters import expression, utc
 from memopt.memory.incoming import check_text
 from memopt.memory.relevance import Question, neighbours
@@ -450,9 +450,8 @@ def needed_columns(found: pa.Table) -> set[str]:
 
 
 def _hits(store: MemoryStore, found: pa.Table, scores: NDArray[Any], top_k: int) -> list[Hit]:
-    memories = rows.memories(
-        payload.unseal(found, store.cipher), store.dim, extra_accesses=store.pending_touches()
-    )
+    opened = store.unpack(found)
+    memories = rows.memories(opened, store.dim, extra_accesses=store.pending_touches())
     hits = [Hit(memory, float(score)) for memory, score in zip(memories, scores, strict=True)]
     hits.sort(key=lambda hit: (-hit.score, hit.memory.memory_id))
     return hits[:top_k]

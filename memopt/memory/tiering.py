@@ -101,7 +101,7 @@ class HotColdTiering:
                 for key, codec in zip(
                     table["memory_id"].to_pylist(), table["codec"].to_pylist(), strict=True
                 )
-                if codec
+                if codec or self.store.cipher is not None
             ]
             opened: dict[str, tuple[str | None, str | None]] = {}
             for part in chunks(packed, 256):

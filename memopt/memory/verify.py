@@ -129,7 +129,7 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
 
 def _readable(store: MemoryStore, row: dict[str, Any]) -> bool:
     """Whether the content that the flags promise can be read."""
-    if row["codec"]:
+    if row["codec"] or store.cipher is not None:
         try:
             table = pa.Table.from_pylist([row], memories_schema(store.dim))
             row = store.unpack(table).to_pylist()[0]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import compact, derived, incoming, lexicon, payload, rows
+from memopt.memory import compact, derived, incoming, lexicon, rows
 from memopt.memory.filters import DELETED, id_list, one_of, utc
 from memopt.memory.retention import set_ends
 from memopt.memory.schema import (
@@ -266,7 +266,7 @@ def sealed(store: MemoryStore, table: pa.Table) -> pa.Table:
     return pa.concat_tables(
         [
             table.filter(pa.array(~plain)),
-            payload.seal(table.filter(pa.array(plain)), compress=False, cipher=store.cipher),
+            store.pack(table.filter(pa.array(plain)), compress=False),
         ]
     )
 

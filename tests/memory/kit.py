@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from PIL import Image
 
 from memopt.memory.schema import Content, NewMemory
@@ -30,6 +32,21 @@ class Hashing:
 
     def _bytes(self, item: Content) -> bytes:
         return self.model_id.encode() + repr((item.text, item.vision, item.audio)).encode()
+
+
+class Key:
+    """A caller's own cipher: AES-256-GCM with a random nonce before the text."""
+
+    def __init__(self, key_id: str, byte: int) -> None:
+        self.key_id = key_id
+        self._aes = AESGCM(bytes([byte]) * 32)
+
+    def encrypt(self, data: bytes) -> bytes:
+        nonce = os.urandom(12)
+        return nonce + self._aes.encrypt(nonce, data, None)
+
+    def decrypt(self, data: bytes) -> bytes:
+        return self._aes.decrypt(data[:12], data[12:], None)
 
 
 def png(seed: int) -> bytes:

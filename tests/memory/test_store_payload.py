@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,23 +16,9 @@ from memopt.memory.payload import decode_fields, encode_fields, seal, unseal
 from memopt.memory.rows import new_rows
 from memopt.memory.schema import Content, NewMemory
 from memopt.memory.store import MemoryStore
+from tests.memory.kit import Key
 
 SECRET = "the treasure lies under the old oak"
-
-
-class Key:
-    """AES-256-GCM with a random nonce before the text."""
-
-    def __init__(self, key_id: str, byte: int) -> None:
-        self.key_id = key_id
-        self._aes = AESGCM(bytes([byte]) * 32)
-
-    def encrypt(self, data: bytes) -> bytes:
-        nonce = os.urandom(12)
-        return nonce + self._aes.encrypt(nonce, data, None)
-
-    def decrypt(self, data: bytes) -> bytes:
-        return self._aes.decrypt(data[:12], data[12:], None)
 
 
 def secret(text: str = SECRET, **fields: object) -> NewMemory:
@@ -106,7 +90,7 @@ def test_nothing_readable_reaches_the_disk(tmp_path: Path) -> None:
         columns = {name: [value] for name, value in row.items()}
         store.commit(updates=store.pack(new_rows(store.vectors([memory_id])[1], columns)))
         store.update(memory_id, category="c")
-        assert store.rows([memory_id])["codec"].to_pylist() == ["zstd+aesgcm:k1"]
+        assert store.rows([memory_id])["codec"].to_pylist() == ["zstd+aesgcm2:k1"]
         back = store.get(memory_id)
         assert (back.text, back.summary, back.category) == (SECRET, SECRET, "c")
         assert store.search(np.ones(4), text="treasure")[0].memory.text == SECRET
