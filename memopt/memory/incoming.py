@@ -7,6 +7,7 @@ import io
 import math
 import re
 import struct
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from memopt.errors import InputError
 from memopt.extras import require
 from memopt.memory.filters import utc
+from memopt.memory.normalised import stream_safe
 from memopt.memory.schema import MODALITIES, Content, NewMemory
 
 # A text longer than a book belongs in a file or in several memories; an encoder reads its start.
@@ -145,6 +147,31 @@ def content_id(content: Content, category: str, key: bytes = b"", turn: int = 0)
     if turn:
         digest.update(f"turn:{turn}".encode())
     return digest.hexdigest()
+
+
+def composed(text: str) -> str:
+    r"""Return a text in the normalisation (NFC) in which two that look alike are the same.
+
+    >>> composed("cafe\u0301") == "caf\xe9"
+    True
+    """
+    return text if text.isascii() else unicodedata.normalize("NFC", stream_safe(text))
+
+
+def spellings(content: Content) -> list[Content]:
+    """Return content with its text composed, and as it or another may have been added before.
+
+    What is typed on a Mac or comes from its file names is decomposed (NFD), the same text from
+    elsewhere is not: it is one memory, whose id is that of the composed text.
+
+    >>> [each.text for each in spellings(Content(text="door"))]
+    ['door']
+    """
+    text = content.text
+    if text is None or text.isascii():
+        return [content]
+    forms = (composed(text), text, unicodedata.normalize("NFD", stream_safe(text)))
+    return [replace(content, text=form) for form in dict.fromkeys(forms)]
 
 
 def columns(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from memopt.errors import InputError
 from memopt.files import staged_directory, swapped_in
-from memopt.memory import compact, lexicon, rows
+from memopt.memory import compact, incoming, lexicon, rows
 from memopt.memory.exchange import (
     CHUNK,
     GRAPH,
@@ -217,7 +217,7 @@ def _commit(store: MemoryStore, parts: Parts, model: str) -> tuple[int, int, int
             for row in store.unpack(part.filter(pc.invert(new))).to_pylist():
                 old = living[row["memory_id"]]
                 same = all(
-                    old[name] == row[name]
+                    _composed(old[name]) == _composed(row[name])
                     for name in ("text", "vision_data", "audio_data", "summary")
                 )
                 differing += not same
@@ -241,6 +241,10 @@ def _commit(store: MemoryStore, parts: Parts, model: str) -> tuple[int, int, int
         announce(store, part)
         summaries += part["tier"].to_pylist().count(LONG_TERM)
     return len(ids), already, differing, summaries
+
+
+def _composed(value: str | bytes | None) -> str | bytes | None:
+    return incoming.composed(value) if isinstance(value, str) else value
 
 
 def _append(store: MemoryStore, parts: Iterable[pa.Table]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # What is put over a part already found: no letter, no digit, no space.
@@ -12,6 +12,9 @@ FILLER = "\ue000"
 # Ordering combining marks is quadratic in their number: no letter of any language has so many.
 _LONGEST_CLUSTER = 16
 _PLAIN = re.compile(r"[\t\n\r\x20-\x7e]*")
+# Unicode Standard Annex 15, section 13: in stream-safe text a grapheme joiner ends 30 marks.
+_MARKS, _JOINER = 30, "\u034f"
+_MARK_RUN = re.compile(rf"[^\w\s\x00-\x7f]{{{_MARKS + 1},}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,27 @@ def normalised(text: str) -> Normalised:
                 ends.append(end)
         begin = end
     return Normalised("".join(characters), starts, ends)
+
+
+def stream_safe(text: str) -> str:
+    """Return the text as it can be normalised in linear time: long runs of combining marks broken.
+
+    >>> stream_safe("e\u0301t\u0301") == "e\u0301t\u0301"
+    True
+    >>> len(stream_safe("e" + "\u0301" * 61))
+    64
+    """
+    return _MARK_RUN.sub(lambda run: "".join(_broken(run[0])), text)
+
+
+def _broken(run: str) -> Iterator[str]:
+    marks = 0
+    for character in run:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MARKS:
+            yield _JOINER
+            marks = 1
+        yield character
 
 
 def _plain(character: str) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory import rows, searching
+from memopt.memory import incoming, rows, searching
 from memopt.memory.filters import one_of
 from memopt.memory.schema import WORDS, Content, Embedder, memories_schema
 
@@ -101,7 +101,8 @@ def _collect(
         part = ids[start : start + _CHUNK]
         found = store.unpack(store.rows(part))
         contents = [_content(row) for row in found.to_pylist()]
-        marks = [store.content_id(content) for content in contents]
+        # By every byte: a text in another normalisation may have another vector.
+        marks = [incoming.content_id(content, "", store.id_key().value) for content in contents]
         names = found["memory_id"].to_pylist()
         new = [at for at, name in enumerate(names) if known.get(name) != marks[at]]
         if new:

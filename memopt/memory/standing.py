@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from memopt.memory import incoming
 from memopt.memory.filters import utc
 from memopt.memory.retention import expiry
 from memopt.memory.schema import Content, NewMemory
@@ -41,24 +42,30 @@ class Standing:
 def standing(store: MemoryStore, memories: Sequence[NewMemory], now: datetime) -> Standing:
     """Compare checked memories with what the store holds under their ids at this moment.
 
-    A memory without a chosen id is there when its content is: where another took the id of that
-    content (it was changed by an update), the next id of the content is looked at.
+    A memory without a chosen id is there when its content is, in whatever Unicode normalisation:
+    where another took the id of that content (it was changed by an update), the next id of the
+    content is looked at.
     """
     found = Standing([""] * len(memories))
     ends = [end_of(memory, now, store.meta.retention) for memory in memories]
     rest, turn = list(range(len(memories))), 0
     while rest:
         keys = {
-            at: memories[at].memory_id
-            or store.content_id(memories[at].content, memories[at].category, turn)
+            at: [chosen]
+            if (chosen := memories[at].memory_id)
+            else store.content_ids(memories[at].content, memories[at].category, turn)
             for at in rest
         }
-        there = rows_there(store, list(dict.fromkeys(keys.values())))
+        there = rows_there(store, list(dict.fromkeys(key for own in keys.values() for key in own)))
         again = []
-        for at, key in keys.items():
-            memory, row = memories[at], there.get(key)
-            if row is not None and not has_expired(row, now):
-                if _same(row, memory):
+        for at, own in keys.items():
+            memory = memories[at]
+            taken = [key for key in own if key in there and not has_expired(there[key], now)]
+            same = [key for key in taken if _same(there[key], memory)]
+            key = next(iter([*same, *taken, *own]))
+            row = there.get(key)
+            if taken:
+                if same and row is not None:
                     known = found.renewed.get(key, row["expires_at"])
                     if later(known, ends[at]) != known:
                         found.renewed[key] = later(known, ends[at])
@@ -71,7 +78,7 @@ def standing(store: MemoryStore, memories: Sequence[NewMemory], now: datetime) -
                 found.new[key], found.ends[key] = at, ends[at]
                 if row is not None:
                     found.expired.append(key)
-            elif memories[found.new[key]].content == memory.content:
+            elif _composed(memories[found.new[key]].content) == _composed(memory.content):
                 found.ends[key] = later(found.ends[key], ends[at])
             else:
                 found.differing.append(key)
@@ -117,4 +124,8 @@ def _same(row: dict[str, Any], memory: NewMemory) -> bool:
     content = Content(**{short: row.get(name) for name, short in _CONTENT.items()})
     # A chosen id names the content whatever its category; else the category is part of the id.
     same_place = memory.memory_id is not None or row["category"] == memory.category
-    return content == memory.content and same_place
+    return _composed(content) == _composed(memory.content) and same_place
+
+
+def _composed(content: Content) -> Content:
+    return incoming.spellings(content)[0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from memopt.errors import InputError
+from memopt.memory import incoming
 from memopt.memory.keys import AesGcm
 from memopt.memory.retention import retain
 from memopt.memory.schema import Content, NewMemory
@@ -154,3 +155,46 @@ def test_what_another_deletes_meanwhile_is_stored(tmp_path: Path) -> None:
     store = MemoryStore(tmp_path, embedder=Deleting())
     assert store.add([new("a"), new("b")]).added == 2
     assert texts(store) == ["a", "b"]
+
+
+COMPOSED, DECOMPOSED = "Caf\xe9 in Z\xfcrich", "Cafe\u0301 in Zu\u0308rich"
+
+
+@pytest.mark.parametrize("first", [COMPOSED, DECOMPOSED])
+def test_one_text_in_two_normalisations_is_one_memory(store: MemoryStore, first: str) -> None:
+    """What a Mac's file names spell in another way is there already; what was first given stays."""
+    texts_given = [first, COMPOSED, DECOMPOSED]
+    result = store.add([new(text) for text in texts_given])
+    assert (result.added, result.already, len(set(result.ids))) == (1, 2, 1)
+    for text in (COMPOSED, DECOMPOSED):
+        assert store.add(new(text)).already == 1
+        assert store.content_id(Content(text=text)) == result.ids[0]
+    assert texts(store) == [first]
+    # Chosen ids are compared alike, and pictures beside the text still count.
+    store.add(new(first, memory_id="chosen"))
+    assert store.add(new(COMPOSED, memory_id="chosen")).differing == ()
+    assert store.add(NewMemory(content=Content(text=COMPOSED, vision=png(1)))).added == 1
+    # Look-alikes are other texts.
+    assert store.add(new("Cafe in Zurich")).added == 1
+
+
+def test_what_was_stored_under_its_own_spelling_is_found(store: MemoryStore) -> None:
+    """A store of before has a decomposed text under the hash of its own bytes."""
+    old = incoming.content_id(Content(text=DECOMPOSED), "c", store.id_key().value)
+    store.add(new(DECOMPOSED, category="c", memory_id=old))
+    for text in (COMPOSED, DECOMPOSED):
+        result = store.add(new(text, category="c"))
+        assert (result.already, result.ids) == (1, (old,))
+    assert texts(store) == [DECOMPOSED]
+    # Where an update took it, the text is added once.
+    store.update(old, text="gone")
+    assert store.add(new(COMPOSED, category="c")).added == 1
+    assert store.add(new(DECOMPOSED, category="c")).already == 1
+
+
+def test_marks_without_end_are_no_trap(store: MemoryStore) -> None:
+    """Ordering combining marks is quadratic in the run: 400,000 of them would take an hour."""
+    text = "e" + "\u0301\u0316" * 200_000
+    key = store.add(new(text)).ids[0]
+    assert store.add(new(text)).already == 1
+    assert store.get(key).text == text
