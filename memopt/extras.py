@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from memopt.errors import MissingExtra
@@ -34,6 +37,29 @@ def require(module: str, *, extra: str, why: str) -> Any:
         raise MissingExtra(
             f"{top} is needed to {why} and is not installed", fix=f"run: {pip_command(extra)}"
         ) from error
+
+
+@contextmanager
+def root_log_kept() -> Iterator[None]:
+    """Keep a library's lines in the root logger out, and undo what it changes there.
+
+    OpenVINO's converter sets the root logger to ERROR and leaves it so: all warnings of the process
+    would be gone. What other loggers say meanwhile comes through unless the library stops it.
+
+    >>> import logging
+    >>> with root_log_kept():
+    ...     logging.getLogger().setLevel("ERROR")
+    >>> logging.getLevelName(logging.getLogger().level)
+    'WARNING'
+    """
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    root.addFilter(lambda record: False)  # asked only of what is logged at the root itself
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
 
 
 def pip_command(*extras: str) -> str:

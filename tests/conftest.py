@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test processes beside each other must not wait for cores in busy loops.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def log_is_left_alone() -> Iterator[None]:
+    """Nothing of ours, nor a library we call, may leave the warnings of the process off."""
+
+    def state() -> tuple[object, ...]:
+        root, ours = logging.getLogger(), logging.getLogger("memopt")
+        return root.level, list(root.filters), root.manager.disable, ours.level, ours.propagate
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def _code_key() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import ExportError
-from memopt.extras import require
+from memopt.extras import require, root_log_kept
 from memopt.runtimes.openvino_file import save_openvino
 
 
@@ -28,7 +28,8 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
     openvino = require("openvino", extra="openvino", why="write OpenVINO files")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model = openvino.convert_model(source)
+        with root_log_kept():
+            model = openvino.convert_model(source)
     except Exception as error:
         line = (str(error).strip().splitlines() or ["no message"])[-1]
         raise ExportError(f"OpenVINO cannot read the graph: {line[:300]}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ConfigurationError, QuantizationError
-from memopt.extras import require
+from memopt.extras import require, root_log_kept
 from memopt.quantization import onnx_graph
 from memopt.quantization.openvino_static import find_linears, read_openvino
 from memopt.quantization.recipe import Recipe, match_layers
@@ -277,5 +277,5 @@ def _range_module() -> Any:
 def _quiet() -> Iterator[None]:
     """Keep nncf's progress bars and log lines, which go to stdout, out of the command's answer."""
     _nncf().set_log_level(logging.ERROR)
-    with redirect_stdout(io.StringIO()):
+    with root_log_kept(), redirect_stdout(io.StringIO()):
         yield

@@ -7,7 +7,6 @@ validator compares batches as they come.
 
 from __future__ import annotations
 
-import logging
 import math
 import tempfile
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt.extras import require
+from memopt.extras import require, root_log_kept
 from memopt.quantization.onnx_graph import (
     add_initializers,
     drop_unused,
@@ -48,22 +47,21 @@ def prepare(context: Context) -> Make:
         kept = patterns | set(keep)
         model = _read(context)
         # onnxruntime warns about preprocessing on every call, through the root logger.
-        logging.disable(logging.WARNING)
-        try:
-            with tempfile.TemporaryDirectory(prefix="memopt-dynamic-") as folder:
-                target = Path(folder) / "model.onnx"
-                tools.quantize_dynamic(
-                    model,
-                    str(target),
-                    op_types_to_quantize=["MatMul", "Attention", "Gemm"],
-                    per_channel=context.recipe.grain == "per-channel",
-                    weight_type=tools.QuantType.QInt8,
-                    nodes_to_exclude=[layers[name].name for name in sorted(kept & set(layers))],
-                    extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
-                )
-                made = read_onnx(target)
-        finally:
-            logging.disable(logging.NOTSET)
+        with (
+            root_log_kept(),
+            tempfile.TemporaryDirectory(prefix="memopt-dynamic-") as folder,
+        ):
+            target = Path(folder) / "model.onnx"
+            tools.quantize_dynamic(
+                model,
+                str(target),
+                op_types_to_quantize=["MatMul", "Attention", "Gemm"],
+                per_channel=context.recipe.grain == "per-channel",
+                weight_type=tools.QuantType.QInt8,
+                nodes_to_exclude=[layers[name].name for name in sorted(kept & set(layers))],
+                extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+            )
+            made = read_onnx(target)
         found = [
             Layer(
                 name=name,
