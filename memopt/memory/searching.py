@@ -134,9 +134,24 @@ def _search(
         return _hits(store, found, scores / max(scores.max(initial=0), 1e-9), top_k)
     answers = related(store, query, text, where=where, top_k=top_k)
     best = sorted(answers.similar, key=lambda key: (-answers.similar[key], key))[:top_k]
-    found = store.rows(best)
+    found = _found(store, answers.table, best)
     values = [answers.similar[key] for key in found["memory_id"].to_pylist()]
     return _hits(store, found, np.array(values), top_k)
+
+
+def _found(store: MemoryStore, ranked: pa.Table, ids: Sequence[str]) -> pa.Table:
+    """Return what holds something of rows just ranked, from where they were seen."""
+    at = dict(zip(ranked["memory_id"].to_pylist(), ranked["_rowid"].to_pylist(), strict=True))
+    names = [*ALWAYS, *sorted(store.wanted_columns)]
+    found = store.rows_at({key: at[key] for key in ids}, names) if ids else None
+    if found is None:
+        return store.rows(ids)
+    needed = needed_columns(found) - set(names)
+    if needed:
+        # The next search reads them at once.
+        store.wanted_columns |= needed
+        return store.rows(ids)
+    return found
 
 
 def candidates(
@@ -236,16 +251,19 @@ def _related(
     table = _once(pa.concat_tables([part.select(columns) for part in _living(store, asks, where)]))
     if not table.num_rows:
         return Answers(question, table, {})
-    count = table.num_rows
     own = question.scores(table)
     ids = table["_rowid"].to_numpy()
-    first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 2, 2 * top_k)]]
+    first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 4, top_k)]]
     beside = set(neighbours(question, first.tolist())) - set(ids.tolist())
     if beside:
         more = store.fetch(store.take(sorted(beside)).select(columns).with_row_id())
-        kept = more.select(columns).filter(passing(more, where, utc(store.clock())))
-        table = _once(pa.concat_tables([table, kept]))
-    values = question.relevance(table, count)
+        more = more.select(columns).filter(passing(more, where, utc(store.clock())))
+        # A row that moved since is there already, under its new row id.
+        new = pc.invert(pc.is_in(more["memory_id"], table["memory_id"].combine_chunks()))
+        more = more.filter(new)
+        table = pa.concat_tables([table, more])
+        own = np.concatenate([own, question.scores(more)])
+    values = question.relevance(table, own)
     similar = dict(zip(table["memory_id"].to_pylist(), values.tolist(), strict=True))
     return Answers(question, table.select(RANKED), similar)
 

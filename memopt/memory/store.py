@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -280,6 +280,10 @@ class MemoryStore(Sealed):
         Any order; all columns by default. Only the rows asked for are read from disk.
         """
         return reading.raw_rows(self, ids, columns)
+
+    def rows_at(self, row_ids: Mapping[str, int], columns: Sequence[str]) -> pa.Table | None:
+        """Return raw columns of rows (id -> row id) just seen; None where they moved since."""
+        return reading.by_row_id(self, row_ids, columns)
 
     def light(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Return small columns of those ``ids`` that exist, in any order, by one filtered scan."""

@@ -94,11 +94,15 @@ def query_words(text: str) -> list[str]:
 
 
 def _pieces(text: str) -> Iterator[re.Match[str]]:
-    return _PIECES.finditer(_plain(text))
+    return _PIECES.finditer(plain(text))
 
 
-def _plain(text: str) -> str:
-    """Return letters without case, accents and marks that are not seen."""
+def plain(text: str) -> str:
+    """Return letters without case, accents and marks that are not seen.
+
+    >>> plain("Zürich Ⅳ")
+    'zurich iv'
+    """
     text = text.translate(_APOSTROPHES)
     if text.isascii():
         return text.lower()

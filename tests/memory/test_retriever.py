@@ -63,19 +63,34 @@ def test_association_brings_in_what_is_not_near(store: MemoryStore) -> None:
     assert [result.memory.memory_id for result in found] == [door, key]
 
 
-def test_scores_are_mixed_as_documented(store: MemoryStore) -> None:
+@pytest.mark.parametrize(
+    ("query", "beta"), [({"text": "word1 number"}, 0.1), ({"vector": np.ones(DIM)}, 0.3)]
+)
+def test_scores_are_mixed_as_documented(
+    store: MemoryStore, query: dict[str, object], beta: float
+) -> None:
     """All three in 0..1, sorted, final = (alpha x similarity + beta x association)."""
     retriever = MultimodalRetriever(store, AssociationGraph(store))
     for at in range(20):
         add(store, f"word{at % 4} number {at}", at * 0.02)
-    found = retriever.retrieve("word1 number", top_k=20, touch=False)
+    found = retriever.retrieve(**query, top_k=20, touch=False)  # type: ignore[arg-type]
     assert found == sorted(found, key=lambda result: -result.final_score)
     for result in found:
         assert 0 <= result.similarity <= 1
         assert 0 <= result.association_score <= 1
-        mixed = 0.7 * result.similarity + 0.3 * result.association_score
-        assert result.final_score == pytest.approx(mixed)
+        mixed = 0.7 * result.similarity + beta * result.association_score
+        assert result.final_score == pytest.approx(mixed / (0.7 + beta))
     assert max(result.association_score for result in found) == pytest.approx(1)
+
+
+def test_weights_may_be_given(store: MemoryStore) -> None:
+    """0.5 and 0.5 are what they say."""
+    retriever = MultimodalRetriever(store, AssociationGraph(store))
+    for at in range(4):
+        add(store, f"word number {at}", at * 0.02)
+    for result in retriever.retrieve("word number", alpha=0.5, beta=0.5, touch=False):
+        mixed = (result.similarity + result.association_score) / 2
+        assert result.final_score == pytest.approx(mixed)
 
 
 def test_filters_hold_for_associated_memories_too(store: MemoryStore) -> None:
@@ -211,3 +226,22 @@ def test_an_answer_is_found_by_its_question(store: MemoryStore) -> None:
         add(store, f"Eve: note {at}", 10 + at, embedding=axes[4] + 0.3 * axes[0])
     found = MultimodalRetriever(store).retrieve("ladder", vector=axes[0], top_k=2, touch=False)
     assert [result.memory.text for result in found] == talk[:2]
+
+
+@pytest.mark.parametrize("asked", ["in May 2025", "on 3 May, 2025", "on 2025-05-03", "am 3. Mai"])
+def test_what_is_of_the_time_asked_for_comes_first(store: MemoryStore, asked: str) -> None:
+    """Two that say the same, the nearer of another month."""
+    axes = np.eye(DIM)
+    for at, name in enumerate(("may", "june")):
+        new = NewMemory(
+            content=Content(text=f"walked the dog {at}"),
+            embedding=axes[0] + 0.2 * (1 - at) * axes[1],
+            timestamp=datetime(2025, 5 + at, 3, 12, tzinfo=UTC),
+            memory_id=name,
+        )
+        store.add(new)
+    question = f"who walked the dog {asked}?"
+    hits = store.search(axes[0], text=question, top_k=2, touch=False)
+    found = MultimodalRetriever(store).retrieve(question, vector=axes[0], top_k=2, touch=False)
+    assert hits[0].memory.memory_id == "may"
+    assert found[0].memory.memory_id == "may"

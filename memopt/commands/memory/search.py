@@ -20,7 +20,10 @@ def search(
     top_k: Annotated[int, typer.Option(help="How many.")] = 10,
     association: Annotated[bool, typer.Option(help="Follow the association graph.")] = True,
     alpha: Annotated[float, typer.Option(help="Weight of the similarity.")] = 0.7,
-    beta: Annotated[float, typer.Option(help="Weight of the association.")] = 0.3,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Weight of the association; 0.3, and 0.1 where there is a text."),
+    ] = None,
     category: Category = None,
     tier: Annotated[list[str] | None, typer.Option(help="short_term, long_term, archived.")] = None,
     modality: Annotated[str | None, typer.Option(help="text, vision or audio.")] = None,
