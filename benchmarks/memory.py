@@ -9,10 +9,10 @@ in the same run. Consolidation: groups of notes that repeat one fact in other wo
 for before and after; a question counts as answered when the fact's own word is in the first 5. The
 time of a consolidation is that of its work, without the pauses it leaves to searches.
 
-Questions of words: memories of two sentences each, said by somebody, of ../shared/data (1,500 pairs
-of STS-B and three long dialogues) with real MiniLM vectors (the middle of the two sentences'), asked
-the questions to those dialogues: words, vector and neighbours together. Beside the time that passes
-is the processor's, since the machine may be shared; encoding a question is a row of its own.
+Questions of words: memories of two sentences each, said by somebody, of ../shared/data (STS-B and
+three long dialogues) with real MiniLM vectors (the middle of the two sentences'), asked what those
+dialogues are asked: words, vector and neighbours together. Beside the time that passes is the
+processor's, since the machine may be shared; encoding a question is a row of its own.
 
 One at a time: an agent's day, each memory a commit with its links; searches right afterwards, and
 nothing is tidied by hand.

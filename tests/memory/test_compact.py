@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memopt.bundle import Bundle
 from memopt.memory import compact
 from memopt.memory.condense import ConsolidationRecipe, consolidate
 from memopt.memory.erase import forget
@@ -17,7 +18,9 @@ from memopt.memory.retriever import MultimodalRetriever
 from memopt.memory.schema import Content, Filter, NewMemory
 from memopt.memory.store import MemoryStore
 from memopt.memory.verify import verify
+from memopt.runtimes.engine import ArrowEngine
 from tests.memory.kit import Hashing, note
+from tests.memory.paraphrases import facts
 
 DIM = 160
 OLD = datetime(2026, 1, 1, tzinfo=UTC)
@@ -146,3 +149,45 @@ def test_stats_name_the_near_duplicates_and_every_fact_stays_findable(tmp_path: 
     assert after.memories < 250
     assert after.duplicate_rate is not None
     assert after.duplicate_rate < rate
+
+
+def test_a_thousand_ways_to_say_fifty_facts_leave_each_findable(
+    tmp_path: Path, minilm: Bundle
+) -> None:
+    """Told over and over by a real model's measure: each fact is among ten, before and after."""
+    known = facts()
+    told = [(fact, text) for fact in known for text in fact.told]
+    assert len({text for _, text in told}) == 1000
+    with ArrowEngine(minilm) as engine:
+        vectors = engine.encode([text for _, text in told])
+        asked = engine.encode([fact.question for fact in known])
+    store = MemoryStore(tmp_path / "s", dim=vectors.shape[1], background=False)
+    new = [
+        NewMemory(
+            content=Content(text=text),
+            embedding=vector,
+            memory_id=f"{fact.name} {at}",
+            # Round after round, so that nothing is beside what says the same.
+            timestamp=OLD + timedelta(hours=at % 20, minutes=at // 20),
+        )
+        for at, ((fact, text), vector) in enumerate(zip(told, vectors, strict=True))
+    ]
+    store.add(new)
+
+    def missed() -> list[str]:
+        retriever = MultimodalRetriever(store)
+        lost = []
+        for fact, query in zip(known, asked, strict=True):
+            found = retriever.retrieve(fact.question, vector=query, touch=False)
+            said = " ".join(f"{one.memory.text or ''} {one.memory.summary or ''}" for one in found)
+            if not any(text in said for text in fact.told):
+                lost.append(fact.name)
+        return lost
+
+    rate = store.stats().duplicate_rate
+    assert rate is not None
+    assert rate > 0.5
+    assert missed() == []
+    consolidate(store, ConsolidationRecipe(duty=1))
+    assert missed() == []
+    store.close()
