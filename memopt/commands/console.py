@@ -64,6 +64,11 @@ def stderr() -> Console:
     return _console_class()(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """Print one line on standard error: what goes on, beside the command's answer."""
+    echo(line, err=True)
+
+
 @contextmanager
 def steps(first: str) -> Iterator[Callable[[str], None]]:
     """Yield ``say(line)``: a status on a terminal, else lines on standard error.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from memopt.commands.console import echo
+from memopt.commands.console import echo, say
 
 
 def embed(
@@ -73,7 +73,7 @@ def embed(
         echo(json.dumps(summary, indent=1))
         return
     for entry in done.skipped:
-        echo(f"skipped input {entry['index']} {entry['reason']}", err=True)
+        say(f"skipped input {entry['index']} {entry['reason']}")
     again = f" ({done.resumed} of them before)" if done.resumed else ""
     echo(
         f"{done.vectors} vectors of {done.dimension} from {done.inputs} inputs{again} in "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memopt.commands.console import echo
+from memopt.commands.console import echo, say
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def consolidate(
             "extractive" if dry_run else llm,
             redact=None if send_unredacted else opened.redact,
             where=origins(),
-            say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            say=say,
         )
         before = opened.stats().bytes_on_disk
         if dry_run:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memopt.commands.console import echo
+from memopt.commands.console import echo, say
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def worker(
     import asyncio
     import signal
 
-    from memopt.commands.console import stderr
     from memopt.commands.memory.consolidate import document, tell
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
@@ -59,10 +58,6 @@ def worker(
             "would start a run",
             fix="switch one on, or run: memopt memory consolidate",
         )
-    console = stderr()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     with open_store(store, given={"text": model}, key=key) as here:
         opened = here.store
