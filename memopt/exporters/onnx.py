@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ def _with_weights_beside(model: Any, data: Path, onnx: Any) -> Any:
 
 
 def _copy_field(target: Any, field: Any, value: Any) -> None:
-    if field.is_repeated:
+    # Descriptors say it in two ways, each unknown to some of the protobufs that are allowed.
+    if isinstance(value, MutableSequence):
         getattr(target, field.name).extend(value)
     elif field.message_type is not None:
         getattr(target, field.name).CopyFrom(value)

@@ -112,7 +112,9 @@ def hub(model_folder: ModelFolder) -> Iterator[tuple[Hub, str]]:
 
 PROGRAM = """
 import json, sys
-sys.modules["httpx"] = None  # a clean install with huggingface_hub 2 lacks it
+from importlib.metadata import version
+if int(version("huggingface_hub").partition(".")[0]) >= 2:
+    sys.modules["httpx"] = None  # a clean install lacks it
 from memopt.errors import MemoptError
 from memopt.weights.sources import checkpoint, find_source
 from memopt.weights.sentence import read_sentence
