@@ -338,11 +338,13 @@ def open_bundle(path: str | Path) -> Bundle:
     """
     folder = find_bundle(path)
     if folder is None and Path(path).is_file():
-        raise BundleError(f"{str(path)!r} is a file, not a bundle folder", fix=taken_by(Path(path)))
-    if folder is None:
         raise BundleError(
-            f"no bundle at {str(path)!r}", fix=f"run: memopt convert SOURCE -o {path}"
+            f"{str(path)!r} is a file, not a bundle folder",
+            fix=taken_by(Path(path), otherwise=f"give the folder that holds {MANIFEST}"),
         )
+    if folder is None:
+        convert = str(path) if (Path(path) / "config.json").is_file() else f"SOURCE -o {path}"
+        raise BundleError(f"no bundle at {str(path)!r}", fix=f"run: memopt convert {convert}")
     origin = folder / MANIFEST
     try:
         text = origin.read_text(encoding="utf-8")
@@ -351,15 +353,26 @@ def open_bundle(path: str | Path) -> Bundle:
     return Bundle(folder, Manifest.from_json(text, origin=str(origin)))
 
 
-def taken_by(file: Path) -> str:
+def taken_by(
+    file: Path, otherwise: str = "give the folder that holds config.json and model.safetensors"
+) -> str:
     """Return who takes a model file that memopt has no bundle or checkpoint in.
+
+    ``otherwise`` is what to do with a file that is no model's.
 
     >>> taken_by(Path("model.gguf"))
     "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder"
     """
-    return _TAKERS.get(
-        file.suffix.lower(), "give the folder that holds config.json and model.safetensors"
-    )
+    return _TAKERS.get(file.suffix.lower(), otherwise)
+
+
+def is_model_file(path: Path) -> bool:
+    """Say whether a name is that of a model file, of ours or of others.
+
+    >>> is_model_file(Path("a/model.gguf")), is_model_file(Path("a/model"))
+    (True, False)
+    """
+    return path.suffix.lower() in _TAKERS
 
 
 _MADE_FROM = "memopt convert takes the folder it was made from"

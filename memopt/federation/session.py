@@ -152,13 +152,20 @@ def opened(
 
 
 def read_dictionary(path: Path | None) -> bytes:
-    """Return a dictionary file's bytes, nothing for None."""
+    """Return a dictionary file's bytes, nothing for None.
+
+    Raises:
+        SyncError: the file cannot be read, or is empty: that would be no dictionary at all.
+    """
     if path is None:
         return b""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise SyncError(f"dictionary {path} cannot be read ({error.strerror})") from error
+    if not data:
+        raise SyncError(f"dictionary {path} is empty", fix="make one with: zstd --train FILES")
+    return data
 
 
 def report_json(report: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from memopt.errors import ConfigurationError, InputError, MemoptError
 from memopt.extras import require
 from memopt.files import atomic_path
+from memopt.jsontext import parse_json
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.inputs import Item, read_items
 from memopt.runtimes.vectors import progress, to_arrow
@@ -162,7 +163,7 @@ class _Parts:
             self.remove()
         old = self._folder / _STATE
         if old.is_file():
-            was = json.loads(old.read_text(encoding="utf-8"))
+            was = self._note(old)
             if was != state:
                 differs = ", ".join(key for key in state if was.get(key) != state[key])
                 raise InputError(
@@ -173,6 +174,13 @@ class _Parts:
             with atomic_path(old) as path:
                 path.write_text(json.dumps(state), encoding="utf-8")
 
+    def _note(self, file: Path) -> dict[str, Any]:
+        anew = "run without --resume to start anew"
+        note = parse_json(file.read_bytes(), str(file), fix=anew)
+        if not isinstance(note, dict):
+            raise InputError(f"{file} is not a JSON object", fix=anew)
+        return note
+
     def _paths(self, number: int) -> tuple[Path, Path]:
         return self._folder / f"{number:08d}.npy", self._folder / f"{number:08d}.json"
 
@@ -181,8 +189,8 @@ class _Parts:
         _, note = self._paths(number)
         if not note.is_file():
             return None
-        record: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        if record["inputs"] != _digest(chunk):
+        record = self._note(note)
+        if record.get("inputs") != _digest(chunk):
             raise InputError(
                 f"the inputs of the unfinished {self._target} have changed",
                 fix="run without --resume to start anew",
@@ -221,7 +229,7 @@ class _Parts:
     def _whole(self) -> Iterator[tuple[dict[str, Any], NDArray[np.float32], NDArray[np.intp]]]:
         """Yield each part's note, its vectors and the rows of it that were not skipped."""
         for note in sorted(self._folder.glob("[0-9]*.json")):
-            record = json.loads(note.read_text(encoding="utf-8"))
+            record = self._note(note)
             vectors = np.load(note.with_suffix(".npy"), mmap_mode="r")
             keep = np.ones(len(vectors), bool)
             keep[[entry["index"] - record["first"] for entry in record["skipped"]]] = False

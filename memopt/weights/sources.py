@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import MANIFEST, taken_by
+from memopt.bundle import MANIFEST, is_model_file, taken_by
 from memopt.errors import ConfigurationError, WeightsError
 from memopt.files import stays_below
 from memopt.jsontext import parse_json
@@ -95,6 +95,9 @@ def find_source(
         return Source(folder, str(folder), folder.resolve().name, {})
     if folder.is_file():
         raise WeightsError(f"{source!r} is a file, not a model folder", fix=taken_by(folder))
+    if is_model_file(folder) and folder.parent.is_dir():
+        # Otherwise a hub would be asked for it: a path looks like owner/name.
+        raise WeightsError(f"there is no file {source!r}", fix="check the path")
     if source.startswith("package:"):
         return _package(source)
     models = known_models()

@@ -218,6 +218,20 @@ def embed_parts(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"inputs": 1', b"[1]", b"\xff"])
+def test_damaged_notes_of_a_killed_run_are_one_line(
+    engine: ArrowEngine, tmp_path: Path, damaged: bytes
+) -> None:
+    """The line names the file and says how to start anew."""
+    source, out = tmp_path / "in.txt", tmp_path / "o.npy"
+    source.write_text("a cat\n")
+    parts = tmp_path / ".o.npy.parts"
+    parts.mkdir()
+    (parts / "state.json").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"state.json is not .*without --resume"):
+        embed(engine, str(source), out, resume=True)
+
+
 def test_a_killed_run_resumes_without_loss(minilm: Bundle, tmp_path: Path) -> None:
     """kill -9 in the middle, then --resume: the same bytes as an uninterrupted run."""
     path = tmp_path / "in.jsonl"

@@ -37,13 +37,19 @@ def search(
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import as_dict, moment, opened, shown
-    from memopt.memory.schema import Filter
+    from memopt.memory.incoming import check_content
+    from memopt.memory.schema import Content, Filter
 
     times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
     where = Filter(
         categories=tuple(category or ()), tiers=tuple(tier or ()), modality=modality, **times
     )
     picture, sound = _bytes(image), _bytes(audio)
+    # Here, where the names of the files are known.
+    if picture is not None:
+        check_content(Content(vision=picture), str(image))
+    if sound is not None:
+        check_content(Content(audio=sound), str(audio))
     with opened(store, key=key) as here:
         found = here.retriever.retrieve(
             text,

@@ -28,8 +28,12 @@ def verify(
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
     from memopt.memory.verify import verify as run
+    from memopt.records import decoded_lines
 
-    expected = expect.read_text(encoding="utf-8").split() if expect else []
+    expected: list[str] = []
+    if expect:
+        with expect.open("rb") as file:
+            expected = [word for line in decoded_lines(file, str(expect)) for word in line.split()]
     with opened(store, embed=False, key=key) as here:
         report = run(here.store, expected, repair=repair)
     if as_json:

@@ -82,13 +82,15 @@ def push(
         level=level,
         dictionary=data or None,
     )
+    # Before the state's folder is made: what cannot be read leaves nothing behind.
+    new = read_weights(weights)
     with (
         opened(state, adapter, settings, key_file=key_file) as manager,
         moving("pushing") as progress,
     ):
         report = session.client.push(
             manager,
-            read_weights(weights),
+            new,
             key=session.files.signing_key(),
             node=node,
             full=full or sends_all(session.config),
