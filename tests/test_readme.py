@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_every_command_of_the_documentation_parses(page: str) -> None:
             name, *arguments = arguments
             command = command.commands[name]
         command.make_context(name, list(arguments))
+
+
+def test_the_drawn_layers_are_those_that_are_checked() -> None:
+    """docs/architecture.md and the contract of import-linter name the same layers in one order."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    (drawn,) = re.findall(r"`(cli -> [^`]*)`", text)
+    assert " ".join(drawn.split()) == " -> ".join(x for x in layers if x != "__main__")
 
 
 def fresh_clone(folder: Path, minilm: Bundle) -> None:

@@ -165,6 +165,7 @@ def test_any_text_around_hides_nothing(text: str) -> None:
     assert "ann@example.net" not in once
 
 
+@pytest.mark.performance
 @pytest.mark.parametrize(
     "unit",
     [
