@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 from typer.main import get_command
@@ -67,6 +68,18 @@ def test_every_command_of_the_documentation_parses(page: str) -> None:
             name, *arguments = arguments
             command = command.commands[name]
         command.make_context(name, list(arguments))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"])
+def test_every_module_and_file_of_the_documentation_exists(page: str) -> None:
+    """`memopt.a.b` can be imported, a path of the repository is there."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"(?<![\w/.])memopt(?:\.[A-Za-z_]\w*)+", text))
+    # Files that users have, and the name of a logger.
+    names -= {"memopt.json", "memopt.yaml", "memopt.inference"}
+    assert [name for name in sorted(names) if locate(name) is None] == []
+    paths = re.findall(r"(?<![\w./])(?:memopt|tests|examples|benchmarks|docs)/[\w/]+\.\w+", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_the_drawn_layers_are_those_that_are_checked() -> None:
