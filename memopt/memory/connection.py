@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-from memopt.errors import InputError
+from memopt.errors import ConsolidationError, InputError
 from memopt.extras import require
 from memopt.memory import opening, payload
 from memopt.memory.filters import utc
@@ -32,7 +32,6 @@ class Connection:
 
     Attributes:
         place: where the store lies.
-        memories: the LanceDB table; raw, with rows that a commit deleted and did not sweep yet.
     """
 
     def __init__(
@@ -48,6 +47,8 @@ class Connection:
         # Read when lancedb is imported: a line per empty cell of an index tells nobody anything.
         os.environ.setdefault("LANCEDB_LOG", "error")
         lancedb = require("lancedb", extra="memory", why="keep memories")
+        opening.check_forked(lancedb)
+        self._process = os.getpid()
         if dim is not None and dim < 1:
             raise InputError(f"dim is {dim}", fix="give the length of a vector, 1 or more")
         self.place = Place(path)
@@ -80,9 +81,31 @@ class Connection:
                 f"{self.place} holds vectors of {meta.dim} dimensions, not {dim}",
                 fix="leave dim out, or reembed the store",
             )
-        self.memories = self.table("memories")
+        self.table("memories")
         self._compact: bool | None = None
         self._tight = False
+
+    @property
+    def memories(self) -> Any:
+        """The LanceDB table; raw, with rows that a commit deleted and did not sweep yet."""
+        return self.table("memories")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a process that was forked from the one that opened the store."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Refuse to go on in a forked process: threads, locks and buffers are of the other one.
+
+        Raises:
+            ConsolidationError: it is one; what was to be waited for there would never come.
+        """
+        if self.forked:
+            raise ConsolidationError(
+                f"{self.place} was opened before this process was forked",
+                fix="open the store in each process, or start processes by 'spawn'",
+            )
 
     @property
     def compact(self) -> bool:
@@ -119,6 +142,7 @@ class Connection:
         Raises:
             ConsolidationError: the lock stays taken.
         """
+        self.check_process()
         return self._lock.held() if self._lock else nullcontext()
 
     @contextmanager
@@ -136,6 +160,7 @@ class Connection:
 
     def table(self, name: str) -> Any:
         """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
+        self.check_process()
         if name not in self._tables:
             self._tables[name] = opening.table(self.place, self.database, name)
         return self._tables[name]
@@ -173,6 +198,7 @@ class Connection:
         async def run() -> list[pa.Table]:
             return await asyncio.gather(*(query.to_arrow() for query in queries))
 
+        self.check_process()
         with opening.named_errors(self.place, "read"):
             try:
                 found: list[pa.Table] = LOOP.run(run())
@@ -184,6 +210,7 @@ class Connection:
         return found
 
     def _reader(self, name: str) -> Any:
+        self.check_process()
         if name not in self._readers:
             self._readers[name] = opening.reader(self.place, name, self._options)
         return self._readers[name]

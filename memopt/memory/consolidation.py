@@ -110,6 +110,7 @@ class ConsolidationWorker:
         return await asyncio.to_thread(plan, self.store, self.recipe)
 
     def _run(self, on_step: Progress | None = None) -> Consolidation:
+        self.store.check_process()
         with self._one_at_a_time:
             self.last = consolidate(
                 self.store, self.recipe, llm=self.llm, stop=self._stop, on_step=on_step

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from memopt.errors import ConsolidationError
@@ -30,6 +30,8 @@ class ReadOnlyError(ConsolidationError):
 
 _LOCKS: dict[Path, WriterLock] = {}
 _LOCKS_GUARD = threading.Lock()
+# Of every lock file that is open now.
+_DESCRIPTORS: dict[object, int] = {}
 
 
 def lock_of(folder: Path) -> WriterLock:
@@ -80,25 +82,25 @@ class WriterLock:
                 finally:
                     self._depth -= 1
                 return
-            try:
-                descriptor = open_plain(self._path)
-            except OSError as error:
-                kind = ReadOnlyError if error.errno in _NOT_ALLOWED else ConsolidationError
-                raise kind(
-                    f"{self._path} cannot be opened ({error.strerror})",
-                    fix="write as a user who may change the store",
-                ) from error
-            try:
+            with self._opened() as descriptor:
                 self._wait(descriptor)
                 self._depth = 1
                 try:
                     yield
                 finally:
                     self._depth = 0
-            finally:
-                os.close(descriptor)
         finally:
             self._thread.release()
+
+    def _opened(self) -> AbstractContextManager[int]:
+        try:
+            return _closing(open_plain(self._path))
+        except OSError as error:
+            kind = ReadOnlyError if error.errno in _NOT_ALLOWED else ConsolidationError
+            raise kind(
+                f"{self._path} cannot be opened ({error.strerror})",
+                fix="write as a user who may change the store",
+            ) from error
 
     def _wait(self, descriptor: int) -> None:
         deadline, pause = time.monotonic() + self._patience, _FIRST_WAIT
@@ -113,6 +115,37 @@ class WriterLock:
             f"{self._path} has been held by another writer for {self._patience:.0f} s",
             fix="end the process that hangs; its lock is freed with it",
         )
+
+
+@contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    """Close a lock file after the block, which gives the lock back."""
+    token = object()
+    _DESCRIPTORS[token] = descriptor
+    try:
+        yield descriptor
+    finally:
+        # In a child that was forked in the block it is closed already.
+        mine = _DESCRIPTORS.pop(token, None)
+        if mine is not None:
+            os.close(mine)
+
+
+def _forget_after_fork() -> None:
+    """In a child: give up the locks of the parent, which a copy of a descriptor keeps taken.
+
+    The threads that held them are not here, so nobody would give them back while the child lives.
+    """
+    global _LOCKS_GUARD
+    _LOCKS_GUARD = threading.Lock()
+    _LOCKS.clear()
+    for descriptor in _DESCRIPTORS.values():
+        os.close(descriptor)
+    _DESCRIPTORS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 if sys.platform == "win32":
@@ -151,11 +184,9 @@ else:
         except OSError:
             yield
             return
-        try:
+        with _closing(descriptor):
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def unless_read(folder: Path) -> Iterator[bool]:
@@ -170,11 +201,8 @@ else:
         ...     unread
         True
         """
-        descriptor = open_plain(folder / READ_FILE)
-        try:
+        with _closing(open_plain(folder / READ_FILE)) as descriptor:
             yield _try_lock(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _try_lock(descriptor: int) -> bool:
         try:

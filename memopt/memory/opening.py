@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -30,6 +31,8 @@ from memopt.memory.schema import (
 )
 
 _ID_KEY_BYTES = 32
+# Processes that were forked from this one's parents after LanceDB began its threads.
+_BEHIND: list[int] = []
 # How the services of Amazon, Google and Azure refuse a write, as Lance quotes it.
 _REFUSED = re.compile(r"\b403\b|AccessDenied|Permission ?Denied|Forbidden", re.IGNORECASE)
 
@@ -131,6 +134,30 @@ def _unmake(folder: Path) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         for file in (READ_FILE, LOCK_FILE):
             (folder / file).unlink(missing_ok=True)
+
+
+def check_forked(lancedb: Any) -> None:
+    """Refuse a LanceDB whose threads stayed behind when this process was forked.
+
+    Raises:
+        ConsolidationError: it is one of before it began them anew in the child; it would wait for
+            ever.
+    """
+    if _BEHIND and not hasattr(sys.modules["lancedb.background_loop"], "_reset_after_fork"):
+        raise ConsolidationError(
+            f"lancedb {lancedb.__version__} was loaded before this process was forked and does "
+            "not work in it",
+            fix="upgrade lancedb, or start processes by 'spawn'",
+        )
+
+
+def _notice_fork() -> None:
+    if "lancedb.background_loop" in sys.modules:
+        _BEHIND.append(os.getpid())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_notice_fork)
 
 
 def table(place: Place, database: Any, name: str) -> Any:

@@ -126,7 +126,12 @@ class MemoryStore(Sealed):
         self.close()
 
     def close(self) -> None:
-        """Write what is buffered and wait for the index. The store can still be used afterwards."""
+        """Write what is buffered and wait for the index. The store can still be used afterwards.
+
+        In a process that was forked meanwhile nothing is done: what is buffered is the other's.
+        """
+        if self.forked:
+            return
         for write in self.closing:
             self.keep_book(write)
         self.keep_book(self.flush)
@@ -144,8 +149,11 @@ class MemoryStore(Sealed):
     def keep_book(self, write: Callable[[], None]) -> None:
         """Write down what reading leaves behind, where the store can be written.
 
-        Whoever may only read finds what is there; that is said in the log once.
+        Whoever may only read finds what is there; that is said in the log once. What a forked
+        process finds buffered is written by the other.
         """
+        if self.forked:
+            return
         try:
             write()
         except ReadOnlyError as error:
@@ -246,6 +254,7 @@ class MemoryStore(Sealed):
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""
+        self.check_process()
         self._touches.count(id_list(ids), utc(self.clock()))
 
     def flush(self) -> None:
