@@ -104,7 +104,7 @@ class Connection:
         if self.forked:
             raise ConsolidationError(
                 f"{self.place} was opened before this process was forked",
-                fix="open the store in each process, or start processes by 'spawn'",
+                fix="start processes by 'spawn' or 'forkserver', and open the store in each",
             )
 
     @property

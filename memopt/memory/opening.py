@@ -31,7 +31,7 @@ from memopt.memory.schema import (
 )
 
 _ID_KEY_BYTES = 32
-# Processes that were forked from this one's parents after LanceDB began its threads.
+# This process and those it comes from that were forked after LanceDB began its threads.
 _BEHIND: list[int] = []
 # How the services of Amazon, Google and Azure refuse a write, as Lance quotes it.
 _REFUSED = re.compile(r"\b403\b|AccessDenied|Permission ?Denied|Forbidden", re.IGNORECASE)
@@ -139,15 +139,16 @@ def _unmake(folder: Path) -> None:
 def check_forked(lancedb: Any) -> None:
     """Refuse a LanceDB whose threads stayed behind when this process was forked.
 
+    It begins new ones in the child; still a merge in a child now and then waited for ever (0.40).
+
     Raises:
-        ConsolidationError: it is one of before it began them anew in the child; it would wait for
-            ever.
+        ConsolidationError: the process was forked from one that had a store open.
     """
-    if _BEHIND and not hasattr(sys.modules["lancedb.background_loop"], "_reset_after_fork"):
+    if _BEHIND:
         raise ConsolidationError(
-            f"lancedb {lancedb.__version__} was loaded before this process was forked and does "
-            "not work in it",
-            fix="upgrade lancedb, or start processes by 'spawn'",
+            f"lancedb {lancedb.__version__} was in use before this process was forked, and may "
+            "hang in it",
+            fix="start processes by 'spawn' or 'forkserver', or open no store before the fork",
         )
 
 
