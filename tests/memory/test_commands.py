@@ -79,13 +79,30 @@ def test_show_stats_verify_export_import(store: Path, tmp_path: Path) -> None:
     assert {line["action"] for line in shown["log"]} >= {"read", "write"}
     assert memopt("export", store, tmp_path / "out").returncode == 0
     copied = memopt("import", tmp_path / "copy", tmp_path / "out")
-    assert "7 added" in copied.stdout
+    assert "7 added, 0 of them long-term, 0 there already; links of" in copied.stdout
+    again = memopt("import", tmp_path / "copy", tmp_path / "out", "--json")
+    assert json.loads(again.stdout).items() >= {"added": 0, "already": 7, "differing": 0}.items()
     expected = tmp_path / "ids"
     expected.write_text(f"{key}\nnobody\n")
     assert memopt("verify", tmp_path / "copy").returncode == 0
     missing = memopt("verify", tmp_path / "copy", "--expect", expected, "--json")
     assert missing.returncode == 1
     assert json.loads(missing.stdout)["missing"] == ["nobody"]
+
+
+def test_import_redacts_and_counts_as_add_does(minilm: Bundle, tmp_path: Path) -> None:
+    """The same option, and what was there already or says something else is told."""
+    mail = ("write to ann@example.org", "--model", minilm.path, "--redaction", "none", "--json")
+    key = json.loads(memopt("add", tmp_path / "mail", *mail).stdout)["ids"][0]
+    assert memopt("export", tmp_path / "mail", tmp_path / "mails").returncode == 0
+    for kind, text in ((), "[EMAIL]"), (("--redaction", "none"), "ann@example.org"):
+        place = tmp_path / f"mail-{len(kind)}"
+        assert memopt("import", place, tmp_path / "mails", *kind).returncode == 0
+        assert text in json.loads(memopt("show", place, key, "--json").stdout)["text"]
+    # What is there under the same id and says something else is told.
+    warned = memopt("import", tmp_path / "mail-0", tmp_path / "mails", "--redaction", "none")
+    assert "0 added" in warned.stdout
+    assert "1 ids hold other content, which stays" in warned.stderr
 
 
 def test_forget_erases(minilm: Bundle, tmp_path: Path) -> None:

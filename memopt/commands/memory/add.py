@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
+from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
 
 if TYPE_CHECKING:
     from memopt.memory.schema import NewMemory
@@ -46,9 +46,7 @@ def add(
     audio: Audio = None,
     joint: Joint = None,
     key: Key = None,
-    redaction: Annotated[
-        str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
-    ] = "auto",
+    redaction: Redaction = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add memories; what is there already is left as it is."""

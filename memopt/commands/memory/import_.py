@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.opened import AsJson, Key, Redaction, Store
 
 
 def import_(
     store: Store,
     folder: Annotated[Path, typer.Argument(help="Folder of an export.")],
     key: Key = None,
+    redaction: Redaction = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
@@ -31,14 +32,21 @@ def import_(
         dim = check_export(folder)
         with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
             pass  # made with the dimension of the export when it is new
-        with opened(store, embed=False, key=key) as here:
+        with opened(store, embed=False, key=key, redaction=redaction) as here:
             here.store.listeners.remove(here.graph)  # the links come from the file
             done = here.store.import_parquet(folder)
             here.store.listeners.append(here.graph)
             here.store.index.ensure()
     if as_json:
-        echo(json.dumps(asdict(done)))
+        echo(json.dumps({"added": done.memories, **asdict(done)}))
         return
     stdout().print(
-        f"{done.memories} added, links of {done.linked}, {done.long_term} of them long-term"
+        f"{done.memories} added, {done.long_term} of them long-term, {done.already} there already; "
+        f"links of {done.linked}"
     )
+    left_out = {"expired memories": done.expired, "links without an end": done.dangling}
+    if any(left_out.values()):
+        lines = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
+        stdout().print(f"left out: {lines}")
+    if done.differing:
+        stderr().print(f"warning: {done.differing} ids hold other content, which stays")

@@ -20,6 +20,9 @@ Joint = Annotated[str | None, typer.Option(help="Bundle of the joint layer.")]
 Key = Annotated[
     Path | None, typer.Option(help="File of the key [default: variable MEMOPT_MEMORY_KEY].")
 ]
+Redaction = Annotated[
+    str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Category = Annotated[
     list[str] | None, typer.Option("--category", help="Only these categories; repeatable.")
