@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from memopt.memory.schema import LONG_TERM
 from memopt.memory.words import words
 
 if TYPE_CHECKING:
@@ -102,7 +103,11 @@ def nowhere(row_ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 def _look(store: MemoryStore) -> Surroundings:
-    queries = [store.query().select(["timestamp"]).with_row_id()]
+    from lancedb.expr import col, lit
+
+    # A summary has the time of its last source: it is no moment, and would part that from others.
+    moments_only = store.query().where(col("tier") != lit(LONG_TERM))
+    queries = [moments_only.select(["timestamp"]).with_row_id()]
     plain = store.cipher is None
     if plain:
         name = "words" if "words" in store.word_columns else "text"

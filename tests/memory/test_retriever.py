@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memopt.errors import InputError
+from memopt.memory.condense import ConsolidationRecipe, consolidate
 from memopt.memory.graph import AssociationGraph
 from memopt.memory.retriever import MultimodalRetriever
 from memopt.memory.schema import Content, Filter, NewMemory
@@ -245,3 +246,18 @@ def test_what_is_of_the_time_asked_for_comes_first(store: MemoryStore, asked: st
     found = MultimodalRetriever(store).retrieve(question, vector=axes[0], top_k=2, touch=False)
     assert hits[0].memory.memory_id == "may"
     assert found[0].memory.memory_id == "may"
+
+
+def test_a_summary_parts_no_conversation(store: MemoryStore) -> None:
+    """A question that was condensed with others still leads to what was said right after it."""
+    axes = np.eye(DIM)
+    talk = ["Ann: where is the ladder kept?", "Ann: where is the ladder kept now?", "Bob: the shed"]
+    for at, text in enumerate(talk):
+        key = add(store, text, at * 0.01, embedding=axes[2] if at == 2 else axes[1] + axes[0])
+        if at < 2:
+            store.touch([key] * 10)
+    for at in range(20):
+        add(store, f"Eve: note {at}", 10 + at, embedding=axes[4] + 0.3 * axes[0])
+    assert consolidate(store, ConsolidationRecipe(duty=1)).condensed == 2
+    found = MultimodalRetriever(store).retrieve("ladder", vector=axes[0], top_k=4, touch=False)
+    assert talk[2] in {result.memory.text for result in found}
