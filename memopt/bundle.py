@@ -253,6 +253,7 @@ class Bundle:
         event: Mapping[str, Any],
         staged: Mapping[str, Path] | None = None,
         proof: Mapping[str, Any] | None = None,
+        dimension: int | None = None,
     ) -> Bundle:
         """Record variants with the hashes of their files and one event.
 
@@ -261,6 +262,7 @@ class Bundle:
             event: of the history; the time is added.
             staged: as in :meth:`update`; a file not named there is in the bundle already.
             proof: the validation set they were proven on.
+            dimension: of their vectors, as measured; what a config says of it is a guess.
         """
         staged = staged or {}
         names = {n for v in variants for n in (v.file, *v.companions)}
@@ -272,6 +274,7 @@ class Bundle:
                 variants={**manifest.variants, **{v.name: v for v in variants}},
                 files={**manifest.files, **hashed},
                 validation=proof or manifest.validation,
+                dimension=dimension or manifest.dimension,
                 history=(*manifest.history, stamp(event)),
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
-from memopt.errors import ConfigurationError, ExportError, MemoptError
+from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, one_line
 from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
@@ -20,6 +21,7 @@ from memopt.runtimes.joint import JOINT_TASK
 from memopt.runtimes.torch_model import LoadedModel, load_model
 from memopt.weights.reader import WeightLoader
 
+_log = logging.getLogger(__name__)
 Step = Callable[[str], None]
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
@@ -100,6 +102,20 @@ def export(
     say = on_step or (lambda line: None)
     _check_weights(bundle.weights)
     bundle.check(bundle.weights.name)
+    with _foreseen(bundle.manifest.model_type, say) as step:
+        return _export(bundle, format, task, precision, opset, fused, external_data_bytes, step)
+
+
+def _export(
+    bundle: Bundle,
+    format: str,
+    task: str,
+    precision: str,
+    opset: int,
+    fused: bool,
+    limit: int,
+    say: Step,
+) -> tuple[Variant, ...]:
     say("build the model from weights.parquet")
     kind = _kind(task)
     loaded = joint.load_model(bundle) if kind is joint else load_model(bundle, task)
@@ -109,8 +125,8 @@ def export(
         known = _portable(bundle, task, opset) if format == "openvino" else None
         graph = None
         if known is None:
-            module = kind.wrap(loaded, bundle.manifest, task)
             with _refused(loaded, task):
+                module = kind.wrap(loaded, bundle.manifest, task)
                 feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
                 kind.reference(loaded, bundle.manifest, task, feeds)
             say("trace and translate to ONNX")
@@ -118,32 +134,60 @@ def export(
         say("compute the torch reference")
         with _refused(loaded, task):
             cases = _cases(loaded, bundle.manifest, task, signature)
-        job = _Job(
-            bundle, task, precision, loaded, signature, cases, folder, external_data_bytes, say
-        )
+        job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
             made = _onnx(job, graph, fused=fused and task != JOINT_TASK)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
-                onnx.save_onnx(graph, known, limit=external_data_bytes)
+                onnx.save_onnx(graph, known, limit=limit)
             made = _openvino(job, known)
         return _publish(job, made, format, opset)
 
 
 @contextmanager
+def _foreseen(kind: str, say: Step) -> Iterator[Step]:
+    """Yield ``say``, and name the model and the step of what nobody has foreseen.
+
+    Models are built in more ways than are known here, and a traceback tells nobody what to do.
+    """
+    steps = ["begin"]
+
+    def step(line: str) -> None:
+        steps.append(line)
+        say(line)
+
+    try:
+        yield step
+    except (MemoptError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        _log.info("%s at %r: %r", kind, steps[-1], error)
+        raise ExportError(
+            f"{kind} is built in a way that memopt does not know: {type(error).__name__} at the "
+            f"step {steps[-1]!r}",
+            fix="nothing was written; memopt --debug export shows where, which is worth a report",
+        ) from error
+
+
+@contextmanager
 def _refused(loaded: LoadedModel, task: str) -> Iterator[None]:
-    """Say in one line what a model's own code raises when it is called as ``task`` asks."""
+    """Say in one line that a model's own code fails when it is called as ``task`` asks.
+
+    What it says itself is about arguments that nobody has seen; it is logged, and --debug shows it.
+    """
     try:
         yield
     except MemoptError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         kind = loaded.config.model_type
+        _log.info("%s as %s: %r", kind, task, error)
         raise ExportError(
-            f"{kind} cannot be run as {task}: {reason}",
-            fix="give another --task; an encoder of this kind is not supported",
+            f"{kind} cannot be run as {task}: transformers' code of it fails on such input alone "
+            f"({type(error).__name__})",
+            fix="choose another --task, or an encoder of text, pictures or sound; memopt --debug "
+            "shows what it says",
         ) from error
 
 
@@ -199,12 +243,28 @@ def _onnx(job: _Job, graph: Any, *, fused: bool) -> list[Variant]:
     name = job.name("onnx", job.precision)
     made = [_save(job, graph, f"{job.stem}{suffix}.onnx", name)]
     if fused and job.precision == "fp32":
-        faster, report = fuse(graph, job.loaded.config.to_dict())
-        if report.fused:
-            variant = _save(job, faster, f"{job.stem}_fused.onnx", f"{name}-fused")
-            record = {**(variant.check or {}), "fusion": asdict(report)}
-            made.append(replace(variant, target="cpu", fused=True, check=record))
+        made += _fused(job, graph, name)
     return made
+
+
+def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
+    """Return the graph with fused operators, if there is one and it is as right as the other.
+
+    It is only the faster of the two: without it the bundle is whole, and the log says what failed.
+    """
+    try:
+        faster, report = fuse(graph, job.loaded.config.to_dict())
+        if not report.fused:
+            return []
+        variant = _save(job, faster, f"{job.stem}_fused.onnx", f"{name}-fused")
+    except MissingExtra:
+        raise
+    except Exception as error:  # noqa: BLE001 - of any kind: patterns meet graphs nobody has seen
+        kind = job.loaded.config.model_type
+        _log.warning("%s gets no fused graph for ONNX Runtime: %s", kind, one_line(error))
+        return []
+    record = {**(variant.check or {}), "fusion": asdict(report)}
+    return [replace(variant, target="cpu", fused=True, check=record)]
 
 
 def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
@@ -301,8 +361,16 @@ def _publish(job: _Job, made: list[Variant], format: str, opset: int) -> tuple[V
             "versions": {name: version for name, version in versions.items() if version},
         },
         staged={name: job.folder / name for name in names},
+        dimension=_dimension(job),
     )
     return tuple(made)
+
+
+def _dimension(job: _Job) -> int | None:
+    """Return the length of the vectors that torch gave; the manifest's is of its own task."""
+    vectors = job.cases[0][1].get("sentence_embedding")
+    own = job.task == job.bundle.manifest.task
+    return int(vectors.shape[-1]) if own and vectors is not None else None
 
 
 def _version(package: str) -> str | None:

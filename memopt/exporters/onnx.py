@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Mapping, MutableSequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from memopt.errors import ExportError
+from memopt.errors import ExportError, one_line
 from memopt.exporters.tasks import Signature
 from memopt.extras import require
 from memopt.runtimes.torch_model import LoadedModel
 
+_log = logging.getLogger(__name__)
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)  # what torch's dynamo exporter writes
 # protobuf refuses messages past 2 GiB; the rest of the graph needs room too.
@@ -44,7 +46,8 @@ def to_onnx(
         opset: ONNX operator set of the default domain.
 
     Raises:
-        ExportError: torch cannot trace or translate the model; names the operator when torch does.
+        ExportError: torch cannot trace or translate the model; says why as far as torch does, and
+            names the operator.
     """
     import torch
 
@@ -73,9 +76,11 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:
+        _log.info("torch on %s: %s", loaded.config.model_type, error)
         raise ExportError(
-            f"{loaded.config.model_type} does not export: {_reason(error)}",
-            fix="try another --opset, or report the architecture",
+            f"{loaded.config.model_type} does not export to a graph: {_reason(error)}",
+            fix="a bundle runs without one too, with ArrowEngine(BUNDLE, device='torch'); memopt "
+            "--debug shows what torch says",
         ) from error
     model = program.model_proto
     _tidy(model, onnx)
@@ -109,7 +114,7 @@ def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> 
     try:
         onnx.checker.check_model(str(target), full_check=not _contrib(model))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the ONNX checker refuses {target.name}: {_reason(error)}") from error
+        raise ExportError(f"the ONNX checker refuses {target.name}: {one_line(error)}") from error
     return companions
 
 
@@ -167,14 +172,36 @@ def runner(path: Path, outputs: tuple[str, ...]) -> Any:
     onnxruntime = require("onnxruntime", extra="cpu", why="check the exported graph")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        _log.info("onnxruntime on %s: %s", path, error)
+        raise ExportError(
+            f"ONNX Runtime cannot open {path.name}: {_operator(error) or 'it refuses the graph'}",
+            fix="nothing was written; memopt --debug shows what it says",
+        ) from error
     names = {value.name for value in session.get_inputs()}
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in names})
+        try:
+            found = session.run(list(outputs), {k: v for k, v in feeds.items() if k in names})
+        except Exception as error:
+            _log.info("onnxruntime on %s: %s", path, error)
+            shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
+            raise ExportError(
+                f"ONNX Runtime cannot run {path.name} on {shape}: the graph is not of every shape "
+                "that the model is",
+                fix="nothing was written; memopt --debug shows what it says",
+            ) from error
         return dict(zip(outputs, found, strict=True))
 
     return run
+
+
+def _operator(error: BaseException) -> str:
+    pattern = r"(\w+)\(-?\d+\) is not a registered|implementation for (\w+)\("
+    match = re.search(pattern, str(error))
+    return f"it has no operator {match[1] or match[2]} of this kind" if match else ""
 
 
 def _contrib(model: Any) -> bool:
@@ -303,22 +330,25 @@ def _rename(model: Any, names: Mapping[str, str]) -> None:
         value.name = names.get(value.name, value.name)
 
 
+# What torch says, in many lines that name its own insides -> what that means.
+_REASONS = (
+    (r"No ONNX function found for [^']*'(?:aten\.)?([\w.:]+)'", "ONNX has no operator for its {}"),
+    (r"No decompositions? [^']*'?(?:aten[.:]+)([\w.]+)", "ONNX has no operator for its {}"),
+    (r"[Dd]ata-dependent|GuardOnDataDependent|unbacked symint", "{}its code branches on values"),
+    (r"[Cc]onstraints? violated|specializ|marked .* as dynamic", "{}its code fixes a length"),
+    (r"(?:_local_scalar_dense|\.item\(\)|\.tolist\(\))", "{}its code reads numbers out of tensors"),
+)
+
+
 def _reason(error: BaseException) -> str:
-    """Return the line of torch's long message that names the operator or the cause."""
+    """Return what torch's long message comes to, without its words."""
     seen: BaseException | None = error
-    texts = []
+    text, names = "", []
     while seen is not None:
-        texts.append(str(seen))
+        text += f"{type(seen).__name__}: {seen}\n"
+        names.append(type(seen).__name__)
         seen = seen.__cause__
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    for marker in (
-        "No ONNX function found",
-        "No decompositions",
-        "target",
-        "Unsupported",
-        "Could not",
-    ):
-        for line in lines:
-            if marker in line:
-                return line[:400]
-    return (lines or [type(error).__name__])[-1][:400]
+    for pattern, meaning in _REASONS:
+        if match := re.search(pattern, text):
+            return meaning.format(match[1] if match.groups() else "")
+    return f"torch cannot trace its code ({names[-1]})"

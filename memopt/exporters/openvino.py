@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from memopt.errors import ExportError
 from memopt.extras import require, root_log_kept
 from memopt.runtimes.openvino_file import save_openvino
+
+_log = logging.getLogger(__name__)
 
 
 def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
@@ -23,28 +27,49 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
         Names of the further files, relative to the folder of ``target``.
 
     Raises:
-        ExportError: OpenVINO cannot read the graph; its first line is in the message.
+        ExportError: OpenVINO cannot read or write the graph.
     """
     openvino = require("openvino", extra="openvino", why="write OpenVINO files")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with root_log_kept():
             model = openvino.convert_model(source)
+        save_openvino(model, target, half=half)
     except Exception as error:
-        line = (str(error).strip().splitlines() or ["no message"])[-1]
-        raise ExportError(f"OpenVINO cannot read the graph: {line[:300]}") from error
-    save_openvino(model, target, half=half)
+        raise _refusal("read the graph", error) from error
     return (target.with_suffix(".bin").name,)
 
 
 def runner(path: Path, outputs: tuple[str, ...], options: Mapping[str, str]) -> Any:
-    """Return feeds -> outputs on OpenVINO's CPU plugin with these compile options."""
+    """Return feeds -> outputs on OpenVINO's CPU plugin with these compile options.
+
+    Raises:
+        ExportError: OpenVINO cannot compile the graph; so does the function, where it cannot run.
+    """
     openvino = require("openvino", extra="openvino", why="check the exported graph")
-    compiled = openvino.Core().compile_model(path, "CPU", dict(options))
+    try:
+        compiled = openvino.Core().compile_model(path, "CPU", dict(options))
+    except Exception as error:
+        raise _refusal("compile the graph", error) from error
     names = {name for port in compiled.inputs for name in port.names}
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        found = compiled({k: v for k, v in feeds.items() if k in names})
+        try:
+            found = compiled({k: v for k, v in feeds.items() if k in names})
+        except Exception as error:
+            shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
+            raise _refusal(f"run the graph on {shape}", error) from error
         return {name: found[name].copy() for name in outputs}
 
     return run
+
+
+def _refusal(what: str, error: BaseException) -> ExportError:
+    """Return one line for OpenVINO's many, which name its source files; the log has them."""
+    _log.info("OpenVINO: %s", error)
+    operators = re.search(r"for operations?: ([\w.]+(?:, [\w.]+)*)", str(error))
+    where = f": it has no {operators[1]}" if operators else ""
+    return ExportError(
+        f"OpenVINO cannot {what}{where}",
+        fix="export it as --format onnx; memopt --debug shows what OpenVINO says",
+    )

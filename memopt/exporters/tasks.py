@@ -54,10 +54,39 @@ class Shape:
 
 
 def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
-    """Return the graph signature of docs/architecture.md for this model and task."""
+    """Return the graph signature of docs/architecture.md for this model and task.
+
+    Raises:
+        ExportError: the model must be given something that memopt does not make.
+    """
+    made = _signature(loaded, task)
+    takes = inspect.signature(loaded.call).parameters
+    needed = [
+        name
+        for name, parameter in takes.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in made.inputs
+    ]
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    # A mask that gets lost in **kwargs is a mask that is not used: padding would change vectors.
+    foreign = [
+        name for name in made.inputs if name not in takes and (not free or name == "attention_mask")
+    ]
+    if needed or foreign:
+        what = [f"needs {name}" for name in needed] + [f"takes no {name}" for name in foreign]
+        raise ExportError(
+            f"{loaded.config.model_type} cannot be run as {task}, which gives a model "
+            f"{' and '.join(made.inputs)}: it {' and '.join(what)}",
+            fix="choose another --task, or an encoder of text, pictures or sound alone",
+        )
+    return made
+
+
+def _signature(loaded: LoadedModel, task: str) -> Signature:
     if task in ("embedding", "text-generation"):
         names = ["input_ids", "attention_mask"]
-        forward = inspect.signature(loaded.module.forward).parameters
+        forward = inspect.signature(loaded.call).parameters
         if (
             task == "embedding"
             and "token_type_ids" in forward
@@ -89,6 +118,7 @@ def _module_classes() -> Any:
         ) -> None:
             super().__init__()
             self.model = loaded.module
+            self.method = loaded.method or "forward"
             self.model_type = loaded.config.model_type
             self.config = loaded.config
             self.skip = loaded.skip
@@ -110,7 +140,7 @@ def _module_classes() -> Any:
             elif mask is not None and self.model_type == "big_bird":
                 self.model.set_attention_type("original_full")
                 call["attention_mask"] = _block_mask(mask, self.config)
-            result = self.model(**call)
+            result = getattr(self.model, self.method)(**call)
             if self.pooling == "logits":
                 return (result.logits,)
             hidden = result.last_hidden_state
@@ -145,7 +175,13 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         if task == "text-generation":
             return {"logits": loaded.module(**tensors, use_cache=False).logits.numpy()}
-        result = loaded.module(**tensors)
+        result = loaded.call(**tensors)
+    if getattr(result, "last_hidden_state", None) is None:
+        raise ExportError(
+            f"{loaded.config.model_type} gives {type(result).__name__} and no last_hidden_state: "
+            "memopt does not know what stands for its input",
+            fix="choose another --task, or an encoder of text, pictures or sound",
+        )
     hidden = result.last_hidden_state.numpy()
     _refuse_missing_class_token(loaded, manifest, feeds, hidden)
     mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
@@ -179,8 +215,11 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     config = loaded.config
     feeds: dict[str, Any] = {}
     if "input_ids" in names:
-        pad = getattr(config, "pad_token_id", None) or 0
-        rows = loaded.module.get_input_embeddings().weight.shape[0]
+        # Of two towers the text's has it; some configs name a token that the table has no row of.
+        text = getattr(config, "text_config", None) or config
+        pad = getattr(text, "pad_token_id", None)
+        rows = _vocabulary(loaded, text)
+        pad = pad if isinstance(pad, int) and 0 <= pad < rows else 0
         ids = generator.integers(0, rows, (shape.batch, shape.length))
         ids[ids == pad] = (pad + 1) % rows
         mask = np.ones((shape.batch, shape.length), dtype=np.int64)
@@ -213,11 +252,28 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     return {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in feeds.items()}
 
 
+def _vocabulary(loaded: LoadedModel, config: Any) -> int:
+    """Return how many token ids the model takes."""
+    try:
+        table = loaded.module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        table = None  # of two towers transformers does not say which one's
+    rows = getattr(getattr(table, "weight", None), "shape", (None,))[0]
+    rows = rows or getattr(config, "vocab_size", None)
+    if not isinstance(rows, int):
+        raise ExportError(
+            f"{config.model_type} has no table of tokens: memopt does not know what ids it takes",
+            fix="choose another --task, or an encoder of text whose config.json has a vocab_size",
+        )
+    return rows
+
+
 def _picture(loaded: LoadedModel) -> tuple[int, int, int]:
     """Return (channels, height, width) of what the image front end gives this model."""
     if loaded.picture is not None:
         return loaded.picture
-    size = getattr(loaded.config, "image_size", None)
+    config = getattr(loaded.config, "vision_config", None) or loaded.config
+    size = getattr(config, "image_size", None)
     if size is None:
         raise ExportError(
             f"config.json of this {loaded.config.model_type} has no image_size, and there is no "
@@ -225,7 +281,7 @@ def _picture(loaded: LoadedModel) -> tuple[int, int, int]:
             fix="convert a folder that has the model's preprocessor_config.json",
         )
     high, wide = (size, size) if isinstance(size, int) else size
-    return getattr(loaded.config, "num_channels", 3), high, wide
+    return getattr(config, "num_channels", 3), high, wide
 
 
 def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tuple[Shape, ...]:
@@ -259,7 +315,8 @@ def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
     config = loaded.config
     stated = position_limit(config.to_dict())
     limit = min(max_length or stated or 512, stated or max_length or 512)
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or 12
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+    heads = heads if isinstance(heads, int) and heads > 0 else 12
     limit = min(limit, int((LONGEST_SCORES / 4 / heads) ** 0.5))
     if task == "text-generation":
         limit = min(limit, LONGEST_SCORES // 4 // loaded.module.config.vocab_size)
@@ -373,7 +430,10 @@ def _own(result: Any) -> Any:
         value = getattr(result, name, None)
         if value is not None:
             return value.flatten(1)  # convolutional models keep two axes of length 1
-    raise ExportError("the model has no pooled output", fix="set another pooling in memopt.json")
+    raise ExportError(
+        f"the model has no pooled output (it gives {type(result).__name__})",
+        fix="set pooling 'cls' or 'mean' in memopt.json, whichever it was trained for",
+    )
 
 
 def _numpy_pool(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:

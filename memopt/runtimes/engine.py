@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from memopt import metrics
-from memopt.bundle import Bundle, open_bundle
+from memopt.bundle import MANIFEST, Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError
 from memopt.extras import require
 from memopt.runtimes import limits
@@ -230,11 +230,21 @@ class ArrowEngine:
 
     @property
     def dimension(self) -> int:
-        """Length of one vector."""
-        known = self._bundle.manifest.dimension or self._chain.backend.dimension
-        if known is None:
+        """Length of one vector, as the graph gives it.
+
+        Raises:
+            BundleError: the manifest says another one, or neither says it.
+        """
+        stated, known = self._bundle.manifest.dimension, self._chain.backend.dimension
+        if stated and known and stated != known:
+            raise BundleError(
+                f"{self._bundle.file(self._chain.candidate.variant)} gives vectors of {known} "
+                f"numbers, and {MANIFEST} says dimension {stated}",
+                fix=f"run: memopt export {self._bundle.path}",
+            )
+        if not (known or stated):
             raise BundleError(f"{self._bundle.path} does not say its dimension", fix="export again")
-        return known
+        return known or stated or 0
 
     @property
     def events(self) -> tuple[FallbackEvent, ...]:

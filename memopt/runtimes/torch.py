@@ -83,7 +83,9 @@ class TorchBackend:
             raise DeviceError("the model on torch is closed")
         tensors = {name: torch.from_numpy(feed[name]) for name in self.inputs}
         with self._lock, torch.inference_mode():
-            result = model(**tensors)
+            result = (getattr(model, self._loaded.method) if self._loaded.method else model)(
+                **tensors
+            )
             mask = tensors.get("attention_mask")
             if mask is not None and self._loaded.skip:
                 mask = mask * (mask.cumsum(1) > self._loaded.skip)

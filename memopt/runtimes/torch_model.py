@@ -20,12 +20,17 @@ from memopt.errors import ExportError
 from memopt.extras import require
 from memopt.runtimes.conversions import Converted
 from memopt.runtimes.image import image_shape
+from memopt.weights.kinds import DUAL
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import read_sentence
 
 # Classes that differ from what AutoModel would pick; (model type, task) -> transformers class.
 CLASSES = {
     ("t5", "embedding"): "T5EncoderModel",
+    ("mt5", "embedding"): "MT5EncoderModel",
+    ("umt5", "embedding"): "UMT5EncoderModel",
+    ("longt5", "embedding"): "LongT5EncoderModel",
+    ("switch_transformers", "embedding"): "SwitchTransformersEncoderModel",
     ("clip", "embedding"): "CLIPTextModelWithProjection",
     ("clip_text_model", "embedding"): "CLIPTextModelWithProjection",
     ("clip", "image-embedding"): "CLIPVisionModelWithProjection",
@@ -38,7 +43,17 @@ CLASSES = {
     ("whisper", "audio-embedding"): "WhisperModel",
 }
 # Only the part below this attribute is exported.
-PARTS = {("whisper", "audio-embedding"): "encoder"}
+PARTS = {("whisper", "audio-embedding"): "encoder", ("moonshine", "audio-embedding"): "encoder"}
+# Models of encoder and decoder whose encoder sentence-transformers takes; of the others it takes
+# what AutoModel gives, the states of a decoder that is fed the text itself.
+ENCODERS = frozenset(
+    {
+        *("blenderbot", "blenderbot-small", "m2m_100", "marian", "pegasus", "pegasus_x"),
+        *("prophetnet", "t5gemma"),
+    }
+)
+# How a model of two towers without classes of their own is asked for one.
+TOWERS = {"embedding": "get_text_features", "image-embedding": "get_image_features"}
 # wav2vec2's is for training. A pooler is left out of the checkpoints of models with another head;
 # it may only be missing where the embedding is pooled from the hidden states.
 TRAINING_ONLY = "masked_spec_embed"
@@ -64,6 +79,13 @@ class LoadedModel:
     keep: int | None = None
     # (channels, height, width) that the bundle's image front end gives; None without one.
     picture: tuple[int, int, int] | None = None
+    # The method of the module that answers; "" is the module itself.
+    method: str = ""
+
+    @property
+    def call(self) -> Any:
+        """What takes the model's inputs by name and gives its output."""
+        return getattr(self.module, self.method or "forward")
 
 
 def load_config(folder: Path) -> Any:
@@ -123,15 +145,31 @@ def load_model(
         optional = (
             (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
         )
+        encoder = task == "embedding" and config.model_type in ENCODERS
+        if encoder:
+            optional = (*optional, "decoder.")
         _assign(module, names, weights_now, optional)
         # A tied parameter is one tensor under two names, of which a checkpoint has one.
         stored = {id(module.get_parameter(name)): weight for name, weight in names.items()}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if id(parameter) in stored:
                 names.setdefault(name, stored[id(parameter)])
+        if encoder:
+            # Only now: its embeddings are shared with the decoder's, under whose name they lie.
+            module, names = _encoder(module, names)
     skip, keep = _sentence_head(bundle) if task == "embedding" else (0, None)
     picture = image_shape(bundle) if task == "image-embedding" else None
-    return LoadedModel(module.eval(), config, names, skip, keep, picture)
+    method = TOWERS.get(task, "") if (config.model_type, task) not in CLASSES else ""
+    method = method if config.model_type in DUAL else ""
+    return LoadedModel(module.eval(), config, names, skip, keep, picture, method)
+
+
+def _encoder(module: Any, names: dict[str, str]) -> tuple[Any, dict[str, str]]:
+    """Return the encoder of a model and the weights of its parameters."""
+    weights = {id(module.get_parameter(name)): weight for name, weight in names.items()}
+    part = module.get_encoder()
+    found = part.named_parameters(remove_duplicate=False)
+    return part, {name: weights[id(p)] for name, p in found if id(p) in weights}
 
 
 def reset(module: Any, config: Any) -> None:
@@ -154,6 +192,9 @@ def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]
     import transformers
 
     name = CLASSES.get((config.model_type, task))
+    plain = (name or "").removesuffix("WithProjection")
+    if plain in (getattr(config, "architectures", None) or ()):
+        name = plain  # saved without the projection, as in what draws pictures
     try:
         with _meta_parameters():
             if name:
@@ -169,9 +210,17 @@ def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]
                     else transformers.AutoModel
                 )
                 module = auto.from_config(config, attn_implementation=attention)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except ImportError as error:
+        package = re.search(r"pip install ([\w.-]+)", str(error))
+        needed = package[1] if package else _first_line(error)
         raise ExportError(
-            f"cannot build {config.model_type!r} for task {task!r}: {_first_line(error)}",
+            f"the code of {config.model_type} needs a package that is not installed: {needed}",
+            fix="install it and run the command again",
+        ) from error
+    except Exception as error:
+        raise ExportError(
+            f"transformers cannot build {config.model_type!r} for task {task!r} from config.json: "
+            f"{_first_line(error)}",
             fix="choose another --task, or check config.json",
         ) from error
     return module, config
@@ -268,9 +317,8 @@ def _buffers(module: Any, names: dict[str, str], current: dict[str, str]) -> dic
         elif last in ("running_mean", "running_var"):
             missing.append(name)
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ExportError(
-            f"the weights do not fit the architecture: missing {', '.join(missing[:5])}{more}",
+            f"the weights do not fit the architecture: missing {_some(missing)}",
             fix="check that config.json and the weights are of the same model",
         )
     return found
@@ -292,9 +340,8 @@ def _refuse_unexpected(
             continue
         left.append(stored)
     if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise ExportError(
-            f"the architecture has no place for the weights {', '.join(left[:5])}{more}",
+            f"the architecture has no place for the weights {_some(left)}",
             fix="check that config.json (number of layers, say) and the weights are of one model",
         )
 
@@ -310,8 +357,14 @@ def _assign(
         shared.setdefault(id(parameter), []).append(name)
     tied = set(getattr(module, "all_tied_weights_keys", None) or ())
     missing, wrong = [], []
+    computed: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name not in names:
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if hasattr(owner, "create_weight"):
+                # Sines of positions, which many checkpoints (Marian's) leave out.
+                computed[name] = owner.create_weight().to("cpu", torch.float32)
+                continue
             twins = [twin for twin in shared[id(parameter)] if twin in names]
             if not twins and name not in tied and not any(part in name for part in optional):
                 missing.append(name)
@@ -320,11 +373,9 @@ def _assign(
         if shape != tuple(parameter.shape):
             wrong.append(f"{names[name]} is {shape}, not {tuple(parameter.shape)}")
     if missing or wrong:
-        problems = [f"missing {name}" for name in missing[:5]] + wrong[:5]
-        more = len(missing) + len(wrong) - len(problems)
-        rest = f" and {more} more" if more > 0 else ""
+        problems = [*(f"missing {name}" for name in missing), *wrong]
         raise ExportError(
-            f"the weights do not fit the architecture: {', '.join(problems)}{rest}",
+            f"the weights do not fit the architecture: {_some(problems)}",
             fix="check that config.json and the weights are of the same model",
         )
     buffers = _buffers(module, names, stored.names)
@@ -334,6 +385,8 @@ def _assign(
             values = np.asarray(stored.load(weight)).astype(np.float32)
             made[weight] = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
         _set(module, name, made[weight])
+    for name, values in computed.items():
+        _set(module, name, torch.nn.Parameter(values, requires_grad=False))
     if hasattr(module, "tie_weights"):
         module.tie_weights()
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -351,6 +404,12 @@ def _set(module: Any, name: str, parameter: Any) -> None:
     for part in path:
         module = getattr(module, part)
     module._parameters[last] = parameter
+
+
+def _some(items: list[str]) -> str:
+    """Return the first five, and how many there are besides."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{', '.join(items[:5])}{more}"
 
 
 def _first_line(error: BaseException) -> str:

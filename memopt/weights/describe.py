@@ -9,29 +9,17 @@ from typing import Any
 from memopt.bundle import POOLINGS, TASKS, Manifest, position_limit, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
 from memopt.registry import nearest
+from memopt.weights.kinds import AUDIO, DUAL, IMAGE, refusal
 from memopt.weights.sentence import Sentence, read_sentence
 
-_IMAGE = {
-    *("vit", "deit", "beit", "data2vec-vision", "dinov2", "dinov2_with_registers", "dinov3_vit"),
-    *("swin", "swinv2", "convnext", "convnextv2", "resnet", "vit_mae", "vit_msn", "ijepa"),
-    *("efficientnet", "regnet", "mobilenet_v1", "mobilenet_v2", "mobilevit", "poolformer", "pvt"),
-    *("focalnet", "bit", "swiftformer", "hiera", "dinov3_convnext", "levit", "cvt", "dinat"),
-    *("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"),
-}
-_AUDIO = {
-    *("whisper", "wav2vec2", "wav2vec2-conformer", "wav2vec2-bert", "hubert", "wavlm", "unispeech"),
-    *("unispeech-sat", "data2vec-audio", "sew", "audio-spectrogram-transformer"),
-}
 # Their first token stands for the picture; the layer that transformers puts behind it is not in
 # every checkpoint. What is in neither set gives transformers' own pooled output.
 _CLASS_TOKEN = {
-    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae", "vit_msn"),
+    *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"),
 }
 _PATCHES_ONLY = {"ijepa"}  # neither a class token nor a pooled output: the mean of the patches
-# Two towers in one checkpoint: the image tower is the default, --task embedding takes the text one.
-_DUAL = {"clip", "siglip", "siglip2", "chinese_clip", "altclip"}
-_OWN_HEAD = {*_DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
-    m for m in _IMAGE if m.startswith(("clip", "siglip"))
+_OWN_HEAD = {*DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
+    m for m in IMAGE if m.startswith(("clip", "siglip"))
 }
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 # Heads that are the model's answer: without them another model would be served under its name.
@@ -67,7 +55,8 @@ def describe(
         sentence: what ``read_sentence`` returned, where it was read already.
 
     Raises:
-        WeightsError: no usable config.json, or sentence-transformers modules memopt does not run.
+        WeightsError: no usable config.json, a kind of model that has no one vector for its input,
+            or sentence-transformers modules memopt does not run.
         ConfigurationError: an unknown task, or an unknown key in the YAML entry.
     """
     known = dict(known or {})
@@ -82,6 +71,12 @@ def describe(
     files = folder / sentence.transformer if sentence else folder
     config = model_config(files, sentence)
     architecture, model_type = _identity(files, config)
+    if other := refusal(config):
+        raise WeightsError(
+            f"{files / 'config.json'} is of a {model_type}, which {other}: memopt knows no one "
+            "vector for what it takes",
+            fix="convert an encoder of text, pictures or sound; docs/runtime.md says which",
+        )
     stated = task or known.get("task")
     task = stated or _task(architecture, model_type, sentence)
     if task not in TASKS:
@@ -185,10 +180,10 @@ def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _task(architecture: str, model_type: str, sentence: Sentence | None) -> str:
-    if model_type in _AUDIO:
+    if model_type in AUDIO:
         return "audio-embedding"
     pictures = sentence is None or "image" in sentence.modalities
-    if model_type in _IMAGE or (model_type in _DUAL and "Text" not in architecture and pictures):
+    if model_type in IMAGE or (model_type in DUAL and "Text" not in architecture and pictures):
         return "image-embedding"
     if architecture.endswith(_CAUSAL) and sentence is None:
         return "text-generation"

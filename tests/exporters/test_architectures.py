@@ -145,6 +145,40 @@ ARCHITECTURES: dict[str, Architecture] = {
         towers={"text_config": _TEXT, "vision_config": _IMAGE},
         task="image-embedding",
     ),
+    # Two towers without classes of their own: asked through get_image_features and so on.
+    "chinese-clip-vision": Architecture(
+        cls="ChineseCLIPModel",
+        config="ChineseCLIPConfig",
+        settings={"projection_dim": 24},
+        towers={"text_config": _TEXT, "vision_config": _IMAGE},
+        task="image-embedding",
+    ),
+    "chinese-clip-text": Architecture(
+        cls="ChineseCLIPModel",
+        config="ChineseCLIPConfig",
+        settings={"projection_dim": 24},
+        towers={"text_config": _TEXT, "vision_config": _IMAGE},
+    ),
+    # Its encoder's embeddings lie in the file under the name of what they are shared with.
+    "marian": Architecture(
+        cls="MarianMTModel",
+        config="MarianConfig",
+        settings={
+            "vocab_size": 99,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 48,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 0,
+        },
+        pooling="mean",
+    ),
     "vit": Architecture(
         cls="ViTModel", config="ViTConfig", settings=_IMAGE, task="image-embedding"
     ),
@@ -320,7 +354,11 @@ def _expected(name: str, source: Path, feeds: dict[str, np.ndarray]) -> dict[str
     with torch.no_grad():
         if chosen.task == "text-generation":
             return {"logits": model(**tensors).logits.numpy()}
-        if name.startswith("clip"):
+        if name.startswith("chinese-clip"):
+            image = chosen.task == "image-embedding"
+            result = (model.get_image_features if image else model.get_text_features)(**tensors)
+            pooled = result.pooler_output
+        elif name.startswith("clip"):
             tower = model.vision_model if chosen.task == "image-embedding" else model.text_model
             projection = (
                 model.visual_projection
@@ -333,7 +371,7 @@ def _expected(name: str, source: Path, feeds: dict[str, np.ndarray]) -> dict[str
             result = model.vision_model(**tensors)
             pooled = result.pooler_output
         else:
-            if name in ("whisper", "t5"):
+            if name in ("whisper", "t5", "marian"):
                 model = model.get_encoder()
             elif hasattr(model, "base_model"):
                 model = model.base_model

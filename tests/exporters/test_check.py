@@ -119,3 +119,25 @@ def test_wrong_outputs_are_refused(change: Callable[[Outputs], Outputs], message
     """Missing, misshapen, NaN, scaled (cosine alone would not see it) and permuted outputs."""
     with pytest.raises(ExportError, match=message):
         run(lambda feeds: change(right(feeds)))
+
+
+def test_a_dead_row_of_a_feature_map_has_no_direction() -> None:
+    """A ReLU leaves whole rows of zeros: two of them are equal, and the map is compared whole."""
+    generator = np.random.default_rng(2)
+
+    def features(feeds: Feeds) -> Outputs:
+        hidden = np.maximum(feeds["pixel_values"], 0)
+        hidden[:, :, 1] = 0
+        return {"last_hidden_state": hidden, "sentence_embedding": hidden.mean((2, 3)) * [1, 0]}
+
+    pictures = [{"pixel_values": generator.normal(size=(n, 2, 3, 3))} for n in (1, 2, 3, 4)]
+    cases = [(feeds, features(feeds)) for feeds in pictures]
+    record = compare(features, cases, TOLERANCES["fp32"], name="x")
+    assert record["min_cosine"] == pytest.approx(1.0)
+
+    def other(feeds: Feeds) -> Outputs:
+        out = features(feeds)
+        return {**out, "last_hidden_state": np.roll(out["last_hidden_state"], 1, axis=2)}
+
+    with pytest.raises(ExportError, match="does not give the answers of torch"):
+        compare(other, cases, TOLERANCES["fp32"], name="x")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ def test_a_bundle_without_its_tokenizer_is_refused(minilm_copy: Bundle) -> None:
         engine.encode(["a"])
     path.unlink()
     with ArrowEngine(minilm_copy) as engine, pytest.raises(BundleError, match="is missing"):
+        engine.encode(["a"])
+
+
+@pytest.mark.parametrize("variant", ["onnx-fp32", "openvino-fp32"])
+def test_the_graph_says_how_long_its_vectors_are(minilm: Bundle, variant: str) -> None:
+    """A manifest need not say it; one that says something else is named before anything is run."""
+    silent = Bundle(minilm.path, replace(minilm.manifest, dimension=None))
+    with ArrowEngine(silent, variant=variant) as engine:
+        assert engine.dimension == 384
+        assert engine.encode(["a", "b"]).shape == (2, 384)
+    wrong = Bundle(minilm.path, replace(minilm.manifest, dimension=768))
+    said = r"gives vectors of 384 numbers, and memopt\.json says dimension 768; run: memopt export"
+    with ArrowEngine(wrong, variant=variant) as engine, pytest.raises(BundleError, match=said):
         engine.encode(["a"])
 
 
