@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,16 @@ def make_source(name: str, folder: Path) -> Architecture:
     return chosen
 
 
-NAMES = tuple(ARCHITECTURES)
+# One of each build is in every run: post-norm text, decoder, picture, spectrum, waveform.
+_ALWAYS = ("bert", "t5", "vit", "whisper", "wav2vec2", "llama", "qwen3-generation")
+
+
+def _each(names: Iterable[str]) -> list[Any]:
+    slow = pytest.mark.slow
+    return [n if n in _ALWAYS else pytest.param(n, marks=slow) for n in names]
+
+
+NAMES = _each(ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +445,7 @@ def test_the_graph_is_standard_and_its_weights_keep_their_names(
     assert batch == {"batch"}
 
 
-ENCODERS = tuple(n for n, a in ARCHITECTURES.items() if a.task != "text-generation")
+ENCODERS = _each(n for n, a in ARCHITECTURES.items() if a.task != "text-generation")
 TORCH = Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
 
 
