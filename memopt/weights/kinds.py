@@ -121,6 +121,19 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     ]
     if parts:
         return f"is made of several models ({', '.join(sorted(parts))})"
-    if not any(config.get(name) for name in _VOCABULARY):
+    if not any(config.get(name) for name in _VOCABULARY) and not _usual_vocabulary(kind):
         return "has no vocabulary, and is none of the encoders of pictures or sounds it knows"
     return None
+
+
+def _usual_vocabulary(kind: str) -> bool:
+    """Whether the type's own defaults have a vocabulary: a config may state only what differs."""
+    try:
+        from transformers import CONFIG_MAPPING
+
+        usual = CONFIG_MAPPING[kind]()
+    except ImportError:
+        return True  # not known here; the export, which needs transformers, tells
+    except Exception:  # noqa: BLE001 - unknown, or a config that cannot be made of nothing
+        return False
+    return any(getattr(usual, name, None) for name in _VOCABULARY)
