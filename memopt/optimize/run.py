@@ -25,6 +25,7 @@ from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
+from memopt.weights.locked import unlocked
 
 Step = Callable[[str], None]
 PLAN_FILE, REPORT_FILE = "plan.json", "optimize.html"
@@ -113,94 +114,101 @@ def optimize(
     if plan and targets:
         plan = plan.only(targets)
     say("resolve the model")
-    bundle = resolve(source)
-    manifest = bundle.manifest
-    if manifest.task in ("text-generation", "joint-embedding"):
-        raise ConfigurationError(
-            f"{bundle.path} has task {manifest.task}; optimize chooses among encoders",
-            fix="use memopt quantize, which proves perplexity",
-        )
-    calibration_set, held_out = split(
-        calibration,
-        modality=manifest.modality,
-        samples=samples,
-        validation=VALIDATION_SAMPLES,
-        seed=seed,
-    )
-    wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
-    bundle = build_bases(bundle, wanted, say)
-    given = Samples(
-        calibration=calibration, samples=samples, validation_samples=VALIDATION_SAMPLES, seed=seed
-    )
-    outcomes: list[Outcome] = []
-    built: list[float] = []
-    for number, candidate in enumerate(wanted, start=1):
-        say(f"candidate {number} of {len(wanted)}: {candidate.label}")
-        spent = time.monotonic() - begin
-        # Another takes about as long as those before it, and must still fit.
-        left = budget * BUILD_SHARE - spent - (fmean(built) if built else 0.0)
-        if spent > budget:
-            outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
-        else:
-            outcome = build(
-                bundle.path,
-                candidate,
-                given,
-                calibration_set,
-                gate,
-                held_out=held_out,
-                seconds_left=left,
+    resolved = resolve(source)
+    # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
+    with unlocked(resolved) as bundle:
+        manifest = bundle.manifest
+        if manifest.task in ("text-generation", "joint-embedding"):
+            raise ConfigurationError(
+                f"{bundle.path} has task {manifest.task}; optimize chooses among encoders",
+                fix="use memopt quantize, which proves perplexity",
             )
-        if outcome.status != "skipped" and not outcome.reused:
-            built.append(outcome.seconds)
-        outcomes.append(outcome)
-        if on_outcome:
-            on_outcome(number, len(wanted), outcome)
-    judged = judge(
-        bundle.path,
-        outcomes,
-        held_out.items,
-        min_cosine,
-        rounds=rounds,
-        deadline=begin + budget,
-        say=say,
-    )
-    digest = _digest(calibration)
-    best = _best(judged.outcomes)
-    made = Plan(
-        source=str(source),
-        min_cosine=min_cosine,
-        samples=samples,
-        seed=seed,
-        candidates=tuple(wanted),
-        chosen=best.candidate.name if best else None,
-        chosen_device=best.candidate.device if best else None,
-        calibration=str(calibration),
-        calibration_sha256=digest,
-        machine={"key": machine_key(), **hardware(), **versions()},
-    )
-    _remember(bundle.path, made, judged, described(held_out))
-    if best is not None:
-        say("choose the number of streams")
-        tune_streams(
-            open_bundle(bundle.path),
-            held_out.items[:TUNING_SAMPLES],
-            device=canonical(best.candidate.device),
-            variant=best.candidate.name,
+        calibration_set, held_out = split(
+            calibration,
+            modality=manifest.modality,
+            samples=samples,
+            validation=VALIDATION_SAMPLES,
+            seed=seed,
         )
-    result = Optimized(
-        bundle=bundle.path,
-        plan=made,
-        outcomes=judged.outcomes,
-        inputs=len(held_out),
-        seconds=time.monotonic() - begin,
-        reference=judged.reference,
-        notes=_differences(plan, made),
-    )
-    if result.reference is not None:
-        # Without a measurement the plan of an earlier call says more.
-        _write(result)
-    return result
+        wanted = (
+            plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
+        )
+        bundle = build_bases(bundle, wanted, say)
+        given = Samples(
+            calibration=calibration,
+            samples=samples,
+            validation_samples=VALIDATION_SAMPLES,
+            seed=seed,
+        )
+        outcomes: list[Outcome] = []
+        built: list[float] = []
+        for number, candidate in enumerate(wanted, start=1):
+            say(f"candidate {number} of {len(wanted)}: {candidate.label}")
+            spent = time.monotonic() - begin
+            # Another takes about as long as those before it, and must still fit.
+            left = budget * BUILD_SHARE - spent - (fmean(built) if built else 0.0)
+            if spent > budget:
+                outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
+            else:
+                outcome = build(
+                    bundle.path,
+                    candidate,
+                    given,
+                    calibration_set,
+                    gate,
+                    held_out=held_out,
+                    seconds_left=left,
+                )
+            if outcome.status != "skipped" and not outcome.reused:
+                built.append(outcome.seconds)
+            outcomes.append(outcome)
+            if on_outcome:
+                on_outcome(number, len(wanted), outcome)
+        judged = judge(
+            bundle.path,
+            outcomes,
+            held_out.items,
+            min_cosine,
+            rounds=rounds,
+            deadline=begin + budget,
+            say=say,
+        )
+        digest = _digest(calibration)
+        best = _best(judged.outcomes)
+        made = Plan(
+            source=str(source),
+            min_cosine=min_cosine,
+            samples=samples,
+            seed=seed,
+            candidates=tuple(wanted),
+            chosen=best.candidate.name if best else None,
+            chosen_device=best.candidate.device if best else None,
+            calibration=str(calibration),
+            calibration_sha256=digest,
+            machine={"key": machine_key(), **hardware(), **versions()},
+        )
+        _remember(bundle.path, made, judged, described(held_out))
+        if best is not None:
+            say("choose the number of streams")
+            tune_streams(
+                open_bundle(bundle.path),
+                held_out.items[:TUNING_SAMPLES],
+                device=canonical(best.candidate.device),
+                variant=best.candidate.name,
+            )
+        result = Optimized(
+            bundle=bundle.path,
+            plan=made,
+            outcomes=judged.outcomes,
+            inputs=len(held_out),
+            seconds=time.monotonic() - begin,
+            reference=judged.reference,
+            notes=_differences(plan, made),
+        )
+        if result.reference is not None:
+            # Without a measurement the plan of an earlier call says more.
+            _write(result)
+    return replace(result, bundle=resolved.path)
 
 
 def _here() -> list[str]:

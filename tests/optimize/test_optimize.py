@@ -17,6 +17,8 @@ from memopt.optimize.judge import _as_at_home, _gated, choose
 from memopt.optimize.plan import Candidate, Outcome, Plan, check_targets
 from memopt.optimize.run import Optimized, optimize
 from memopt.quantization.quantize import seconds
+from memopt.weights.crypto import KEY_VARIABLE, MAGIC, load_key
+from memopt.weights.locked import encrypt_bundle
 
 WORDS = [
     "rain",
@@ -235,6 +237,45 @@ def test_what_is_not_usable_or_does_not_fit_the_budget_is_skipped_with_the_reaso
     assert all("budget" in o.reason for o in spent.outcomes)
     assert spent.plan.chosen is None
     assert not (minilm_copy.path / "plan.json").exists()
+
+
+def test_an_encrypted_bundle_is_optimized_under_its_key(
+    minilm_copy: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built is put back encrypted, the choice is the bundle's, the page is readable."""
+    monkeypatch.setenv(KEY_VARIABLE, "33" * 32)
+    encrypt_bundle(minilm_copy, load_key())
+    only = Plan(
+        source=str(minilm_copy.path),
+        min_cosine=0.9,
+        samples=40,
+        seed=0,
+        candidates=(
+            Candidate(
+                name="openvino-fp32",
+                kind="export",
+                device="openvino",
+                settings={"format": "openvino"},
+            ),
+            Candidate(
+                name="openvino-fp16",
+                kind="export",
+                device="openvino",
+                settings={"format": "openvino", "precision": "fp16"},
+            ),
+        ),
+    )
+    result = run(minilm_copy, data, min_cosine=0.9, plan=only)
+    assert result.bundle == minilm_copy.path
+    assert result.plan.chosen in ("openvino-fp32", "openvino-fp16")
+    bundle = open_bundle(minilm_copy.path)
+    for variant in bundle.manifest.variants.values():
+        for name in (variant.file, *variant.companions):
+            assert (bundle.path / name).read_bytes().startswith(MAGIC)
+    assert "<svg" in (bundle.path / "optimize.html").read_text()
+    assert Plan.load(bundle.path / "plan.json").chosen == result.plan.chosen
+    with ArrowEngine(bundle.path) as engine:
+        assert engine.device_info()["variant"] == result.plan.chosen
 
 
 def test_a_plan_is_cut_to_targets() -> None:
