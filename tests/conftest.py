@@ -40,7 +40,9 @@ def log_is_left_alone() -> Iterator[None]:
 
     def state() -> tuple[object, ...]:
         root, ours = logging.getLogger(), logging.getLogger("memopt")
-        return root.level, list(root.filters), root.manager.disable, ours.level, ours.propagate
+        handlers = [handler.level for handler in root.handlers]
+        logs = [(log.level, log.propagate) for log in (root, ours)]
+        return logs, list(root.filters), root.manager.disable, handlers
 
     before = state()
     yield

@@ -276,6 +276,12 @@ def _range_module() -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep nncf's progress bars and log lines, which go to stdout, out of the command's answer."""
-    _nncf().set_log_level(logging.ERROR)
-    with root_log_kept(), redirect_stdout(io.StringIO()):
-        yield
+    # Not nncf.set_log_level: it turns down every handler of its logger, which may be the caller's.
+    log = logging.getLogger("nncf")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with root_log_kept(), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
