@@ -210,6 +210,7 @@ def test_the_worst_that_was_measured_counts() -> None:
     assert "too near to 0.98" in lucky.reason
 
 
+@pytest.mark.slow
 def test_a_gate_nothing_quantized_passes_leaves_the_float_variant(
     minilm_copy: Bundle, data: Path
 ) -> None:

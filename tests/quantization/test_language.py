@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# It trains a model first: half a minute on both cores.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
