@@ -174,6 +174,17 @@ def spellings(content: Content) -> list[Content]:
     return [replace(content, text=form) for form in dict.fromkeys(forms)]
 
 
+def content_ids(content: Content, category: str, key: bytes = b"", turn: int = 0) -> list[str]:
+    """Return the id of content whose text is composed, and others under which it may lie.
+
+    Before, a text had another id in each Unicode normalisation.
+
+    >>> len(content_ids(Content(text="door"), "")), len(content_ids(Content(text="caf\xe9"), ""))
+    (1, 2)
+    """
+    return [content_id(spelling, category, key, turn) for spelling in spellings(content)]
+
+
 def columns(
     ids: Sequence[str],
     memories: Sequence[NewMemory],

@@ -102,7 +102,8 @@ def _collect(
         found = store.unpack(store.rows(part))
         contents = [_content(row) for row in found.to_pylist()]
         # By every byte: a text in another normalisation may have another vector.
-        marks = [incoming.content_id(content, "", store.id_key().value) for content in contents]
+        secret = store.id_key().value
+        marks = [incoming.content_id(content, "", secret) for content in contents]
         names = found["memory_id"].to_pylist()
         new = [at for at, name in enumerate(names) if known.get(name) != marks[at]]
         if new:

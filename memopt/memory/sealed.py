@@ -105,18 +105,7 @@ class Sealed(Connection):
         Args:
             turn: 1 for the next id, where other content took the first, and so on.
         """
-        return self.content_ids(content, category, turn)[0]
-
-    def content_ids(self, content: Content, category: str = "", turn: int = 0) -> list[str]:
-        """Return :meth:`content_id`, and others under which the same text may lie.
-
-        Before, a text had another id in each Unicode normalisation.
-        """
-        key = self.id_key().value
-        return [
-            incoming.content_id(spelling, category, key, turn)
-            for spelling in incoming.spellings(content)
-        ]
+        return incoming.content_ids(content, category, self.id_key().value, turn)[0]
 
     def pack(self, table: pa.Table, *, compress: bool = True) -> pa.Table:
         """Return whole rows with their content compressed (and encrypted where the store is).

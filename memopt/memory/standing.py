@@ -47,13 +47,15 @@ def standing(store: MemoryStore, memories: Sequence[NewMemory], now: datetime) -
     content is looked at.
     """
     found = Standing([""] * len(memories))
-    ends = [end_of(memory, now, store.meta.retention) for memory in memories]
+    # Once: each looks at a file.
+    retention, secret = store.meta.retention, store.id_key().value
+    ends = [end_of(memory, now, retention) for memory in memories]
     rest, turn = list(range(len(memories))), 0
     while rest:
         keys = {
             at: [chosen]
             if (chosen := memories[at].memory_id)
-            else store.content_ids(memories[at].content, memories[at].category, turn)
+            else incoming.content_ids(memories[at].content, memories[at].category, secret, turn)
             for at in rest
         }
         there = rows_there(store, list(dict.fromkeys(key for own in keys.values() for key in own)))
