@@ -115,24 +115,22 @@ def optimize(
         plan = plan.only(targets)
     say("resolve the model")
     resolved = resolve(source)
+    manifest = resolved.manifest
+    if manifest.task in ("text-generation", "joint-embedding"):
+        raise ConfigurationError(
+            f"{resolved.path} has task {manifest.task}; optimize chooses among encoders",
+            fix="use memopt quantize, which proves perplexity",
+        )
+    calibration_set, held_out = split(
+        calibration,
+        modality=manifest.modality,
+        samples=samples,
+        validation=VALIDATION_SAMPLES,
+        seed=seed,
+    )
+    wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
-        manifest = bundle.manifest
-        if manifest.task in ("text-generation", "joint-embedding"):
-            raise ConfigurationError(
-                f"{bundle.path} has task {manifest.task}; optimize chooses among encoders",
-                fix="use memopt quantize, which proves perplexity",
-            )
-        calibration_set, held_out = split(
-            calibration,
-            modality=manifest.modality,
-            samples=samples,
-            validation=VALIDATION_SAMPLES,
-            seed=seed,
-        )
-        wanted = (
-            plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
-        )
         bundle = build_bases(bundle, wanted, say)
         given = Samples(
             calibration=calibration,
