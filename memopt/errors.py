@@ -82,10 +82,10 @@ class MissingExtra(MemoptError, ImportError):
     """An optional dependency is needed and not installed."""
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def brief(error: BaseException, most: int = 200) -> str:
     """Return the beginning of what an error says, or its kind where it says nothing.
 
-    >>> one_line(ValueError("no such\\n  file"))
+    >>> brief(ValueError("no such\\n  file"))
     'no such file'
     """
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
-from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, one_line
+from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, brief
 from memopt.exporters import check, joint, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
@@ -261,7 +261,7 @@ def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
         raise
     except Exception as error:  # noqa: BLE001 - of any kind: patterns meet graphs nobody has seen
         kind = job.loaded.config.model_type
-        _log.warning("%s gets no fused graph for ONNX Runtime: %s", kind, one_line(error))
+        _log.warning("%s gets no fused graph for ONNX Runtime: %s", kind, brief(error))
         return []
     record = {**(variant.check or {}), "fusion": asdict(report)}
     return [replace(variant, target="cpu", fused=True, check=record)]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt.errors import ExportError, one_line
+from memopt.errors import ExportError, brief
 from memopt.exporters.tasks import Signature
 from memopt.extras import require
 from memopt.runtimes.torch_model import LoadedModel
@@ -114,7 +114,7 @@ def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> 
     try:
         onnx.checker.check_model(str(target), full_check=not _contrib(model))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the ONNX checker refuses {target.name}: {one_line(error)}") from error
+        raise ExportError(f"the ONNX checker refuses {target.name}: {brief(error)}") from error
     return companions
 
 

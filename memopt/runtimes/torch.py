@@ -83,9 +83,7 @@ class TorchBackend:
             raise DeviceError("the model on torch is closed")
         tensors = {name: torch.from_numpy(feed[name]) for name in self.inputs}
         with self._lock, torch.inference_mode():
-            result = (getattr(model, self._loaded.method) if self._loaded.method else model)(
-                **tensors
-            )
+            result = getattr(model, self._loaded.method or "__call__")(**tensors)
             mask = tensors.get("attention_mask")
             if mask is not None and self._loaded.skip:
                 mask = mask * (mask.cumsum(1) > self._loaded.skip)
