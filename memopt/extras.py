@@ -43,8 +43,9 @@ def require(module: str, *, extra: str, why: str) -> Any:
 def root_log_kept() -> Iterator[None]:
     """Keep a library's lines in the root logger out, and undo what it changes there.
 
-    OpenVINO's converter sets the root logger to ERROR and leaves it so: all warnings of the process
-    would be gone. What other loggers say meanwhile comes through unless the library stops it.
+    OpenVINO's converter sets the root logger to ERROR and, where it refuses a graph, leaves it so:
+    all warnings of the process would be gone. What other loggers say meanwhile comes through unless
+    the library stops it.
 
     >>> import logging
     >>> with root_log_kept():
