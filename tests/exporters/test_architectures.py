@@ -43,6 +43,8 @@ _IMAGE: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
+_TOWERS = {"text_config": _TEXT, "vision_config": _IMAGE}
+_CLIP_TOWERS = {**_TOWERS, "text_config": {**_TEXT, "eos_token_id": 98}}
 # Grouped-query attention, as the real models have it.
 _DECODER = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 
@@ -128,21 +130,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         cls="CLIPModel",
         config="CLIPConfig",
         settings={"projection_dim": 24},
-        towers={"text_config": {**_TEXT, "eos_token_id": 98}, "vision_config": _IMAGE},
+        towers=_CLIP_TOWERS,
         task="image-embedding",
     ),
     "clip-text": Architecture(
         cls="CLIPModel",
         config="CLIPConfig",
         settings={"projection_dim": 24},
-        towers={"text_config": {**_TEXT, "eos_token_id": 98}, "vision_config": _IMAGE},
+        towers=_CLIP_TOWERS,
         task="embedding",
     ),
     "siglip-vision": Architecture(
         cls="SiglipModel",
         config="SiglipConfig",
         settings={},
-        towers={"text_config": _TEXT, "vision_config": _IMAGE},
+        towers=_TOWERS,
         task="image-embedding",
     ),
     # Two towers without classes of their own: asked through get_image_features and so on.
@@ -150,14 +152,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         cls="ChineseCLIPModel",
         config="ChineseCLIPConfig",
         settings={"projection_dim": 24},
-        towers={"text_config": _TEXT, "vision_config": _IMAGE},
+        towers=_TOWERS,
         task="image-embedding",
     ),
     "chinese-clip-text": Architecture(
         cls="ChineseCLIPModel",
         config="ChineseCLIPConfig",
         settings={"projection_dim": 24},
-        towers={"text_config": _TEXT, "vision_config": _IMAGE},
+        towers=_TOWERS,
     ),
     # Its encoder's embeddings lie in the file under the name of what they are shared with.
     "marian": Architecture(
