@@ -352,8 +352,9 @@ def _write(
 
 def _checked(store: MemoryStore, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:
     memories = [incoming.redacted(memory, store.redact) for memory in memories]
+    dim = store.dim  # once: it looks at a file
     for at, memory in enumerate(memories, start=start):
-        incoming.check(memory, at, store.dim)
+        incoming.check(memory, at, dim)
     return memories
 
 
