@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote (tests/data/v0.1) open and answer as they did then."""
+"""Files that earlier code wrote (tests/data: v0.1, house) open and answer as they did then."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from memopt.bundle import open_bundle
 from memopt.config import load_config
+from memopt.errors import ConfigurationError
 from memopt.federation.arrays import weights_hash
 from memopt.federation.client import SyncClient
 from memopt.federation.delta_settings import DeltaSettings
@@ -19,23 +20,31 @@ from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.server import SyncServer
 from memopt.federation.signing import SigningKey, Trust
 from memopt.memory.consolidation import ConsolidationRecipe, ConsolidationWorker
+from memopt.memory.joint import JointEmbeddingLayer
 from memopt.memory.keys import AesGcm
 from memopt.memory.retriever import MultimodalRetriever
 from memopt.memory.schema import Content, NewMemory
 from memopt.memory.store import MemoryStore
 from memopt.memory.verify import verify
 from memopt.runtimes.engine import ArrowEngine
+from memopt.weights.locked import decrypt_bundle, is_encrypted
 
-WRITTEN = Path(__file__).parent / "data" / "v0.1"
+DATA = Path(__file__).parent / "data"
 KEY = bytes(range(32))
 
 
+@pytest.fixture(params=["v0.1", "house"])
+def written(request: pytest.FixtureRequest) -> Path:
+    """The folder of what one earlier state of the code wrote."""
+    return DATA / request.param
+
+
 @pytest.fixture
-def unpack(tmp_path: Path) -> Callable[[str], Path]:
+def unpack(tmp_path: Path, written: Path) -> Callable[[str], Path]:
     """Unpack what was written then into a folder of the test."""
 
     def unpacked(name: str) -> Path:
-        with tarfile.open(WRITTEN / f"{name}.tar.xz") as archive:
+        with tarfile.open(written / f"{name}.tar.xz") as archive:
             archive.extractall(tmp_path, filter="data")
         return tmp_path / name
 
@@ -106,29 +115,56 @@ def test_a_bundle_answers_as_it_did(unpack, variant: str) -> None:
 def test_a_bundle_keeps_its_records(unpack) -> None:
     """The manifest lists the variants and weights of then, and its hashes hold."""
     bundle = open_bundle(unpack("model") / "tiny")
-    written = {"onnx-fp32", "openvino-fp32", "onnx-int8-dynamic", "openvino-int8-static"}
-    assert written <= set(bundle.manifest.variants)
+    variants = {"onnx-fp32", "openvino-fp32", "onnx-int8-dynamic", "openvino-int8-static"}
+    assert variants <= set(bundle.manifest.variants)
 
 
 def test_a_fleet_goes_on(unpack) -> None:
     """Server, sender and receiver of then go on with version 4, in the same bits."""
     folder = unpack("sync")
-    written = json.loads((folder / "hash.json").read_text())
+    recorded = json.loads((folder / "hash.json").read_text())
     trust = Trust(path=folder / "trust.json")
     keys = {name: SigningKey.load(folder / f"{name}.key") for name in ("alice", "server")}
     with SyncServer(folder / "store", trust=trust, key=keys["server"], node="server") as server:
-        assert weights_hash(server.store.weights("lora", 3)) == written["weights"]
+        assert weights_hash(server.store.weights("lora", 3)) == recorded["weights"]
         client = SyncClient("127.0.0.1", server.port)
         sender = DeltaSyncManager(folder / "sender", "lora", DeltaSettings(codec="int8"))
         weights = {name: value + 0.1 for name, value in sender.weights().items()}
         pushed = client.push(sender, weights, key=keys["alice"], node="alice")
-        assert (pushed.kind, pushed.sequence) == ("delta", written["sequence"] + 1)
+        assert (pushed.kind, pushed.sequence) == ("delta", recorded["sequence"] + 1)
         receiver = DeltaSyncManager(folder / "receiver", "lora")
         pulled = client.pull(receiver, trust=trust)
     assert (pulled.kind, pulled.sequence) == ("delta", 4)
     assert weights_hash(pulled.weights) == weights_hash(sender.weights())
 
 
-def test_settings_of_then_are_read() -> None:
+def test_settings_of_then_are_read(written: Path) -> None:
     """The file that ``config init`` wrote, with every line uncommented, is valid."""
-    assert load_config(WRITTEN / "config.yaml")
+    assert load_config(written / "config.yaml")
+
+
+@pytest.mark.parametrize("written", ["house"], indirect=True)
+def test_a_bundle_under_a_key_opens(unpack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the key of then it answers as the plain one, without it is refused."""
+    folder = unpack("more") / "locked"
+    with pytest.raises(ConfigurationError, match="no key"):
+        ArrowEngine(folder)
+    monkeypatch.setenv("MEMOPT_WEIGHTS_KEY", KEY.hex())
+    plain = unpack("model")
+    engine = ArrowEngine(folder, variant="onnx-fp32", device="cpu")
+    vectors = engine.encode(json.loads((plain / "words.json").read_text()))
+    np.testing.assert_allclose(vectors, np.load(plain / "vectors.npy"), atol=1e-5)
+    bundle = open_bundle(folder)
+    assert not is_encrypted(decrypt_bundle(bundle, KEY))
+
+
+@pytest.mark.parametrize("written", ["house"], indirect=True)
+def test_a_joint_layer_answers_as_it_did(unpack) -> None:
+    """Vectors of three modalities give the joint vector of then."""
+    folder = unpack("more")
+    layer = JointEmbeddingLayer(folder / "joint")
+    vectors = {
+        name: np.ones((1, size), np.float32)
+        for name, size in (("vision", 5), ("audio", 4), ("text", 6))
+    }
+    np.testing.assert_allclose(layer.embed(**vectors), np.load(folder / "joint.npy"), atol=1e-5)

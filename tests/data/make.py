@@ -1,10 +1,10 @@
-"""How the files of format 0.1 beside this were made; run once, with the code of bf71f04.
+"""How the files beside this were made: v0.1 with the code of bf71f04, house with that of ce7c2e7.
 
-    PYTHONPATH=. python tests/data/make.py tests/data/v0.1 TINY
+    PYTHONPATH=. python tests/data/make.py tests/data/house TINY
 
-TINY is the folder that the fixture ``tiny_source`` in tests/conftest.py makes.
-
-They are never made again: tests/test_formats.py proves that what was written then opens today.
+TINY is the folder that the fixture ``tiny_source`` in tests/conftest.py makes; the bundle under a
+key and the joint layer came with the second. They are never made again: tests/test_formats.py
+proves that what was written then opens today.
 """
 
 from __future__ import annotations
@@ -122,6 +122,37 @@ def bundle(folder: Path) -> None:
         shutil.rmtree(cache)
 
 
+def locked(folder: Path) -> None:
+    """The bundle with its weights and one float graph under a key."""
+    from memopt.bundle import open_bundle
+    from memopt.exporters.base import export
+    from memopt.weights.convert import convert
+    from memopt.weights.locked import encrypt_bundle
+
+    convert(sys.argv[2], folder)
+    export(open_bundle(folder), format="onnx")
+    encrypt_bundle(open_bundle(folder), KEY)
+
+
+def joint(folder: Path) -> None:
+    """A joint layer of three modalities after one epoch, and what it answers to one moment."""
+    from memopt.commands.memory.train_joint import make_joint_bundle
+    from memopt.memory.joint import JointEmbeddingLayer
+    from memopt.memory.joint_pairs import make_pairs
+    from memopt.memory.joint_train import JointConfig, JointRecipe
+
+    random = np.random.default_rng(0)
+    sizes = {"vision": 5, "audio": 4, "text": 6}
+    pairs = make_pairs({name: random.normal(size=(64, size)) for name, size in sizes.items()})
+    config = JointConfig(**sizes, joint=8, hidden=8, heads=2)
+    make_joint_bundle(pairs, folder, config=config, recipe=JointRecipe(epochs=1))
+    layer = JointEmbeddingLayer(folder)
+    vectors = {name: np.ones((1, size), np.float32) for name, size in sizes.items()}
+    np.save(folder.parent / "joint.npy", layer.embed(**vectors))
+    for cache in folder.rglob(".ort-cache"):
+        shutil.rmtree(cache)
+
+
 def sync(folder: Path) -> None:
     """A server's store of three versions, a sender's and a receiver's state, keys and trust."""
     from memopt.federation.arrays import weights_hash
@@ -185,6 +216,10 @@ def main() -> None:
         (base / "model").mkdir()
         bundle(base / "model" / "tiny")
         pack(base / "model", out / "model.tar.xz")
+        (base / "more").mkdir()
+        locked(base / "more" / "locked")
+        joint(base / "more" / "joint")
+        pack(base / "more", out / "more.tar.xz")
         config = out / "config.yaml"
         config.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-m", "memopt", "config", "init", str(config)], check=True)
