@@ -32,11 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt.benchmark.runner import hardware
-from memopt.memory.encoders import TextEmbedder, TextEncoder
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory import (
+    AssociationGraph,
+    Content,
+    MemoryStore,
+    MultimodalRetriever,
+    NewMemory,
+    TextEmbedder,
+    TextEncoder,
+)
 from memopt.runtimes.engine import ArrowEngine
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "conversations.json"

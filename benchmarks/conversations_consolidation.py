@@ -22,11 +22,16 @@ from conversations import BUNDLE, DATA, Dialogue, fill, read
 from rich.console import Console
 from rich.table import Table
 
-from memopt.memory.condense import ConsolidationRecipe, consolidate
-from memopt.memory.encoders import TextEmbedder, TextEncoder
-from memopt.memory.reclaim import reclaim
-from memopt.memory.schema import Content, Memory
-from memopt.memory.store import MemoryStore
+from memopt.memory import (
+    ConsolidationRecipe,
+    Content,
+    Memory,
+    MemoryStore,
+    TextEmbedder,
+    TextEncoder,
+    consolidate,
+    reclaim,
+)
 from memopt.runtimes.engine import ArrowEngine
 
 TOP_K = 10

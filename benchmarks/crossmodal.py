@@ -54,11 +54,10 @@ from rich.table import Table
 from memopt.bundle import MANIFEST, open_bundle
 from memopt.commands.memory.train_joint import make_joint_bundle
 from memopt.exporters.base import export
-from memopt.memory.encoders import JointEmbedder, TextEncoder
+from memopt.memory import Content, JointEmbedder, TextEncoder
 from memopt.memory.joint import JointConfig, JointEmbeddingLayer
 from memopt.memory.joint_pairs import make_pairs
 from memopt.memory.joint_train import JointRecipe
-from memopt.memory.schema import Content
 from memopt.weights.convert import convert
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

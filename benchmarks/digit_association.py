@@ -11,10 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, Filter, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory import (
+    AssociationGraph,
+    Content,
+    Filter,
+    MemoryStore,
+    MultimodalRetriever,
+    NewMemory,
+)
 
 SPEAKERS = {"takes": "known", "takes of the new speaker": "new"}
 SAMPLED = 60  # queries per direction that go through the store, with the graph and without

@@ -45,12 +45,16 @@ from memopt.benchmark.runner import hardware
 from memopt.charts import lines, page
 from memopt.charts import table as html_table
 from memopt.files import atomic_path
-from memopt.memory.condense import ConsolidationRecipe, consolidate
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.reclaim import reclaim
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory import (
+    AssociationGraph,
+    ConsolidationRecipe,
+    Content,
+    MemoryStore,
+    MultimodalRetriever,
+    NewMemory,
+    consolidate,
+    reclaim,
+)
 from memopt.runtimes.engine import ArrowEngine
 
 DIM = 768

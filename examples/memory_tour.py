@@ -31,17 +31,23 @@ from crossmodal import LEARNT, WORDS, minilm
 from digit_encoders import DATA, Digits, Pictures, Sounds, spoken, train, written
 
 from memopt.commands.memory.train_joint import make_joint_bundle
-from memopt.memory.consolidation import ConsolidationRecipe, ConsolidationWorker
-from memopt.memory.encoders import JointEmbedder, TextEncoder
-from memopt.memory.graph import AssociationGraph
+from memopt.memory import (
+    AssociationGraph,
+    ConsolidationRecipe,
+    ConsolidationWorker,
+    Content,
+    Filter,
+    JointEmbedder,
+    MemoryStore,
+    MultimodalRetriever,
+    NewMemory,
+    TextEncoder,
+    reclaim,
+    verify,
+)
 from memopt.memory.joint import JointEmbeddingLayer
 from memopt.memory.joint_pairs import make_pairs
 from memopt.memory.joint_train import JointRecipe
-from memopt.memory.reclaim import reclaim
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, Filter, NewMemory
-from memopt.memory.store import MemoryStore
-from memopt.memory.verify import verify
 
 KINDS = {"text": "read", "vision": "seen", "audio": "heard"}
 KEPT = {"text": 60, "vision": 70, "audio": 70}

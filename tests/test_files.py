@@ -14,9 +14,9 @@ from memopt.errors import ConfigurationError
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.store import Store
 from memopt.files import atomic_path, open_plain
-from memopt.memory.locking import LOCK_FILE, READ_FILE, WriterLock, reading
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Content, NewMemory
+from memopt.memory.store.locking import LOCK_FILE, READ_FILE, WriterLock, reading
 
 
 def _bundle(folder: Path) -> None:

@@ -19,13 +19,13 @@ from memopt.federation.delta_settings import DeltaSettings
 from memopt.federation.manager import DeltaSyncManager
 from memopt.federation.server import SyncServer
 from memopt.federation.signing import SigningKey, Trust
-from memopt.memory.consolidation import ConsolidationRecipe, ConsolidationWorker
+from memopt.memory.graph.retriever import MultimodalRetriever
 from memopt.memory.joint import JointEmbeddingLayer
-from memopt.memory.keys import AesGcm
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
-from memopt.memory.verify import verify
+from memopt.memory.lifecycle.verify import verify
+from memopt.memory.lifecycle.worker import ConsolidationRecipe, ConsolidationWorker
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Content, NewMemory
+from memopt.memory.privacy.keys import AesGcm
 from memopt.runtimes.engine import ArrowEngine
 from memopt.weights.locked import decrypt_bundle, is_encrypted
 

@@ -9,7 +9,7 @@ import pytest
 
 from memopt.errors import ConfigurationError
 from memopt.federation.signing import SigningKey, check_private
-from memopt.memory.keys import read_cipher
+from memopt.memory.privacy.keys import read_cipher
 from memopt.weights.crypto import load_key, write_key
 
 

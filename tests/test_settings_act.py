@@ -17,7 +17,7 @@ from memopt.commands.quantize import gate_of, recipe_fields
 from memopt.config import OptimizationConfig, in_force, load_config
 from memopt.federation import session
 from memopt.federation.delta import compute_delta
-from memopt.memory import configured
+from memopt.memory.lifecycle import from_settings as configured
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes import configured as engines
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputError
-from memopt.memory import consolidation, retriever, tiering
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory.graph import retriever
+from memopt.memory.graph.association import AssociationGraph
+from memopt.memory.lifecycle import tiering
+from memopt.memory.lifecycle import worker as consolidation
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Content, NewMemory
 from memopt.settings import ConsolidationSection as ConsolidationConfig
 
 if TYPE_CHECKING:
@@ -182,10 +184,10 @@ def _utc(moment: datetime) -> datetime:
 
 
 class ConsolidationWorker(consolidation.ConsolidationWorker):
-    """:class:`memopt.memory.consolidation.ConsolidationWorker` of settings and a folder."""
+    """:class:`memopt.memory.lifecycle.worker.ConsolidationWorker` of settings and a folder."""
 
     def __init__(self, config: ConsolidationConfig, storage_path: str | Path) -> None:
-        from memopt.memory import configured
+        from memopt.memory.lifecycle import from_settings as configured
 
         store = MemoryStore(storage_path, create=False)
         super().__init__(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from memopt.memory.encoders import Encoder
+    from memopt.memory.model.encoders import Encoder
 
 RAW = {"vision": "vision_data", "audio": "audio_data", "text": "text"}
 READY = {name: f"{name}_embedding" for name in JOINT_MODALITIES}

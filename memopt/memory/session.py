@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.memory.access_log import AccessLog
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.keys import read_cipher
-from memopt.memory.models import Models, remember, remembered
-from memopt.memory.redaction import redactor
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.store import MemoryStore
+from memopt.memory.graph.association import AssociationGraph
+from memopt.memory.graph.retriever import MultimodalRetriever
+from memopt.memory.io.models import Models, remember, remembered
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.privacy.access_log import AccessLog
+from memopt.memory.privacy.keys import read_cipher
+from memopt.memory.privacy.redaction import redactor
 
 if TYPE_CHECKING:
-    from memopt.memory.schema import Embedder
+    from memopt.memory.model.schema import Embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def open_memory(
         redaction: what is taken out of texts: 'patterns', 'presidio' (names too), 'auto' (both,
             where presidio is installed) or 'none'.
         create: False refuses a place where no store is.
-        background: see :class:`memopt.memory.store.MemoryStore`.
+        background: see :class:`memopt.memory.memory_store.MemoryStore`.
 
     Raises:
         ConsolidationError: the place is no store, is newer than this memopt, or the key is wrong.
@@ -63,7 +63,7 @@ def open_memory(
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from memopt.memory.schema import Content, NewMemory
+    >>> from memopt.memory.model.schema import Content, NewMemory
     >>> with open_memory(tempfile.mkdtemp()) as memory:
     ...     content = Content(text="write to ann@example.org")
     ...     _ = memory.store.add(NewMemory(content=content, embedding=np.ones(768)))

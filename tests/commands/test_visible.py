@@ -12,7 +12,7 @@ import pytest
 
 import memopt.commands
 from memopt.commands.console import echo, stderr, stdout
-from memopt.memory.schema import Content, NewMemory
+from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.session import open_memory
 from memopt.visible import json_text, visible
 

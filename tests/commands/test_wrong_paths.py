@@ -106,7 +106,7 @@ def good(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     from memopt.exporters.base import export
     from memopt.federation.authority import init_ca, issue
     from memopt.federation.signing import SigningKey
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.memory_store import MemoryStore
 
     home = tmp_path_factory.mktemp("good")
     shutil.copytree(tiny.path, home / "bundle")

@@ -263,7 +263,7 @@ def test_ranking_prefers_what_was_used_and_what_it_is_about() -> None:
 
 def test_consolidation_starts_and_stops_in_the_background(tmp_path: Path) -> None:
     """As the migration guide starts it: config and folder, and the loop goes on meanwhile."""
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.memory_store import MemoryStore
 
     MemoryStore(tmp_path / "s", dim=4).close()
     config = compat.ConsolidationConfig(hot_memory_threshold=20, keep_original=False)

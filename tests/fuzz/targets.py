@@ -286,9 +286,9 @@ def records_seeds() -> list[bytes]:
 
 def memory_import(data: bytes) -> None:
     """The three Parquet files of an export, looked at and imported, and a file of pairs."""
-    from memopt.memory.interchange import check_export, import_parquet
+    from memopt.memory.io.parquet import check_export, import_parquet
     from memopt.memory.joint_pairs import read_pairs
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.memory_store import MemoryStore
 
     names = ("memories.parquet", "associations.parquet", "long_term.parquet", "pairs")
     name = names[data[0] % len(names)] if data else names[0]
@@ -312,9 +312,9 @@ def memory_import(data: bytes) -> None:
 
 @cache
 def _export() -> dict[str, bytes]:
-    from memopt.memory.interchange import export_parquet
-    from memopt.memory.schema import Content, NewMemory
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.io.parquet import export_parquet
+    from memopt.memory.memory_store import MemoryStore
+    from memopt.memory.model.schema import Content, NewMemory
 
     with MemoryStore(scratch() / "seed-store", dim=2) as store:
         for n in range(3):

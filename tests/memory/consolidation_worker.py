@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 
-from memopt.memory.condense import ConsolidationRecipe, consolidate
-from memopt.memory.store import MemoryStore
+from memopt.memory.lifecycle.condense import ConsolidationRecipe, consolidate
+from memopt.memory.memory_store import MemoryStore
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 

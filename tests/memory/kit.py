@@ -12,7 +12,7 @@ import soundfile
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from PIL import Image
 
-from memopt.memory.schema import Content, NewMemory
+from memopt.memory.model.schema import Content, NewMemory
 
 DIM = 16
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from memopt.errors import ConsolidationError
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory.graph.association import AssociationGraph
+from memopt.memory.graph.retriever import MultimodalRetriever
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Content, NewMemory
 
 DIM = 16
 

@@ -32,12 +32,18 @@ from memopt.errors import (
 from memopt.exporters import base
 from memopt.exporters import joint as joint_exporter
 from memopt.exporters.base import export
-from memopt.memory.encoders import AudioEncoder, JointEmbedder, TextEncoder, VisionEncoder, model_id
 from memopt.memory.joint import JointConfig, JointEmbeddingLayer, joint_inputs
 from memopt.memory.joint_bundle import write_joint_bundle
 from memopt.memory.joint_pairs import Pairs, make_pairs, read_pairs
 from memopt.memory.joint_train import JointRecipe, train_joint
-from memopt.memory.schema import Content
+from memopt.memory.model.encoders import (
+    AudioEncoder,
+    JointEmbedder,
+    TextEncoder,
+    VisionEncoder,
+    model_id,
+)
+from memopt.memory.model.schema import Content
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.joint import JOINT_MODALITIES, network
 from memopt.runtimes.testing import fake_engine
@@ -298,7 +304,8 @@ def test_running_needs_no_torch(bundle: Bundle) -> None:
     code = (
         "import sys, numpy as np\n"
         "from memopt.memory.joint import JointEmbeddingLayer\n"
-        "from memopt.memory import encoders, joint_train, joint_bundle, joint_pairs\n"
+        "from memopt.memory import joint_train, joint_bundle, joint_pairs\n"
+        "from memopt.memory.model import encoders\n"
         f"layer = JointEmbeddingLayer({str(bundle.path)!r})\n"
         "assert layer.embed(text=np.ones((2, 12))).shape == (2, 32)\n"
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules), 'heavy import'\n"

@@ -16,10 +16,10 @@ from memopt import ArrowEngine
 from memopt.bundle import Bundle
 from memopt.federation.delta import apply_delta, compute_delta
 from memopt.federation.delta_settings import DeltaSettings
-from memopt.memory.graph import AssociationGraph
-from memopt.memory.retriever import MultimodalRetriever
-from memopt.memory.schema import Content, NewMemory
-from memopt.memory.store import MemoryStore
+from memopt.memory.graph.association import AssociationGraph
+from memopt.memory.graph.retriever import MultimodalRetriever
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Content, NewMemory
 from memopt.quantization.arrow import ArrowQuantizer
 from memopt.weights.reader import WeightLoader
 from memopt.weights.writer import write_weights

@@ -15,7 +15,7 @@ from memopt.commands.console import echo
 from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
 
 if TYPE_CHECKING:
-    from memopt.memory.schema import NewMemory
+    from memopt.memory.model.schema import NewMemory
 
 _PICTURES, _SOUNDS = (".png", ".jpg", ".jpeg"), (".wav",)
 _TABLES = (".csv", ".tsv")
@@ -54,7 +54,7 @@ def add(
 
     from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import moment, opened
-    from memopt.memory.opening import unmade_on_error
+    from memopt.memory.store.founding import unmade_on_error
 
     for source in sources:
         _check(source)
@@ -110,7 +110,7 @@ def read(
         InputError: a file that is missing or cannot be read, naming it and the line.
     """
     from memopt.errors import InputError
-    from memopt.memory.schema import Content, NewMemory
+    from memopt.memory.model.schema import Content, NewMemory
     from memopt.records import read_lines
 
     usual = {"category": category, "timestamp": timestamp, "expires_at": expires_at}
@@ -165,7 +165,7 @@ def _check(source: str) -> None:
 
 def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
     from memopt.errors import InputError
-    from memopt.memory.schema import Content, NewMemory
+    from memopt.memory.model.schema import Content, NewMemory
     from memopt.records import open_records
 
     suffix = path.suffix.lower()
@@ -187,7 +187,7 @@ def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, An
     """Return the memory of one row; media are paths or bytes."""
     from memopt.commands.memory.opened import moment
     from memopt.errors import InputError
-    from memopt.memory.schema import Content, NewMemory
+    from memopt.memory.model.schema import Content, NewMemory
 
     renamed = {"vision_data": "image", "audio_data": "audio"}
     entry = {str(renamed.get(k, k)): value for k, value in entry.items() if value is not None}

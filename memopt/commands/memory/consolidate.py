@@ -11,7 +11,7 @@ from memopt.commands.console import echo, say
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
-    from memopt.memory.condense import Consolidation
+    from memopt.memory.lifecycle.condense import Consolidation
 
 
 def consolidate(
@@ -47,11 +47,11 @@ def consolidate(
     from memopt.commands.console import stderr
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
-    from memopt.memory import configured
-    from memopt.memory.condense import consolidate as run
-    from memopt.memory.condense import plan
-    from memopt.memory.reclaim import reclaim
-    from memopt.memory.schedule import SAVED
+    from memopt.memory.lifecycle import from_settings as configured
+    from memopt.memory.lifecycle.condense import consolidate as run
+    from memopt.memory.lifecycle.condense import plan
+    from memopt.memory.lifecycle.schedule import SAVED
+    from memopt.memory.privacy.reclaim import reclaim
 
     console = stderr()
     settings = load_config().consolidation

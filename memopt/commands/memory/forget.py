@@ -34,8 +34,8 @@ def forget(
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import moment, opened
     from memopt.errors import ConfigurationError
-    from memopt.memory.erase import forget as run
-    from memopt.memory.schema import Filter
+    from memopt.memory.model.schema import Filter
+    from memopt.memory.privacy.erase import forget as run
 
     if after_days is not None:
         _retain(store, category or [], after_days, key=key, as_json=as_json)
@@ -75,7 +75,7 @@ def _retain(
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
     from memopt.errors import ConfigurationError
-    from memopt.memory.retention import retain
+    from memopt.memory.lifecycle.retention import retain
 
     if not categories:
         raise ConfigurationError("--after-days needs a category", fix="add --category NAME")

@@ -23,10 +23,10 @@ def import_(
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
     from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.interchange import check_export
-    from memopt.memory.keys import read_cipher
-    from memopt.memory.opening import unmade_on_error
-    from memopt.memory.store import MemoryStore
+    from memopt.memory.io.parquet import check_export
+    from memopt.memory.memory_store import MemoryStore
+    from memopt.memory.privacy.keys import read_cipher
+    from memopt.memory.store.founding import unmade_on_error
 
     with unmade_on_error(store), stderr().status("import"):
         dim = check_export(folder)

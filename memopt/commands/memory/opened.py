@@ -45,7 +45,7 @@ def opened(
     Args:
         given: the bundles of text, vision, audio and joint, by name or folder.
     """
-    from memopt.memory.models import Models
+    from memopt.memory.io.models import Models
     from memopt.memory.session import open_memory
 
     named = {name: _absolute(value) for name, value in (given or {}).items() if value}

@@ -24,8 +24,8 @@ def reembed(
     from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import opened
     from memopt.errors import ConfigurationError
-    from memopt.memory.models import Models, remember
-    from memopt.memory.reembed import reembed as run
+    from memopt.memory.io.models import Models, remember
+    from memopt.memory.store.reembed import reembed as run
 
     given = {"text": model, "vision": vision, "audio": audio, "joint": joint}
     models = Models(**{k: str(open_bundle(v).path.resolve()) for k, v in given.items() if v})

@@ -17,8 +17,8 @@ def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
     from memopt.errors import ConfigurationError
-    from memopt.memory.erase import erase
-    from memopt.memory.keys import read_cipher, rotate
+    from memopt.memory.privacy.erase import erase
+    from memopt.memory.privacy.keys import read_cipher, rotate
 
     cipher = read_cipher(key)
     if cipher is None or len(cipher.keys) < 2:

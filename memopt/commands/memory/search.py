@@ -37,8 +37,8 @@ def search(
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import as_dict, moment, opened, shown
-    from memopt.memory.incoming import check_content
-    from memopt.memory.schema import Content, Filter
+    from memopt.memory.model.content import check_content
+    from memopt.memory.model.schema import Content, Filter
 
     times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
     where = Filter(

@@ -28,7 +28,7 @@ def show(
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import as_dict, opened
     from memopt.files import atomic_path
-    from memopt.memory.access_log import read_log
+    from memopt.memory.privacy.access_log import read_log
 
     with opened(store, embed=False, key=key) as here:
         memory = here.store.get(memory_id)

@@ -16,7 +16,7 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.schedule import SAVED
+    from memopt.memory.lifecycle.schedule import SAVED
 
     with opened(store, embed=False, key=key) as here:
         found = here.store.stats()

@@ -12,9 +12,9 @@ from memopt.commands.console import echo
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
-    from memopt.memory.encoders import Encoder
     from memopt.memory.joint_pairs import Pairs
     from memopt.memory.joint_train import JointRecipe, Progress
+    from memopt.memory.model.encoders import Encoder
     from memopt.runtimes.joint import JointConfig
 
 
@@ -43,11 +43,11 @@ def train_joint(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from memopt.commands.console import stderr
-    from memopt.memory.encoders import AudioEncoder, TextEncoder, VisionEncoder
     from memopt.memory.joint import JointConfig
     from memopt.memory.joint_bundle import check_free
     from memopt.memory.joint_pairs import read_pairs
     from memopt.memory.joint_train import JointRecipe
+    from memopt.memory.model.encoders import AudioEncoder, TextEncoder, VisionEncoder
     from memopt.runtimes.engine import ArrowEngine
 
     check_free(output)

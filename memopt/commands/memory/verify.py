@@ -27,7 +27,7 @@ def verify(
 
     from memopt.commands.console import stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.verify import verify as run
+    from memopt.memory.lifecycle.verify import verify as run
     from memopt.records import decoded_lines
 
     expected: list[str] = []

@@ -13,7 +13,7 @@ from memopt.commands.memory.opened import AsJson, Key, Store, Text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memopt.memory.condense import Consolidation
+    from memopt.memory.lifecycle.condense import Consolidation
 
 
 def worker(
@@ -45,10 +45,10 @@ def worker(
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
     from memopt.errors import ConfigurationError
-    from memopt.memory import configured
-    from memopt.memory.consolidation import ConsolidationWorker
-    from memopt.memory.reclaim import reclaim
-    from memopt.memory.schedule import SAVED, due
+    from memopt.memory.lifecycle import from_settings as configured
+    from memopt.memory.lifecycle.schedule import SAVED, due
+    from memopt.memory.lifecycle.worker import ConsolidationWorker
+    from memopt.memory.privacy.reclaim import reclaim
 
     settings = load_config().consolidation
     triggers = configured.triggers(settings)

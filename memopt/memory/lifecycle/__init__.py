@@ -1,0 +1,1 @@
+"""How a store stays small and whole: consolidation, retention, tiers, checks."""

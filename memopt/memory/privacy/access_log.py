@@ -1,0 +1,148 @@
+"""Who read, wrote and deleted what: an append-only table in the store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from memopt.memory.model.filters import all_of, utc
+from memopt.memory.model.schema import ACCESS_LOG
+from memopt.memory.store.locking import ReadOnlyError
+
+if TYPE_CHECKING:
+    from memopt.memory.memory_store import MemoryStore
+
+# Reads are written in groups: a commit each would cost more than the read. A crash may forget so
+# many, or those of so many seconds.
+MOST_PENDING = 256
+LONGEST_PENDING = 5.0
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One line of the log."""
+
+    at: datetime
+    actor: str
+    action: str
+    memory_ids: tuple[str, ...]
+    detail: str | None
+
+
+class AccessLog:
+    """Writes down every read, write and delete of an open store.
+
+    What changes or gives away data is on the disk before the call returns, reads soon after.
+
+    Args:
+        store: watched from now on; ``store.actor`` says who.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from memopt.memory.model.schema import Content, NewMemory
+    >>> from memopt.memory.memory_store import MemoryStore
+    >>> store = MemoryStore(tempfile.mkdtemp(), dim=2, actor="ann")
+    >>> log = AccessLog(store)
+    >>> new = NewMemory(content=Content(text="a"), embedding=np.ones(2), memory_id="m")
+    >>> _ = store.add(new), store.get("m"), store.delete(["m"])
+    >>> [(line.actor, line.action) for line in read_log(store, memory_id="m")]
+    [('ann', 'write'), ('ann', 'read'), ('ann', 'delete')]
+    """
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+        self._pending: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        store.observers.append(self.observe)
+        store.closing.append(self.flush)
+
+    def observe(self, action: str, ids: Sequence[str]) -> None:
+        """Note one access; called by the store."""
+        line = {
+            "at": utc(self.store.clock()),
+            "actor": self.store.actor,
+            "action": action,
+            "memory_ids": list(ids),
+            "detail": None,
+        }
+        with self._lock:
+            self._pending.append(line)
+            full = action != "read" or len(self._pending) >= MOST_PENDING
+            if not full and self._timer is None:
+                self._timer = threading.Timer(LONGEST_PENDING, self._flush_quietly)
+                self._timer.daemon = True
+                self._timer.start()
+        if full:
+            self.store.keep_book(self.flush)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        with self._lock:
+            lines, self._pending = self._pending, []
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        if not lines:
+            return
+        try:
+            with self.store.changing():
+                self.store.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
+        except ReadOnlyError:
+            # Never to be written: kept, they would fill the memory of who reads for a year.
+            raise
+        except Exception:
+            with self._lock:
+                self._pending = lines + self._pending
+            raise
+
+    def _flush_quietly(self) -> None:
+        try:
+            self.store.keep_book(self.flush)
+        except Exception as error:  # noqa: BLE001 - the lines stay, the next flush() raises it
+            _LOG.warning("the access log could not be written yet: %s", error)
+
+    def close(self) -> None:
+        """Write what is buffered and stop watching."""
+        self.store.keep_book(self.flush)
+        if self.observe in self.store.observers:
+            self.store.observers.remove(self.observe)
+            self.store.closing.remove(self.flush)
+
+
+def read_log(
+    store: MemoryStore,
+    *,
+    memory_id: str | None = None,
+    actor: str | None = None,
+    action: str | None = None,
+    since: datetime | None = None,
+) -> list[Access]:
+    """Return lines of the log, oldest first; every argument narrows."""
+    from lancedb.expr import col, lit
+
+    for observer in store.observers:
+        log = getattr(observer, "__self__", None)
+        if isinstance(log, AccessLog):
+            store.keep_book(log.flush)
+    parts = []
+    if actor is not None:
+        parts.append(col("actor") == lit(actor))
+    if action is not None:
+        parts.append(col("action") == lit(action))
+    if since is not None:
+        parts.append(col("at") >= lit(utc(since)))
+    condition = all_of(parts)
+    query = store.query("access_log")
+    table = store.fetch(query.where(condition) if condition is not None else query)
+    lines = [Access(**{**row, "memory_ids": tuple(row["memory_ids"])}) for row in table.to_pylist()]
+    if memory_id is not None:
+        lines = [line for line in lines if memory_id in line.memory_ids]
+    return sorted(lines, key=lambda line: line.at)
