@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from memopt.background import Task
 from memopt.memory.model.filters import all_of, utc
 from memopt.memory.model.schema import ACCESS_LOG
 from memopt.memory.store.locking import ReadOnlyError
@@ -60,7 +61,9 @@ class AccessLog:
         self.store = store
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._timer: threading.Timer | None = None
+        self._task = Task(
+            lambda: store.keep_book(self.flush), "memopt-access-log", on_error=self._failed
+        )
         store.observers.append(self.observe)
         store.closing.append(self.flush)
 
@@ -76,10 +79,8 @@ class AccessLog:
         with self._lock:
             self._pending.append(line)
             full = action != "read" or len(self._pending) >= MOST_PENDING
-            if not full and self._timer is None:
-                self._timer = threading.Timer(LONGEST_PENDING, self._flush_quietly)
-                self._timer.daemon = True
-                self._timer.start()
+            if not full:
+                self._task.start(after=LONGEST_PENDING)
         if full:
             self.store.keep_book(self.flush)
 
@@ -87,9 +88,6 @@ class AccessLog:
         """Write what is buffered."""
         with self._lock:
             lines, self._pending = self._pending, []
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
         if not lines:
             return
         try:
@@ -103,14 +101,13 @@ class AccessLog:
                 self._pending = lines + self._pending
             raise
 
-    def _flush_quietly(self) -> None:
-        try:
-            self.store.keep_book(self.flush)
-        except Exception as error:  # noqa: BLE001 - the lines stay, the next flush() raises it
-            _LOG.warning("the access log could not be written yet: %s", error)
+    def _failed(self, error: Exception) -> None:
+        # The lines stay; the next flush() raises what is still wrong.
+        _LOG.warning("the access log could not be written yet: %s", error)
 
     def close(self) -> None:
         """Write what is buffered and stop watching."""
+        self._task.close()
         self.store.keep_book(self.flush)
         if self.observe in self.store.observers:
             self.store.observers.remove(self.observe)

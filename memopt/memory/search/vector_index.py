@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.background import Task
 from memopt.errors import ConsolidationError
 from memopt.memory.model.schema import BITS
 from memopt.memory.store.founding import named_errors
@@ -75,7 +76,7 @@ class VectorIndex:
         self._state: IndexState | None = None
         self._looked = -_LOOK_S
         self._seen_version = -1
-        self._thread: threading.Thread | None = None
+        self._task = Task(self.ensure, "memopt-index", on_error=self._failed)
         self._one_at_a_time = threading.Lock()
         self._counted = 0
 
@@ -92,11 +93,10 @@ class VectorIndex:
 
     def close(self) -> None:
         """Wait for a build in progress; take in what a short-lived writer added."""
-        if self._thread is not None:
-            self._thread.join()
+        self._task.close()
         if self.background and self._counted:
             self._counted = 0
-            self._quietly()
+            self._task.run()
 
     def added(self, count: int) -> None:
         """Take new rows in, in the background, when there are enough of them."""
@@ -104,11 +104,10 @@ class VectorIndex:
         if not self.background or self._counted < MOST_FRESH * MIN_ROWS:
             return
         known = self.state.rows if self.state else 0
-        busy = self._thread is not None and self._thread.is_alive()
-        if not busy and self._counted >= max(MOST_FRESH * MIN_ROWS, MOST_FRESH * known):
+        due = self._counted >= max(MOST_FRESH * MIN_ROWS, MOST_FRESH * known)
+        if due and not self._task.busy:
             self._counted = 0
-            self._thread = threading.Thread(target=self._quietly, name="memopt-index", daemon=True)
-            self._thread.start()
+            self._task.start()
 
     def ensure(self, *, rebuild: bool = False) -> IndexState | None:
         """Build or refresh the index where that is due, and check its recall.
@@ -221,11 +220,9 @@ class VectorIndex:
         table = self.store.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
         return set(table["memory_id"].to_pylist())
 
-    def _quietly(self) -> None:
-        try:
-            self.ensure()
-        except Exception as error:  # noqa: BLE001 - a search without index is slower, not wrong
-            self.store.event("index-failed", f"{type(error).__name__}: {error}"[:500])
+    def _failed(self, error: Exception) -> None:
+        # A search without an index is slower, not wrong.
+        self.store.event("index-failed", f"{type(error).__name__}: {error}"[:500])
 
 
 def last_state(store: MemoryStore) -> IndexState | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from memopt.background import Task
 from memopt.memory.model.filters import utc
 from memopt.memory.model.schema import TIMESTAMP
 from memopt.memory.store.locking import ReadOnlyError
@@ -44,7 +45,9 @@ class Touches:
         self._guard = threading.Lock()
         self._pending: dict[str, tuple[int, datetime]] = {}
         self._since = time.monotonic()
-        self._writer: threading.Thread | None = None
+        self._task = Task(
+            self._write_or_keep, "memopt-touches", on_error=self._failed, daemon=False
+        )
 
     def count(self, ids: Sequence[str], now: datetime) -> None:
         """Count one access of each id; starts a background write when enough are waiting."""
@@ -57,9 +60,8 @@ class Touches:
                 len(self._pending) >= MOST_PENDING
                 or time.monotonic() - self._since > LONGEST_PENDING
             )
-            if due and (self._writer is None or not self._writer.is_alive()):
-                self._writer = threading.Thread(target=self._write_quietly, name="memopt-touches")
-                self._writer.start()
+            if due:
+                self._task.start()
 
     def pending(self) -> dict[str, tuple[int, datetime]]:
         """Return id -> (accesses, last) that are not written yet."""
@@ -68,9 +70,7 @@ class Touches:
 
     def flush(self) -> None:
         """Wait for a background write, then write the rest."""
-        writer = self._writer
-        if writer is not None and writer is not threading.current_thread():
-            writer.join()
+        self._task.close()
         self._write_or_drop()
 
     def _write_or_drop(self) -> None:
@@ -81,12 +81,12 @@ class Touches:
                 self._pending.clear()
             raise
 
-    def _write_quietly(self) -> None:
-        try:
-            self._store.keep_book(self._write_or_drop)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the reader must not fail by it
-            # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
-            _LOG.warning("access counts could not be written yet: %s", error)
+    def _write_or_keep(self) -> None:
+        self._store.keep_book(self._write_or_drop)
+
+    def _failed(self, error: Exception) -> None:
+        # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
+        _LOG.warning("access counts could not be written yet: %s", error)
 
     def _write(self) -> None:
         store = self._store

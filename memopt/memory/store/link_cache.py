@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from memopt.background import Task
 from memopt.memory.model.filters import one_of
 from memopt.memory.store.links import Leaving, Network, numbered, seconds
 
@@ -71,7 +72,7 @@ class Adjacency:
         self._guard = threading.Lock()
         self._links: _Links | None = None
         self._count = 0
-        self._thread: threading.Thread | None = None
+        self._task = Task(self.read, "memopt-links", on_error=self._failed)
         self._rest_until = 0.0
 
     def current(self) -> Held | None:
@@ -134,8 +135,7 @@ class Adjacency:
 
     def close(self) -> None:
         """Wait for a reading in progress."""
-        if self._thread is not None:
-            self._thread.join()
+        self._task.close()
 
     def read(self) -> None:
         """Read the table; without effect when it is too large or changes meanwhile."""
@@ -159,19 +159,13 @@ class Adjacency:
         return links if links is not None and links.version == before and local else None
 
     def _start_reading(self) -> None:
-        busy = self._thread is not None and self._thread.is_alive()
-        if not busy and time.monotonic() >= self._rest_until:
-            self._thread = threading.Thread(
-                target=self._read_quietly, name="memopt-links", daemon=True
-            )
-            self._thread.start()
+        if time.monotonic() >= self._rest_until:
+            self._task.start()
 
-    def _read_quietly(self) -> None:
-        try:
-            self.read()
-        except Exception as error:  # noqa: BLE001 - the table still answers, only slower
-            self.store.event("links-not-read", f"{type(error).__name__}: {error}"[:500])
-            self._rest_until = time.monotonic() + 60
+    def _failed(self, error: Exception) -> None:
+        # The table still answers, only slower.
+        self.store.event("links-not-read", f"{type(error).__name__}: {error}"[:500])
+        self._rest_until = time.monotonic() + 60
 
 
 class Held(Network):

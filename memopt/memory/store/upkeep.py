@@ -8,13 +8,13 @@ and deletes the versions nobody reads any more.
 from __future__ import annotations
 
 import logging
-import threading
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.background import Task
 from memopt.memory.model.schema import EDGES
 from memopt.memory.store.access_counts import cover_ids
 from memopt.memory.store.locking import unless_read
@@ -52,31 +52,29 @@ class Upkeep:
         self.store = store
         self.background = background and store.place.local is not None
         self._commits = 0
-        self._thread: threading.Thread | None = None
+        self._task = Task(self._look, "memopt-upkeep", on_error=self._failed)
 
     def wrote(self) -> None:
         """Count a commit; look at the files, in the background, when there were enough."""
         self._commits += 1
-        busy = self._thread is not None and self._thread.is_alive()
-        if self.background and self._commits >= _LOOK and not busy:
+        if self.background and self._commits >= _LOOK and not self._task.busy:
             self._commits = 0
-            self._thread = threading.Thread(target=self._quietly, name="memopt-upkeep", daemon=True)
-            self._thread.start()
+            self._task.start()
 
     def close(self) -> None:
         """Wait for a look in progress; look once more if something was written."""
-        if self._thread is not None:
-            self._thread.join()
+        self._task.close()
         if self.background and self._commits:
-            self._quietly()
+            self._task.run()
             self._commits = 0
 
-    def _quietly(self) -> None:
-        try:
-            tidy(self.store)
-            self.store.index.fit()
-        except Exception as error:  # noqa: BLE001 - untidy files cost time; nothing else may fail
-            _LOG.warning("the files of %s could not be merged: %s", self.store.place, error)
+    def _look(self) -> None:
+        tidy(self.store)
+        self.store.index.fit()
+
+    def _failed(self, error: Exception) -> None:
+        # Untidy files cost time; nothing else may fail by them.
+        _LOG.warning("the files of %s could not be merged: %s", self.store.place, error)
 
 
 def tidy(store: MemoryStore) -> None:
