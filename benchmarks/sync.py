@@ -33,16 +33,16 @@ import pyarrow.flight as flight
 from rich.console import Console
 from rich.table import Table
 
-from memopt.federation.arrays import fp32_bytes, weights_hash
-from memopt.federation.authority import init_ca, issue
-from memopt.federation.client import SyncClient
-from memopt.federation.delta import compute_delta, full_payload
-from memopt.federation.delta_settings import DeltaSettings
-from memopt.federation.gate import TlsFiles
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.protocol import CHUNK_BYTES, WINDOW_BYTES
-from memopt.federation.server import SyncServer
-from memopt.federation.signing import Node, SigningKey, Trust, add_trusted
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.arrays import fp32_bytes, weights_hash
+from memopt.federation.delta.compute import compute_delta, full_payload
+from memopt.federation.delta.settings import DeltaSettings
+from memopt.federation.server.gate import TlsFiles
+from memopt.federation.server.server import SyncServer
+from memopt.federation.trust.authority import init_ca, issue
+from memopt.federation.trust.signing import Node, SigningKey, Trust, add_trusted
+from memopt.federation.wire.protocol import CHUNK_BYTES, WINDOW_BYTES
 
 CODECS = {
     **{name: DeltaSettings(codec=name) for name in ("lossless", "fp16", "int8", "int4", "topk")},

@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.federation.arrays import weights_hash
-from memopt.federation.chaos import ChaosProxy, Fault
-from memopt.federation.client import SyncClient
-from memopt.federation.delta_settings import DeltaSettings
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.arrays import weights_hash
+from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.signing import SigningKey, Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey, Trust, add_trusted
+from memopt.federation.wire.chaos import ChaosProxy, Fault
 
 CODECS = ("int8", "int4", "fp16", "lossless", "topk")
 KINDS = ("drop", "truncate", "flip", "duplicate", "stall", "delay")

@@ -23,14 +23,20 @@ import lora_text
 from rich.console import Console
 from rich.table import Table
 
-from memopt.federation.arrays import fp32_bytes, weights_hash
-from memopt.federation.authority import init_ca, issue
-from memopt.federation.client import SyncClient
-from memopt.federation.delta_settings import DeltaSettings
-from memopt.federation.gate import TlsFiles
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.server import SyncServer
-from memopt.federation.signing import SigningKey, Trust, add_trusted
+from memopt.federation import (
+    DeltaSettings,
+    DeltaSyncManager,
+    SigningKey,
+    SyncClient,
+    SyncServer,
+    TlsFiles,
+    Trust,
+    add_trusted,
+    fp32_bytes,
+    init_ca,
+    issue,
+    weights_hash,
+)
 
 NODES = ("north", "south")
 

@@ -11,8 +11,8 @@ import pytest
 
 from memopt.bundle import _locked
 from memopt.errors import ConfigurationError
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.store import Store
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.server.store import Store
 from memopt.files import atomic_path, open_plain
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory

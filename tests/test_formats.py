@@ -13,12 +13,12 @@ import pytest
 from memopt.bundle import open_bundle
 from memopt.config import load_config
 from memopt.errors import ConfigurationError
-from memopt.federation.arrays import weights_hash
-from memopt.federation.client import SyncClient
-from memopt.federation.delta_settings import DeltaSettings
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.server import SyncServer
-from memopt.federation.signing import SigningKey, Trust
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.arrays import weights_hash
+from memopt.federation.delta.settings import DeltaSettings
+from memopt.federation.server.server import SyncServer
+from memopt.federation.trust.signing import SigningKey, Trust
 from memopt.memory.graph.retriever import MultimodalRetriever
 from memopt.memory.joint import JointEmbeddingLayer
 from memopt.memory.lifecycle.verify import verify

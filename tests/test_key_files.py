@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memopt.errors import ConfigurationError
-from memopt.federation.signing import SigningKey, check_private
+from memopt.federation.trust.signing import SigningKey, check_private
 from memopt.memory.privacy.keys import read_cipher
 from memopt.weights.crypto import load_key, write_key
 

@@ -15,8 +15,8 @@ import pytest
 
 from memopt.commands.quantize import gate_of, recipe_fields
 from memopt.config import OptimizationConfig, in_force, load_config
-from memopt.federation import session
-from memopt.federation.delta import compute_delta
+from memopt.federation.client import session
+from memopt.federation.delta.compute import compute_delta
 from memopt.memory.lifecycle import from_settings as configured
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes import configured as engines
@@ -226,7 +226,7 @@ def test_the_names_of_the_founding_design_are_taken() -> None:
 
 def test_without_compression_the_bodies_are_sent_as_they_are() -> None:
     """compression_enabled: false sends at least the bytes of the tensors, and is read as ever."""
-    from memopt.federation.delta import apply_delta
+    from memopt.federation.delta.compute import apply_delta
 
     config = load_config(None, {"federation": {"compression_enabled": False}})
     settings = session.delta_settings(config.federation)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from memopt.errors import ConfigurationError
-from memopt.federation import session
+from memopt.federation.client import session
 from memopt.settings import FederationSection as DeltaSyncConfig
 
 if TYPE_CHECKING:
-    from memopt.federation.arrays import Weights
+    from memopt.federation.delta.arrays import Weights
 
 __all__ = ["DeltaSyncConfig", "DeltaSyncManager", "SyncMetrics"]
 

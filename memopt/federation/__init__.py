@@ -1,6 +1,8 @@
 """Adapter weights as signed deltas over Arrow Flight.
 
-The names below are imported on use, so that ``import memopt.federation`` stays cheap.
+A room for each of what takes part: ``delta`` makes and reads what travels, ``trust`` says who may
+do what and keeps keys, ``wire`` is the form of the messages, ``server`` and ``client`` are the two
+ends. The names below are imported on use, so that ``import memopt.federation`` stays cheap.
 """
 
 from __future__ import annotations
@@ -12,23 +14,28 @@ from memopt.extras import require
 
 require("pyarrow.flight", extra="federation", why="sync weights")
 
-_EXPORTS = {
-    "DeltaSyncManager": "memopt.federation.manager",
-    "DeltaSettings": "memopt.federation.delta_settings",
-    "compute_delta": "memopt.federation.delta",
-    "apply_delta": "memopt.federation.delta",
-    "read_weights": "memopt.federation.adapters",
-    "write_weights": "memopt.federation.adapters",
-    "weights_hash": "memopt.federation.arrays",
-    "Limits": "memopt.federation.limits",
-    "SyncServer": "memopt.federation.server",
-    "SyncClient": "memopt.federation.client",
-    "aggregate": "memopt.federation.aggregate",
+_MODULES = {
+    "client.client": ("SyncClient",),
+    "client.manager": ("DeltaSyncManager",),
+    "delta.adapters": ("read_weights", "write_weights"),
+    "delta.aggregate": ("aggregate", "AggregateSettings"),
+    "delta.arrays": ("fp32_bytes", "weights_hash"),
+    "delta.compute": ("apply_delta", "compute_delta"),
+    "delta.payload": ("train_dictionary",),
+    "delta.settings": ("DeltaSettings",),
+    "failures": ("SyncFailure",),
+    "limits": ("Limits",),
+    "server.gate": ("TlsFiles",),
+    "server.server": ("SyncServer",),
+    "trust.audit": ("check_audit",),
+    "trust.authority": ("init_ca", "issue"),
+    "trust.signing": ("SigningKey", "Trust", "add_trusted"),
 }
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from memopt.cli import main
-from memopt.federation.adapters import CONFIG_TENSOR, read_weights, write_weights
-from memopt.federation.arrays import weights_hash
+from memopt.federation.delta.adapters import CONFIG_TENSOR, read_weights, write_weights
+from memopt.federation.delta.arrays import weights_hash
 
 
 @dataclass

@@ -104,8 +104,8 @@ def run(
 def good(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the other places of a command hold; no case gets far enough to change it."""
     from memopt.exporters.base import export
-    from memopt.federation.authority import init_ca, issue
-    from memopt.federation.signing import SigningKey
+    from memopt.federation.trust.authority import init_ca, issue
+    from memopt.federation.trust.signing import SigningKey
     from memopt.memory.memory_store import MemoryStore
 
     home = tmp_path_factory.mktemp("good")

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memopt.federation.authority import init_ca, issue
-from memopt.federation.client import SyncClient
-from memopt.federation.delta_settings import DeltaSettings
-from memopt.federation.gate import TlsFiles
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.server import SyncServer
-from memopt.federation.signing import SigningKey, Trust, add_trusted
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.settings import DeltaSettings
+from memopt.federation.server.gate import TlsFiles
+from memopt.federation.server.server import SyncServer
+from memopt.federation.trust.authority import init_ca, issue
+from memopt.federation.trust.signing import SigningKey, Trust, add_trusted
 
 
 class Fleet:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from memopt.errors import ConfigurationError, SyncError
-from memopt.federation.adapters import CONFIG_TENSOR, read_weights, write_weights
-from memopt.federation.aggregate import AggregateSettings, aggregate
-from memopt.federation.arrays import Array
-from memopt.federation.audit import AuditLog
-from memopt.federation.client import SyncClient
-from memopt.federation.delta_settings import DeltaSettings
-from memopt.federation.manager import DeltaSyncManager
-from memopt.federation.server import SyncServer
-from memopt.federation.signing import Node, SigningKey, Trust, add_trusted
-from memopt.federation.vault import Appending, Vault
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.adapters import CONFIG_TENSOR, read_weights, write_weights
+from memopt.federation.delta.aggregate import AggregateSettings, aggregate
+from memopt.federation.delta.arrays import Array
+from memopt.federation.delta.settings import DeltaSettings
+from memopt.federation.server.server import SyncServer
+from memopt.federation.trust.audit import AuditLog
+from memopt.federation.trust.signing import Node, SigningKey, Trust, add_trusted
+from memopt.federation.trust.vault import Appending, Vault
 
 OF_Q = ("q.lora_magnitude_vector", "q.lora_B.weight")
 EXACT = DeltaSettings(codec="lossless", delta_threshold=0)

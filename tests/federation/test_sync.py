@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from memopt.federation import protocol
-from memopt.federation.arrays import raw, weights_hash
-from memopt.federation.authority import issue
-from memopt.federation.client import SyncClient
+from memopt.federation.client.client import SyncClient
+from memopt.federation.delta.arrays import raw, weights_hash
 from memopt.federation.failures import SyncFailure
-from memopt.federation.gate import TlsFiles
 from memopt.federation.limits import Limits
-from memopt.federation.signing import Node, SigningKey, Trust
+from memopt.federation.server.gate import TlsFiles
+from memopt.federation.trust.authority import issue
+from memopt.federation.trust.signing import Node, SigningKey, Trust
+from memopt.federation.wire import protocol
 
 from .conftest import lora, step
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from memopt.federation.arrays import fp32_bytes
-from memopt.federation.delta_settings import DeltaSettings
+from memopt.federation.delta.arrays import fp32_bytes
+from memopt.federation.delta.settings import DeltaSettings
 
 ROOT = Path(__file__).parents[2]
 

@@ -88,7 +88,7 @@ def safetensors(data: bytes) -> None:
 
 
 def safetensors_seeds() -> list[bytes]:
-    from memopt.federation.adapters import safetensors_parts
+    from memopt.federation.delta.adapters import safetensors_parts
 
     tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones(1, np.float16)}
     return [b"".join(map(bytes, safetensors_parts(tensors)))]
@@ -96,7 +96,7 @@ def safetensors_seeds() -> list[bytes]:
 
 def encrypted(data: bytes) -> None:
     """A file under AES-GCM, and a sealed file of a sync store."""
-    from memopt.federation.vault import Vault
+    from memopt.federation.trust.vault import Vault
     from memopt.weights.crypto import decrypt_file
 
     path = _file("sealed", data[1:])
@@ -107,7 +107,7 @@ def encrypted(data: bytes) -> None:
 
 
 def encrypted_seeds() -> list[bytes]:
-    from memopt.federation.vault import Vault
+    from memopt.federation.trust.vault import Vault
     from memopt.weights.crypto import encrypt_file
 
     path = _file("plain", b"weights")
@@ -342,8 +342,8 @@ def memory_import_seeds() -> list[bytes]:
 
 def message(data: bytes) -> None:
     """One message of the sync protocol, its checksum made right: it is no secret."""
-    from memopt.federation import protocol
     from memopt.federation.limits import Limits
+    from memopt.federation.wire import protocol
 
     with suppress(MemoptError):
         protocol.decode(data, Limits())
@@ -352,7 +352,7 @@ def message(data: bytes) -> None:
 
 
 def message_seeds() -> list[bytes]:
-    from memopt.federation import protocol
+    from memopt.federation.wire import protocol
 
     hello = {"operation": "pull", "adapter": "a", "sequence": 0, "weights_hash": "0" * 64}
     error = {"code": "busy", "problem": "p", "fix": ""}
@@ -364,16 +364,16 @@ def payload(data: bytes) -> None:
     """The payload of a version, its hash made right, against weights that are there."""
     import hashlib
 
+    from memopt.federation.delta.payload import unpack
     from memopt.federation.limits import Limits
-    from memopt.federation.payload import unpack
 
     base = {"a": np.ones((8, 8), np.float32), "b": np.ones(4, np.float16)}
     unpack(data + hashlib.sha256(data).digest(), base, Limits(total_bytes=1 << 24))
 
 
 def payload_seeds() -> list[bytes]:
-    from memopt.federation.delta import compute_delta, full_payload
-    from memopt.federation.delta_settings import DeltaSettings
+    from memopt.federation.delta.compute import compute_delta, full_payload
+    from memopt.federation.delta.settings import DeltaSettings
 
     rng = np.random.default_rng(0)
     base = {"a": np.ones((8, 8), np.float32), "b": np.ones(4, np.float16)}
@@ -387,10 +387,10 @@ def payload_seeds() -> list[bytes]:
 
 def signed(data: bytes) -> None:
     """Signed manifests, the trust file, and an adapter's config."""
-    from memopt.federation.adapters import CONFIG_TENSOR
+    from memopt.federation.delta.adapters import CONFIG_TENSOR
+    from memopt.federation.delta.lora import read_config, scaling
     from memopt.federation.limits import strict_json
-    from memopt.federation.lora import read_config, scaling
-    from memopt.federation.signing import Trust, parse_signed, signature_holds
+    from memopt.federation.trust.signing import Trust, parse_signed, signature_holds
 
     kind = data[0] % 3 if data else 0
     if kind == 0:
@@ -403,7 +403,7 @@ def signed(data: bytes) -> None:
 
 
 def signed_seeds() -> list[bytes]:
-    from memopt.federation.signing import NO_HASH, Manifest, SigningKey
+    from memopt.federation.trust.signing import NO_HASH, Manifest, SigningKey
 
     stated = Manifest(
         adapter="a",
@@ -425,7 +425,7 @@ def signed_seeds() -> list[bytes]:
 
 def stream(data: bytes) -> None:
     """The bytes of an HTTP/2 connection, in pieces."""
-    from memopt.federation.guard import StreamGuard
+    from memopt.federation.server.guard import StreamGuard
 
     guard, size = StreamGuard(1 << 16, 4), 1 + (data[0] if data else 0)
     for start in range(1, len(data), size):

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.federation.arrays import DTYPES, FLOATS, weights_hash
-from memopt.federation.delta import apply_delta, compute_delta
-from memopt.federation.delta_settings import DeltaSettings
+from memopt.federation.delta.arrays import DTYPES, FLOATS, weights_hash
+from memopt.federation.delta.compute import apply_delta, compute_delta
+from memopt.federation.delta.payload import Compressor, Row, Table, pack, read_table, unpack
+from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
-from memopt.federation.payload import Compressor, Row, Table, pack, read_table, unpack
-from memopt.federation.protocol import CHUNK, KINDS, decode, encode
+from memopt.federation.wire.protocol import CHUNK, KINDS, decode, encode
 
 INFINITE = float("inf")
 SPECIAL = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -1e-40, 3.4e38, -3.4e38, 1e-8])

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as arrays
 
 from memopt import ArrowEngine
 from memopt.bundle import Bundle
-from memopt.federation.delta import apply_delta, compute_delta
-from memopt.federation.delta_settings import DeltaSettings
+from memopt.federation.delta.compute import apply_delta, compute_delta
+from memopt.federation.delta.settings import DeltaSettings
 from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.retriever import MultimodalRetriever
 from memopt.memory.memory_store import MemoryStore

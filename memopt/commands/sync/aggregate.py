@@ -35,7 +35,7 @@ def aggregate(
     as_json: AsJson = False,
 ) -> None:
     """Have the server average adapters into one, LoRA's factors taken together (role admin)."""
-    from memopt.federation.session import connect
+    from memopt.federation.client.session import connect
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     done = session.client.aggregate(

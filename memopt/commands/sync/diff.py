@@ -22,7 +22,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two sets of weights: what would be sent, with each codec. No network."""
-    from memopt.federation.compare import compare
+    from memopt.federation.delta.compare import compare
 
     result = compare(old, new, delta_threshold=delta_threshold)
     if as_json:

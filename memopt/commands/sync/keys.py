@@ -25,8 +25,8 @@ def keygen(
     as_json: AsJson = False,
 ) -> None:
     """Make a node's signing key and add the public one to the trust file."""
-    from memopt.federation.session import NodeFiles
-    from memopt.federation.signing import SigningKey, add_trusted
+    from memopt.federation.client.session import NodeFiles
+    from memopt.federation.trust.signing import SigningKey, add_trusted
 
     path = NodeFiles(folder=keys, node=node).folder / f"{node}.sign.key"
     key = SigningKey.generate()
@@ -49,7 +49,7 @@ def keygen(
 
 def init_ca(keys: Keys = DEFAULT_KEYS, as_json: AsJson = False) -> None:
     """Make a certificate authority for tests and closed fleets."""
-    from memopt.federation.authority import init_ca as make
+    from memopt.federation.trust.authority import init_ca as make
 
     certificate = str(make(keys))
     echo(json.dumps({"certificate": certificate}) if as_json else f"wrote {certificate}")
@@ -66,7 +66,7 @@ def issue(
     as_json: AsJson = False,
 ) -> None:
     """Issue a node's certificate; with --host it may serve."""
-    from memopt.federation.authority import issue as make
+    from memopt.federation.trust.authority import issue as make
 
     certificate, key = make(out or keys, node, ca=keys, hosts=host or (), days=days)
     done = {"node": node, "certificate": str(certificate), "key": str(key)}

@@ -22,7 +22,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Print the newest version of each adapter on the server."""
-    from memopt.federation.session import connect
+    from memopt.federation.client.session import connect
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     rows = session.client.status(adapter)
@@ -53,7 +53,7 @@ def history(
 ) -> None:
     """Print an adapter's versions and check each signature against trust.json."""
     from memopt.errors import SyncError
-    from memopt.federation.session import connect
+    from memopt.federation.client.session import connect
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     trust = session.files.trust()
@@ -93,7 +93,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an old version the newest again, under a new number (role admin)."""
-    from memopt.federation.session import connect
+    from memopt.federation.client.session import connect
 
     session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
     files = session.files

@@ -42,9 +42,9 @@ def pull(
 ) -> None:
     """Fetch the newest version, verify it and write it."""
     from memopt.commands.console import check_target
-    from memopt.federation.adapters import write_weights
-    from memopt.federation.delta_settings import DeltaSettings
-    from memopt.federation.session import connect, opened, read_dictionary, report_json
+    from memopt.federation.client.session import connect, opened, read_dictionary, report_json
+    from memopt.federation.delta.adapters import write_weights
+    from memopt.federation.delta.settings import DeltaSettings
 
     check_target(output, folder=output.suffix not in (".safetensors", ".parquet"))
     session = connect(

@@ -57,8 +57,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Send what changed since the last push, signed."""
-    from memopt.federation.adapters import read_weights
-    from memopt.federation.session import (
+    from memopt.federation.client.session import (
         connect,
         delta_settings,
         opened,
@@ -66,6 +65,7 @@ def push(
         report_json,
         sends_all,
     )
+    from memopt.federation.delta.adapters import read_weights
 
     session = connect(
         server, node=node, keys=keys, plain=plain, insecure=insecure, deadline=deadline

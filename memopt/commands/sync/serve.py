@@ -37,8 +37,8 @@ def serve(
     import signal
     import threading
 
-    from memopt.federation.server import SyncServer
-    from memopt.federation.session import NodeFiles, read_dictionary, vault
+    from memopt.federation.client.session import NodeFiles, read_dictionary, vault
+    from memopt.federation.server.server import SyncServer
 
     files = NodeFiles(folder=keys, node=node)
     data = read_dictionary(dictionary)

@@ -1,0 +1,184 @@
+"""A node's files in one folder, and what the command line does with them.
+
+<keys>/ca.pem              the authority
+<keys>/<node>.pem, .key    certificate and its key (memopt sync issue)
+<keys>/<node>.sign.key     Ed25519 signing key (memopt sync keygen)
+<keys>/trust.json          who may do what
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memopt.config import load_config
+from memopt.errors import ConfigurationError, SyncError
+from memopt.federation.client.client import SyncClient
+from memopt.federation.client.link import parse_address
+from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.settings import DeltaSettings
+from memopt.federation.server.gate import TlsFiles
+from memopt.federation.trust.signing import SigningKey, Trust, check_node
+from memopt.federation.trust.vault import Vault
+from memopt.settings import FederationSection
+from memopt.weights.crypto import KEY_VARIABLE, load_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFiles:
+    """Where a node's keys and certificates are."""
+
+    folder: Path
+    node: str
+
+    def __post_init__(self) -> None:
+        check_node(self.node)
+
+    def tls(self, *, plain: bool) -> TlsFiles | None:
+        """Return the TLS files, None for a plain transport.
+
+        Raises:
+            ConfigurationError: a file is missing and ``plain`` was not said.
+        """
+        if plain:
+            return None
+        files = TlsFiles(
+            ca=self.folder / "ca.pem",
+            certificate=self.folder / f"{self.node}.pem",
+            key=self.folder / f"{self.node}.key",
+        )
+        for path in (files.ca, files.certificate, files.key):
+            if not path.is_file():
+                raise ConfigurationError(
+                    f"{path} is missing",
+                    fix=f"run: memopt sync issue {self.node} --keys {self.folder}, or say --plain",
+                )
+        return files
+
+    def signing_key(self) -> SigningKey:
+        """Return the node's signing key."""
+        return SigningKey.load(self.folder / f"{self.node}.sign.key")
+
+    def trust(self) -> Trust:
+        """Return the trust file of the folder."""
+        return Trust(path=self.folder / "trust.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A client, its node's files and the settings in force."""
+
+    client: SyncClient
+    files: NodeFiles
+    config: FederationSection
+
+
+def connect(
+    server: str,
+    *,
+    node: str,
+    keys: str | Path,
+    plain: bool = False,
+    insecure: bool = False,
+    deadline: float | None = None,
+) -> Session:
+    """Return a client for ``host:port``, with the retries and the timeout of the configuration."""
+    config = load_config().federation
+    files = NodeFiles(folder=Path(keys), node=node)
+    client = client_of(
+        server, config, tls=files.tls(plain=plain), deadline=deadline, insecure=insecure
+    )
+    return Session(client=client, files=files, config=config)
+
+
+def client_of(
+    server: str, config: FederationSection, *, tls: TlsFiles | None, **options: Any
+) -> SyncClient:
+    """Return a client with the retries and the timeout of ``config``; options of SyncClient."""
+    host, port = parse_address(server)
+    return SyncClient(
+        host,
+        port,
+        tls=tls,
+        timeout=config.timeout_seconds,
+        max_retries=config.max_retries,
+        **options,
+    )
+
+
+def sends_all(config: FederationSection) -> bool:
+    """Return whether every push is a full one."""
+    return not config.enable_delta_sync
+
+
+def delta_settings(config: FederationSection, **chosen: Any) -> DeltaSettings:
+    """Return settings from the configuration, options that were given over it."""
+    values: dict[str, Any] = {"delta_threshold": config.delta_threshold}
+    if not config.compression_enabled:
+        values |= {"codec": "lossless", "compress": False}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if "codec" not in given and {"max_error", "max_bytes"} & set(given):
+        given["codec"] = "auto"
+    return DeltaSettings(**(values | given))
+
+
+def vault(key_file: Path | None) -> Vault:
+    """Return what keeps weights at rest: under the key of a file, of the environment, or plain."""
+    if key_file is None and not os.environ.get(KEY_VARIABLE):
+        return Vault()
+    return Vault(load_key(key_file))
+
+
+@contextmanager
+def opened(
+    state: str | Path,
+    adapter: str,
+    settings: DeltaSettings,
+    dictionary: bytes = b"",
+    *,
+    key_file: Path | None = None,
+) -> Iterator[DeltaSyncManager]:
+    """Open this node's state of an adapter; a damaged one names the folder to remove."""
+    import hashlib
+
+    known = {hashlib.sha256(dictionary).hexdigest(): dictionary} if dictionary else {}
+    kept = vault(key_file)
+    with DeltaSyncManager(state, adapter, settings, dictionaries=known, vault=kept) as manager:
+        yield manager
+
+
+def read_dictionary(path: Path | None) -> bytes:
+    """Return a dictionary file's bytes, nothing for None.
+
+    Raises:
+        SyncError: the file cannot be read, or is empty: that would be no dictionary at all.
+    """
+    if path is None:
+        return b""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SyncError(f"dictionary {path} cannot be read ({error.strerror})") from error
+    if not data:
+        raise SyncError(f"dictionary {path} is empty", fix="make one with: zstd --train FILES")
+    return data
+
+
+def report_json(report: Any) -> dict[str, Any]:
+    """Return a report as plain JSON: arrays left out, infinities as null."""
+    document = {name: value for name, value in asdict_shallow(report).items() if name != "weights"}
+    if "tensors" in document:
+        document["tensors"] = [
+            {k: None if v == float("inf") else v for k, v in asdict(t).items()}
+            for t in document["tensors"]
+        ]
+    return document
+
+
+def asdict_shallow(value: Any) -> dict[str, Any]:
+    """Return a dataclass' fields without copying what they hold."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

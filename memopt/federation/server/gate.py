@@ -1,0 +1,390 @@
+"""The door of the server: TLS 1.3 with client certificates in front of Flight on a private socket.
+
+pyarrow's own TLS server also takes TLS 1.2 and has no setting against it, so Python's ``ssl``
+terminates TLS here, the bytes are looked at (``guard``) and passed on (``relay``) to a plain
+Flight server. That one listens on a Unix socket in a folder only its owner may enter, so no other
+user of the machine can go round the gate. The node's identity crosses by the name of the relay's
+end of the connection, a random ticket: it is registered before the first byte is passed on, and the
+server serves nobody whose ticket is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from memopt.errors import ConfigurationError
+from memopt.federation.failures import SyncFailure
+from memopt.federation.limits import Limits
+from memopt.federation.server.guard import StreamGuard
+from memopt.federation.server.relay import Relay
+from memopt.federation.trust.authority import node_of
+from memopt.federation.trust.signing import check_private
+from memopt.metrics import count
+
+_HANDSHAKE_SECONDS = 10.0
+# Handshakes under way at once: the next one takes the place of the oldest of the address that has
+# most of them. An honest one takes milliseconds, so that only silent ones get old.
+_HANDSHAKES, _BACKLOG = 256, 512
+# Lines of the audit log for refused connections: anyone can cause them.
+_REFUSALS_AT_ONCE, _REFUSALS_PER_SECOND = 20, 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who is on a connection; ``node`` is None where the transport proves nothing (plain)."""
+
+    node: str | None
+    expires: float = float("inf")  # end of the certificate, Unix seconds
+
+    def require_valid(self) -> Identity:
+        """Raise ``unauthenticated`` when the certificate has ended; return the identity."""
+        if self.expires < time.time():
+            raise SyncFailure("unauthenticated", "the client's certificate has expired meanwhile")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """PEM files of one end: the authority, the certificate and its key."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def server_context(self) -> ssl.SSLContext:
+        """Return a context that takes TLS 1.3 and certificates of the authority, nothing else."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.set_alpn_protocols(["h2"])
+        # A resumed session would skip the certificate, its end of validity included.
+        context.num_tickets = 0
+        self._load(context)
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """Return the other end's context: TLS 1.3, the server's host name checked."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.set_alpn_protocols(["h2"])
+        self._load(context)
+        return context
+
+    def _load(self, context: ssl.SSLContext) -> None:
+        check_private(self.key)
+        try:
+            context.load_verify_locations(self.ca)
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(
+                f"TLS files {self.certificate}, {self.key}, {self.ca} cannot be used ({error})",
+                fix="run: memopt sync init-ca, then memopt sync issue",
+            ) from error
+
+
+class Gate:
+    """Accepts connections and relays them to the Flight server on a private socket.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one.
+        inner: path of the Flight server's Unix socket, in a folder that only its owner may enter.
+        context: TLS, or None for a plain transport.
+        limits: connections, calls and message size.
+        idle_seconds: a connection that sends nothing for so long is closed, unless the server is
+            at work for it (``busy``).
+        on_refused: called with one line for connections that were turned away.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        inner: Path,
+        context: ssl.SSLContext | None,
+        limits: Limits,
+        idle_seconds: float = 60.0,
+        on_refused: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._inner = inner
+        self._context = context
+        self._limits = limits
+        self._idle = idle_seconds
+        self._refusals = _Refusals(on_refused)
+        self._identities: dict[str, Identity] = {}
+        self._busy: dict[str, int] = {}
+        self._lock = threading.Lock()
+        # In the order they came: who has not said who they are yet, and from where.
+        self._pending: dict[asyncio.Task[None], str] = {}
+        try:
+            self._listeners = _listen(host, port)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port} ({error.strerror or error})",
+                fix="choose another address or port",
+            ) from error
+        self.port: int = self._listeners[0].getsockname()[1]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="sync-gate", daemon=True)
+        self._thread.start()
+
+    def identity(self, peer: str) -> Identity:
+        """Return who is behind the inner connection ``peer`` (as ``ServerCallContext.peer()``).
+
+        Raises:
+            SyncFailure: the connection did not come through the gate, or its certificate ended.
+        """
+        with self._lock:
+            identity = self._identities.get(_ticket(peer))
+        if identity is None:
+            raise SyncFailure("unauthenticated", "this connection did not come through the gate")
+        return identity.require_valid()
+
+    @contextlib.contextmanager
+    def busy(self, peer: str) -> Iterator[None]:
+        """While inside, the connection ``peer`` may be silent: the server is working for it."""
+        ticket = _ticket(peer)
+        with self._lock:
+            self._busy[ticket] = self._busy.get(ticket, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy[ticket] -= 1
+                if not self._busy[ticket]:
+                    del self._busy[ticket]
+
+    def close(self) -> None:
+        """Stop listening and drop every connection."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        # A transport reports here what it cannot tell its connection: one line each.
+        self._loop.set_exception_handler(
+            lambda loop, context: self._refuse(
+                str(context.get("exception") or context.get("message"))
+            )
+        )
+        accepting = [self._loop.create_task(self._accept(each)) for each in self._listeners]
+        try:
+            self._loop.run_forever()
+        finally:
+            for each in self._listeners:
+                each.close()
+            # Each relay must get to its end, where it drops its two connections: Flight's shutdown
+            # waits for the calls on them.
+            tasks = asyncio.all_tasks(self._loop)
+            for task in (*accepting, *tasks):
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+
+    def _refuse(self, line: str) -> None:
+        count("memopt_sync_refused_connections_total")
+        self._refusals.tell(line)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        serving: set[asyncio.Task[None]] = set()
+        while True:
+            try:
+                plain, address = await self._loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or the peer is gone already: neither may end the service.
+                self._refuse(f"a connection could not be accepted ({error.strerror})")
+                await asyncio.sleep(0.1)
+                continue
+            if len(self._pending) >= _HANDSHAKES:
+                self._make_room()
+            task = self._loop.create_task(self._serve(plain))
+            self._pending[task] = _network(address[0])
+            serving.add(task)
+            task.add_done_callback(serving.discard)
+
+    def _make_room(self) -> None:
+        most, _ = Counter(self._pending.values()).most_common(1)[0]
+        oldest = next(task for task, network in self._pending.items() if network == most)
+        del self._pending[oldest]
+        oldest.cancel()
+        self._refuse(f"a silent connection from {most} made room for the next one")
+
+    async def _spoken(self, plain: socket.socket) -> None:
+        """Wait for the first byte: whoever says nothing costs a socket and no more."""
+        ready = asyncio.Event()
+        self._loop.add_reader(plain, ready.set)
+        try:
+            async with asyncio.timeout(_HANDSHAKE_SECONDS):
+                await ready.wait()
+        finally:
+            self._loop.remove_reader(plain)
+
+    async def _serve(self, plain: socket.socket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        ticket = secrets.token_hex(16)
+        relay = Relay(StreamGuard(self._limits.message_bytes, self._limits.connection_streams))
+        try:
+            try:
+                try:
+                    await self._spoken(plain)
+                except BaseException:
+                    plain.close()
+                    raise
+                await self._loop.connect_accepted_socket(
+                    lambda: relay.client,
+                    plain,
+                    ssl=self._context,
+                    ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
+                )
+            finally:
+                self._pending.pop(task, None)
+            assert relay.client.transport is not None
+            self._register(ticket, self._identify(relay.client.transport))
+            await self._loop.create_unix_connection(
+                lambda: relay.server, sock=self._connect_inner(ticket)
+            )
+            await relay.run(self._alive(ticket))
+        except SyncFailure as error:
+            self._refuse(error.problem)
+        except ssl.SSLError as error:
+            self._refuse(str(error))
+        except OSError as error:
+            if relay.client.transport is None:
+                # TLS 1.2, no certificate, a port scan.
+                self._refuse(f"the TLS handshake failed ({error})")
+            else:
+                # A peer that went away was not refused; its upload stays for it to resume.
+                count("memopt_sync_broken_connections_total")
+        finally:
+            with self._lock:
+                self._identities.pop(ticket, None)
+            relay.abort()
+
+    def _register(self, ticket: str, identity: Identity) -> None:
+        with self._lock:
+            # Checked and added at once: two connections cannot both be the last allowed one.
+            theirs = [i for i in self._identities.values() if i.node == identity.node]
+            if len(self._identities) >= self._limits.connections:
+                raise SyncFailure("busy", f"more than {self._limits.connections} connections")
+            if identity.node and len(theirs) >= self._limits.node_connections:
+                raise SyncFailure(
+                    "busy",
+                    f"node {identity.node!r} has {self._limits.node_connections} connections",
+                )
+            self._identities[ticket] = identity
+
+    def _connect_inner(self, ticket: str) -> socket.socket:
+        """Connect to Flight from an address that is the ticket: what Flight calls the peer."""
+        inner = socket.socket(socket.AF_UNIX)
+        path = self._inner.with_name(ticket)
+        try:
+            inner.bind(str(path))
+            inner.connect(str(self._inner))
+            inner.setblocking(False)
+        except OSError:
+            inner.close()
+            raise
+        finally:
+            path.unlink(missing_ok=True)
+        return inner
+
+    def _identify(self, transport: asyncio.BaseTransport) -> Identity:
+        if self._context is None:
+            return Identity(node=None)
+        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+            raise SyncFailure("malformed", "the client does not offer HTTP/2")
+        certificate = transport.get_extra_info("peercert") or {}
+        return Identity(
+            node=node_of(certificate),
+            expires=float(ssl.cert_time_to_seconds(certificate["notAfter"])),
+        )
+
+    def _alive(self, ticket: str) -> Callable[[float, float], None]:
+        """Return what judges a connection by its silence and its age, both in seconds."""
+
+        def judge(silence: float, age: float) -> None:
+            if self._busy.get(ticket):
+                return
+            if silence > self._idle:
+                raise SyncFailure("timeout", f"no data for {self._idle:g} s")
+            if age > self._limits.connection_seconds:
+                raise SyncFailure("timeout", "the connection is too old; what it did resumes")
+
+        return judge
+
+
+class _Refusals:
+    """Tells of refused connections, but not so often that a port scan fills the audit log."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._left = float(_REFUSALS_AT_ONCE)
+        self._at = time.monotonic()
+        self._untold = 0
+
+    def tell(self, line: str) -> None:
+        now = time.monotonic()
+        self._left = min(_REFUSALS_AT_ONCE, self._left + (now - self._at) * _REFUSALS_PER_SECOND)
+        self._at = now
+        if self._left < 1:
+            self._untold += 1
+            return
+        self._left -= 1
+        more, self._untold = self._untold, 0
+        self._tell(f"{line} (and {more} more before)" if more else line)
+
+
+def _network(host: str) -> str:
+    """Return what one owner holds: an IPv4 address, or the /64 of an IPv6 address.
+
+    >>> _network("2001:db8::1"), _network("192.0.2.7")
+    ('2001:db8::/64', '192.0.2.7')
+    """
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+def _ticket(peer: str) -> str:
+    """Return the last part of a peer's name, ``unix:/folder/ticket``."""
+    return peer.rpartition("/")[2]
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Return a listening socket for each address of ``host``, all on one port."""
+    listeners: list[socket.socket] = []
+    problem: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            taken = listeners[0].getsockname()[1] if listeners else address[1]
+            listener = socket.create_server((address[0], taken), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            # localhost is often ::1 too, on a machine that has no IPv6.
+            problem = error
+            continue
+        listener.setblocking(False)
+        listeners.append(listener)
+    if problem is not None and (not listeners or problem.errno == errno.EADDRINUSE):
+        for each in listeners:
+            each.close()
+        raise problem
+    return listeners

@@ -1,0 +1,1 @@
+"""Who may do what: keys, certificates, signatures, the audit log, and files under a key."""

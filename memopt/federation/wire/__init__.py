@@ -1,0 +1,1 @@
+"""What crosses the network: the messages, and a bad network for tests."""
