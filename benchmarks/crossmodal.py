@@ -52,12 +52,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from memopt.bundle import MANIFEST, open_bundle
-from memopt.commands.memory.train_joint import make_joint_bundle
 from memopt.exporters.base import export
+from memopt.joint.bundle import make_joint_bundle
+from memopt.joint.layer import JointConfig, JointEmbeddingLayer
+from memopt.joint.pairs import make_pairs
+from memopt.joint.train import JointRecipe
 from memopt.memory import Content, JointEmbedder, TextEncoder
-from memopt.memory.joint import JointConfig, JointEmbeddingLayer
-from memopt.memory.joint_pairs import make_pairs
-from memopt.memory.joint_train import JointRecipe
 from memopt.weights.convert import convert
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

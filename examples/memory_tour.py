@@ -30,7 +30,10 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from crossmodal import LEARNT, WORDS, minilm
 from digit_encoders import DATA, Digits, Pictures, Sounds, spoken, train, written
 
-from memopt.commands.memory.train_joint import make_joint_bundle
+from memopt.joint.bundle import make_joint_bundle
+from memopt.joint.layer import JointEmbeddingLayer
+from memopt.joint.pairs import make_pairs
+from memopt.joint.train import JointRecipe
 from memopt.memory import (
     AssociationGraph,
     ConsolidationRecipe,
@@ -45,9 +48,6 @@ from memopt.memory import (
     reclaim,
     verify,
 )
-from memopt.memory.joint import JointEmbeddingLayer
-from memopt.memory.joint_pairs import make_pairs
-from memopt.memory.joint_train import JointRecipe
 
 KINDS = {"text": "read", "vision": "seen", "audio": "heard"}
 KEPT = {"text": 60, "vision": 70, "audio": 70}

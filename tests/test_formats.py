@@ -19,8 +19,8 @@ from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.signing import SigningKey, Trust
+from memopt.joint.layer import JointEmbeddingLayer
 from memopt.memory.graph.retriever import MultimodalRetriever
-from memopt.memory.joint import JointEmbeddingLayer
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.lifecycle.worker import ConsolidationRecipe, ConsolidationWorker
 from memopt.memory.memory_store import MemoryStore

@@ -37,7 +37,7 @@ class MultimodalRetriever:
 
     Args:
         storage_path: the store; made when absent.
-        joint_embedding_layer: a :class:`memopt.memory.joint.JointEmbeddingLayer`.
+        joint_embedding_layer: a :class:`memopt.joint.layer.JointEmbeddingLayer`.
         alpha, beta: weights of similarity and association.
         encoders: what makes vectors of text, and of bytes: ``{"text": ArrowEngine, ...}``.
     """

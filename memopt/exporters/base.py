@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,12 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
 from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, brief
-from memopt.exporters import check, joint, onnx, openvino, tasks
+from memopt.exporters import check, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
 from memopt.files import sha256_file, staged_directory
 from memopt.registry import nearest
-from memopt.runtimes.joint import JOINT_TASK
-from memopt.runtimes.torch_model import LoadedModel, load_model
+from memopt.runtimes.torch_model import LoadedModel
 from memopt.weights.reader import WeightLoader
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ Step = Callable[[str], None]
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
+# Tasks whose models are not transformers': the module that loads, calls and checks them.
+_FAMILIES = {"joint-embedding": "memopt.joint.graph"}
 # File and variant names of a second tower in one bundle (CLIP's text side, say).
 TOWERS = {"embedding": "text", "image-embedding": "vision", "audio-embedding": "audio"}
 
@@ -118,7 +120,7 @@ def _export(
 ) -> tuple[Variant, ...]:
     say("build the model from weights.parquet")
     kind = _kind(task)
-    loaded = joint.load_model(bundle) if kind is joint else load_model(bundle, task)
+    loaded = kind.load_model(bundle, task)
     with _refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
@@ -136,7 +138,7 @@ def _export(
             cases = _cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
-            made = _onnx(job, graph, fused=fused and task != JOINT_TASK)
+            made = _onnx(job, graph, fused=fused and task not in _FAMILIES)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
@@ -222,7 +224,7 @@ def _check_weights(path: Path) -> None:
 
 def _kind(task: str) -> Any:
     """Return the module that knows how this family of models is loaded, called and checked."""
-    return joint if task == JOINT_TASK else tasks
+    return importlib.import_module(_FAMILIES[task]) if task in _FAMILIES else tasks
 
 
 def _cases(

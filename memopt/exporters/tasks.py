@@ -16,7 +16,7 @@ import numpy as np
 
 from memopt.bundle import Manifest, position_limit
 from memopt.errors import ExportError
-from memopt.runtimes.torch_model import LoadedModel, reset
+from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.
@@ -29,6 +29,15 @@ CAUSAL_MASK = frozenset({"llama", "qwen2", "qwen3", "gpt2", "mistral"})
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.
 LONGEST_SCORES = 256 << 20
+__all__ = [
+    "check_shapes",
+    "example",
+    "load_model",
+    "reference",
+    "signature",
+    "trace_shape",
+    "wrap",
+]
 OUTPUTS = ("last_hidden_state", "sentence_embedding")
 
 

@@ -116,7 +116,7 @@ class ArrowEngine:
         if bundle.manifest.task == "joint-embedding":
             raise BundleError(
                 f"{bundle.path} is a joint layer: it takes vectors, not text, images or sound",
-                fix="open it with memopt.memory.joint.JointEmbeddingLayer",
+                fix="open it with memopt.joint.layer.JointEmbeddingLayer",
             )
         # Of the folder as it is now: tokenizer, streams and fallbacks are opened later, from
         # wherever the process is then.

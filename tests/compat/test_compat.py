@@ -20,7 +20,7 @@ from memopt import compat
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, DeviceError, InputError, WeightsError
 from memopt.exporters.base import export
-from memopt.memory.joint import JointConfig, JointEmbeddingLayer
+from memopt.joint.layer import JointConfig, JointEmbeddingLayer
 from memopt.runtimes.testing import fake_engine
 from memopt.weights.reader import WeightLoader
 from memopt.weights.writer import write_weights
@@ -193,9 +193,9 @@ def test_backends_take_a_torch_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JointEmbeddingLayer]:
     """A small joint layer, trained for one epoch on noise: enough to be a function."""
-    from memopt.commands.memory.train_joint import make_joint_bundle
-    from memopt.memory.joint_pairs import make_pairs
-    from memopt.memory.joint_train import JointRecipe
+    from memopt.joint.bundle import make_joint_bundle
+    from memopt.joint.pairs import make_pairs
+    from memopt.joint.train import JointRecipe
 
     config = JointConfig(vision=20, audio=16, text=12, joint=32, hidden=48, heads=4)
     rng = np.random.default_rng(0)

@@ -45,11 +45,11 @@ def store(folder: Path, *, key: bytes | None) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "memory"))
     from kit import png
 
-    from memopt.memory.graph.association import AssociationGraph
-    from memopt.memory.lifecycle.worker import ConsolidationRecipe, ConsolidationWorker
-    from memopt.memory.memory_store import MemoryStore
-    from memopt.memory.model.schema import Content, NewMemory
-    from memopt.memory.privacy.keys import AesGcm
+    from memopt.memory.consolidation import ConsolidationRecipe, ConsolidationWorker
+    from memopt.memory.graph import AssociationGraph
+    from memopt.memory.keys import AesGcm
+    from memopt.memory.schema import Content, NewMemory
+    from memopt.memory.store import MemoryStore
 
     now = [NOW - timedelta(days=60)]
     cipher = None if key is None else AesGcm((key,))

@@ -286,8 +286,8 @@ def records_seeds() -> list[bytes]:
 
 def memory_import(data: bytes) -> None:
     """The three Parquet files of an export, looked at and imported, and a file of pairs."""
+    from memopt.joint.pairs import read_pairs
     from memopt.memory.io.parquet import check_export, import_parquet
-    from memopt.memory.joint_pairs import read_pairs
     from memopt.memory.memory_store import MemoryStore
 
     names = ("memories.parquet", "associations.parquet", "long_term.parquet", "pairs")

@@ -12,10 +12,7 @@ from memopt.commands.console import echo
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
-    from memopt.memory.joint_pairs import Pairs
-    from memopt.memory.joint_train import JointRecipe, Progress
-    from memopt.memory.model.encoders import Encoder
-    from memopt.runtimes.joint import JointConfig
+    from memopt.joint.model import Encoder
 
 
 def train_joint(
@@ -43,10 +40,10 @@ def train_joint(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from memopt.commands.console import stderr
-    from memopt.memory.joint import JointConfig
-    from memopt.memory.joint_bundle import check_free
-    from memopt.memory.joint_pairs import read_pairs
-    from memopt.memory.joint_train import JointRecipe
+    from memopt.joint.bundle import check_free, make_joint_bundle
+    from memopt.joint.model import JointConfig
+    from memopt.joint.pairs import read_pairs
+    from memopt.joint.train import JointRecipe
     from memopt.memory.model.encoders import AudioEncoder, TextEncoder, VisionEncoder
     from memopt.runtimes.engine import ArrowEngine
 
@@ -94,49 +91,6 @@ def train_joint(
         echo(json.dumps({"bundle": str(made.path), **report}, indent=1))
     else:
         _print(made, report)
-
-
-def make_joint_bundle(
-    pairs: Pairs,
-    folder: Path,
-    *,
-    config: JointConfig | None = None,
-    recipe: JointRecipe | None = None,
-    encoders: dict[str, str] | None = None,
-    source: Path | None = None,
-    on_epoch: Progress | None = None,
-) -> Bundle:
-    """Train, write and export a joint layer: memory and exporters, joined one floor up.
-
-    Raises:
-        InputError: what :func:`memopt.memory.joint_train.train_joint` refuses.
-        ExportError: the graph does not give torch's answers; the folder then has no bundle.
-    """
-    import shutil
-
-    from memopt.bundle import open_bundle
-    from memopt.errors import MemoptError
-    from memopt.exporters.base import export
-    from memopt.files import staged_directory
-    from memopt.memory.joint_bundle import check_free, write_joint_bundle
-    from memopt.memory.joint_train import train_joint as train
-
-    check_free(folder)
-    trained = train(pairs, config, recipe, on_epoch)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with staged_directory(folder.parent) as stage:
-        bundle = write_joint_bundle(
-            trained, stage / "bundle", name=folder.resolve().name, encoders=encoders, source=source
-        )
-        export(bundle)
-        # Whole or not at all: the folder appears when the graph has passed its check.
-        if folder.exists():
-            shutil.rmtree(folder)
-        try:
-            (stage / "bundle").rename(folder)
-        except OSError as error:
-            raise MemoptError(f"cannot write {folder}: {error}") from error
-    return open_bundle(folder)
 
 
 def _print(bundle: Bundle, report: Any) -> None:

@@ -66,7 +66,7 @@ class Models:
 
         self.check()
         if self.joint:
-            from memopt.memory.joint import JointEmbeddingLayer
+            from memopt.joint.layer import JointEmbeddingLayer
 
             layer = JointEmbeddingLayer(self.joint)
             sizes = layer.config

@@ -9,35 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError
+from memopt.joint.model import JOINT_MODALITIES, Encoder
 from memopt.memory.model.schema import Content
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.joint import JOINT_MODALITIES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memopt.memory.joint import JointEmbeddingLayer
-
-
-class Encoder(Protocol):
-    """Content of one modality to vectors."""
-
-    @property
-    def model_id(self) -> str:
-        """What made the vectors."""
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-
-    def encode(self, items: Sequence[Any]) -> NDArray[np.float32]:
-        """Return float32 (n, dim), one L2-normalised row per item."""
+    from memopt.joint.layer import JointEmbeddingLayer
 
 
 class _EngineEncoder:

@@ -1,4 +1,4 @@
-"""The joint layer's shape and its torch form; the exporter and the trainer share them.
+"""The joint layer: its dimensions, what a bundle says of them, and its torch form.
 
 One row holds up to three encoder vectors. Absent ones are masked out, never filled in: an absent
 vector takes no part in the mean, in the attention or in the pooling, so whatever its slot holds,
@@ -7,13 +7,18 @@ NaN included, the result is the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from memopt.errors import ConfigurationError
+from memopt.bundle import Bundle
+from memopt.errors import BundleError, ConfigurationError
 from memopt.extras import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 JOINT_TASK = "joint-embedding"
 JOINT_MODALITIES = ("vision", "audio", "text")  # the order of the columns of `present`
@@ -83,6 +88,36 @@ class JointConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict."""
         return asdict(self)
+
+
+class Encoder(Protocol):
+    """Content of one modality to vectors."""
+
+    @property
+    def model_id(self) -> str:
+        """What made the vectors."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+
+    def encode(self, items: Sequence[Any]) -> NDArray[np.float32]:
+        """Return float32 (n, dim), one L2-normalised row per item."""
+
+
+def read_config(bundle: Bundle) -> tuple[JointConfig, dict[str, str]]:
+    """Return a joint bundle's dimensions and the model ids of the encoders it was trained on.
+
+    Raises:
+        BundleError: the bundle is no joint layer.
+    """
+    raw = bundle.config() if bundle.manifest.task == JOINT_TASK else {}
+    if raw.get("model_type") != JOINT_MODEL_TYPE or not isinstance(raw.get("joint"), dict):
+        raise BundleError(
+            f"{bundle.path} is no joint layer (task {bundle.manifest.task})",
+            fix="train one: memopt memory train-joint PAIRS OUT",
+        )
+    return JointConfig.from_dict(raw["joint"]), dict(raw.get("encoders") or {})
 
 
 def network(config: JointConfig, *, dropout: float = 0.0) -> Any:

@@ -1,23 +1,63 @@
 """A trained joint layer as a bundle: ``config.json``, ``weights.parquet`` (V1), ``memopt.json``.
 
-The graph is added by memopt's own exporter (``memopt export``), one floor up from here:
-``memopt memory train-joint`` does both.
+The graph is added by memopt's own exporter, as for any other bundle.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import MANIFEST, Bundle, Manifest, create_bundle, stamp
-from memopt.errors import BundleError
-from memopt.files import atomic_path, sha256_file
-from memopt.memory.joint_train import TrainedJoint
-from memopt.runtimes.joint import JOINT_MODEL_TYPE, JOINT_TASK
+from memopt.bundle import MANIFEST, Bundle, Manifest, create_bundle, open_bundle, stamp
+from memopt.errors import BundleError, MemoptError
+from memopt.exporters.base import export
+from memopt.files import atomic_path, sha256_file, staged_directory
+from memopt.joint.model import JOINT_MODEL_TYPE, JOINT_TASK, JointConfig
+from memopt.joint.pairs import Pairs
+from memopt.joint.train import JointRecipe, Progress, TrainedJoint, train_joint
 from memopt.weights.writer import write_weights
+
+
+def make_joint_bundle(
+    pairs: Pairs,
+    folder: str | Path,
+    *,
+    config: JointConfig | None = None,
+    recipe: JointRecipe | None = None,
+    encoders: Mapping[str, str] | None = None,
+    source: str | Path | None = None,
+    on_epoch: Progress | None = None,
+) -> Bundle:
+    """Train a joint layer, write it and export it; the folder appears when all of it is right.
+
+    Args:
+        pairs, config, recipe, on_epoch: see :func:`memopt.joint.train.train_joint`.
+        folder, encoders, source: see :func:`write_joint_bundle`.
+
+    Raises:
+        InputError: what :func:`memopt.joint.train.train_joint` refuses.
+        BundleError: the folder holds something already.
+        ExportError: the graph does not give torch's answers; the folder then has no bundle.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    trained = train_joint(pairs, config, recipe, on_epoch)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with staged_directory(folder.parent) as stage:
+        made = stage / "bundle"
+        name = folder.resolve().name
+        export(write_joint_bundle(trained, made, name=name, encoders=encoders, source=source))
+        if folder.exists():
+            shutil.rmtree(folder)
+        try:
+            made.rename(folder)
+        except OSError as error:
+            raise MemoptError(f"cannot write {folder}: {error}") from error
+    return open_bundle(folder)
 
 
 def write_joint_bundle(
@@ -31,7 +71,7 @@ def write_joint_bundle(
     """Write a trained layer into a new folder.
 
     Args:
-        trained: what :func:`memopt.memory.joint_train.train_joint` returned.
+        trained: what :func:`memopt.joint.train.train_joint` returned.
         folder: a new or empty folder.
         name: the bundle's name; by default the folder's.
         encoders: modality -> model id of the encoder whose vectors were trained on; embedding
@@ -46,8 +86,8 @@ def write_joint_bundle(
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from memopt.memory.joint_pairs import make_pairs
-    >>> from memopt.memory.joint_train import JointConfig, JointRecipe, train_joint
+    >>> from memopt.joint.pairs import make_pairs
+    >>> from memopt.joint.train import JointConfig, JointRecipe, train_joint
     >>> rng = np.random.default_rng(0)
     >>> pairs = make_pairs({"text": rng.normal(size=(32, 4)), "audio": rng.normal(size=(32, 3))})
     >>> config = JointConfig(vision=2, audio=3, text=4, joint=8, hidden=8, heads=2)

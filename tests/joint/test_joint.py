@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.cli import main
-from memopt.commands.memory.train_joint import make_joint_bundle
 from memopt.errors import (
     BundleError,
     ConfigurationError,
@@ -30,12 +29,13 @@ from memopt.errors import (
     InputError,
 )
 from memopt.exporters import base
-from memopt.exporters import joint as joint_exporter
 from memopt.exporters.base import export
-from memopt.memory.joint import JointConfig, JointEmbeddingLayer, joint_inputs
-from memopt.memory.joint_bundle import write_joint_bundle
-from memopt.memory.joint_pairs import Pairs, make_pairs, read_pairs
-from memopt.memory.joint_train import JointRecipe, train_joint
+from memopt.joint import graph as joint_exporter
+from memopt.joint.bundle import make_joint_bundle, write_joint_bundle
+from memopt.joint.layer import JointConfig, JointEmbeddingLayer, joint_inputs
+from memopt.joint.model import JOINT_MODALITIES, network
+from memopt.joint.pairs import Pairs, make_pairs, read_pairs
+from memopt.joint.train import JointRecipe, train_joint
 from memopt.memory.model.encoders import (
     AudioEncoder,
     JointEmbedder,
@@ -45,7 +45,6 @@ from memopt.memory.model.encoders import (
 )
 from memopt.memory.model.schema import Content
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.joint import JOINT_MODALITIES, network
 from memopt.runtimes.testing import fake_engine
 from memopt.weights.reader import WeightLoader
 
@@ -303,8 +302,8 @@ def test_running_needs_no_torch(bundle: Bundle) -> None:
     """A process that opens and runs the layer has imported neither torch nor transformers."""
     code = (
         "import sys, numpy as np\n"
-        "from memopt.memory.joint import JointEmbeddingLayer\n"
-        "from memopt.memory import joint_train, joint_bundle, joint_pairs\n"
+        "from memopt.joint.layer import JointEmbeddingLayer\n"
+        "from memopt.joint import bundle, pairs, train\n"
         "from memopt.memory.model import encoders\n"
         f"layer = JointEmbeddingLayer({str(bundle.path)!r})\n"
         "assert layer.embed(text=np.ones((2, 12))).shape == (2, 32)\n"

@@ -1,4 +1,4 @@
-"""The joint layer to a graph: the same steps as :mod:`memopt.exporters.tasks`, for three inputs.
+"""The joint layer to a graph: the functions of :mod:`memopt.exporters.tasks`, for three inputs.
 
 The reference is torch with the absent slots at zero, the graph gets them full of garbage: a graph
 in which an absent modality leaks into the answer fails the check like any other wrong one.
@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 
 from memopt.bundle import Bundle, Manifest
-from memopt.errors import BundleError, ExportError
+from memopt.errors import ExportError
 from memopt.exporters.tasks import Shape, Signature
-from memopt.runtimes.joint import (
+from memopt.joint.model import (
     JOINT_INPUTS,
     JOINT_MODALITIES,
     JOINT_MODEL_TYPE,
     JOINT_OUTPUT,
     JointConfig,
     network,
+    read_config,
 )
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.weights.reader import WeightLoader
@@ -39,22 +40,16 @@ class _Config:
         return {"model_type": self.model_type, "joint": self.joint.to_dict()}
 
 
-def load_model(bundle: Bundle) -> LoadedModel:
+def load_model(bundle: Bundle, task: str) -> LoadedModel:
     """Return the joint layer of a bundle with its own weights, in eval mode.
 
     Raises:
         ExportError: the weights do not fit the dimensions in config.json.
         BundleError: config.json holds no joint layer.
     """
-    raw = bundle.config()
-    if raw.get("model_type") != JOINT_MODEL_TYPE or not isinstance(raw.get("joint"), dict):
-        raise BundleError(
-            f"{bundle.path} holds no joint layer (model_type {raw.get('model_type')!r})",
-            fix="train one: memopt memory train-joint PAIRS OUT",
-        )
     import torch
 
-    config = JointConfig.from_dict(raw["joint"])
+    config, _ = read_config(bundle)
     module = network(config).eval()
     with WeightLoader(bundle.weights) as loader:
         found = {name: torch.from_numpy(np.array(loader.load(name), np.float32)) for name in loader}

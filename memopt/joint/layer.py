@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from memopt.bundle import Bundle, open_bundle
-from memopt.errors import BundleError, InputError
+from memopt.errors import InputError
+from memopt.joint.model import JOINT_MODALITIES, JointConfig, read_config
 from memopt.runtimes.base import Settings
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
-from memopt.runtimes.joint import JOINT_MODALITIES, JOINT_MODEL_TYPE, JOINT_TASK, JointConfig
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates
 
@@ -44,7 +44,7 @@ class JointEmbeddingLayer:
         BundleError: no joint layer there, or no graph was exported.
         DeviceError: no provider could open the graph.
 
-    A runnable example is :func:`joint_inputs`; training one is in :mod:`memopt.memory.joint_train`.
+    A runnable example is :func:`joint_inputs`; training one is in :mod:`memopt.joint.train`.
     """
 
     def __init__(
@@ -184,18 +184,3 @@ def joint_inputs(
         feeds[name] = values
     feeds["present"] = mask.astype(np.float32)
     return feeds
-
-
-def read_config(bundle: Bundle) -> tuple[JointConfig, dict[str, str]]:
-    """Return a joint bundle's dimensions and the model ids of the encoders it was trained on.
-
-    Raises:
-        BundleError: the bundle is no joint layer.
-    """
-    raw = bundle.config() if bundle.manifest.task == JOINT_TASK else {}
-    if raw.get("model_type") != JOINT_MODEL_TYPE or not isinstance(raw.get("joint"), dict):
-        raise BundleError(
-            f"{bundle.path} is no joint layer (task {bundle.manifest.task})",
-            fix="train one: memopt memory train-joint PAIRS OUT",
-        )
-    return JointConfig.from_dict(raw["joint"]), dict(raw.get("encoders") or {})

@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import InputError
+from memopt.joint.model import JOINT_MODALITIES, Encoder
 from memopt.parquetfile import one_line, open_parquet
-from memopt.runtimes.joint import JOINT_MODALITIES
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
-
-    from memopt.memory.model.encoders import Encoder
 
 RAW = {"vision": "vision_data", "audio": "audio_data", "text": "text"}
 READY = {name: f"{name}_embedding" for name in JOINT_MODALITIES}

@@ -19,8 +19,8 @@ import numpy as np
 
 from memopt.errors import ConfigurationError, InputError
 from memopt.extras import require
-from memopt.memory.joint_pairs import Pairs
-from memopt.runtimes.joint import JOINT_MODALITIES, JointConfig, network
+from memopt.joint.model import JOINT_MODALITIES, JointConfig, network
+from memopt.joint.pairs import Pairs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +109,7 @@ def train_joint(
     """Train a joint layer on pairs; the same pairs, recipe and thread count give the same weights.
 
     Args:
-        pairs: from :func:`memopt.memory.joint_pairs.read_pairs` or ``make_pairs``.
+        pairs: from :func:`memopt.joint.pairs.read_pairs` or ``make_pairs``.
         config: dimensions; by default 512, 384, 384 -> 768, each modality as long as its vectors.
         recipe: how to train.
         on_epoch: called after every epoch with (epoch, epochs, held-out loss).
@@ -118,7 +118,7 @@ def train_joint(
         InputError: the vectors do not have the lengths ``config`` says, or too few rows.
         MissingExtra: torch is not installed.
 
-    >>> from memopt.memory.joint_pairs import make_pairs
+    >>> from memopt.joint.pairs import make_pairs
     >>> rng = np.random.default_rng(0)
     >>> pairs = make_pairs({"text": rng.normal(size=(32, 4)), "audio": rng.normal(size=(32, 3))})
     >>> config = JointConfig(vision=2, audio=3, text=4, joint=8, hidden=8, heads=2)
