@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from memopt.moved import find_moved
+
 # onnxruntime (since 1.32) and openvino report usage over the network. Nobody asked for that; and
 # the thread that does it, started by the import, leaves a child of fork() hanging when it exits.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
 
+find_moved()
 __version__ = "0.1.0"
 __all__ = ["ArrowEngine", "Bundle", "__version__", "open_bundle"]
 

@@ -1,0 +1,79 @@
+"""Import paths of before: a module that has moved is still found under its old name.
+
+``from memopt.memory.schema import Memory`` was right until memory and federation got rooms, and
+people's programs say so. The old name gives the very module that lies elsewhere now, with a
+DeprecationWarning. Where a package has the old module's name it gives the names itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "memopt.federation.adapters": "memopt.federation.delta.adapters",
+    "memopt.federation.aggregate": "memopt.federation.delta.aggregate",
+    "memopt.federation.arrays": "memopt.federation.delta.arrays",
+    "memopt.federation.audit": "memopt.federation.trust.audit",
+    "memopt.federation.authority": "memopt.federation.trust.authority",
+    "memopt.federation.codecs": "memopt.federation.delta.codecs",
+    "memopt.federation.delta_settings": "memopt.federation.delta.settings",
+    "memopt.federation.gate": "memopt.federation.server.gate",
+    "memopt.federation.manager": "memopt.federation.client.manager",
+    "memopt.federation.payload": "memopt.federation.delta.payload",
+    "memopt.federation.session": "memopt.federation.client.session",
+    "memopt.federation.signing": "memopt.federation.trust.signing",
+    "memopt.federation.store": "memopt.federation.server.store",
+    "memopt.memory.access_log": "memopt.memory.privacy.access_log",
+    "memopt.memory.condense": "memopt.memory.lifecycle.condense",
+    "memopt.memory.consolidation": "memopt.memory.lifecycle.worker",
+    "memopt.memory.encoders": "memopt.memory.model.encoders",
+    "memopt.memory.erase": "memopt.memory.privacy.erase",
+    "memopt.memory.interchange": "memopt.memory.io.parquet",
+    "memopt.memory.joint": "memopt.joint.layer",
+    "memopt.memory.joint_bundle": "memopt.joint.bundle",
+    "memopt.memory.joint_pairs": "memopt.joint.pairs",
+    "memopt.memory.joint_train": "memopt.joint.train",
+    "memopt.memory.keys": "memopt.memory.privacy.keys",
+    "memopt.memory.llm": "memopt.memory.lifecycle.llm",
+    "memopt.memory.models": "memopt.memory.io.models",
+    "memopt.memory.reclaim": "memopt.memory.privacy.reclaim",
+    "memopt.memory.redaction": "memopt.memory.privacy.redaction",
+    "memopt.memory.retention": "memopt.memory.lifecycle.retention",
+    "memopt.memory.retriever": "memopt.memory.graph.retriever",
+    "memopt.memory.schedule": "memopt.memory.lifecycle.schedule",
+    "memopt.memory.schema": "memopt.memory.model.schema",
+    "memopt.memory.tiering": "memopt.memory.lifecycle.tiering",
+    "memopt.memory.verify": "memopt.memory.lifecycle.verify",
+}
+
+
+class _Old(MetaPathFinder, Loader):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = MOVED[spec.name]
+        warnings.warn(f"{spec.name} is {new} now", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        # The import system is about to write the old name over it.
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        state = module.__spec__
+        assert state is not None
+        module.__spec__ = state.loader_state
+
+
+def find_moved() -> None:
+    """Let the import system find what has moved, after everything else."""
+    if not any(isinstance(finder, _Old) for finder in sys.meta_path):
+        sys.meta_path.append(_Old())
