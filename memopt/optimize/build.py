@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import ConfigurationError, MemoptError, MissingExtra
 from memopt.exporters.base import export
 from memopt.optimize.plan import Candidate, Outcome
-from memopt.quantization.calibration import CalibrationSet
-from memopt.quantization.quantize import Samples, Step, quantize, size_of
+from memopt.quantization.calibration import CalibrationSet, split
+from memopt.quantization.quantize import Samples, quantize, size_of
 from memopt.quantization.recipe import Recipe
 from memopt.quantization.validate import Gate
 from memopt.runtimes.providers import canonical, missing
 
+Step = Callable[[str], None]
+VALIDATION_SAMPLES = 512
 USED_UP = "the budget was used up"
 # The float graphs that quantization starts from and that quality is measured against.
 BASES = (("onnx", "fp32", "onnx-fp32"), ("openvino", "fp32", "openvino-fp32"))
@@ -37,15 +40,37 @@ def build_bases(bundle: Bundle, wanted: Sequence[Candidate], say: Step) -> Bundl
     return open_bundle(bundle.path)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What quantization reads, and what that comes to.
+
+    Attributes:
+        samples: the file and how to split it.
+        calibration, held_out: the two parts.
+    """
+
+    samples: Samples
+    calibration: CalibrationSet
+    held_out: CalibrationSet
+
+    @classmethod
+    def read(cls, path: Path, modality: str, samples: int, seed: int) -> Inputs:
+        """Split a file.
+
+        Raises:
+            InputError: it cannot be used, or holds too little.
+        """
+        parts = split(
+            path, modality=modality, samples=samples, validation=VALIDATION_SAMPLES, seed=seed
+        )
+        given = Samples(
+            calibration=path, samples=samples, validation_samples=VALIDATION_SAMPLES, seed=seed
+        )
+        return cls(samples=given, calibration=parts[0], held_out=parts[1])
+
+
 def build(
-    path: Path,
-    candidate: Candidate,
-    samples: Samples,
-    calibration: CalibrationSet,
-    gate: Gate,
-    *,
-    held_out: CalibrationSet,
-    seconds_left: float,
+    path: Path, candidate: Candidate, inputs: Inputs, gate: Gate, seconds_left: float
 ) -> Outcome:
     """Make the variant of one candidate, or take the one that an earlier call made.
 
@@ -55,29 +80,14 @@ def build(
 
     Args:
         path: the bundle.
-        samples: what quantization reads; ``calibration`` and ``held_out`` are what that comes to.
         seconds_left: of the budget; nothing is built when this is not positive.
     """
     absent = missing(canonical(candidate.device))
     if absent is not None:
         return Outcome(candidate=candidate, status="skipped", reason=str(absent))
     begin = time.monotonic()
-    bundle = open_bundle(path)
     try:
-        recipe = Recipe.from_dict(candidate.settings) if candidate.kind == "quantize" else None
-        reused = (
-            _fresh(bundle, candidate.name)
-            if recipe is None
-            else _same_recipe(bundle, candidate.name, recipe, calibration)
-        )
-        if not reused and seconds_left <= 0:
-            return Outcome(candidate=candidate, status="skipped", reason=USED_UP)
-        if not reused and recipe is None:
-            _export(bundle, candidate)
-        elif not reused and recipe is not None:
-            there = bundle.manifest.variants.get(candidate.name)
-            keep = there is None or not there.passed
-            quantize(bundle, samples, recipe, gate=gate, keep_failing=keep)
+        reused = _make(open_bundle(path), candidate, inputs, gate, seconds_left)
     except ConfigurationError:
         raise
     except MemoptError as error:
@@ -85,13 +95,15 @@ def build(
         # Of a missing library the command that installs it is the news.
         reason = str(error) if isinstance(error, MissingExtra) else error.problem
         return Outcome(candidate=candidate, status="dropped", reason=reason, seconds=spent)
+    if reused is None:
+        return Outcome(candidate=candidate, status="skipped", reason=USED_UP)
     bundle = open_bundle(path)
     if candidate.name not in bundle.manifest.variants:
         reason = "the exporter made no such variant for this architecture"
         return Outcome(candidate=candidate, status="dropped", reason=reason)
     proof = bundle.variant(candidate.name).validation or {}
     # What quantize measured on the very inputs that this call judges with.
-    same = proof.get("set_sha256") == held_out.digest
+    same = proof.get("set_sha256") == inputs.held_out.digest
     return Outcome(
         candidate=candidate,
         status="kept",
@@ -102,6 +114,28 @@ def build(
         seconds=time.monotonic() - begin,
         bytes=size_of(bundle, bundle.variant(candidate.name)),
     )
+
+
+def _make(
+    bundle: Bundle, candidate: Candidate, inputs: Inputs, gate: Gate, seconds_left: float
+) -> bool | None:
+    """Say whether the variant was there (True) or was made (False); None: no time is left."""
+    if candidate.kind == "export":
+        if _fresh(bundle, candidate.name):
+            return True
+        if seconds_left <= 0:
+            return None
+        _export(bundle, candidate)
+        return False
+    recipe = Recipe.from_dict(candidate.settings)
+    if _same_recipe(bundle, candidate.name, recipe, inputs.calibration):
+        return True
+    if seconds_left <= 0:
+        return None
+    variant = bundle.manifest.variants.get(candidate.name)
+    keep_failing = variant is None or not variant.passed
+    quantize(bundle, inputs.samples, recipe, gate=gate, keep_failing=keep_failing)
+    return False
 
 
 def _export(bundle: Bundle, candidate: Candidate) -> None:

@@ -157,6 +157,36 @@ class Plan:
             raise ConfigurationError(f"{path} is not an optimize plan: {error}", fix=fix) from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimized:
+    """The result: the plan that was carried out and one outcome per candidate.
+
+    ``reference`` is the portable float graph's inputs per second, what speeds are multiples of;
+    ``notes`` are lines a reader should know, such as other calibration data than the plan's.
+    """
+
+    bundle: Path
+    plan: Plan
+    outcomes: tuple[Outcome, ...]
+    inputs: int
+    seconds: float
+    reference: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "bundle": str(self.bundle),
+            "chosen": self.plan.chosen,
+            "chosen_device": self.plan.chosen_device,
+            "seconds": self.seconds,
+            "inputs": self.inputs,
+            "reference_items_per_second": self.reference,
+            "notes": list(self.notes),
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+        }
+
+
 def check_targets(text: str) -> tuple[str, ...]:
     """Split and check a comma-separated list of targets.
 

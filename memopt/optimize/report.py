@@ -6,15 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memopt import charts
 from memopt.files import atomic_path
 from memopt.optimize.picture import Point, tradeoff
-from memopt.optimize.plan import Outcome
-
-if TYPE_CHECKING:
-    from memopt.optimize.run import Optimized
+from memopt.optimize.plan import Optimized, Outcome
 
 HEADER = (
     "candidate",

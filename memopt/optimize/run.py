@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,12 +14,12 @@ from memopt.benchmark.runner import hardware, versions
 from memopt.bundle import Manifest, Variant, open_bundle, stamp
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file
-from memopt.optimize.build import USED_UP, build, build_bases
+from memopt.optimize.build import USED_UP, Inputs, Step, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
-from memopt.optimize.plan import TARGETS, Outcome, Plan
-from memopt.quantization.calibration import described, split
-from memopt.quantization.quantize import Samples
+from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
+from memopt.optimize.report import write_html
+from memopt.quantization.calibration import described
 from memopt.quantization.validate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
@@ -27,42 +27,27 @@ from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
 from memopt.weights.locked import unlocked
 
-Step = Callable[[str], None]
 PLAN_FILE, REPORT_FILE = "plan.json", "optimize.html"
 # Building may use this share of the budget; the rest is for measuring what was built.
 BUILD_SHARE = 0.7
-VALIDATION_SAMPLES = 512
 TUNING_SAMPLES = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimized:
-    """The result: the plan that was carried out and one outcome per candidate.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Seconds for all, counted from when it was made."""
 
-    ``reference`` is the portable float graph's inputs per second, what speeds are multiples of;
-    ``notes`` are lines a reader should know, such as other calibration data than the plan's.
-    """
-
-    bundle: Path
-    plan: Plan
-    outcomes: tuple[Outcome, ...]
-    inputs: int
     seconds: float
-    reference: float | None = None
-    notes: tuple[str, ...] = ()
+    begin: float = field(default_factory=time.monotonic)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {
-            "bundle": str(self.bundle),
-            "chosen": self.plan.chosen,
-            "chosen_device": self.plan.chosen_device,
-            "seconds": self.seconds,
-            "inputs": self.inputs,
-            "reference_items_per_second": self.reference,
-            "notes": list(self.notes),
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-        }
+    @property
+    def spent(self) -> float:
+        """Seconds gone."""
+        return time.monotonic() - self.begin
+
+    def left_to_build(self, built: Sequence[float]) -> float:
+        """Seconds left for building, less what another is likely to take after those before it."""
+        return self.seconds * BUILD_SHARE - self.spent - (fmean(built) if built else 0.0)
 
 
 def optimize(
@@ -106,13 +91,12 @@ def optimize(
         MemoptError: the float model itself cannot be exported.
     """
     gate = Gate(min_cosine=min_cosine)
-    begin = time.monotonic()
+    budgeted = Budget(budget)
     say = step or (lambda line: None)
-    calibration = Path(calibration)
-    if not calibration.exists():
-        raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
     if plan and targets:
         plan = plan.only(targets)
+    if not Path(calibration).exists():
+        raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
     say("resolve the model")
     resolved = resolve(source)
     manifest = resolved.manifest
@@ -121,92 +105,90 @@ def optimize(
             f"{resolved.path} has task {manifest.task}; optimize chooses among encoders",
             fix="use memopt quantize, which proves perplexity",
         )
-    calibration_set, held_out = split(
-        calibration,
-        modality=manifest.modality,
-        samples=samples,
-        validation=VALIDATION_SAMPLES,
-        seed=seed,
-    )
+    inputs = Inputs.read(Path(calibration), manifest.modality, samples, seed)
     wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
+    made = Plan(
+        source=str(source),
+        min_cosine=min_cosine,
+        samples=samples,
+        seed=seed,
+        candidates=tuple(wanted),
+        calibration=str(calibration),
+        calibration_sha256=_digest(Path(calibration)),
+        machine={"key": machine_key(), **hardware(), **versions()},
+    )
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
         bundle = build_bases(bundle, wanted, say)
-        given = Samples(
-            calibration=calibration,
-            samples=samples,
-            validation_samples=VALIDATION_SAMPLES,
-            seed=seed,
-        )
-        outcomes: list[Outcome] = []
-        built: list[float] = []
-        for number, candidate in enumerate(wanted, start=1):
-            say(f"candidate {number} of {len(wanted)}: {candidate.label}")
-            spent = time.monotonic() - begin
-            # Another takes about as long as those before it, and must still fit.
-            left = budget * BUILD_SHARE - spent - (fmean(built) if built else 0.0)
-            if spent > budget:
-                outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
-            else:
-                outcome = build(
-                    bundle.path,
-                    candidate,
-                    given,
-                    calibration_set,
-                    gate,
-                    held_out=held_out,
-                    seconds_left=left,
-                )
-            if outcome.status != "skipped" and not outcome.reused:
-                built.append(outcome.seconds)
-            outcomes.append(outcome)
-            if on_outcome:
-                on_outcome(number, len(wanted), outcome)
+        outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, say, on_outcome)
         judged = judge(
             bundle.path,
             outcomes,
-            held_out.items,
+            inputs.held_out.items,
             min_cosine,
             rounds=rounds,
-            deadline=begin + budget,
+            deadline=budgeted.begin + budget,
             say=say,
         )
-        digest = _digest(calibration)
-        best = _best(judged.outcomes)
-        made = Plan(
-            source=str(source),
-            min_cosine=min_cosine,
-            samples=samples,
-            seed=seed,
-            candidates=tuple(wanted),
-            chosen=best.candidate.name if best else None,
-            chosen_device=best.candidate.device if best else None,
-            calibration=str(calibration),
-            calibration_sha256=digest,
-            machine={"key": machine_key(), **hardware(), **versions()},
-        )
-        _remember(bundle.path, made, judged, described(held_out))
-        if best is not None:
-            say("choose the number of streams")
-            tune_streams(
-                open_bundle(bundle.path),
-                held_out.items[:TUNING_SAMPLES],
-                device=canonical(best.candidate.device),
-                variant=best.candidate.name,
-            )
+        made = _choose(bundle.path, made, judged, inputs, say)
         result = Optimized(
             bundle=bundle.path,
             plan=made,
             outcomes=judged.outcomes,
-            inputs=len(held_out),
-            seconds=time.monotonic() - begin,
+            inputs=len(inputs.held_out),
+            seconds=budgeted.spent,
             reference=judged.reference,
             notes=_differences(plan, made),
         )
         if result.reference is not None:
             # Without a measurement the plan of an earlier call says more.
-            _write(result)
+            made.save(bundle.path / PLAN_FILE)
+            write_html(result, bundle.path / REPORT_FILE)
     return replace(result, bundle=resolved.path)
+
+
+def _build_all(
+    path: Path,
+    wanted: Sequence[Candidate],
+    inputs: Inputs,
+    gate: Gate,
+    budget: Budget,
+    say: Step,
+    on_outcome: Callable[[int, int, Outcome], None] | None,
+) -> list[Outcome]:
+    """Build one candidate after the other, as far as the budget reaches."""
+    outcomes: list[Outcome] = []
+    built: list[float] = []
+    for number, candidate in enumerate(wanted, start=1):
+        say(f"candidate {number} of {len(wanted)}: {candidate.label}")
+        if budget.spent > budget.seconds:
+            outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
+        else:
+            left = budget.left_to_build(built)
+            outcome = build(path, candidate, inputs, gate, left)
+        if outcome.status != "skipped" and not outcome.reused:
+            built.append(outcome.seconds)
+        outcomes.append(outcome)
+        if on_outcome:
+            on_outcome(number, len(wanted), outcome)
+    return outcomes
+
+
+def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -> Plan:
+    """Write measurements and the choice into the manifest; return the plan with the choice."""
+    best = _best(judged.outcomes)
+    if best is not None:
+        plan = replace(plan, chosen=best.candidate.name, chosen_device=best.candidate.device)
+    _remember(path, plan, judged, described(inputs.held_out))
+    if best is not None:
+        say("choose the number of streams")
+        tune_streams(
+            open_bundle(path),
+            inputs.held_out.items[:TUNING_SAMPLES],
+            device=canonical(best.candidate.device),
+            variant=best.candidate.name,
+        )
+    return plan
 
 
 def _here() -> list[str]:
@@ -228,13 +210,6 @@ def _differences(before: Plan | None, now: Plan) -> tuple[str, ...]:
         where = before.machine.get("processor", "another machine")
         notes.append(f"on {where} the choice was {before.chosen} on {before.chosen_device}")
     return tuple(notes)
-
-
-def _write(result: Optimized) -> None:
-    from memopt.optimize.report import write_html
-
-    result.plan.save(result.bundle / PLAN_FILE)
-    write_html(result, result.bundle / REPORT_FILE)
 
 
 def _remember(path: Path, plan: Plan, judged: Judged, proof: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import _as_at_home, _gated, choose
-from memopt.optimize.plan import Candidate, Outcome, Plan, check_targets
-from memopt.optimize.run import Optimized, optimize
+from memopt.optimize.plan import Candidate, Optimized, Outcome, Plan, check_targets
+from memopt.optimize.run import optimize
 from memopt.quantization.quantize import seconds
 from memopt.weights.crypto import KEY_VARIABLE, MAGIC, load_key
 from memopt.weights.locked import encrypt_bundle
