@@ -31,7 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from memopt.benchmark.runner import hardware
+from memopt.benchmark.record import hardware
 from memopt.memory import (
     AssociationGraph,
     Content,

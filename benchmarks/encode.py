@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from memopt.benchmark import report
 from memopt.benchmark.bench import peer_model
 from memopt.benchmark.peers import PEERS, Contender, peer_contenders, peer_python
-from memopt.benchmark.runner import ratio, run
+from memopt.benchmark.record import ratio
+from memopt.benchmark.runner import run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.base import export

@@ -41,7 +41,7 @@ import usearch.index
 from rich.console import Console
 from rich.table import Table
 
-from memopt.benchmark.runner import hardware
+from memopt.benchmark.record import hardware
 from memopt.charts import lines, page
 from memopt.charts import table as html_table
 from memopt.files import atomic_path

@@ -23,7 +23,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from memopt import ArrowEngine, Bundle, open_bundle
-from memopt.benchmark.runner import hardware
+from memopt.benchmark.record import hardware
 from memopt.benchmark.workload import default_inputs
 from memopt.charts import lines, page, standalone
 from memopt.charts import table as html_table

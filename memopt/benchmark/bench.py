@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memopt.benchmark.peers import Contender, check_peers, peer_contenders, peer_python
-from memopt.benchmark.runner import BenchmarkMetrics, run
+from memopt.benchmark.record import BenchmarkMetrics
+from memopt.benchmark.runner import run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError

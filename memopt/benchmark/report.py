@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt import charts
-from memopt.benchmark.runner import BenchmarkMetrics, ratio
+from memopt.benchmark.record import BenchmarkMetrics, ratio
 from memopt.files import atomic_path
 
 HEADER = (

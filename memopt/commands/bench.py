@@ -49,7 +49,7 @@ def bench(
 
     from memopt.benchmark import bench as measure
     from memopt.benchmark import report as reports
-    from memopt.benchmark.runner import ratio
+    from memopt.benchmark.record import ratio
     from memopt.commands.console import check_target, stdout, steps
     from memopt.errors import ConfigurationError
 

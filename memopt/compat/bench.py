@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.benchmark import runner
 from memopt.benchmark.peers import Contender
+from memopt.benchmark.record import hardware
 from memopt.compat.engine import _bundle_of
 from memopt.compat.weights import perplexities
 from memopt.errors import InputError
@@ -68,7 +69,7 @@ class BenchmarkRunner:
             "model_name": bundle.path.name,
             "optimization_strategy": variant or "auto",
             "device": device,
-            "hardware_info": runner.hardware(),
+            "hardware_info": hardware(),
         }
         if bundle.manifest.task == "text-generation":
             found = BenchmarkMetrics(ppl=perplexities(bundle, variant, texts)[1], **told)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from memopt.benchmark.peers import Contender
-from memopt.benchmark.runner import BenchmarkMetrics, run
+from memopt.benchmark.record import BenchmarkMetrics
+from memopt.benchmark.runner import run
 from memopt.optimize.plan import Outcome
 from memopt.quantization.validate import Gate, Validation
 from memopt.runtimes.base import usual_streams

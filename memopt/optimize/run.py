@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from memopt.benchmark.runner import hardware, versions
+from memopt.benchmark.record import hardware, versions
 from memopt.bundle import Manifest, Variant, open_bundle, stamp
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file

@@ -77,20 +77,23 @@ def embed(
         ConfigurationError: an output ending that is not known, or the input's own file.
     """
     target = Path(output)
-    if target.suffix not in OUTPUTS:
-        raise ConfigurationError(
-            f"output {target.name!r} has the ending {target.suffix!r}",
-            fix=f"choose one of {', '.join(OUTPUTS)}",
-        )
-    if target.suffix == ".parquet":  # before the work, not after it
-        require("pyarrow", extra="arrow", why=f"write {target.name} (not to write .npy or .jsonl)")
-    if on_error not in ("fail", "skip"):
-        raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
-    if target.exists() and Path(source).exists() and target.samefile(source):
-        raise ConfigurationError(f"output {output} is the input", fix="give another file")
+    _check(target, output, source, on_error)
     modality = engine.bundle.manifest.modality
     items = read_items(source, modality, column)
     parts = _Parts(target, engine, normalize, resume)
+
+    def encode(chunk: list[Item], first: int) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+        encoded = engine.encode_each(
+            [item.value for item in chunk], normalize=normalize, batch_size=batch_size, fail=False
+        )
+        failures = {i: chunk[i].problem or why for i, why in sorted(encoded.failures.items())}
+        if failures and on_error == "fail":
+            raise _refusal(failures, first)
+        return encoded.vectors, [
+            {"index": first + i, "input": chunk[i].label, "reason": why}
+            for i, why in failures.items()
+        ]
+
     count = resumed = 0
     skipped: list[dict[str, Any]] = []
     try:
@@ -98,22 +101,8 @@ def embed(
             for number, chunk in enumerate(_chunks(items, PART[modality])):
                 done = parts.done(number, chunk)
                 if done is None:
-                    encoded = engine.encode_each(
-                        [item.value for item in chunk],
-                        normalize=normalize,
-                        batch_size=batch_size,
-                        fail=False,
-                    )
-                    failures = {
-                        i: chunk[i].problem or why for i, why in sorted(encoded.failures.items())
-                    }
-                    if failures and on_error == "fail":
-                        raise _refusal(failures, count)
-                    done = [
-                        {"index": count + i, "input": chunk[i].label, "reason": why}
-                        for i, why in failures.items()
-                    ]
-                    parts.write(number, chunk, count, encoded.vectors, done)
+                    vectors, done = encode(chunk, count)
+                    parts.write(number, chunk, count, vectors, done)
                 else:
                     resumed += len(chunk)
                 skipped += done
@@ -136,6 +125,20 @@ def embed(
         resumed=resumed,
         skipped=skipped,
     )
+
+
+def _check(target: Path, output: str | Path, source: str, on_error: str) -> None:
+    if target.suffix not in OUTPUTS:
+        raise ConfigurationError(
+            f"output {target.name!r} has the ending {target.suffix!r}",
+            fix=f"choose one of {', '.join(OUTPUTS)}",
+        )
+    if target.suffix == ".parquet":  # before the work, not after it
+        require("pyarrow", extra="arrow", why=f"write {target.name} (not to write .npy or .jsonl)")
+    if on_error not in ("fail", "skip"):
+        raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise ConfigurationError(f"output {output} is the input", fix="give another file")
 
 
 class _Parts:

@@ -44,6 +44,17 @@ if TYPE_CHECKING:
 
 
 _FIRST = np.zeros(1, np.intp)
+# What is no encoder, and what opens it.
+_OTHERS = {
+    "text-generation": (
+        "is a language model (task text-generation), not an encoder",
+        "encode() needs a bundle of an embedding task",
+    ),
+    "joint-embedding": (
+        "is a joint layer: it takes vectors, not text, images or sound",
+        "open it with memopt.joint.layer.JointEmbeddingLayer",
+    ),
+}
 
 
 class ArrowEngine:
@@ -105,31 +116,10 @@ class ArrowEngine:
         max_delay_ms: float = 2.0,
         verify: str = "open",
     ) -> None:
-        bundle = (
-            path_or_bundle if isinstance(path_or_bundle, Bundle) else open_bundle(path_or_bundle)
-        )
-        if bundle.manifest.task == "text-generation":
-            raise BundleError(
-                f"{bundle.path} is a language model (task text-generation), not an encoder",
-                fix="encode() needs a bundle of an embedding task",
-            )
-        if bundle.manifest.task == "joint-embedding":
-            raise BundleError(
-                f"{bundle.path} is a joint layer: it takes vectors, not text, images or sound",
-                fix="open it with memopt.joint.layer.JointEmbeddingLayer",
-            )
-        # Of the folder as it is now: tokenizer, streams and fallbacks are opened later, from
-        # wherever the process is then.
-        bundle = replace(bundle, path=bundle.path.absolute())
-        self._given = bundle.path
-        self._unlocked: Unlocked | None = None
-        if bundle.encrypted:
-            require("pyarrow", extra="arrow", why="open an encrypted bundle")
-            from memopt.weights.locked import Unlocked
-
-            self._unlocked = Unlocked(bundle)
-            bundle = self._unlocked.bundle
-        self._bundle = bundle
+        given = _encoder(path_or_bundle)
+        self._given = given.path
+        self._unlocked = _unlocked(given)
+        self._bundle = bundle = self._unlocked.bundle if self._unlocked else given
         self._settings = Settings(
             threads=threads,
             streams=streams,
@@ -480,3 +470,25 @@ def make_front_end(bundle: Bundle, inputs: Sequence[str]) -> FrontEnd:
 def _vram_bytes() -> float | None:
     found = limits.vram()
     return found.used_mb * 2**20 if found else None
+
+
+def _encoder(path_or_bundle: str | Path | Bundle) -> Bundle:
+    """Open an encoder's bundle.
+
+    Its folder is the one of now: tokenizer, streams and fallbacks are opened later, from wherever
+    the process is then.
+    """
+    bundle = path_or_bundle if isinstance(path_or_bundle, Bundle) else open_bundle(path_or_bundle)
+    if bundle.manifest.task in _OTHERS:
+        what, fix = _OTHERS[bundle.manifest.task]
+        raise BundleError(f"{bundle.path} {what}", fix=fix)
+    return replace(bundle, path=bundle.path.absolute())
+
+
+def _unlocked(bundle: Bundle) -> Unlocked | None:
+    if not bundle.encrypted:
+        return None
+    require("pyarrow", extra="arrow", why="open an encrypted bundle")
+    from memopt.weights.locked import Unlocked
+
+    return Unlocked(bundle)

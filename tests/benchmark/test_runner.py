@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from memopt.benchmark import report, runner
+from memopt.benchmark import report
 from memopt.benchmark.bench import below_gate, bench, compare
 from memopt.benchmark.peers import Contender, peer_contenders
-from memopt.benchmark.runner import BenchmarkMetrics, ratio, run
+from memopt.benchmark.race import Worker
+from memopt.benchmark.record import BenchmarkMetrics, ratio
+from memopt.benchmark.runner import run
 from memopt.benchmark.workload import read_inputs
 from memopt.bundle import MANIFEST, Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
@@ -52,14 +54,14 @@ def test_records_hold_what_was_measured(records: list[BenchmarkMetrics]) -> None
 def test_few_inputs_are_repeated(minilm: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round long enough to measure goes over the inputs as often for every contender."""
     asked: list[int] = []
-    ask = runner._Worker.ask
+    ask = Worker.ask
 
-    def recorded(worker: runner._Worker, **command: Any) -> dict[str, Any]:
+    def recorded(worker: Worker, **command: Any) -> dict[str, Any]:
         if command["do"] == "encode" and "out" not in command:
             asked.append(command["repeats"])
         return ask(worker, **command)
 
-    monkeypatch.setattr(runner._Worker, "ask", recorded)
+    monkeypatch.setattr(Worker, "ask", recorded)
     names = ("onnx-fp32", "onnx-fp32-fused")
     records = run(
         [contender(minilm, name, name) for name in names],
