@@ -38,11 +38,12 @@ from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.arrays import fp32_bytes, weights_hash
 from memopt.federation.delta.compute import compute_delta, full_payload
 from memopt.federation.delta.settings import DeltaSettings
-from memopt.federation.server.gate import TlsFiles
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.authority import init_ca, issue
-from memopt.federation.trust.signing import Node, SigningKey, Trust, add_trusted
+from memopt.federation.trust.nodes import Node, Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire.protocol import CHUNK_BYTES, WINDOW_BYTES
+from memopt.federation.wire.tls import TlsFiles
 
 CODECS = {
     **{name: DeltaSettings(codec=name) for name in ("lossless", "fp16", "int8", "int4", "topk")},

@@ -29,7 +29,8 @@ from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
-from memopt.federation.trust.signing import SigningKey, Trust, add_trusted
+from memopt.federation.trust.nodes import Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire.chaos import ChaosProxy, Fault
 
 CODECS = ("int8", "int4", "fp16", "lossless", "topk")

@@ -18,7 +18,8 @@ from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.server.server import SyncServer
-from memopt.federation.trust.signing import SigningKey, Trust
+from memopt.federation.trust.nodes import Trust
+from memopt.federation.trust.signing import SigningKey
 from memopt.joint.layer import JointEmbeddingLayer
 from memopt.memory.graph.retriever import MultimodalRetriever
 from memopt.memory.lifecycle.verify import verify

@@ -25,11 +25,12 @@ _MODULES = {
     "delta.settings": ("DeltaSettings",),
     "failures": ("SyncFailure",),
     "limits": ("Limits",),
-    "server.gate": ("TlsFiles",),
+    "wire.tls": ("TlsFiles",),
     "server.server": ("SyncServer",),
     "trust.audit": ("check_audit",),
     "trust.authority": ("init_ca", "issue"),
-    "trust.signing": ("SigningKey", "Trust", "add_trusted"),
+    "trust.nodes": ("Trust", "add_trusted"),
+    "trust.signing": ("SigningKey",),
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_EXPORTS)

@@ -328,7 +328,8 @@ def test_a_file_that_is_not_there_gives_the_founding_defaults(tmp_path: Path) ->
 def test_weights_are_synchronised(tmp_path: Path) -> None:
     """First everything, then what changed; an address that is none is refused."""
     from memopt.federation.server.server import SyncServer
-    from memopt.federation.trust.signing import SigningKey, Trust, add_trusted
+    from memopt.federation.trust.nodes import Trust, add_trusted
+    from memopt.federation.trust.signing import SigningKey
 
     for node, roles in (("alice", ("push", "pull")), ("server", ("push",))):
         key = SigningKey.generate()

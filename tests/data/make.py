@@ -155,12 +155,13 @@ def joint(folder: Path) -> None:
 
 def sync(folder: Path) -> None:
     """A server's store of three versions, a sender's and a receiver's state, keys and trust."""
-    from memopt.federation.arrays import weights_hash
-    from memopt.federation.client import SyncClient
-    from memopt.federation.delta_settings import DeltaSettings
-    from memopt.federation.manager import DeltaSyncManager
-    from memopt.federation.server import SyncServer
-    from memopt.federation.signing import SigningKey, Trust, add_trusted
+    from memopt.federation.client.client import SyncClient
+    from memopt.federation.client.manager import DeltaSyncManager
+    from memopt.federation.delta.arrays import weights_hash
+    from memopt.federation.delta.settings import DeltaSettings
+    from memopt.federation.server.server import SyncServer
+    from memopt.federation.trust.nodes import Trust, add_trusted
+    from memopt.federation.trust.signing import SigningKey
 
     keys = {}
     for node, roles in (("alice", ("push", "pull", "admin")), ("server", ("push",))):

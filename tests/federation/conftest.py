@@ -15,10 +15,11 @@ import pytest
 from memopt.federation.client.client import SyncClient
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.settings import DeltaSettings
-from memopt.federation.server.gate import TlsFiles
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.authority import init_ca, issue
-from memopt.federation.trust.signing import SigningKey, Trust, add_trusted
+from memopt.federation.trust.nodes import Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
+from memopt.federation.wire.tls import TlsFiles
 
 
 class Fleet:

@@ -20,7 +20,8 @@ from memopt.federation.delta.arrays import Array
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.audit import AuditLog
-from memopt.federation.trust.signing import Node, SigningKey, Trust, add_trusted
+from memopt.federation.trust.nodes import Node, Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Appending, Vault
 
 OF_Q = ("q.lora_magnitude_vector", "q.lora_B.weight")

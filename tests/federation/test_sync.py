@@ -15,10 +15,11 @@ from memopt.federation.client.client import SyncClient
 from memopt.federation.delta.arrays import raw, weights_hash
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
-from memopt.federation.server.gate import TlsFiles
 from memopt.federation.trust.authority import issue
-from memopt.federation.trust.signing import Node, SigningKey, Trust
+from memopt.federation.trust.nodes import Node, Trust
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire import protocol
+from memopt.federation.wire.tls import TlsFiles
 
 from .conftest import lora, step
 

@@ -390,7 +390,9 @@ def signed(data: bytes) -> None:
     from memopt.federation.delta.adapters import CONFIG_TENSOR
     from memopt.federation.delta.lora import read_config, scaling
     from memopt.federation.limits import strict_json
-    from memopt.federation.trust.signing import Trust, parse_signed, signature_holds
+    from memopt.federation.trust.manifest import parse_signed
+    from memopt.federation.trust.nodes import Trust
+    from memopt.federation.trust.signing import signature_holds
 
     kind = data[0] % 3 if data else 0
     if kind == 0:
@@ -403,7 +405,8 @@ def signed(data: bytes) -> None:
 
 
 def signed_seeds() -> list[bytes]:
-    from memopt.federation.trust.signing import NO_HASH, Manifest, SigningKey
+    from memopt.federation.trust.manifest import NO_HASH, Manifest
+    from memopt.federation.trust.signing import SigningKey
 
     stated = Manifest(
         adapter="a",

@@ -26,7 +26,8 @@ def keygen(
 ) -> None:
     """Make a node's signing key and add the public one to the trust file."""
     from memopt.federation.client.session import NodeFiles
-    from memopt.federation.trust.signing import SigningKey, add_trusted
+    from memopt.federation.trust.nodes import add_trusted
+    from memopt.federation.trust.signing import SigningKey
 
     path = NodeFiles(folder=keys, node=node).folder / f"{node}.sign.key"
     key = SigningKey.generate()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from memopt.federation.client.jobs import Progress, PullJob, PushJob
+from memopt.errors import ConfigurationError
+from memopt.federation.client.jobs import Progress, PullJob, Push, PushJob, silent
 from memopt.federation.client.link import Link
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.client.retries import Retries
@@ -25,17 +25,18 @@ from memopt.federation.limits import (
     check_hash,
     check_tensor_name,
 )
-from memopt.federation.server.gate import TlsFiles
-from memopt.federation.trust.signing import (
+from memopt.federation.trust.manifest import (
     KINDS,
     NO_HASH,
+    Head,
     Manifest,
     Signed,
-    SigningKey,
-    Trust,
     check_node,
     parse_signed,
 )
+from memopt.federation.trust.nodes import Trust
+from memopt.federation.trust.signing import SigningKey
+from memopt.federation.wire.tls import TlsFiles, check_plain
 from memopt.metrics import count, errors
 
 
@@ -102,14 +103,8 @@ class SyncClient:
         limits: Limits | None = None,
         seed: int | None = None,
     ) -> None:
-        from memopt.errors import ConfigurationError
-        from memopt.federation.server.server import LOOPBACK
-
-        if tls is None and host not in LOOPBACK and not insecure:
-            raise ConfigurationError(
-                f"a plain transport to {host} can be read and changed on the way",
-                fix="use certificates (memopt sync issue) and leave --plain out, or say --insecure",
-            )
+        if tls is None and not insecure:
+            check_plain(host, f"a plain transport to {host} can be read and changed on the way")
         self.limits = limits or Limits()
         self._link = Link(host, port, tls=tls, timeout=timeout, limits=self.limits)
         if deadline is not None and not deadline > 0:
@@ -127,7 +122,7 @@ class SyncClient:
         node: str,
         full: bool = False,
         settings: DeltaSettings | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> PushReport:
         """Bring the server to ``weights`` (or near them, the rest carried forward).
 
@@ -145,16 +140,15 @@ class SyncClient:
         for name in weights:
             # What the server would refuse is known before anything is sent.
             check_tensor_name(name, self.limits)
-        job = PushJob(
-            self._link.timeout,
-            manager,
-            check_weights(weights),
-            key,
-            node,
-            full,
-            settings,
-            progress,
+        push = Push(
+            weights=check_weights(weights),
+            key=key,
+            node=node,
+            full=full,
+            settings=settings,
+            progress=progress,
         )
+        job = PushJob(push, manager, self._link.timeout)
         started = time.perf_counter()
         attempts = self._run(job)
         delta = job.delta
@@ -182,7 +176,7 @@ class SyncClient:
     # ------------------------------------------------------------------------------------- pull
 
     def pull(
-        self, manager: DeltaSyncManager, *, trust: Trust, progress: Progress | None = None
+        self, manager: DeltaSyncManager, *, trust: Trust, progress: Progress = silent
     ) -> PullReport:
         """Bring this node's state to the server's newest version.
 
@@ -256,8 +250,10 @@ class SyncClient:
                 )
             trust.verify(versions[target], fresh=False)
             wanted = versions[target].manifest.new_hash
-            head = versions[max(versions)].manifest
-            manifest = _order(adapter, head, "rollback", node, new_hash=wanted, target=target)
+            head = versions[max(versions)].manifest.head()
+            manifest = Manifest.following(
+                head, adapter=adapter, node=node, kind="rollback", new_hash=wanted, target=target
+            )
             return {"signed": key.sign(manifest).to_json()}
 
         return check_count("sequence", self._act("rollback", order).get("sequence"), 1 << 53)
@@ -296,8 +292,11 @@ class SyncClient:
 
         def order() -> dict[str, Any]:
             versions = self.history(adapter)
-            head = versions[-1].manifest if versions else None
-            manifest = _order(adapter, head, "aggregate", node, body=canonical_json(request))
+            head = versions[-1].manifest.head() if versions else Head()
+            body = canonical_json(request)
+            manifest = Manifest.following(
+                head, adapter=adapter, node=node, kind="aggregate", payload=body
+            )
             return {"signed": key.sign(manifest).to_json(), "request": request}
 
         answer = self._act("aggregate", order)
@@ -334,29 +333,3 @@ def _objects(answer: dict[str, Any], name: str) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SyncFailure("malformed", f"the server's {name} are not a list of objects")
     return rows
-
-
-def _order(
-    adapter: str,
-    head: Manifest | None,
-    kind: str,
-    node: str,
-    *,
-    new_hash: str = NO_HASH,
-    target: int = 0,
-    body: bytes = b"",
-) -> Manifest:
-    """Return the manifest of an action on what follows ``head``; ``body`` is what it is about."""
-    return Manifest(
-        adapter=adapter,
-        node=node,
-        kind=kind,
-        sequence=head.sequence + 1 if head else 1,
-        base_hash=head.new_hash if head else NO_HASH,
-        new_hash=new_hash,
-        previous=head.digest() if head else NO_HASH,
-        payload_sha256=hashlib.sha256(body).hexdigest(),
-        payload_bytes=len(body),
-        time=int(time.time()),
-        target=target,
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from memopt.federation.client.link import Exchange
@@ -15,44 +14,53 @@ from memopt.federation.delta.compute import Delta
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, check_count, check_hash, check_keys
-from memopt.federation.trust.signing import (
+from memopt.federation.trust.manifest import (
+    MAX_SEQUENCE,
     NO_HASH,
+    Head,
     Manifest,
     Signed,
-    SigningKey,
-    Trust,
     parse_signed,
 )
+from memopt.federation.trust.nodes import Trust
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Appending
 from memopt.federation.wire import protocol
+from memopt.federation.wire.channel import receive_chunks, send_chunks
 
 Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Say nothing."""
+
+
 # What a slow server may need to decode and store, on top of the timeout.
 _COMMIT_BYTES_PER_SECOND = 5e6
+_MAX_ITEMS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push:
+    """What is to be pushed, by whom and how."""
+
+    weights: dict[str, Array]
+    key: SigningKey
+    node: str
+    full: bool = False
+    settings: DeltaSettings | None = None
+    progress: Progress = silent
 
 
 class PushJob:
     """One push across its attempts."""
 
-    def __init__(
-        self,
-        timeout: float,
-        manager: DeltaSyncManager,
-        weights: dict[str, Array],
-        key: SigningKey,
-        node: str,
-        full: bool,
-        settings: DeltaSettings | None,
-        progress: Progress | None,
-    ) -> None:
-        self._timeout = timeout
+    def __init__(self, push: Push, manager: DeltaSyncManager, timeout: float) -> None:
+        self._push = push
         self._manager = manager
-        self._weights = weights
-        self._key, self._node = key, node
-        self._full = full
-        self._settings = settings
-        self._progress = progress or (lambda done, total: None)
-        self._based = ""
+        self._timeout = timeout
+        self._full = push.full
+        self._head = Head()  # of the server, that the delta is made for
         self._signed: Signed | None = None
         self.delta: Delta | None = None
         self.sequence = 0
@@ -66,87 +74,86 @@ class PushJob:
 
     def run(self, exchange: Exchange) -> None:
         """Make one attempt."""
-        manager = self._manager
+        manager, weights = self._manager, self._push.weights
         exchange.send(protocol.HELLO, {"operation": "push", "adapter": manager.adapter})
         state = exchange.receive(protocol.STATE).fields
-        server = (
-            check_count("sequence", state.get("sequence"), 1 << 53),
-            check_hash("weights_hash", state.get("weights_hash")),
-            check_hash("digest", state.get("digest")),
+        head = Head(
+            sequence=check_count("sequence", state.get("sequence"), MAX_SEQUENCE),
+            weights_hash=check_hash("weights_hash", state.get("weights_hash")),
+            digest=check_hash("digest", state.get("digest")),
         )
-        if (
-            manager.recover(server[2])
-            and self.delta is not None
-            and (manager.state.weights_hash == self.delta.new_hash)
-        ):
+        arrived = manager.recover(head.digest) and self.delta is not None
+        if arrived and self.delta and manager.state.weights_hash == self.delta.new_hash:
             # The acknowledgement of an earlier attempt was lost: this push has arrived.
-            self.sequence = server[0]
+            self.sequence = head.sequence
             exchange.send(protocol.BYE)
             return
-        delta = self._delta(server)
+        delta = self._delta(head)
         if delta.kind == "delta" and not delta.sent:
-            manager.keep(self._weights)
+            manager.keep(weights)
             exchange.send(protocol.BYE)
             return
         # The same manifest in every attempt: should an earlier one arrive late, it is this one.
-        signed = self._signed = self._signed or self._sign(delta, server)
-        manager.begin(signed, delta, self._weights)
+        signed = self._signed = self._signed or self._sign(delta, head)
+        manager.begin(signed, delta, weights)
         exchange.send(protocol.OFFER, {"signed": signed.to_json()})
-        self._transfer(exchange, delta)
+        self._transfer(exchange, delta.payload)
         self.sequence = signed.manifest.sequence
         manager.confirm()
 
-    def _delta(self, server: tuple[int, str, str]) -> Delta:
+    def _delta(self, head: Head) -> Delta:
         """Return the delta for the server's head; the same one as long as the head is the same."""
-        if self.delta is None or self._based != server[2]:
+        if self.delta is None or self._head.digest != head.digest:
             mine = self._manager.state
-            full = self._full or (mine.sequence, mine.weights_hash) != server[:2]
+            same = (mine.sequence, mine.weights_hash) == (head.sequence, head.weights_hash)
+            full = self._full or not same or head.sequence == 0
             self.delta = self._manager.delta(
-                self._weights, full=full or server[0] == 0, settings=self._settings
+                self._push.weights, full=full, settings=self._push.settings
             )
-            self._based, self._signed = server[2], None
+            self._head, self._signed = head, None
             self.moved = 0
         return self.delta
 
-    def _sign(self, delta: Delta, server: tuple[int, str, str]) -> Signed:
-        return self._key.sign(
-            Manifest(
+    def _sign(self, delta: Delta, head: Head) -> Signed:
+        return self._push.key.sign(
+            Manifest.following(
+                head,
                 adapter=self._manager.adapter,
-                node=self._node,
+                node=self._push.node,
                 kind=delta.kind,
-                sequence=server[0] + 1,
-                base_hash=server[1] if server[0] else NO_HASH,
                 new_hash=delta.new_hash,
-                previous=server[2],
-                payload_sha256=hashlib.sha256(delta.payload).hexdigest(),
-                payload_bytes=len(delta.payload),
-                time=int(time.time()),
+                payload=delta.payload,
             )
         )
 
-    def _transfer(self, exchange: Exchange, delta: Delta) -> None:
-        payload, total = memoryview(delta.payload), len(delta.payload)
+    def _transfer(self, exchange: Exchange, payload: bytes) -> None:
+        total = len(payload)
         within = self._timeout + total / _COMMIT_BYTES_PER_SECOND
         frame = exchange.receive(protocol.RESUME, protocol.DONE, within=within)
         if frame.kind == protocol.DONE:
             return
-        sent = acknowledged = check_count("offset", frame.fields.get("offset"), total)
-        self.resumed = max(self.resumed, acknowledged)
-        self._progress(acknowledged, total)
-        while acknowledged < total:
-            # A window of chunks on the way; writing all before reading blocks past 16 MiB.
-            while sent < total and sent - acknowledged < protocol.WINDOW_BYTES:
-                chunk = payload[sent : sent + protocol.CHUNK_BYTES]
-                exchange.send(protocol.CHUNK, {"offset": sent}, chunk)
-                sent += len(chunk)
-            frame = exchange.receive(protocol.ACK)
-            reached = check_count("offset", frame.fields.get("offset"), sent)
-            if reached <= acknowledged:
-                raise SyncFailure("out-of-order", "an acknowledgement does not move on")
-            acknowledged = reached
-            self.moved = max(self.moved, acknowledged)
-            self._progress(acknowledged, total)
+        offset = check_count("offset", frame.fields.get("offset"), total)
+        self.resumed = max(self.resumed, offset)
+        self._push.progress(offset, total)
+
+        def reached(there: int) -> None:
+            self.moved = max(self.moved, there)
+            self._push.progress(there, total)
+
+        size, view = protocol.CHUNK_BYTES, memoryview(payload)
+        parts = (view[start : start + size] for start in range(offset, total, size))
+        send_chunks(exchange, parts, offset, total, reached)
         exchange.receive(protocol.DONE, within=within)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One version of a plan, and the file that brings it."""
+
+    signed: Signed
+    size: int
+    sha256: str
+    full: bool
 
 
 class PullJob:
@@ -158,12 +165,12 @@ class PullJob:
         limits: Limits,
         manager: DeltaSyncManager,
         trust: Trust,
-        progress: Progress | None,
+        progress: Progress = silent,
     ) -> None:
         self._limits = limits
         self._manager = manager
         self._trust = trust
-        self._progress = progress or (lambda done, total: None)
+        self._progress = progress
         self._timeout = timeout
         self._full = False
         self.moved = self.bytes = self.versions = 0
@@ -189,55 +196,61 @@ class PullJob:
         # The server may have to rebuild and pack everything first.
         plan = exchange.receive(protocol.PLAN, within=4 * self._timeout).fields
         items = self._check_plan(plan)
-        done, total = 0, sum(size for _, size, _, _ in items)
+        done, total = 0, sum(item.size for item in items)
         weights = manager.weights()
-        newest: Signed | None = None
-        for number, (signed, size, sha256, full) in enumerate(items):
-            data = self._fetch(exchange, number, size, sha256, done, total)
-            kind = "full" if full else "delta"
-            weights = manager.decode(signed, data, {} if full else weights, kind=kind)
-            newest = signed
-            done += size
-        if newest is not None:
-            manager.adopt(newest, weights)
-            self.kind = "full" if items[-1][3] else "delta"
+        for number, item in enumerate(items):
+            data = self._fetch(exchange, number, item, done, total)
+            kind = "full" if item.full else "delta"
+            weights = manager.decode(item.signed, data, {} if item.full else weights, kind=kind)
+            done += item.size
+        if items:
+            manager.adopt(items[-1].signed, weights)
+            self.kind = "full" if items[-1].full else "delta"
             self.bytes, self.versions = total, len(items)
         exchange.send(protocol.BYE)
         for path in manager.folder.glob("*.incoming"):
             path.unlink(missing_ok=True)
 
-    def _check_plan(self, plan: dict[str, Any]) -> list[tuple[Signed, int, str, bool]]:
+    def _check_plan(self, plan: dict[str, Any]) -> list[Item]:
         """Verify the whole chain before a byte of it is fetched."""
         rows = plan.get("items")
-        if not isinstance(rows, list) or len(rows) > 1000:
-            raise SyncFailure("malformed", "the plan is not a list of at most 1000 items")
+        if not isinstance(rows, list) or len(rows) > _MAX_ITEMS:
+            raise SyncFailure("malformed", f"the plan is not a list of at most {_MAX_ITEMS} items")
         mine = self._manager.state
-        sequence, base, digest = mine.sequence, mine.weights_hash, mine.digest
+        head = Head(sequence=mine.sequence, weights_hash=mine.weights_hash, digest=mine.digest)
         items = []
         for row in rows:
-            check_keys("plan item", row, ("signed", "bytes", "sha256", "full"))
-            signed, full = parse_signed(row["signed"], self._limits), row["full"] is True
-            manifest = signed.manifest
-            if manifest.adapter != self._manager.adapter:
-                raise SyncFailure("forbidden", f"a version of {manifest.adapter!r} was offered")
-            self._verify(signed, full=full)
-            if manifest.kind == "aggregate":
-                raise SyncFailure("forbidden", "an order was offered as a version")
-            if manifest.sequence <= sequence:
-                raise SyncFailure(
-                    "replay",
-                    f"the server offers version {manifest.sequence}, this node has {sequence}",
-                    fix="if the server was reset on purpose, remove this node's state folder",
-                )
-            size = check_count("bytes", row["bytes"], self._limits.payload_bytes)
-            sha256 = check_hash("sha256", row["sha256"])
-            follows = (manifest.sequence, manifest.base_hash) == (sequence + 1, base)
-            same = (manifest.payload_bytes, manifest.payload_sha256) == (size, sha256)
-            if not full and not (follows and same and manifest.previous == digest):
-                raise SyncFailure("malformed", "the offered deltas do not form a chain")
-            items.append((signed, size, sha256, full))
-            sequence, base, digest = manifest.sequence, manifest.new_hash, manifest.digest()
+            items.append(self._check_item(row, head))
+            head = items[-1].signed.manifest.head()
         return items
+
+    def _check_item(self, row: object, head: Head) -> Item:
+        """Return a row of the plan, which must lead on from ``head``."""
+        fields = check_keys("plan item", row, ("signed", "bytes", "sha256", "full"))
+        signed, full = parse_signed(fields["signed"], self._limits), fields["full"] is True
+        manifest = signed.manifest
+        if manifest.adapter != self._manager.adapter:
+            raise SyncFailure("forbidden", f"a version of {manifest.adapter!r} was offered")
+        self._verify(signed, full=full)
+        if manifest.kind == "aggregate":
+            raise SyncFailure("forbidden", "an order was offered as a version")
+        if manifest.sequence <= head.sequence:
+            raise SyncFailure(
+                "replay",
+                f"the server offers version {manifest.sequence}, this node has {head.sequence}",
+                fix="if the server was reset on purpose, remove this node's state folder",
+            )
+        size = check_count("bytes", fields["bytes"], self._limits.payload_bytes)
+        sha256 = check_hash("sha256", fields["sha256"])
+        follows = (manifest.sequence, manifest.base_hash, manifest.previous) == (
+            head.sequence + 1,
+            head.weights_hash,
+            head.digest,
+        )
+        same = (manifest.payload_bytes, manifest.payload_sha256) == (size, sha256)
+        if not full and not (follows and same):
+            raise SyncFailure("malformed", "the offered deltas do not form a chain")
+        return Item(signed, size, sha256, full)
 
     def _verify(self, signed: Signed, *, full: bool) -> None:
         """Refuse a version that nobody trusted signed.
@@ -252,27 +265,21 @@ class PullJob:
                 raise
             raise SyncFailure("need-full", error.problem, fix=error.fix) from error
 
-    def _fetch(
-        self, exchange: Exchange, number: int, size: int, sha256: str, done: int, total: int
-    ) -> bytes:
+    def _fetch(self, exchange: Exchange, number: int, item: Item, done: int, total: int) -> bytes:
         """Return one item, going on from what an earlier attempt left."""
-        path: Path = self._manager.folder / f"{sha256}.incoming"
+
+        def reached(there: int) -> None:
+            self.moved = max(self.moved, done + there)
+            self._progress(done + there, total)
+
+        path = self._manager.folder / f"{item.sha256}.incoming"
         with Appending(path, self._manager.vault) as file:
-            if file.size > size:
+            if file.size > item.size:
                 file.clear()
             exchange.send(protocol.GET, {"item": number, "offset": file.size})
-            while (offset := file.size) < size:
-                frame = exchange.receive(protocol.CHUNK)
-                if frame.fields.get("offset") != offset or not len(frame.body):
-                    raise SyncFailure("out-of-order", "a chunk is not the next one")
-                if offset + len(frame.body) > size:
-                    raise SyncFailure("too-large", "the server sends more than it announced")
-                file.append(frame.body)
-                self.moved = max(self.moved, done + file.size)
-                self._progress(done + file.size, total)
-                exchange.send(protocol.ACK, {"offset": file.size})
+            receive_chunks(exchange, file, item.size, reached)
         data = self._manager.vault.read(path)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data).hexdigest() != item.sha256:
             path.unlink(missing_ok=True)
             self.moved = 0
             raise SyncFailure("corrupt", "the received payload does not match its hash")

@@ -18,9 +18,10 @@ from pyarrow.ipc import IpcReadOptions
 from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, strict_json
-from memopt.federation.server.gate import TlsFiles
 from memopt.federation.trust.authority import expired
 from memopt.federation.wire import protocol
+from memopt.federation.wire.channel import Channel
+from memopt.federation.wire.tls import TlsFiles
 
 BROKEN = (flight.FlightError, pa.ArrowException, OSError)
 
@@ -175,7 +176,9 @@ class Link:
             except BROKEN as error:
                 raise self._broke(error) from error
             watchdog = _Watchdog(reader.cancel)
-            exchange = Exchange(reader, writer, watchdog, self.timeout, ends, self.limits)
+            exchange = Exchange(
+                reader, writer, self.limits, watchdog=watchdog, timeout=self.timeout, ends=ends
+            )
             try:
                 yield exchange
                 exchange.finish()
@@ -215,46 +218,36 @@ class Link:
             raise SyncFailure("corrupt", error.problem) from error
 
 
-class Exchange:
-    """Frames of one exchange, each step under the deadline."""
+class Exchange(Channel):
+    """The client's side of an exchange, each step under the deadline."""
+
+    # A flipped bit can make a batch of a message: the same request may well succeed again.
+    peer, batch_code = "server", "corrupt"
 
     def __init__(
         self,
         reader: Any,
         writer: Any,
+        limits: Limits,
+        *,
         watchdog: _Watchdog,
         timeout: float,
         ends: float,
-        limits: Limits,
     ) -> None:
-        self._reader = reader
-        self._writer = writer
+        super().__init__(reader, writer, limits)
         self._watchdog = watchdog
         self._timeout = timeout
         self._ends = ends
-        self._limits = limits
         self.waiting = timeout
 
     def send(self, kind: int, fields: Mapping[str, Any] | None = None, body: Any = b"") -> None:
-        """Write one message."""
-        data = pa.py_buffer(protocol.encode(kind, dict(fields or {}), body))
         with self._step(self._timeout):
-            self._writer.write_metadata(data)
+            super().send(kind, fields, body)
 
     def receive(self, *kinds: int, within: float | None = None) -> protocol.Frame:
-        """Read one message of these kinds; an ERROR message is raised.
-
-        Raises:
-            SyncFailure: the server's refusal, a message out of place, or the end of the exchange.
-        """
+        """Read one message of these kinds, within so many seconds; an ERROR message is raised."""
         with self._step(within or self._timeout):
-            try:
-                chunk = self._reader.read_chunk()
-            except StopIteration:
-                raise SyncFailure("unavailable", "the server ended the exchange") from None
-        # A flipped bit can make one of a message: the same request may well succeed again.
-        batch = SyncFailure("corrupt", "the server sent a record batch")
-        return protocol.take(chunk, kinds, self._limits, batch)
+            return super().receive(*kinds)
 
     def finish(self) -> None:
         """Say that nothing more is sent, and let the server end its side."""

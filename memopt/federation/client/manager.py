@@ -42,7 +42,7 @@ from memopt.federation.delta.compute import Delta, apply_delta, compute_delta, f
 from memopt.federation.delta.payload import unpack
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.limits import Limits, check_adapter, check_hash, check_keys, strict_json
-from memopt.federation.trust.signing import NO_HASH, Signed
+from memopt.federation.trust.manifest import NO_HASH, Signed
 from memopt.federation.trust.vault import Vault
 from memopt.files import atomic_path, open_plain
 

@@ -21,9 +21,11 @@ from memopt.federation.client.client import SyncClient
 from memopt.federation.client.link import parse_address
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.settings import DeltaSettings
-from memopt.federation.server.gate import TlsFiles
-from memopt.federation.trust.signing import SigningKey, Trust, check_node
+from memopt.federation.trust.manifest import check_node
+from memopt.federation.trust.nodes import Trust
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Vault
+from memopt.federation.wire.tls import TlsFiles
 from memopt.settings import FederationSection
 from memopt.weights.crypto import KEY_VARIABLE, load_key
 

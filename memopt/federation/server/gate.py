@@ -11,7 +11,6 @@ server serves nobody whose ticket is not.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import ipaddress
 import secrets
@@ -20,8 +19,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from memopt.errors import ConfigurationError
@@ -29,8 +27,8 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
 from memopt.federation.server.guard import StreamGuard
 from memopt.federation.server.relay import Relay
+from memopt.federation.server.tickets import Identity, Tickets
 from memopt.federation.trust.authority import node_of
-from memopt.federation.trust.signing import check_private
 from memopt.metrics import count
 
 _HANDSHAKE_SECONDS = 10.0
@@ -41,65 +39,13 @@ _HANDSHAKES, _BACKLOG = 256, 512
 _REFUSALS_AT_ONCE, _REFUSALS_PER_SECOND = 20, 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Who is on a connection; ``node`` is None where the transport proves nothing (plain)."""
-
-    node: str | None
-    expires: float = float("inf")  # end of the certificate, Unix seconds
-
-    def require_valid(self) -> Identity:
-        """Raise ``unauthenticated`` when the certificate has ended; return the identity."""
-        if self.expires < time.time():
-            raise SyncFailure("unauthenticated", "the client's certificate has expired meanwhile")
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """PEM files of one end: the authority, the certificate and its key."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-
-    def server_context(self) -> ssl.SSLContext:
-        """Return a context that takes TLS 1.3 and certificates of the authority, nothing else."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.set_alpn_protocols(["h2"])
-        # A resumed session would skip the certificate, its end of validity included.
-        context.num_tickets = 0
-        self._load(context)
-        return context
-
-    def client_context(self) -> ssl.SSLContext:
-        """Return the other end's context: TLS 1.3, the server's host name checked."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_alpn_protocols(["h2"])
-        self._load(context)
-        return context
-
-    def _load(self, context: ssl.SSLContext) -> None:
-        check_private(self.key)
-        try:
-            context.load_verify_locations(self.ca)
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigurationError(
-                f"TLS files {self.certificate}, {self.key}, {self.ca} cannot be used ({error})",
-                fix="run: memopt sync init-ca, then memopt sync issue",
-            ) from error
-
-
 class Gate:
     """Accepts connections and relays them to the Flight server on a private socket.
 
     Args:
         host, port: where to listen; port 0 takes a free one.
         inner: path of the Flight server's Unix socket, in a folder that only its owner may enter.
+        tickets: where who is on a connection is written down.
         context: TLS, or None for a plain transport.
         limits: connections, calls and message size.
         idle_seconds: a connection that sends nothing for so long is closed, unless the server is
@@ -113,6 +59,7 @@ class Gate:
         port: int,
         *,
         inner: Path,
+        tickets: Tickets,
         context: ssl.SSLContext | None,
         limits: Limits,
         idle_seconds: float = 60.0,
@@ -123,9 +70,7 @@ class Gate:
         self._limits = limits
         self._idle = idle_seconds
         self._refusals = _Refusals(on_refused)
-        self._identities: dict[str, Identity] = {}
-        self._busy: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._tickets = tickets
         # In the order they came: who has not said who they are yet, and from where.
         self._pending: dict[asyncio.Task[None], str] = {}
         try:
@@ -139,32 +84,6 @@ class Gate:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="sync-gate", daemon=True)
         self._thread.start()
-
-    def identity(self, peer: str) -> Identity:
-        """Return who is behind the inner connection ``peer`` (as ``ServerCallContext.peer()``).
-
-        Raises:
-            SyncFailure: the connection did not come through the gate, or its certificate ended.
-        """
-        with self._lock:
-            identity = self._identities.get(_ticket(peer))
-        if identity is None:
-            raise SyncFailure("unauthenticated", "this connection did not come through the gate")
-        return identity.require_valid()
-
-    @contextlib.contextmanager
-    def busy(self, peer: str) -> Iterator[None]:
-        """While inside, the connection ``peer`` may be silent: the server is working for it."""
-        ticket = _ticket(peer)
-        with self._lock:
-            self._busy[ticket] = self._busy.get(ticket, 0) + 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._busy[ticket] -= 1
-                if not self._busy[ticket]:
-                    del self._busy[ticket]
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
@@ -255,7 +174,7 @@ class Gate:
             finally:
                 self._pending.pop(task, None)
             assert relay.client.transport is not None
-            self._register(ticket, self._identify(relay.client.transport))
+            self._tickets.add(ticket, self._identify(relay.client.transport))
             await self._loop.create_unix_connection(
                 lambda: relay.server, sock=self._connect_inner(ticket)
             )
@@ -272,22 +191,8 @@ class Gate:
                 # A peer that went away was not refused; its upload stays for it to resume.
                 count("memopt_sync_broken_connections_total")
         finally:
-            with self._lock:
-                self._identities.pop(ticket, None)
+            self._tickets.remove(ticket)
             relay.abort()
-
-    def _register(self, ticket: str, identity: Identity) -> None:
-        with self._lock:
-            # Checked and added at once: two connections cannot both be the last allowed one.
-            theirs = [i for i in self._identities.values() if i.node == identity.node]
-            if len(self._identities) >= self._limits.connections:
-                raise SyncFailure("busy", f"more than {self._limits.connections} connections")
-            if identity.node and len(theirs) >= self._limits.node_connections:
-                raise SyncFailure(
-                    "busy",
-                    f"node {identity.node!r} has {self._limits.node_connections} connections",
-                )
-            self._identities[ticket] = identity
 
     def _connect_inner(self, ticket: str) -> socket.socket:
         """Connect to Flight from an address that is the ticket: what Flight calls the peer."""
@@ -319,7 +224,7 @@ class Gate:
         """Return what judges a connection by its silence and its age, both in seconds."""
 
         def judge(silence: float, age: float) -> None:
-            if self._busy.get(ticket):
+            if self._tickets.is_busy(ticket):
                 return
             if silence > self._idle:
                 raise SyncFailure("timeout", f"no data for {self._idle:g} s")
@@ -360,11 +265,6 @@ def _network(host: str) -> str:
     if address.version == 4:
         return str(address)
     return str(ipaddress.ip_network((address, 64), strict=False))
-
-
-def _ticket(peer: str) -> str:
-    """Return the last part of a peer's name, ``unix:/folder/ticket``."""
-    return peer.rpartition("/")[2]
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

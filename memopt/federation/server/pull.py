@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memopt.federation.delta.arrays import total_bytes
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import check_count, check_hash
-from memopt.federation.trust.signing import Signed
+from memopt.federation.server.store import Store
+from memopt.federation.server.tickets import Busy
+from memopt.federation.trust.manifest import Signed
 from memopt.federation.trust.vault import Vault
 from memopt.federation.wire import protocol
-
-if TYPE_CHECKING:
-    from memopt.federation.server.server import Channel
-    from memopt.federation.server.store import Store
+from memopt.federation.wire.channel import Channel, send_chunks
 
 # A manifest is about 700 bytes of JSON: the plan stays far under the message limit.
 _MAX_CHAIN = 500
-Busy = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +47,8 @@ def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[I
         SyncFailure: there is no version yet.
     """
     with store.locked(adapter):
+        store.newest(adapter)
         head = store.head(adapter)
-        if not head.sequence:
-            raise SyncFailure(
-                "not-found", f"adapter {adapter!r} has no version yet", fix="push one first"
-            )
         if (head.sequence, head.weights_hash) == (sequence, weights_hash):
             return []
         chain = _chain(store, adapter, sequence, weights_hash, head.sequence)
@@ -100,23 +94,6 @@ def send_versions(
             raise SyncFailure("malformed", "there is nothing to get")
         number = check_count("item", frame.fields.get("item"), len(items) - 1)
         offset = check_count("offset", frame.fields.get("offset"), rows[number]["bytes"])
-        _send_file(
-            channel, store.vault.parts(items[number].file, offset), offset, rows[number]["bytes"]
-        )
+        parts = store.vault.parts(items[number].file, offset)
+        send_chunks(channel, parts, offset, rows[number]["bytes"])
     return items[-1].signed.manifest.sequence if items else 0
-
-
-def _send_file(channel: Channel, parts: Iterator[bytes], offset: int, total: int) -> None:
-    acknowledged = offset
-    while acknowledged < total:
-        while offset < total and offset - acknowledged < protocol.WINDOW_BYTES:
-            data = next(parts, b"")
-            if not data or offset + len(data) > total:
-                raise SyncFailure("storage", "a payload on the server changed its length")
-            channel.send(protocol.CHUNK, {"offset": offset}, data)
-            offset += len(data)
-        frame = channel.receive(protocol.ACK)
-        reached = check_count("offset", frame.fields.get("offset"), offset)
-        if reached <= acknowledged:
-            raise SyncFailure("out-of-order", "an acknowledgement does not move on")
-        acknowledged = reached

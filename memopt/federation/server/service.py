@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
+from memopt.errors import MemoptError
 from memopt.federation.delta.arrays import Weights, dtype_name, raw
 from memopt.federation.failures import SyncFailure
-from memopt.federation.limits import check_adapter
+from memopt.federation.limits import check_adapter, check_count, strict_json
+from memopt.federation.server.desk import ACTIONS, Desk
 from memopt.federation.wire import protocol
+from memopt.federation.wire.channel import Channel
 
-if TYPE_CHECKING:
-    from memopt.federation.server.server import SyncServer
-
-ACTIONS = (
-    ("status", "the newest version of every adapter, or of one: {adapter}"),
-    ("history", "the signed manifests of an adapter: {adapter}"),
-    ("rollback", "make an old version the newest: {signed} manifest of kind rollback"),
-    ("aggregate", "average adapters into one, signed by the server: {signed, request}"),
-)
 # Rows of do_get hold at most this much of a tensor, far from gRPC's message limit.
 _GET_BYTES = 2 << 20
 # A Unix socket's path has at most 103 bytes on every system; our folder and a peer's name take 48.
 _MAX_SOCKET_FOLDER, _SOCKET_PREFIX = 55, "memopt-"
+_BROKEN = (flight.FlightError, pa.ArrowException, OSError)
 WEIGHTS_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -43,13 +39,14 @@ WEIGHTS_SCHEMA = pa.schema(
 
 
 class FlightService(flight.FlightServerBase):  # type: ignore[misc]
-    """Flight as pyarrow has it, in front of a :class:`~.server.SyncServer`."""
+    """Flight as pyarrow has it, in front of a :class:`~.desk.Desk`."""
 
-    def __init__(self, server: SyncServer) -> None:
-        self._folder = _socket_folder(server.store.folder / "socket")
+    def __init__(self, desk: Desk) -> None:
+        self._store = desk.ledger.store
+        self._folder = _socket_folder(self._store.folder / "socket")
         self.path = self._folder / "flight"
         super().__init__(f"grpc+unix://{quote(str(self.path))}")
-        self._server = server
+        self._desk = desk
 
     def close(self) -> None:
         """Shut down, and remove the socket."""
@@ -57,42 +54,92 @@ class FlightService(flight.FlightServerBase):  # type: ignore[misc]
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._server.guarded(context, "exchange"):
-            self._server.gate.identity(context.peer())
-        self._server.exchange(context, descriptor.command or b"", reader, writer)
+        peer = context.peer()
+        with self._guarded(peer, "exchange"):
+            self._desk.tickets.identity(peer)
+        channel = Channel(reader, writer, self._store.limits)
+        try:
+            if descriptor.command != protocol.COMMAND:
+                # Flight's descriptor is outside our checksum: on a plain wire, a flipped bit.
+                raise SyncFailure("corrupt", "the exchange is not for memopt-sync")
+            self._desk.exchange(peer, channel)
+        except _BROKEN as error:
+            # The client is gone: what it sent so far stays for it to resume.
+            self._desk.ledger.audit.write("exchange-broken", problem=str(error)[:200])
+        except Exception as error:  # noqa: BLE001 - told to the client and to the audit log
+            failure = _failure(error)
+            self._desk.refuse(peer, "exchange", failure)
+            with contextlib.suppress(*_BROKEN):
+                channel.send(protocol.ERROR, protocol.encode_error(failure))
+                # Ending the call with the client's window still on the way would reset the stream,
+                # and the client might never read why.
+                channel.drain(2 * protocol.WINDOW_BYTES)
 
     def do_action(self, context: Any, action: Any) -> Iterator[Any]:
         known = action.type in dict(ACTIONS)
-        with self._server.guarded(context, action.type if known else "action"):
-            result = self._server.act(context, action.type, action.body.to_pybytes())
+        with self._guarded(context.peer(), action.type if known else "action"):
+            result = self._desk.act(context.peer(), action.type, action.body.to_pybytes())
         return iter([flight.Result(json.dumps(result).encode())])
 
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
-        with self._server.guarded(context, "actions"):
-            self._server.caller(context, None, None)
+        with self._guarded(context.peer(), "actions"):
+            self._desk.caller(context.peer(), None, None)
         return list(ACTIONS)
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
-        with self._server.guarded(context, "list"):
-            infos = [self._server.info(name) for name in self._server.visible(context)]
+        with self._guarded(context.peer(), "list"):
+            infos = [self._info(name) for name in self._desk.visible(context.peer())]
         return iter(infos)
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
-        with self._server.guarded(context, "info"):
+        with self._guarded(context.peer(), "info"):
             path = descriptor.path or [b""]
             adapter = check_adapter(path[0].decode("utf-8", "replace"))
-            self._server.caller(context, "pull", adapter)
-            return self._server.info(adapter)
+            self._desk.caller(context.peer(), "pull", adapter)
+            return self._info(adapter)
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        with self._server.guarded(context, "get"):
-            adapter, sequence = self._server.ticket(ticket.ticket)
+        with self._guarded(context.peer(), "get"):
+            request = strict_json(ticket.ticket, what="ticket")
+            adapter = check_adapter(request.get("adapter"))
+            sequence = check_count("sequence", request.get("sequence", 0), 1 << 53)
             # Before the adapter is looked up: who may not read it does not learn whether it exists.
-            node = self._server.caller(context, "pull", adapter).node
-            sequence = sequence or self._server.newest(adapter)
-            weights = self._server.store.weights(adapter, sequence)
-            self._server.audit.write("get", adapter=adapter, sequence=sequence, node=node)
+            node = self._desk.caller(context.peer(), "pull", adapter).node
+            sequence = sequence or self._store.newest(adapter)
+            weights = self._store.weights(adapter, sequence)
+            self._desk.ledger.audit.write("get", adapter=adapter, sequence=sequence, node=node)
         return flight.GeneratorStream(WEIGHTS_SCHEMA, weight_rows(weights))
+
+    def _info(self, adapter: str) -> Any:
+        """Return the FlightInfo of an adapter's newest version."""
+        sequence = self._store.newest(adapter)
+        ticket = flight.Ticket(json.dumps({"adapter": adapter, "sequence": sequence}).encode())
+        return flight.FlightInfo(
+            WEIGHTS_SCHEMA,
+            flight.FlightDescriptor.for_path(adapter),
+            [flight.FlightEndpoint(ticket, [])],
+            -1,
+            -1,
+        )
+
+    @contextlib.contextmanager
+    def _guarded(self, peer: str, event: str) -> Iterator[None]:
+        """Audit and translate failures; anything unforeseen becomes one error, not a crash."""
+        try:
+            yield
+        except Exception as error:
+            failure = _failure(error)
+            self._desk.refuse(peer, event, failure)
+            raise flight_error(failure) from error
+
+
+def _failure(error: Exception) -> SyncFailure:
+    """Return what a client hears of an error: of one that is not its own never paths or values."""
+    if isinstance(error, SyncFailure):
+        return error
+    if isinstance(error, MemoptError):
+        return SyncFailure("unavailable", f"the server cannot do this: {error.problem}")
+    return SyncFailure("unavailable", f"the server failed ({type(error).__name__})")
 
 
 def weight_rows(weights: Weights) -> Iterator[Any]:

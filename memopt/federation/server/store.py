@@ -26,7 +26,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.errors import ConfigurationError, WeightsError
@@ -36,7 +35,7 @@ from memopt.federation.delta.compute import full_payload
 from memopt.federation.delta.payload import unpack
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, check_adapter, strict_json
-from memopt.federation.trust.signing import NO_HASH, Signed, parse_signed
+from memopt.federation.trust.manifest import Head, Signed, parse_signed
 from memopt.federation.trust.vault import Vault
 from memopt.files import open_plain
 
@@ -48,15 +47,6 @@ MANIFEST, PAYLOAD, WEIGHTS, SNAPSHOT = (
 )
 # Weights are kept for the newest versions and every so many, so that a rebuild is a short chain.
 _KEEP_WEIGHTS, _WEIGHTS_EVERY = 2, 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """The newest version of an adapter; sequence 0 when there is none."""
-
-    sequence: int = 0
-    weights_hash: str = NO_HASH
-    digest: str = NO_HASH
 
 
 class Store:
@@ -158,12 +148,20 @@ class Store:
         there = self.sequences(adapter)
         if not there:
             return Head()
-        manifest = self.signed(adapter, there[-1]).manifest
-        return Head(
-            sequence=manifest.sequence,
-            weights_hash=manifest.new_hash,
-            digest=manifest.digest(),
-        )
+        return self.signed(adapter, there[-1]).manifest.head()
+
+    def newest(self, adapter: str) -> int:
+        """Return the number of the newest version.
+
+        Raises:
+            SyncFailure: there is none yet.
+        """
+        there = self.sequences(adapter)
+        if not there:
+            raise SyncFailure(
+                "not-found", f"adapter {adapter!r} has no version yet", fix="push one first"
+            )
+        return there[-1]
 
     def signed(self, adapter: str, sequence: int) -> Signed:
         """Return the signed manifest of a version.

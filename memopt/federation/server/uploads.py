@@ -14,9 +14,8 @@ from types import TracebackType
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
 from memopt.federation.server.store import storage
-from memopt.federation.trust.signing import Manifest
+from memopt.federation.trust.manifest import Manifest
 from memopt.federation.trust.vault import Appending, Vault
-from memopt.federation.wire.protocol import CHUNK_BYTES
 
 
 class _Holder:
@@ -32,7 +31,6 @@ class Upload:
 
     def __init__(self, path: Path, total: int, holder: _Holder, vault: Vault) -> None:
         self.path = path
-        self._total = total
         self._holder = holder
         self._token = object()
         with holder.lock:
@@ -46,19 +44,15 @@ class Upload:
         """How many bytes are there."""
         return self._file.size
 
-    def append(self, offset: int, data: memoryview) -> None:
-        """Write the next chunk.
+    def append(self, data: memoryview) -> None:
+        """Write the next piece.
 
         Raises:
-            SyncFailure: it is not the next one, or another connection took over.
+            SyncFailure: another connection took over, or the disk is full.
         """
-        with self._holder.lock:
+        with self._holder.lock, storage("upload"):
             if not self.held:
                 raise SyncFailure("conflict", "another connection resumed this upload")
-            if offset != self.size:
-                raise SyncFailure("out-of-order", f"chunk at {offset}, expected {self.size}")
-            if not 0 < len(data) <= 2 * CHUNK_BYTES or self.size + len(data) > self._total:
-                raise SyncFailure("too-large", f"chunk of {len(data)} bytes does not fit")
             self._file.append(data)
 
     @property

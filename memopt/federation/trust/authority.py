@@ -15,7 +15,8 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.failures import SyncFailure
-from memopt.federation.trust.signing import check_node, check_private, one_at_a_time, write_private
+from memopt.federation.trust.manifest import check_node
+from memopt.federation.trust.signing import check_private, one_at_a_time, write_private
 from memopt.files import atomic_path
 
 PREFIX = "spiffe://memopt/"

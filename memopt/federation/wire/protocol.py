@@ -91,23 +91,6 @@ def decode(data: bytes | memoryview, limits: Limits) -> Frame:
     return Frame(kind, fields, view[start : start + body])
 
 
-def take(chunk: Any, kinds: tuple[int, ...], limits: Limits, not_ours: SyncFailure) -> Frame:
-    """Return the message of a Flight stream chunk, which must be of one of ``kinds``.
-
-    Raises:
-        SyncFailure: what the peer's ERROR message tells, what is wrong with the message, or
-            ``not_ours`` for a chunk that is no message.
-    """
-    if chunk.data is not None or chunk.app_metadata is None:
-        raise not_ours
-    frame = decode(memoryview(chunk.app_metadata), limits)
-    if frame.kind == ERROR:
-        raise decode_error(frame.fields)
-    if frame.kind not in kinds:
-        raise SyncFailure("out-of-order", f"message kind {frame.kind} is not expected here")
-    return frame
-
-
 def encode_error(error: SyncFailure) -> dict[str, str]:
     """Return the fields of an ERROR message."""
     return {"code": error.code, "problem": error.problem[:2000], "fix": (error.fix or "")[:500]}

@@ -11,7 +11,8 @@ import numpy as np
 from memopt.federation.delta.compute import compute_delta
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.server.store import Store
-from memopt.federation.trust.signing import Manifest, SigningKey
+from memopt.federation.trust.manifest import Manifest
+from memopt.federation.trust.signing import SigningKey
 
 if __name__ == "__main__":
     store, key = Store(sys.argv[1]), SigningKey.generate()

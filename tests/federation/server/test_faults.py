@@ -19,7 +19,7 @@ import pytest
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.failures import SyncFailure
 from memopt.federation.server.store import Store
-from memopt.federation.trust.signing import Trust
+from memopt.federation.trust.nodes import Trust
 from memopt.federation.wire import protocol
 from memopt.federation.wire.chaos import ChaosProxy, Fault
 from tests.federation.conftest import lora, step

@@ -27,7 +27,9 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.authority import issue
-from memopt.federation.trust.signing import NO_HASH, Manifest, Node, SigningKey, Trust, add_trusted
+from memopt.federation.trust.manifest import NO_HASH, Manifest
+from memopt.federation.trust.nodes import Node, Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire import protocol
 from memopt.federation.wire.chaos import ChaosProxy, Fault
 from tests.federation.conftest import lora, step
@@ -372,7 +374,7 @@ def test_secrets_and_trust_that_others_can_touch_are_refused(fleet, tmp_path: Pa
     """A TLS key or an authority's key others may read, a trust file others may change: an error."""
     issue(tmp_path, "server", ca=fleet.folder, hosts=["localhost"])
     (tmp_path / "server.key").chmod(0o640)
-    from memopt.federation.server.gate import TlsFiles
+    from memopt.federation.wire.tls import TlsFiles
 
     files = TlsFiles(
         ca=fleet.folder / "ca.pem",

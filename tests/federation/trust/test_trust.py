@@ -17,19 +17,13 @@ from memopt.errors import ConfigurationError
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import strict_json
-from memopt.federation.server.gate import TlsFiles
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.audit import AuditLog, check_audit
 from memopt.federation.trust.authority import init_ca, issue, node_of
-from memopt.federation.trust.signing import (
-    NO_HASH,
-    Manifest,
-    Node,
-    SigningKey,
-    Trust,
-    add_trusted,
-    parse_signed,
-)
+from memopt.federation.trust.manifest import NO_HASH, Manifest, parse_signed
+from memopt.federation.trust.nodes import Node, Trust, add_trusted
+from memopt.federation.trust.signing import SigningKey
+from memopt.federation.wire.tls import TlsFiles
 from tests.federation.conftest import lora
 
 
