@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from memopt.errors import ConfigurationError
-from memopt.federation.trust.signing import SigningKey, check_private
+from memopt.federation.trust.signing import SigningKey
 from memopt.memory.privacy.keys import read_cipher
-from memopt.weights.crypto import load_key, write_key
+from memopt.sealing import check_private, load_key, write_key
 
 
 def mounted(folder: Path, name: str, data: bytes) -> Path:

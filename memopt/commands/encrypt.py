@@ -25,7 +25,7 @@ def encrypt(
     """Encrypt weights and graphs with AES-256; commands and engines open them with the same key."""
     from memopt.bundle import open_bundle
     from memopt.errors import ConfigurationError
-    from memopt.weights.crypto import load_key, write_key
+    from memopt.sealing import load_key, write_key
     from memopt.weights.locked import decrypt_bundle, encrypt_bundle
 
     opened = open_bundle(bundle)

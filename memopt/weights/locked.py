@@ -21,7 +21,8 @@ from typing import Any
 from memopt.bundle import MANIFEST, Bundle, Manifest, file_record, open_bundle, stamp
 from memopt.errors import BundleError
 from memopt.files import staged_directory
-from memopt.weights.crypto import decrypt_file, encrypt_file, load_key
+from memopt.sealing import load_key
+from memopt.weights.crypto import decrypt_file, encrypt_file
 
 _MEMORY = Path("/dev/shm")
 _CACHES = ".ort-cache"  # optimized copies of graphs, in the clear
@@ -164,7 +165,7 @@ def unlocked(bundle: Bundle, key: bytes | None = None) -> Iterator[Bundle]:
     What the block adds (variants, weights) is put back encrypted when it ends well.
 
     Args:
-        key: of the bundle; None takes the environment's (:func:`memopt.weights.crypto.load_key`).
+        key: of the bundle; None takes the environment's (:func:`memopt.sealing.load_key`).
     """
     if not is_encrypted(bundle):
         yield bundle

@@ -14,8 +14,9 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.cli import app
 from memopt.errors import ConfigurationError, WeightsError
 from memopt.runtimes.engine import ArrowEngine
+from memopt.sealing import KEY_FILE_VARIABLE, KEY_VARIABLE, load_key
 from memopt.weights import locked
-from memopt.weights.crypto import KEY_FILE_VARIABLE, KEY_VARIABLE, MAGIC, load_key
+from memopt.weights.crypto import MAGIC
 from memopt.weights.locked import encrypt_bundle, is_encrypted
 
 TEXTS = ["a bird on the roof", "rain"]

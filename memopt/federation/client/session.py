@@ -26,8 +26,8 @@ from memopt.federation.trust.nodes import Trust
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Vault
 from memopt.federation.wire.tls import TlsFiles
+from memopt.sealing import KEY_VARIABLE, load_key
 from memopt.settings import FederationSection
-from memopt.weights.crypto import KEY_VARIABLE, load_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

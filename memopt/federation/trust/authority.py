@@ -16,8 +16,9 @@ from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.failures import SyncFailure
 from memopt.federation.trust.manifest import check_node
-from memopt.federation.trust.signing import check_private, one_at_a_time, write_private
+from memopt.federation.trust.signing import one_at_a_time
 from memopt.files import atomic_path
+from memopt.sealing import check_private, write_private
 
 PREFIX = "spiffe://memopt/"
 _WHY = "make certificates"

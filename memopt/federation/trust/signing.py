@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.federation.trust.manifest import Manifest, Signed
 from memopt.files import open_plain
+from memopt.sealing import check_private, write_private
 
 _WHY = "sign and check weight deltas"
 
@@ -84,14 +84,6 @@ def _ed25519() -> Any:
     )
 
 
-def check_private(path: Path) -> None:
-    """Raise ConfigurationError when others may read a secret; one that is not there passes."""
-    if path.is_file() and path.stat().st_mode & 0o077:
-        raise ConfigurationError(
-            f"private key {path} can be read by others", fix=f"run: chmod 600 {path}"
-        )
-
-
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep other processes (and threads) from changing a folder of keys meanwhile."""
@@ -102,37 +94,6 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def write_private(path: Path, data: bytes, *, new: bool = False) -> None:
-    """Write a secret so that at no moment anyone but its owner can read it.
-
-    Args:
-        new: a file that is there already is kept.
-
-    Raises:
-        ConfigurationError: with ``new``, there is one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        if not new:
-            temporary.replace(path)
-            return
-        try:
-            # Unlike a rename, a second name is refused where there is a file.
-            os.link(temporary, path)
-        except FileExistsError:
-            raise ConfigurationError(
-                f"{path} exists already", fix="remove it first if it is to go"
-            ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def signature_holds(signed: Signed) -> bool:

@@ -19,15 +19,15 @@ from types import TracebackType
 from typing import Any
 
 from memopt.errors import ConfigurationError
-from memopt.extras import require
 from memopt.federation.failures import SyncFailure
 from memopt.files import atomic_path, open_plain
-from memopt.weights.crypto import KEY_VARIABLE, aes_gcm
+from memopt.sealing import KEY_VARIABLE, NONCE_BYTES, TAG_BYTES, Envelope, WrongKey
 
 MAGIC = b"MEMOPT-SEAL1"
 MARK = "sealed"
-_HEAD = struct.Struct(">I12s")
-_TAG = 16
+_LENGTH = struct.Struct(">I")
+# Bytes of a record that are not its content.
+_AROUND = _LENGTH.size + NONCE_BYTES + TAG_BYTES
 # Also the most that is handed out at once: half of a chunk on the wire.
 PART_BYTES = 1 << 20
 _FIX = f"give the key with --key-file or {KEY_VARIABLE}"
@@ -106,7 +106,7 @@ class Vault:
             for number, (at, length) in enumerate(_records(path)):
                 if start + length > offset:
                     file.seek(at)
-                    data = self._open(file.read(_HEAD.size + length + _TAG), number, path)
+                    data = self._open(file.read(_AROUND + length), number, path)
                     for begin in range(max(0, offset - start), length, PART_BYTES):
                         yield data[begin : begin + PART_BYTES]
                 start += length
@@ -130,25 +130,18 @@ class Vault:
         """Return ``data`` as record ``number`` of a file, or as it is without a key."""
         if self.key is None:
             return bytes(data)
-        head = _HEAD.pack(len(data), os.urandom(12))
-        sealed: bytes = aes_gcm(self.key).encrypt(head[4:], bytes(data), _bound(number, head))
-        return head + sealed
+        length = _LENGTH.pack(len(data))
+        return length + Envelope(self.key).seal(bytes(data), _bound(number, length))
 
     def _open(self, record: bytes, number: int, path: Path) -> bytes:
         assert self.key is not None
-        invalid = require(
-            "cryptography.exceptions", extra="federation", why="decrypt weights"
-        ).InvalidTag
-        head = record[: _HEAD.size]
+        length, sealed = record[: _LENGTH.size], record[_LENGTH.size :]
         try:
-            plain: bytes = aes_gcm(self.key).decrypt(
-                head[4:], record[_HEAD.size :], _bound(number, head)
-            )
-        except invalid as error:
+            return Envelope(self.key).open(sealed, _bound(number, length))
+        except WrongKey as error:
             raise SyncFailure(
                 "storage", f"{path} cannot be decrypted: a wrong key, or it was changed", fix=_FIX
             ) from error
-        return plain
 
 
 class Appending:
@@ -171,7 +164,7 @@ class Appending:
             records = list(_records(path)) if vault.sealed(path) else []
             self.size = sum(length for _, length in records)
             self._number = len(records)
-            self._end = sum(records[-1]) + _HEAD.size + _TAG if records else 0
+            self._end = sum(records[-1]) + _AROUND if records else 0
             self._file.truncate(self._end)
 
     def append(self, data: bytes | memoryview) -> None:
@@ -219,14 +212,14 @@ def _records(path: Path) -> Iterator[tuple[int, int]]:
     """Yield where each whole record starts and how many plain bytes it has."""
     end, at = path.stat().st_size, len(MAGIC)
     with path.open("rb") as file:
-        while at + _HEAD.size + _TAG <= end:
+        while at + _AROUND <= end:
             file.seek(at)
-            length, _ = _HEAD.unpack(file.read(_HEAD.size))
-            if at + _HEAD.size + length + _TAG > end:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            if at + _AROUND + length > end:
                 return
             yield at, length
-            at += _HEAD.size + length + _TAG
+            at += _AROUND + length
 
 
-def _bound(number: int, head: bytes) -> bytes:
-    return MAGIC + struct.pack(">Q", number) + head[:4]
+def _bound(number: int, length: bytes) -> bytes:
+    return MAGIC + struct.pack(">Q", number) + length

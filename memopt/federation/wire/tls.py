@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memopt.errors import ConfigurationError
-from memopt.federation.trust.signing import check_private
+from memopt.sealing import check_private
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

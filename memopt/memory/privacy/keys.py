@@ -13,18 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.extras import require
 from memopt.memory.model import payload
 from memopt.memory.model.schema import ARCHIVED, FORMAT_VERSION
 from memopt.memory.store import founding as opening
-from memopt.weights.crypto import KEY_BYTES, parse_key
+from memopt.sealing import KEY_BYTES, Envelope, WrongKey, parse_key, read_secret
 
 if TYPE_CHECKING:
     from memopt.memory.memory_store import MemoryStore
 
 KEY_VARIABLE = "MEMOPT_MEMORY_KEY"
-# NIST SP 800-38D: 96-bit nonces, random; one key seals far fewer than 2^32 cells.
-_NONCE = 12
 _CHUNK = 512
 
 
@@ -62,11 +59,7 @@ class AesGcm:
 
     def encrypt(self, data: bytes) -> bytes:
         """Return nonce and sealed data."""
-        aead = require(
-            "cryptography.hazmat.primitives.ciphers.aead", extra="memory", why="encrypt memories"
-        )
-        nonce = os.urandom(_NONCE)
-        return nonce + bytes(aead.AESGCM(self.keys[0]).encrypt(nonce, data, None))
+        return Envelope(self.keys[0], extra="memory").seal(data)
 
     def decrypt(self, data: bytes) -> bytes:
         """Return what was sealed under any of the keys.
@@ -74,15 +67,10 @@ class AesGcm:
         Raises:
             ConsolidationError: none of them opens it, or it was changed.
         """
-        aead = require(
-            "cryptography.hazmat.primitives.ciphers.aead", extra="memory", why="decrypt memories"
-        )
-        from cryptography.exceptions import InvalidTag
-
         for key in self.keys:
             try:
-                return bytes(aead.AESGCM(key).decrypt(data[:_NONCE], data[_NONCE:], None))
-            except (InvalidTag, ValueError):
+                return Envelope(key, extra="memory").open(data)
+            except WrongKey:
                 continue
         raise ConsolidationError(
             f"key {self.key_id} does not open this store, or its data were changed",
@@ -108,15 +96,7 @@ def read_cipher(file: str | Path | None = None) -> AesGcm | None:
     """
     text, origin = os.environ.get(KEY_VARIABLE, ""), f"variable {KEY_VARIABLE}"
     if file is not None:
-        path, origin = Path(file), f"key file {file}"
-        try:
-            if path.stat().st_mode & 0o077:
-                raise ConfigurationError(
-                    f"{origin} can be read by others", fix=f"run: chmod 600 {path}"
-                )
-            text = path.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{origin} cannot be read ({error})") from error
+        text, origin = read_secret(Path(file)), f"key file {file}"
     words = text.replace(",", " ").split()
     if not words:
         if file is not None:
