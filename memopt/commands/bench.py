@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memopt.commands.console import echo
+
+if TYPE_CHECKING:
+    from memopt.benchmark.record import BenchmarkMetrics
 
 
 def bench(
@@ -45,12 +48,9 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
-    from dataclasses import asdict
-
     from memopt.benchmark import bench as measure
     from memopt.benchmark import report as reports
-    from memopt.benchmark.record import ratio
-    from memopt.commands.console import check_target, stdout, steps
+    from memopt.commands.console import check_target, steps
     from memopt.errors import ConfigurationError
 
     if compare and (bundle or variant or all_variants or peers or inputs):
@@ -83,20 +83,32 @@ def bench(
     saved = [record.save(output) for record in records]
     if report:
         reports.write_html(records, report)
+    _print(records, compared=compare is not None, as_json=as_json)
+    if not as_json:
+        for path in (*saved, *([report] if report else [])):
+            echo(f"wrote {path}")
+
+
+def _print(records: list[BenchmarkMetrics], *, compared: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from memopt.benchmark import report
+    from memopt.benchmark.bench import below_gate
+    from memopt.benchmark.record import ratio
+    from memopt.commands.console import stdout
+
+    result = ratio(records[1], records[0]) if compared else None
     if as_json:
         document: dict[str, object] = {"records": [asdict(record) for record in records]}
-        if compare:
-            document["ratio"] = asdict(ratio(records[1], records[0]))
+        if result:
+            document["ratio"] = asdict(result)
         echo(json.dumps(document, indent=1))
         return
-    stdout(170).print(reports.table(records))
-    for line in measure.below_gate(records):
+    stdout(170).print(report.table(records))
+    for line in below_gate(records):
         echo(line, err=True)
-    if compare:
-        result = ratio(records[1], records[0])
+    if result:
         echo(
             f"{records[1].label} is {result.median:.3f}x as fast as {records[0].label} "
             f"(95 % interval {result.low:.3f} to {result.high:.3f}, {result.rounds} paired rounds)"
         )
-    for path in (*saved, *([report] if report else [])):
-        echo(f"wrote {path}")

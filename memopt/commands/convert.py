@@ -48,22 +48,12 @@ def convert(
     """Store a model's weights in Parquet with its config and tokenizer: a bundle."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from memopt.bundle import open_bundle
     from memopt.commands.console import stderr
     from memopt.errors import ConfigurationError
-    from memopt.weights.convert import convert, to_safetensors
-    from memopt.weights.locked import unlocked
+    from memopt.weights.convert import convert
 
     if to is not None:
-        if to != "safetensors":
-            raise ConfigurationError(f"--to {to!r} is not a format", fix="use --to safetensors")
-        opened = open_bundle(source)
-        with unlocked(opened) as plain:
-            path = to_safetensors(plain, output or opened.path / "model.safetensors")
-        size = path.stat().st_size
-        echo(
-            json.dumps({"file": str(path), "bytes": size}) if as_json else f"{path}  {size:,} bytes"
-        )
+        _back(source, to, output, as_json=as_json)
         return
     if compression not in ("none", "zstd"):
         raise ConfigurationError(
@@ -94,3 +84,18 @@ def convert(
         f"{bundle.path}: {m.architecture}, {m.task}, dimension {m.dimension}, pooling {m.pooling}, "
         f"weights {size / 1e6:.1f} MB"
     )
+
+
+def _back(source: str, to: str, output: Path | None, *, as_json: bool) -> None:
+    from memopt.bundle import open_bundle
+    from memopt.errors import ConfigurationError
+    from memopt.weights.convert import to_safetensors
+    from memopt.weights.locked import unlocked
+
+    if to != "safetensors":
+        raise ConfigurationError(f"--to {to!r} is not a format", fix="use --to safetensors")
+    opened = open_bundle(source)
+    with unlocked(opened) as plain:
+        path = to_safetensors(plain, output or opened.path / "model.safetensors")
+    size = path.stat().st_size
+    echo(json.dumps({"file": str(path), "bytes": size}) if as_json else f"{path}  {size:,} bytes")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from memopt.commands.console import echo, say
+
+if TYPE_CHECKING:
+    from memopt.runtimes.embed import Embedded
 
 
 def embed(
@@ -71,7 +75,11 @@ def embed(
     if as_json:
         summary = {**asdict(done), "seconds": seconds, "device": info, "events": events}
         echo(json.dumps(summary, indent=1))
-        return
+    else:
+        _print(done, seconds, info)
+
+
+def _print(done: Embedded, seconds: float, info: Mapping[str, Any]) -> None:
     for entry in done.skipped:
         say(f"skipped input {entry['index']} {entry['reason']}")
     again = f" ({done.resumed} of them before)" if done.resumed else ""

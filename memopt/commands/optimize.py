@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memopt.commands.console import echo
+
+if TYPE_CHECKING:
+    from memopt.optimize.plan import Optimized
 
 
 def optimize(
@@ -38,11 +41,10 @@ def optimize(
 
     Interrupted, it goes on where it stopped when called again.
     """
-    from memopt.commands.console import stderr, stdout, steps
+    from memopt.commands.console import stderr, steps
     from memopt.errors import ConfigurationError
-    from memopt.optimize.plan import Outcome, Plan, check_targets
-    from memopt.optimize.report import summary, table, told
-    from memopt.optimize.run import PLAN_FILE, REPORT_FILE
+    from memopt.optimize.plan import Plan, check_targets
+    from memopt.optimize.report import told
     from memopt.optimize.run import optimize as run
     from memopt.quantization.quantize import seconds
 
@@ -62,9 +64,6 @@ def optimize(
 
     errors = stderr()
 
-    def show(number: int, count: int, outcome: Outcome) -> None:
-        errors.print(told(number, count, outcome))
-
     with steps("optimize") as say:
         result = run(
             source,
@@ -77,17 +76,25 @@ def optimize(
             rounds=rounds,
             plan=replayed,
             step=say,
-            on_outcome=show,
+            on_outcome=lambda *outcome: errors.print(told(*outcome)),
         )
     if as_json:
         echo(json.dumps(result.to_dict(), indent=1))
     else:
-        console = stdout(190)
-        console.print(table(result))
-        for line in (summary(result), *result.notes):
-            console.print(line)
-        files = " and ".join(str(result.bundle / name) for name in (REPORT_FILE, PLAN_FILE))
-        wrote = f"wrote {files}" if result.reference is not None else "nothing was measured"
-        console.print(f"{result.seconds:.0f} s; {wrote}")
+        _print(result)
     if result.plan.chosen is None:
         raise typer.Exit(1)
+
+
+def _print(result: Optimized) -> None:
+    from memopt.commands.console import stdout
+    from memopt.optimize.report import summary, table
+    from memopt.optimize.run import PLAN_FILE, REPORT_FILE
+
+    console = stdout(190)
+    console.print(table(result))
+    for line in (summary(result), *result.notes):
+        console.print(line)
+    files = " and ".join(str(result.bundle / name) for name in (REPORT_FILE, PLAN_FILE))
+    wrote = f"wrote {files}" if result.reference is not None else "nothing was measured"
+    console.print(f"{result.seconds:.0f} s; {wrote}")

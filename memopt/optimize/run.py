@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from memopt.benchmark.record import hardware, versions
-from memopt.bundle import Manifest, Variant, open_bundle, stamp
+from memopt.bundle import Bundle, Manifest, Variant, open_bundle, stamp
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file
 from memopt.optimize.build import USED_UP, Inputs, Step, build, build_bases
@@ -98,13 +98,8 @@ def optimize(
     if not Path(calibration).exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
     say("resolve the model")
-    resolved = resolve(source)
+    resolved = _encoder(source)
     manifest = resolved.manifest
-    if manifest.task in ("text-generation", "joint-embedding"):
-        raise ConfigurationError(
-            f"{resolved.path} has task {manifest.task}; optimize chooses among encoders",
-            fix="use memopt quantize, which proves perplexity",
-        )
     inputs = Inputs.read(Path(calibration), manifest.modality, samples, seed)
     wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
     made = Plan(
@@ -189,6 +184,16 @@ def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -
             variant=best.candidate.name,
         )
     return plan
+
+
+def _encoder(source: str | Path) -> Bundle:
+    bundle = resolve(source)
+    if bundle.manifest.task in ("text-generation", "joint-embedding"):
+        raise ConfigurationError(
+            f"{bundle.path} has task {bundle.manifest.task}; optimize chooses among encoders",
+            fix="use memopt quantize, which proves perplexity",
+        )
+    return bundle
 
 
 def _here() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -132,8 +132,8 @@ class ArrowEngine:
         self._max_delay_ms = max_delay_ms
         bundle.check(mode=verify)  # the mode itself
         self._verify = verify
-        self._arguments = {
-            **{field.name: getattr(self._settings, field.name) for field in fields(Settings)},
+        # What opens it anew in another process.
+        self._arguments = asdict(self._settings) | {
             "device": device,
             "variant": variant,
             "strict": strict,
@@ -207,7 +207,7 @@ class ArrowEngine:
         self.close()
 
     def __reduce__(self) -> Any:
-        # To a worker that was spawned an engine goes as its arguments; it is opened anew there.
+        # To a worker that was spawned an engine goes as its arguments.
         return partial(type(self), self._given, **self._arguments), ()
 
     def __repr__(self) -> str:

@@ -30,6 +30,10 @@ _ANSWERS = tuple(
         *("MultipleChoice", "NextSentencePrediction"),
     )
 )
+# Keys of a model's YAML entry; `quantize` is a recipe, read by memopt quantize.
+_KNOWN = frozenset(
+    {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension", "quantize"}
+)
 # transformers writes this huge number where a tokenizer has no limit.
 _NO_LIMIT = 10**9
 
@@ -60,23 +64,15 @@ def describe(
         ConfigurationError: an unknown task, or an unknown key in the YAML entry.
     """
     known = dict(known or {})
-    allowed = {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension"}
-    allowed |= {"quantize"}  # a recipe, read by memopt quantize
-    if unknown := set(known) - allowed:
+    if unknown := set(known) - _KNOWN:
         key = sorted(unknown)[0]
         raise ConfigurationError(
-            f"models/{name}.yaml: unknown key {key!r}", fix=nearest(key, allowed)
+            f"models/{name}.yaml: unknown key {key!r}", fix=nearest(key, _KNOWN)
         )
     sentence = sentence or read_sentence(folder)
     files = folder / sentence.transformer if sentence else folder
     config = model_config(files, sentence)
     architecture, model_type = _identity(files, config)
-    if other := refusal(config):
-        raise WeightsError(
-            f"{files / 'config.json'} is of a {model_type}, which {other}: memopt knows no one "
-            "vector for what it takes",
-            fix="convert an encoder of text, pictures or sound; docs/runtime.md says which",
-        )
     stated = task or known.get("task")
     task = stated or _task(architecture, model_type, sentence)
     if task not in TASKS:
@@ -89,18 +85,15 @@ def describe(
             fix="convert an embedding model, or say --task embedding for its trunk without the "
             "head",
         )
-    pooling, dimension = _default_pooling(task, model_type), None
-    if task == "embedding" and architecture.endswith(_CAUSAL):
-        pooling = "last"  # what sentence-transformers makes of a language model
-    if sentence and task != "text-generation":
-        pooling, dimension = sentence.pooling, sentence.width
-    pooling = known.get("pooling", pooling)
+    pooling = known.get("pooling", _pooling(task, model_type, architecture, sentence))
     if pooling not in POOLINGS:
         raise ConfigurationError(
             f"pooling {pooling!r} is not known", fix=nearest(pooling, POOLINGS)
         )
+    dimension = None
     if task != "text-generation":
-        dimension = known.get("dimension", dimension) or _dimension(config, modality, architecture)
+        dimension = known.get("dimension", sentence.width if sentence else None)
+        dimension = dimension or _dimension(config, modality, architecture)
         if sentence and sentence.truncate_dim and dimension:
             dimension = min(dimension, sentence.truncate_dim)
     length = None
@@ -175,6 +168,12 @@ def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
                 f"{folder / 'config.json'} has no {key} (it says {value!r})",
                 fix="add it, as transformers' save_pretrained does",
             )
+    if other := refusal(config):
+        raise WeightsError(
+            f"{folder / 'config.json'} is of a {model_type}, which {other}: memopt knows no one "
+            "vector for what it takes",
+            fix="convert an encoder of text, pictures or sound; docs/runtime.md says which",
+        )
     first = architectures if isinstance(architectures, str) else architectures[0]  # type: ignore[index]
     return str(first), str(model_type)
 
@@ -190,9 +189,13 @@ def _task(architecture: str, model_type: str, sentence: Sentence | None) -> str:
     return "embedding"
 
 
-def _default_pooling(task: str, model_type: str) -> str:
+def _pooling(task: str, model_type: str, architecture: str, sentence: Sentence | None) -> str:
     if task == "text-generation":
         return "none"
+    if sentence:
+        return sentence.pooling
+    if task == "embedding" and architecture.endswith(_CAUSAL):
+        return "last"  # what sentence-transformers makes of a language model
     if model_type in _OWN_HEAD:
         return "model"
     if task != "image-embedding" or model_type in _PATCHES_ONLY:
