@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memopt.exporters.fuse import fuse
-from memopt.exporters.fuse_norm import split_skip_layer_norm
+from memopt.runtimes.cpu_graph import split_skip_layer_norm
 
 TEXT_SHAPES = ((1, 14), (32, 16), (8, 128))
 OTHER_SHAPES = ((1, 0), (8, 0))
@@ -54,9 +54,10 @@ def variants(file: Path, folder: Path) -> dict[str, Path]:
     fused, report = fuse(model, json.loads(config.read_text(encoding="utf-8")))
     Console(stderr=True).print(report)
     made = {"portable": file}
-    for name, graph in (("fused", fused), ("fused, split norm", split_skip_layer_norm(fused))):
+    for name in ("fused", "fused, split norm"):
         made[name] = folder / f"{name.replace(', ', '_').replace(' ', '_')}.onnx"
-        onnx.save(graph, made[name])
+        onnx.save(fused, made[name])
+    split_skip_layer_norm(made["fused, split norm"])
     made["int8 dynamic"] = folder / "int8.onnx"
     quantize_dynamic(
         made["fused, split norm"],

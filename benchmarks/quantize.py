@@ -31,13 +31,14 @@ from rich.table import Table
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.from_v2 import export_v2
+from memopt.graphs.session import feeds
 from memopt.quantization.arrow_method import quantize_arrow
 from memopt.quantization.calibration import CalibrationSet, split
-from memopt.quantization.graph_runner import feeds
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import Gate, _cosines, _spearman
+from memopt.quantization.validate import Gate, _spearman
 from memopt.runtimes.graph_cache import SWITCH
+from memopt.runtimes.vectors import row_cosines
 from memopt.weights.convert import resolve
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "stsb-en-dev.csv"
@@ -124,13 +125,13 @@ def rows_of(
 
     def spearman(rows: np.ndarray) -> float:
         left, right = rows[[p[0] for p in pairs]], rows[[p[1] for p in pairs]]
-        return _spearman(_cosines(left, right), scores)
+        return _spearman(row_cosines(left, right), scores)
 
     expected = spearman(reference)
     found = []
     for contender in contenders:
         rows = contender.encode(batches)
-        cosines = _cosines(rows, reference)
+        cosines = row_cosines(rows, reference)
         found.append(
             {
                 "name": contender.name,

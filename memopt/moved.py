@@ -50,6 +50,8 @@ MOVED = {
     "memopt.memory.schema": "memopt.memory.model.schema",
     "memopt.memory.tiering": "memopt.memory.lifecycle.tiering",
     "memopt.memory.verify": "memopt.memory.lifecycle.verify",
+    "memopt.quantization.activations": "memopt.quantization.hessians",
+    "memopt.quantization.graph_runner": "memopt.graphs.session",
 }
 
 

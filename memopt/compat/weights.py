@@ -87,8 +87,8 @@ class ArrowQuantizer:
 
 def _calibration(weights: Path, texts: list[str]) -> Any:
     from memopt.bundle import open_bundle
-    from memopt.quantization.activations import GraphCalibration
-    from memopt.quantization.graph_runner import feeds
+    from memopt.graphs.session import feeds
+    from memopt.quantization.hessians import GraphCalibration
     from memopt.quantization.quantize import float_variant
 
     bundle = open_bundle(weights.parent)
@@ -195,9 +195,9 @@ def perplexities(bundle: Any, variant: str | None, texts: list[str]) -> tuple[fl
     Raises:
         MemoptError: the bundle has no float graph.
     """
+    from memopt.graphs.session import open_graph
     from memopt.quantization import validate
     from memopt.quantization.calibration import CalibrationSet
-    from memopt.quantization.graph_runner import open_graph
     from memopt.quantization.quantize import float_variant
 
     reference = float_variant(bundle, ("weight-only", "onnx"))

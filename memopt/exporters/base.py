@@ -135,7 +135,7 @@ def _export(
             graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
         with _refused(loaded, task):
-            cases = _cases(loaded, bundle.manifest, task, signature)
+            cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
             made = _onnx(job, graph, fused=fused and task not in _FAMILIES)
@@ -227,9 +227,10 @@ def _kind(task: str) -> Any:
     return importlib.import_module(_FAMILIES[task]) if task in _FAMILIES else tasks
 
 
-def _cases(
+def reference_cases(
     loaded: LoadedModel, manifest: Manifest, task: str, signature: tasks.Signature
 ) -> list[Case]:
+    """Return what a graph is checked with: inputs of several shapes, and torch's answers."""
     cases: list[Case] = []
     kind = _kind(task)
     for seed, shape in enumerate(kind.check_shapes(loaded, task, manifest.max_length), start=1):

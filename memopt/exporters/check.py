@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ExportError
+from memopt.runtimes.vectors import row_cosines
 
 Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
@@ -179,10 +180,8 @@ def _kept(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None) -> Any:
 
 
 def _min_cosine(got: np.ndarray, wanted: np.ndarray) -> float:
-    a, b = got.astype(np.float64), wanted.astype(np.float64)
-    lengths = np.linalg.norm(b, axis=-1)
-    norms = np.linalg.norm(a, axis=-1) * lengths
-    cosines = (a * b).sum(-1) / np.maximum(norms, 1e-30)
+    lengths = np.linalg.norm(wanted.astype(np.float64), axis=-1)
+    cosines = row_cosines(got, wanted)
     # What a ReLU left of a dead row is rounding, which has no direction; its size is checked too.
     rounding = lengths <= np.finfo(np.float32).eps * lengths.max(initial=0.0)
     return float(np.where(rounding, 1.0, cosines).min(initial=1.0))

@@ -15,7 +15,7 @@ a name (``val_61``) is named after its bias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,7 @@ from memopt.bundle import position_limit
 from memopt.errors import ExportError
 from memopt.exporters.fuse_attention import AttentionFusion, weight_name
 from memopt.exporters.fuse_embed import fuse_embeddings
-from memopt.exporters.fuse_graph import (
-    MICROSOFT,
-    add_initializer,
-    constant,
-    is_constant,
-    with_constant,
-)
-from memopt.exporters.fuse_match import Linear
+from memopt.exporters.fuse_match import Projection
 from memopt.exporters.fuse_norm import (
     fuse_gelu,
     fuse_mean_pooling,
@@ -39,6 +32,13 @@ from memopt.exporters.fuse_norm import (
 from memopt.exporters.fuse_probe import Probe
 from memopt.exporters.onnx import EXTERNAL_DATA_BYTES, weight_bytes
 from memopt.extras import require
+from memopt.graphs.ir import (
+    MICROSOFT,
+    add_initializer,
+    constant,
+    is_constant,
+    with_constant,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -76,9 +76,7 @@ class FusionReport:
         return self.attention + self.skip_layer_norm + self.embed_layer_norm + self.gelu
 
 
-def fuse(
-    model: onnx.ModelProto, config: Mapping[str, Any], *, prune_token_types: bool = False
-) -> tuple[onnx.ModelProto, FusionReport]:
+def fuse(model: onnx.ModelProto, config: Mapping[str, Any]) -> tuple[onnx.ModelProto, FusionReport]:
     """Fuse ``model`` for ONNX Runtime.
 
     Args:
@@ -86,12 +84,10 @@ def fuse(
             not modified.
         config: the model's ``config.json``; ``max_position_embeddings`` and ``vocab_size`` bound
             the inputs on which mask subgraphs are tried out.
-        prune_token_types: make ``token_type_ids`` constant zero and drop it from the inputs, where
-            the embedding fuses. Right for one text at a time, wrong for pairs of texts.
 
     Returns:
-        the fused graph and the report. Inputs (but for a pruned ``token_type_ids``), outputs and
-        their names are those of ``model``.
+        the fused graph and the report. Inputs, outputs and their names are those of
+        ``model``.
 
     Raises:
         ExportError: the graph is not valid ONNX.
@@ -130,13 +126,11 @@ def fuse(
     attention.run()
     common.RemoveUnusedNodesPass()(target)
     gelu = fuse_gelu(graph)
-    embed = fuse_embeddings(graph, probe, inputs, problems, prune_token_types)
+    embed = fuse_embeddings(graph, probe, inputs, problems)
     common.RemoveUnusedNodesPass()(target)
     skip = fuse_skip_layer_norm(graph, problems)
     pooling = fuse_mean_pooling(graph)
     common.RemoveUnusedNodesPass()(target)
-    if prune_token_types and embed:
-        _drop_input(graph, "token_type_ids")
     graph.sort()
     graph.opset_imports[MICROSOFT] = 1
     common.RemoveUnusedOpsetsPass()(target)
@@ -182,7 +176,7 @@ def name_weights(graph: Any) -> int:
         pair = with_constant(reader)
         if pair is None or not weight.is_initializer():
             continue
-        name = weight_name(Linear(node, weight, pair[1]))
+        name = weight_name(Projection(node, weight, pair[1]))
         if name != weight.name and name not in graph.initializers:
             # A new value: renaming the old one would rename the tensor in the caller's model too.
             array = constant(weight)
@@ -191,40 +185,3 @@ def name_weights(graph: Any) -> int:
             del graph.initializers[weight.name]
             renamed += 1
     return renamed
-
-
-def _drop_input(graph: Any, name: str) -> None:
-    for value in list(graph.inputs):
-        if value.name == name and not value.uses():
-            graph.inputs.remove(value)
-
-
-def keep_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """Return ``model`` with only the outputs ``names``, in this order, and what they need.
-
-    Raises:
-        ExportError: a name is not an output of the graph.
-
-    >>> from onnx import TensorProto, helper
-    >>> x, y, z = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xyz")
-    >>> nodes = [helper.make_node("Abs", ["x"], ["y"]), helper.make_node("Neg", ["x"], ["z"])]
-    >>> small = keep_outputs(helper.make_model(helper.make_graph(nodes, "g", [x], [y, z])), ["z"])
-    >>> [n.op_type for n in small.graph.node]
-    ['Neg']
-    """
-    require("onnx_ir", extra="export", why="edit a graph")
-    import onnx_ir as ir
-    from onnx_ir.passes import common
-
-    target = ir.from_proto(model)
-    outputs = {v.name: v for v in target.graph.outputs}
-    missing = [name for name in names if name not in outputs]
-    if missing or not names:
-        raise ExportError(
-            f"no output named {missing[0]!r}" if missing else "no output to keep",
-            fix=f"choose from {', '.join(map(str, outputs))}",
-        )
-    target.graph.outputs.clear()
-    target.graph.outputs.extend(outputs[name] for name in names)
-    common.RemoveUnusedNodesPass()(target)
-    return ir.to_proto(target)

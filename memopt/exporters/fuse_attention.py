@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from memopt.exporters.fuse_graph import (
+from memopt.exporters.fuse_match import Match, NoMatch, Projection, match, projection
+from memopt.exporters.fuse_probe import MaskKind, Probe
+from memopt.graphs.ir import (
     MICROSOFT,
     add_initializer,
     constant,
@@ -19,8 +21,6 @@ from memopt.exporters.fuse_graph import (
     replace,
     shared_parent,
 )
-from memopt.exporters.fuse_match import Linear, Match, NoMatch, linear, match
-from memopt.exporters.fuse_probe import MaskKind, Probe
 
 # Where the dynamo exporter writes the modules that a node comes from, outermost first.
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -53,7 +53,7 @@ class AttentionFusion:
         return self._kinds[bias.name]
 
     def _rewrite(self, found: Match, softmax: Any) -> None:
-        layers = [linear(h.source) for h in (found.query, found.key, found.value)]
+        layers = [projection(h.source) for h in (found.query, found.key, found.value)]
         if len({layer.source for layer in layers}) != 1:
             raise NoMatch("query, key and value have different inputs")
         kept: list[Any] = []
@@ -75,7 +75,7 @@ class AttentionFusion:
     def _emit(
         self,
         found: Match,
-        layers: list[Linear],
+        layers: list[Projection],
         softmax: Any,
         kept: list[Any],
         padding: bool,
@@ -155,7 +155,7 @@ class AttentionFusion:
         return self._mask_int32
 
 
-def weight_name(layer: Linear) -> str:
+def weight_name(layer: Projection) -> str:
     """The checkpoint name of a linear layer's weight.
 
     A transposed weight may have lost it (``val_61``); then the module that torch recorded for the

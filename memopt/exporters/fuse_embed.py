@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from memopt.exporters.fuse_graph import (
+from memopt.exporters.fuse_norm import epsilon, is_last_axis_norm
+from memopt.exporters.fuse_probe import Probe
+from memopt.graphs.ir import (
     MICROSOFT,
     add_initializer,
     constant,
@@ -18,8 +20,6 @@ from memopt.exporters.fuse_graph import (
     made_by,
     replace,
 )
-from memopt.exporters.fuse_norm import epsilon, is_last_axis_norm
-from memopt.exporters.fuse_probe import Probe
 
 
 def _table(value: Any) -> tuple[Any, Any] | None:
@@ -38,13 +38,8 @@ def _addends(value: Any) -> list[Any]:
     return [leaf for v in add.inputs for leaf in _addends(v)]
 
 
-def fuse_embeddings(
-    graph: Any, probe: Probe, inputs: dict[str, Any], problems: list[str], prune_token_types: bool
-) -> int:
+def fuse_embeddings(graph: Any, probe: Probe, inputs: dict[str, Any], problems: list[str]) -> int:
     """Put EmbedLayerNormalization in place of the sum of word, position and type rows + norm.
-
-    With ``prune_token_types`` the row of type 0 is added to every position row and the input
-    ``token_type_ids`` has no reader left.
 
     Returns:
         1 when fused, else 0.
@@ -63,7 +58,7 @@ def fuse_embeddings(
         if found is None or len(tables) != len(leaves) or len(norm.inputs) < 3:
             problems.append(f"embedding {norm.name}: not a sum of word, position and type rows")
             return 0
-        _emit_embeddings(graph, probe, norm, ids, types, found, prune_token_types)
+        _emit_embeddings(graph, probe, norm, ids, types, found)
         return 1
     return 0
 
@@ -101,16 +96,13 @@ def _roles(
 
 
 def _emit_embeddings(
-    graph: Any, probe: Probe, norm: Any, ids: Any, types: Any, found: EmbeddingTables, prune: bool
+    graph: Any, probe: Probe, norm: Any, ids: Any, types: Any, found: EmbeddingTables
 ) -> None:
     position, segment = found.position, found.segment
-    for constant_type in (found.fixed, segment if prune else None):
-        rows, types_table = constant(position), constant(constant_type)
-        if rows is not None and types_table is not None:
-            name = str(found.position.name)
-            position = add_initializer(graph, f"{name}.with_type_0", rows + types_table[0])
-    if prune:
-        segment = None
+    rows, fixed = constant(position), constant(found.fixed)
+    if rows is not None and fixed is not None:
+        name = f"{found.position.name}.with_type_0"
+        position = add_initializer(graph, name, rows + fixed[0])
     args = [
         _int32(graph, norm, ids),
         _int32(graph, norm, types) if segment is not None else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from memopt.exporters.fuse_graph import (
+from memopt.graphs.ir import (
     constant,
     dims,
     integers,
@@ -24,7 +24,7 @@ PASS_THROUGH = ("Identity", "Cast", "Dropout")
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Projection:
     """``source @ weight + bias``, computed by ``product`` first; ``bias`` may be None."""
 
     product: Any
@@ -259,7 +259,7 @@ def _merged(context: Any) -> Any:
     raise NoMatch("the heads are not merged by transpose and reshape")
 
 
-def linear(value: Any) -> Linear:
+def projection(value: Any) -> Projection:
     """Read ``value`` as a linear layer with constant weight and optional constant bias."""
     bias = None
     add = made_by(value, "Add")
@@ -271,4 +271,4 @@ def linear(value: Any) -> Linear:
     product = made_by(value, "MatMul")
     if product is None or not is_constant(product.inputs[1]):
         raise NoMatch(f"query, key or value is {_describe(value)}, not a linear layer")
-    return Linear(product, product.inputs[1], bias)
+    return Projection(product, product.inputs[1], bias)

@@ -6,11 +6,11 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from memopt.exporters.fuse_graph import (
+from memopt.graphs.ir import (
     MICROSOFT,
     add_initializer,
     constant,
@@ -23,9 +23,6 @@ from memopt.exporters.fuse_graph import (
     scalar,
     with_constant,
 )
-
-if TYPE_CHECKING:
-    import onnx
 
 # 1.702 is the constant of QuickGELU (Hendrycks and Gimpel 2016, section 2), 1/sqrt(2) that of GELU.
 GELU_CONSTANT_TOLERANCE = 1e-5
@@ -270,53 +267,3 @@ def fuse_mean_pooling(graph: Any) -> int:
         replace(node.outputs[0], result)
         fused += 1
     return fused
-
-
-def split_skip_layer_norm(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Write each SkipLayerNormalization as ``Sum`` + ``LayerNormalization``.
-
-    ONNX Runtime's CPU kernel of SkipLayerNormalization is scalar code, that of LayerNormalization
-    is vectorised: of MiniLM's time at 32 x 16 tokens the twelve nodes take 6.5 ms in one form and
-    1.9 ms in the other (onnxruntime 1.32, 2 cores). ``Sum`` and not ``Add``, which ONNX Runtime
-    would fuse again on load. A GPU wants the fused operator.
-
-    Returns:
-        a new model; ``model`` is not modified.
-
-    >>> from onnx import TensorProto, helper
-    >>> x, s, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3, 4]) for n in "xsy")
-    >>> inputs, domain = ["x", "s", "g"], "com.microsoft"
-    >>> node = helper.make_node("SkipLayerNormalization", inputs, ["y"], domain=domain)
-    >>> gamma = helper.make_tensor("g", TensorProto.FLOAT, [4], [1.0] * 4)
-    >>> opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    >>> graph = helper.make_graph([node], "g", [x, s], [y], [gamma])
-    >>> split = split_skip_layer_norm(helper.make_model(graph, opset_imports=opsets))
-    >>> [n.op_type for n in split.graph.node]
-    ['Sum', 'LayerNormalization']
-    """
-    import onnx_ir as ir
-
-    target = ir.from_proto(model)
-    graph = target.graph
-    for node in list(graph):
-        if node.op_type != "SkipLayerNormalization" or node.domain != MICROSOFT:
-            continue
-        first, skip, gamma, beta, bias = [*node.inputs, None, None][:5]
-        if bias is not None:
-            first = insert(graph, node, "Add", [first, bias], name=f"{node.name}.bias").outputs[0]
-        total = insert(graph, node, "Sum", [first, skip], name=f"{node.name}.sum").outputs[0]
-        norm = insert(
-            graph,
-            node,
-            "LayerNormalization",
-            [total, gamma] if beta is None else [total, gamma, beta],
-            name=f"{node.name}.norm",
-            epsilon=epsilon(node, 1e-12),
-            axis=-1,
-        )
-        replace(node.outputs[0], norm.outputs[0])
-        if len(node.outputs) > 3:
-            replace(node.outputs[3], total)
-        graph.remove(node, safe=True)
-    split: onnx.ModelProto = ir.to_proto(target)
-    return split

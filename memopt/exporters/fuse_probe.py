@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from memopt.exporters.fuse_graph import constant
 from memopt.extras import require
+from memopt.graphs.ir import constant
+from memopt.graphs.session import open_onnx
+from memopt.runtimes.onnx import session_options
 
 # Below this a bias means "do not look here": exp(-1e4) is zero in float32 and in float64.
 MASKED = -1e4
@@ -131,13 +133,12 @@ class Probe:
         graph = ir.convenience.extract(self._model.graph, names, [value.name])
         cut = ir.Model(graph, ir_version=self._model.ir_version)
         graph.opset_imports.update(self._model.graph.opset_imports)
-        options = ort.SessionOptions()
+        options = session_options(1)
         options.log_severity_level = 4
-        options.intra_op_num_threads = 1
         proto = ir.to_proto(cut).SerializeToString()
         try:
-            session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-            return [session.run(None, {n: feed[n] for n in names})[0] for feed in feeds]
+            run = open_onnx(proto, [value.name], options)
+            return [np.asarray(run(feed)[0]) for feed in feeds]
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             raise ProbeError(str(error).splitlines()[0]) from error
 

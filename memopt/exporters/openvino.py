@@ -10,6 +10,7 @@ from typing import Any
 
 from memopt.errors import ExportError
 from memopt.extras import require, root_log_kept
+from memopt.graphs.session import open_openvino
 from memopt.runtimes.openvino_file import save_openvino
 
 _log = logging.getLogger(__name__)
@@ -46,20 +47,18 @@ def runner(path: Path, outputs: tuple[str, ...], options: Mapping[str, str]) -> 
     Raises:
         ExportError: OpenVINO cannot compile the graph; so does the function, where it cannot run.
     """
-    openvino = require("openvino", extra="openvino", why="check the exported graph")
     try:
-        compiled = openvino.Core().compile_model(path, "CPU", dict(options))
+        observe = open_openvino(path, outputs, options)
     except Exception as error:
         raise _refusal("compile the graph", error) from error
-    names = {name for port in compiled.inputs for name in port.names}
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found = compiled({k: v for k, v in feeds.items() if k in names})
+            found = observe(feeds)
         except Exception as error:
             shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
             raise _refusal(f"run the graph on {shape}", error) from error
-        return {name: found[name].copy() for name in outputs}
+        return dict(zip(outputs, found, strict=True))
 
     return run
 

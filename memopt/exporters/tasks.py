@@ -17,6 +17,7 @@ import numpy as np
 from memopt.bundle import Manifest, position_limit
 from memopt.errors import ExportError
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
+from memopt.runtimes.vectors import unit_rows
 
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.
@@ -198,7 +199,7 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
         mask = mask * (np.cumsum(mask, axis=1) > loaded.skip)
     pooled = _numpy_pool(result, hidden, mask, manifest.pooling)
     if manifest.normalize:
-        pooled = pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12)
+        pooled = unit_rows(pooled)
     return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : loaded.keep]}
 
 

@@ -1,22 +1,21 @@
 """ArrowQuantizer: a float weight file (schema V1) into a quantized one (schema V2), streaming.
 
 PTQ (round to nearest) needs the weights alone; GPTQ takes a Hessian per layer from a callable, so
-that nothing here knows where activations come from (``memopt.quantization.activations`` is one).
+that nothing here knows where activations come from (``memopt.quantization.hessians`` is one).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
-from memopt.files import sha256_file, staged_directory
+from memopt.files import sha256_file
 from memopt.quantization.gptq import DAMPING, gptq_quantize, output_error
 from memopt.quantization.recipe import match_layers
 from memopt.quantization.rounding import rtn_quantize
@@ -198,32 +197,6 @@ class ArrowQuantizer:
             symmetric=self.symmetric,
             name=name,
         )
-
-
-def quantize_weights(
-    bundle: Bundle,
-    quantizer: ArrowQuantizer,
-    *,
-    calibration: Calibration | None = None,
-    on_step: Callable[[str, int, int], None] | None = None,
-) -> ArrowReport:
-    """Quantize a bundle's weights into ``weights_<precision>[_gptq].parquet`` and record the file.
-
-    Returns:
-        The report; its ``path`` is the new file inside the bundle.
-
-    Raises:
-        QuantizationError, WeightsError, ConfigurationError: see :meth:`ArrowQuantizer.quantize`.
-    """
-    suffix = "_gptq" if quantizer.algorithm == "gptq" else ""
-    name = f"weights_int{quantizer.bits}{suffix}.parquet"
-    event = {"event": "quantize", "method": "arrow", "file": name, **asdict(quantizer)}
-    with staged_directory(bundle.path) as folder:
-        report = quantizer.quantize(
-            bundle.weights, folder / name, calibration=calibration, on_step=on_step
-        )
-        bundle.add_files({name: folder / name}, event=event)
-    return replace(report, path=bundle.path / name)
 
 
 def _kept(patterns: tuple[str, ...], names: list[str]) -> set[str]:

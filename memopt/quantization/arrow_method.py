@@ -13,11 +13,11 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
 from memopt.files import staged_directory
-from memopt.quantization.activations import GraphCalibration
+from memopt.graphs.ir import constant, read_onnx, set_constant, to_proto
+from memopt.graphs.session import open_graph
 from memopt.quantization.arrow import ArrowQuantizer, ArrowReport, LayerReport
-from memopt.quantization.graph_runner import open_graph
-from memopt.quantization.onnx_graph import read_onnx
-from memopt.quantization.recipe import Recipe
+from memopt.quantization.hessians import GraphCalibration
+from memopt.quantization.recipe import BITS, Recipe
 from memopt.quantization.result import Proven
 from memopt.quantization.static import Context, Layer, Quantized
 from memopt.quantization.validate import Gate, PrecisionValidator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from memopt.bundle import Variant
     from memopt.quantization.quantize import Samples
     from memopt.quantization.search import Trail
-
-_BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +142,7 @@ def quantize_arrow(
 
 def _quantizer(recipe: Recipe) -> ArrowQuantizer:
     return ArrowQuantizer(
-        bits=_BITS[recipe.weight_type],
+        bits=BITS[recipe.weight_type],
         axis=-1 if recipe.grain == "per-tensor" else None,
         group_size=recipe.group if recipe.grain == "per-group" else 0,
         symmetric=recipe.symmetric,
@@ -193,7 +191,7 @@ def _maker(
     bundle: Bundle, base: Variant, file: Path, report: ArrowReport
 ) -> Callable[[Collection[str]], Quantized]:
     """Return what a search tries: the float graph with a V2 file's numbers, some layers kept."""
-    inside = {tensor.name for tensor in read_onnx(bundle.file(base)).graph.initializer}
+    inside = set(read_onnx(bundle.file(base)).graph.initializers)
     layers = [layer for layer in _layers(report.layers) if layer.name in inside]
 
     def make(kept: Collection[str]) -> Quantized:
@@ -208,16 +206,14 @@ def _maker(
 
 def _dequantized(bundle: Bundle, base: Variant, weights: Path, kept: Collection[str]) -> Any:
     """Return the float graph with the dequantized values of a V2 file, ``kept`` ones excepted."""
-    from onnx import numpy_helper
-
     model = read_onnx(bundle.file(base))
     with WeightLoader(weights) as quantized, WeightLoader(bundle.weights) as original:
-        for tensor in model.graph.initializer:
-            stored = numpy_helper.to_array(tensor)
-            if tensor.name not in quantized or tensor.name in kept or stored.dtype != np.float32:
+        for name, tensor in model.graph.initializers.items():
+            stored = np.asarray(constant(tensor))
+            if name not in quantized or name in kept or stored.dtype != np.float32:
                 continue
-            turned = is_transposed(stored, original.load(tensor.name), name=tensor.name)
-            value = np.asarray(quantized.load(tensor.name), np.float32)
+            turned = is_transposed(stored, original.load(name), name=name)
+            value = np.asarray(quantized.load(name), np.float32)
             value = np.ascontiguousarray(value.T if turned else value)
-            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
-    return model
+            set_constant(tensor, value)
+    return to_proto(model)

@@ -7,20 +7,15 @@ added is part of each number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memopt.quantization import onnx_graph, openvino_static
+from memopt.graphs.observe import observer, present, valid_rows
 from memopt.quantization.static import Context, Layer
-from memopt.quantization.statistics import valid_rows
-
-if TYPE_CHECKING:
-    from memopt.quantization.statistics import Observe
 
 # Batches of calibration inputs, longest first: enough to tell layers apart.
 BATCHES = 4
@@ -38,10 +33,9 @@ def with_errors(layers: Sequence[Layer], context: Context, graph: Path) -> tuple
     if not wanted:
         return tuple(layers)
     context.step("error by layer")
-    look = _onnx if context.base.format == "onnx" else _openvino
-    names = [str(item.value) for item in wanted]
-    there, quantized = look(graph, names)
-    _, original = look(context.graph, there)
+    format = context.base.format
+    there = present(graph, format, [str(item.value) for item in wanted])
+    quantized, original = (observer(file, format, there) for file in (graph, context.graph))
     noise = dict.fromkeys(there, 0.0)
     power = dict.fromkeys(there, 0.0)
     for feed in islice(context.feeds(), BATCHES):
@@ -56,23 +50,3 @@ def with_errors(layers: Sequence[Layer], context: Context, graph: Path) -> tuple
         else item
         for item in layers
     )
-
-
-def _onnx(path: Path, names: Iterable[str]) -> tuple[list[str], Observe]:
-    """Return the values of an ONNX graph that are there, and a function that computes them."""
-    model = onnx_graph.read_onnx(path)
-    have = {name for node in model.graph.node for name in node.output}
-    there = [name for name in names if name in have]
-    return there, onnx_graph.observer(model, there)
-
-
-def _openvino(path: Path, names: Iterable[str]) -> tuple[list[str], Observe]:
-    """Return the values ``node:port`` of an OpenVINO graph that are there, and their function."""
-    model = openvino_static.read_openvino(path)
-    have = {
-        f"{node.get_friendly_name()}:{place}"
-        for node in model.get_ordered_ops()
-        for place in range(node.get_output_size())
-    }
-    there = [name for name in names if name in have]
-    return there, openvino_static.observer(model, there)

@@ -6,17 +6,19 @@ import io
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from memopt.errors import ConfigurationError, QuantizationError
 from memopt.extras import require, root_log_kept
-from memopt.quantization import onnx_graph
-from memopt.quantization.openvino_static import find_linears, read_openvino
+from memopt.graphs.ir import read_onnx, to_proto
+from memopt.graphs.linears import Linear, onnx_linears, openvino_linears
+from memopt.graphs.openvino import read_openvino
+from memopt.graphs.session import open_graph
 from memopt.quantization.recipe import Recipe, match_layers
 from memopt.quantization.static import Context, Layer, Make, Quantized
+from memopt.runtimes.vectors import row_cosines
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
 AUTO_ALPHA = 0.7
@@ -58,7 +60,7 @@ def prepare(context: Context) -> Make:
 
     def make(keep: Collection[str]) -> Quantized:
         kept = patterns | set(keep)
-        ignored = nncf.IgnoredScope(names=[linears[name].node for name in sorted(kept)])
+        ignored = nncf.IgnoredScope(names=[linears[name].label for name in sorted(kept)])
         dataset = nncf.Dataset(_Feeds(context))
         with _quiet():
             if recipe.max_drop:
@@ -121,7 +123,7 @@ def prepare_weights(context: Context) -> Make:
             made = nncf.compress_weights(
                 _copy(model),
                 mode=getattr(nncf.CompressWeightsMode, mode),
-                ignored_scope=nncf.IgnoredScope(names=[linears[n].node for n in sorted(kept)]),
+                ignored_scope=nncf.IgnoredScope(names=[linears[n].label for n in sorted(kept)]),
                 **options,
             )
         layers = _layers(linears, kept, recipe.weight_type)
@@ -144,8 +146,6 @@ def _with_accuracy_control(
         raise ConfigurationError(
             "accuracy-aware quantization works on OpenVINO graphs", fix="use target openvino"
         )
-    from memopt.quantization.graph_runner import open_graph
-
     output = context.base.output
     reference = open_graph(context.graph, "openvino", output, context.base.options)
     expected = [reference(feed) for feed in context.feeds()]
@@ -155,8 +155,7 @@ def _with_accuracy_control(
         for feed, want in zip(data, expected, strict=False):
             got = np.array(compiled(feed)[output], np.float32).reshape(len(want), -1)
             flat = want.reshape(len(want), -1)
-            norms = np.linalg.norm(got, axis=1) * np.linalg.norm(flat, axis=1)
-            cosines += list((got * flat).sum(axis=1) / np.maximum(norms, 1e-12))
+            cosines += list(row_cosines(got, flat))
         return float(np.mean(cosines)), None
 
     return nncf.quantize_with_accuracy_control(
@@ -187,15 +186,6 @@ def _copy(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """A layer by its node's name, the value it makes and how many weights it has."""
-
-    node: str
-    value: str
-    size: int
-
-
 class _Feeds:
     """Calibration inputs anew for each of nncf's passes, so that none of them is kept."""
 
@@ -206,28 +196,22 @@ class _Feeds:
         return (dict(feed) for feed in self._context.feeds())
 
 
-def _read(context: Context) -> tuple[Any, dict[str, _Linear]]:
+def _read(context: Context) -> tuple[Any, dict[str, Linear]]:
     """Return the float model, and its layers by name."""
     if context.base.format == "openvino":
         model = read_openvino(context.graph)
-        found = {}
-        for item in find_linears(model, context.name_of):
-            node = item.node.get_friendly_name()
-            found[item.name] = _Linear(node, f"{node}:0", item.weight.size)
+        found = openvino_linears(model, context.name_of)
     else:
-        model = onnx_graph.read_onnx(context.graph)
-        found = {
-            item.name: _Linear(item.node.name, item.node.output[0], item.weight.size)
-            for item in onnx_graph.find_linears(model)
-        }
+        graph = read_onnx(context.graph)
+        found, model = onnx_linears(graph), to_proto(graph)
     if not found:
         raise QuantizationError("this graph has no matrix product with a constant weight")
-    return model, found
+    return model, {item.name: item for item in found}
 
 
-def _layers(linears: Mapping[str, _Linear], kept: Collection[str], kind: str) -> tuple[Layer, ...]:
+def _layers(linears: Mapping[str, Linear], kept: Collection[str], kind: str) -> tuple[Layer, ...]:
     return tuple(
-        Layer(name=name, kind="float" if name in kept else kind, macs=item.size, value=item.value)
+        Layer(name=name, kind="float" if name in kept else kind, macs=item.size, value=item.output)
         for name, item in linears.items()
     )
 

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.quantization.onnx_graph import Linear, initializers, named
+from memopt.graphs.ir import constant, integers, made_by, new_node, only_use, set_constant, store
+from memopt.graphs.linears import Linear
 from memopt.quantization.static import Rounded
 
 if TYPE_CHECKING:
+    from memopt.graphs.observe import Array
     from memopt.quantization.smooth import Plan
-    from memopt.quantization.statistics import Array
 
 # What splits a projection into heads, and joins heads again: (batch, length, heads, width).
-_HEADS = [0, 2, 1, 3]
+_HEADS = (0, 2, 1, 3)
 
 
 def fold_smoothing(
@@ -45,124 +46,90 @@ def fold_smoothing(
         The activations that the graph now makes smoothed under their own name, and the rounded
         weights, those of value projections changed.
     """
-    graph = _Graph(model)
     changed = dict(rounded)
     done: set[str] = set()
-    by_output = {linear.node.output[0]: linear for linear in linears}
-    readers: dict[str, set[str]] = {}
+    by_output = {linear.output: linear for linear in linears}
+    readers: dict[str, list[Linear]] = {}
     for linear in linears:
-        readers.setdefault(linear.source, set()).add(linear.node.name)
-    for source, names in readers.items():
-        plan = plans[source]
-        node = graph.makers.get(source)
-        if node is None or source in graph.outputs:
+        readers.setdefault(linear.source, []).append(linear)
+    for source, group in readers.items():
+        plan, value = plans[source], group[0].node.inputs[0]
+        node = value.producer()
+        if node is None or value.is_graph_output():
             continue
-        others = [user for user in graph.users[source] if user.name not in names]
+        products = [linear.node for linear in group]
+        others = [use.node for use in value.uses() if use.node not in products]
         if node.op_type == "LayerNormalization":
-            if _into_norm(graph, node, plan, others):
+            if _into_norm(model.graph, node, plan, others):
                 done.add(source)
             continue
-        value = None if others else _value_projection(graph, node, by_output)
-        if value is not None:
-            before = changed[value.linear.node.name]
-            changed[value.linear.node.name] = replace(
+        projection = None if others else _value_projection(node, by_output)
+        if projection is not None:
+            before = changed[projection.linear.label]
+            changed[projection.linear.label] = replace(
                 before,
                 scales=(before.scales / plan.divisor).astype(np.float32),
                 bias=((before.bias - plan.low) / plan.divisor).astype(np.float32),
             )
-            graph.scale(*value.bias, 1 / plan.divisor)
+            _scale(model.graph, *projection.bias, 1 / plan.divisor)
             done.add(source)
     return done, changed
 
 
-class _Graph:
-    """Who makes and who reads each value of a model."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.constants = initializers(model)
-        self.outputs = {item.name for item in model.graph.output}
-        self.makers = {name: node for node in model.graph.node for name in node.output}
-        self.users: dict[str, list[Any]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.users.setdefault(name, []).append(node)
-
-    def is_vector(self, name: str) -> bool:
-        """Say whether a value is a constant of one axis."""
-        item = self.constants.get(name)
-        return item is not None and len(item.dims) == 1
-
-    def scale(self, node: Any, place: int, factor: Array, extra: Array | float = 0.0) -> None:
-        """Give a node ``constant * factor + extra`` as input; what it reads may be shared."""
-        from onnx import numpy_helper
-
-        name = node.input[place]
-        item = self.constants[name]
-        value = (numpy_helper.to_array(item).astype(np.float64) * factor + extra).astype(np.float32)
-        if len(self.users[name]) == 1:
-            item.CopyFrom(numpy_helper.from_array(value, name))
-            return
-        # Exporters store equal constants, such as the ones of an untrained norm, once.
-        self.users[name] = [user for user in self.users[name] if user is not node]
-        own = f"{node.output[0]}/{place}"
-        self.add(own, value)
-        self.users[own] = [node]
-        node.input[place] = own
-
-    def add(self, name: str, value: Array) -> None:
-        """Append a float32 constant."""
-        from onnx import numpy_helper
-
-        self.model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
-        self.constants[name] = self.model.graph.initializer[-1]
-
-    def before(self, name: str, kind: str) -> Any | None:
-        """Return the node of this kind that makes a value nobody else reads."""
-        node = self.makers.get(name)
-        alone = len(self.users.get(name, ())) == 1 and name not in self.outputs
-        return node if node is not None and node.op_type == kind and alone else None
-
-    def biased(self, name: str) -> tuple[Any, int] | None:
-        """Return the Add of a bias that makes ``name``, and which of its inputs the bias is."""
-        node = self.before(name, "Add")
-        if node is None:
-            return None
-        place = next((i for i, value in enumerate(node.input) if self.is_vector(value)), None)
-        return None if place is None else (node, place)
+def _is_vector(value: Any) -> bool:
+    return value is not None and value.is_initializer() and len(value.shape) == 1
 
 
-def _into_norm(graph: _Graph, node: Any, plan: Plan, others: list[Any]) -> bool:
+def _scale(graph: Any, node: Any, place: int, factor: Array, extra: Array | float = 0.0) -> None:
+    """Give a node ``constant * factor + extra`` as input; what it reads may be shared."""
+    value = node.inputs[place]
+    before = np.asarray(constant(value), np.float64)
+    after = (before * factor + extra).astype(np.float32)
+    if len(value.uses()) == 1:
+        set_constant(value, after)
+        return
+    # Exporters store equal constants, such as the ones of an untrained norm, once.
+    own = store(graph, f"{node.outputs[0].name}/{place}", after)
+    node.replace_input_with(place, own)
+
+
+def _before(value: Any, kind: str) -> Any | None:
+    """Return the node of this kind that makes a value nobody else reads."""
+    return made_by(value, kind) if only_use(value) is not None else None
+
+
+def _biased(value: Any) -> tuple[Any, int] | None:
+    """Return the Add of a bias that makes ``value``, and which of its inputs the bias is."""
+    node = _before(value, "Add")
+    places = [] if node is None else [i for i, v in enumerate(node.inputs) if _is_vector(v)]
+    return (node, places[0]) if places else None
+
+
+def _into_norm(graph: Any, node: Any, plan: Plan, others: list[Any]) -> bool:
     """Let a LayerNormalization make the smoothed activation; say whether that was possible."""
-    source = node.output[0]
-    names = list(node.input[1:])
-    if len(node.output) > 1 or not names or not all(map(graph.is_vector, names)):
+    made = node.outputs[0]
+    if len(node.outputs) > 1 or len(node.inputs) < 2 or not all(map(_is_vector, node.inputs[1:])):
         return False
     partner = None
     if others:
         # One residual connection can be served with a Mul; more readers would each cost something.
         if len(others) != 1 or others[0].op_type != "Add":
             return False
-        place = 1 - list(others[0].input).index(source)
-        partner = graph.biased(others[0].input[place])
+        partner = _biased(others[0].inputs[1 - list(others[0].inputs).index(made)])
         if partner is None:
             return False
-    if len(names) == 1:
-        graph.add(f"{source}/bias", np.zeros_like(plan.low))
-        graph.users[f"{source}/bias"] = [node]
-        node.input.append(f"{source}/bias")
-    graph.scale(node, 1, 1 / plan.divisor)
-    graph.scale(node, 2, 1 / plan.divisor, -plan.low / plan.divisor)
+    if len(node.inputs) == 2:
+        node.resize_inputs(3)
+        node.replace_input_with(2, store(graph, f"{made.name}/bias", np.zeros_like(plan.low)))
+    _scale(graph, node, 1, 1 / plan.divisor)
+    _scale(graph, node, 2, 1 / plan.divisor, -plan.low / plan.divisor)
     if partner is not None:
-        from onnx import helper
-
-        graph.add(f"{source}/divisor", plan.divisor)
-        back = f"{source}/restored"
-        restore = named(helper.make_node("Mul", [source, f"{source}/divisor"], [back]), back)
-        nodes = list(graph.model.graph.node)
-        graph.model.graph.node.insert(nodes.index(node) + 1, restore)
-        others[0].input[list(others[0].input).index(source)] = back
-        graph.scale(*partner, np.ones_like(plan.low), plan.low)
+        divisor = store(graph, f"{made.name}/divisor", plan.divisor)
+        restore = new_node("Mul", [made, divisor], f"{made.name}/restored")
+        graph.insert_after(node, restore)
+        place = list(others[0].inputs).index(made)
+        others[0].replace_input_with(place, restore.outputs[0])
+        _scale(graph, *partner, np.ones_like(plan.low), plan.low)
     return True
 
 
@@ -174,31 +141,25 @@ class _Value:
     bias: tuple[Any, int]
 
 
-def _value_projection(graph: _Graph, node: Any, by_output: Mapping[str, Linear]) -> _Value | None:
+def _value_projection(node: Any, by_output: Mapping[str, Linear]) -> _Value | None:
     """Follow joined heads back, through softmax times values, to the projection of the values."""
     if node.op_type != "Reshape":
         return None
-    joined = graph.before(node.input[0], "Transpose")
-    if joined is None or _perm(joined) != _HEADS:
+    joined = _before(node.inputs[0], "Transpose")
+    if joined is None or integers(joined, "perm") != _HEADS:
         return None
-    product = graph.before(joined.input[0], "MatMul")
-    if product is None or graph.before(product.input[0], "Softmax") is None:
+    product = _before(joined.inputs[0], "MatMul")
+    if product is None or _before(product.inputs[0], "Softmax") is None:
         return None
-    split = graph.before(product.input[1], "Transpose")
-    if split is None or _perm(split) != _HEADS:
+    split = _before(product.inputs[1], "Transpose")
+    if split is None or integers(split, "perm") != _HEADS:
         return None
-    reshape = graph.before(split.input[0], "Reshape")
-    if reshape is None:
+    reshape = _before(split.inputs[0], "Reshape")
+    bias = None if reshape is None else _biased(reshape.inputs[0])
+    if bias is None:
         return None
-    added = graph.before(reshape.input[0], "Add")
-    if added is None:
-        return None
-    bias = graph.biased(reshape.input[0])
-    linear = next((by_output[name] for name in added.input if name in by_output), None)
-    if bias is None or linear is None or graph.users[linear.node.output[0]] != [added]:
+    added = bias[0]
+    linear = next((by_output[v.name] for v in added.inputs if v.name in by_output), None)
+    if linear is None or only_use(linear.node.outputs[0]) is not added:
         return None
     return _Value(linear, bias)
-
-
-def _perm(node: Any) -> list[int]:
-    return next((list(item.ints) for item in node.attribute if item.name == "perm"), [])

@@ -11,29 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.errors import QuantizationError
-from memopt.quantization.onnx_fold import fold_smoothing
-from memopt.quantization.onnx_graph import (
-    Linear,
-    add_initializers,
+from memopt.graphs.ir import (
+    constant,
     drop_unused,
-    find_linears,
-    find_tables,
-    named,
-    observer,
-    quantize_tables,
+    new_node,
+    only_use,
     read_onnx,
     replace_node,
+    set_constant,
+    store,
+    to_proto,
 )
-from memopt.quantization.recipe import match_layers
+from memopt.graphs.linears import Linear, onnx_linears
+from memopt.quantization.onnx_fold import fold_smoothing
+from memopt.quantization.onnx_tables import find_tables, quantize_tables
 from memopt.quantization.static import (
     Context,
     Layer,
     Make,
     Quantized,
     Rounded,
-    plan_activations,
-    round_layer,
+    float_layer,
+    int8_layer,
+    kept_layers,
+    round_layers,
 )
 
 if TYPE_CHECKING:
@@ -48,33 +49,12 @@ def prepare(context: Context) -> Make:
         ConfigurationError: a pattern of ``recipe.keep_float`` matches no layer.
     """
     model = read_onnx(context.graph)
-    linears = find_linears(model)
-    if not linears:
-        raise QuantizationError("this graph has no matrix product with a constant weight")
-    recipe = context.recipe
-    names = [item.name for item in linears] + [name for name, _ in find_tables(model)]
-    patterns = match_layers(recipe.keep_float, names)
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(linear.source, []).append(linear)
-    plans = plan_activations(
-        {source: [item.weight for item in group] for source, group in groups.items()},
-        observer(model, list(groups)),
-        context.feeds,
-        context.probes,
-        recipe,
-        seed=context.seed,
-        step=context.step,
-    )
-    chosen = {source: plans[source][0] for source in groups}
-    rounded: dict[str, Rounded] = {}
-    for source, group in groups.items():
-        context.step(f"rounding {group[0].name}")
-        for linear in group:
-            rounded[linear.node.name] = round_layer(linear.weight, *plans[source], recipe)
+    linears = onnx_linears(model)
+    patterns = kept_layers(context, linears, [name for name, _ in find_tables(model)])
+    plans, rounded = round_layers(context, linears)
 
     def make(keep: Collection[str]) -> Quantized:
-        return _build(context, chosen, rounded, patterns | set(keep))
+        return _build(context, plans, rounded, patterns | set(keep))
 
     return make
 
@@ -84,7 +64,7 @@ def _build(
 ) -> Quantized:
     model = read_onnx(context.graph)
     layers: list[Layer] = []
-    found = find_linears(model)
+    found = onnx_linears(model)
     # A layer that stays in float reads its activation as it is: nothing is folded beside it.
     float_sources = {linear.source for linear in found if linear.name in kept}
     free, rounded = fold_smoothing(
@@ -93,124 +73,84 @@ def _build(
         plans,
         rounded,
     )
-    ready: set[str] = set()
+    activations: dict[str, Any] = {}
     for linear in found:
-        size = linear.weight.size
         if linear.name in kept:
-            layers.append(Layer(name=linear.name, kind="float", macs=size))
+            layers.append(float_layer(linear))
             continue
-        made, source = plans[linear.source], linear.source
+        plan, source = plans[linear.source], linear.source
         nodes = []
-        if source not in ready:
-            nodes = _activation(model, source, made, smoothed=source in free)
-        ready.add(source)
-        weight = rounded[linear.node.name]
-        nodes += _product(model, linear, weight)
-        replace_node(model, linear.node, nodes)
-        layers.append(
-            Layer(name=linear.name, kind="int8", error=weight.error, alpha=made.alpha, macs=size)
-        )
-    _fold_biases(model)
+        if source not in activations:
+            value = linear.node.inputs[0]
+            nodes = _activation(model.graph, value, plan, smoothed=source in free)
+            activations[source] = nodes[-1].outputs[0]
+        weight = rounded[linear.label]
+        nodes += _product(model.graph, linear, activations[source], weight)
+        replace_node(model.graph, linear.node, nodes)
+        layers.append(int8_layer(linear, weight, plan))
+    _fold_biases(model.graph)
     if context.recipe.embeddings:
-        layers += [
-            Layer(name=name, kind="int8-table", error=error)
-            for name, error in quantize_tables(model, kept)
-        ]
+        layers += quantize_tables(model, kept)
     drop_unused(model)
-    return Quantized(model=model, layers=tuple(layers))
+    return Quantized(model=to_proto(model), layers=tuple(layers))
 
 
-def _activation(model: Any, source: str, made: Plan, *, smoothed: bool) -> list[Any]:
+def _activation(graph: Any, value: Any, plan: Plan, *, smoothed: bool) -> list[Any]:
     """Return the nodes from a float activation to ``<source>/uint8_float``.
 
     ``smoothed`` says that the graph makes the activation shifted and divided already.
     """
-    from onnx import helper
-
-    add_initializers(
-        model,
-        {
-            f"{source}/factor": (1 / made.divisor).astype(np.float32),
-            f"{source}/shift": (-made.low / made.divisor).astype(np.float32),
-            f"{source}/step": np.float32(made.scale),
-            "memopt/zero_uint8": np.uint8(0),
-        },
-    )
-    nodes = []
-    value = source
-    for operator, constant, needed in (
-        ("Mul", "factor", bool(np.any(made.divisor != 1))),
-        ("Add", "shift", bool(np.any(made.low != 0))),
+    source, nodes = value.name, []
+    for operator, word, array, idle in (
+        ("Mul", "factor", 1 / plan.divisor, np.all(plan.divisor == 1)),
+        ("Add", "shift", -plan.low / plan.divisor, np.all(plan.low == 0)),
     ):
-        if needed and not smoothed:
-            output = f"{source}/{constant}ed"
-            nodes.append(helper.make_node(operator, [value, f"{source}/{constant}"], [output]))
-            value = output
-    scale = [f"{source}/step", "memopt/zero_uint8"]
-    nodes += [
-        helper.make_node("QuantizeLinear", [value, *scale], [f"{source}/uint8"]),
-        helper.make_node(
-            "DequantizeLinear", [f"{source}/uint8", *scale], [f"{source}/uint8_float"]
-        ),
+        if not smoothed and not idle:
+            number = store(graph, f"{source}/{word}", array.astype(np.float32))
+            nodes.append(new_node(operator, [value, number], f"{source}/{word}ed"))
+            value = nodes[-1].outputs[0]
+    step = store(graph, f"{source}/step", np.float32(plan.scale))
+    zero = store(graph, "memopt/zero_uint8", np.uint8(0))
+    rounded = new_node("QuantizeLinear", [value, step, zero], f"{source}/uint8")
+    back = [rounded.outputs[0], step, zero]
+    return [*nodes, rounded, new_node("DequantizeLinear", back, f"{source}/uint8_float")]
+
+
+def _product(graph: Any, linear: Linear, activation: Any, weight: Rounded) -> list[Any]:
+    name, output = linear.name, linear.output
+    stored = [
+        store(graph, f"{name}_quantized", weight.integers.T),
+        store(graph, f"{name}_scale", weight.scales),
+        store(graph, f"{name}_zero", np.zeros(len(weight.scales), np.int8)),
     ]
-    return [named(node, node.output[0]) for node in nodes]
+    extra = store(graph, f"{output}/bias", weight.bias)
+    bias = linear.bias
+    matrix = new_node("DequantizeLinear", stored, f"{output}/weight", axis=1)
+    product = new_node("MatMul", [activation, matrix.outputs[0]], f"{output}/product")
+    total = f"{output}/sum" if bias is not None else output
+    nodes = [matrix, product, new_node("Add", [product.outputs[0], extra], total)]
+    if bias is not None:
+        nodes.append(new_node("Add", [nodes[-1].outputs[0], bias], output))
+    return nodes
 
 
-def _product(model: Any, linear: Linear, weight: Rounded) -> list[Any]:
-    from onnx import helper
-
-    name, node = linear.name, linear.node
-    output = node.output[0]
-    extra = weight.bias
-    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
-    add_initializers(
-        model,
-        {
-            f"{name}_quantized": weight.integers.T,
-            f"{name}_scale": weight.scales,
-            f"{name}_zero": np.zeros(len(weight.scales), np.int8),
-            f"{output}/bias": extra,
-        },
-    )
-    weights = [f"{name}_quantized", f"{name}_scale", f"{name}_zero"]
-    nodes = [
-        helper.make_node("DequantizeLinear", weights, [f"{output}/weight"], axis=1),
-        helper.make_node(
-            "MatMul", [f"{linear.source}/uint8_float", f"{output}/weight"], [f"{output}/product"]
-        ),
-        helper.make_node(
-            "Add", [f"{output}/product", f"{output}/bias"], [f"{output}/sum" if bias else output]
-        ),
-    ]
-    if bias:
-        nodes.append(helper.make_node("Add", [f"{output}/sum", bias], [output]))
-    return [named(made, made.output[0]) for made in nodes]
-
-
-def _fold_biases(model: Any) -> None:
+def _fold_biases(graph: Any) -> None:
     """Merge the Add of a new bias into the Add of the layer's own bias that follows it."""
-    from onnx import numpy_helper
+    import onnx_ir as ir
 
-    constants = {item.name: item for item in model.graph.initializer}
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    outputs = {item.name for item in model.graph.output}
-    for first in [
-        n for n in model.graph.node if n.op_type == "Add" and n.input[1].endswith("/bias")
-    ]:
-        after = readers.get(first.output[0], [])
-        if len(after) != 1 or after[0].op_type != "Add" or first.output[0] in outputs:
+    for first in list(graph):
+        gone = first.graph is None
+        if gone or first.op_type != "Add" or not str(first.inputs[1].name).endswith("/bias"):
             continue
-        second = after[0]
-        place = 1 - list(second.input).index(first.output[0])
-        own = constants.get(second.input[place])
-        if own is None or len(own.dims) != 1:
+        second = only_use(first.outputs[0])
+        if second is None or second.op_type != "Add":
             continue
-        both = numpy_helper.to_array(own) + numpy_helper.to_array(constants[first.input[1]])
-        constants[first.input[1]].CopyFrom(
-            numpy_helper.from_array(both.astype(np.float32), first.input[1])
+        own = next((v for v in second.inputs if v is not first.outputs[0]), None)
+        if own is None or not own.is_initializer() or len(own.shape) != 1:
+            continue
+        extra = first.inputs[1]
+        both = np.asarray(constant(own)) + np.asarray(constant(extra))
+        set_constant(extra, both.astype(np.float32))
+        ir.convenience.replace_nodes_and_values(
+            graph, first, [second], [], second.outputs, first.outputs
         )
-        first.output[0] = second.output[0]
-        model.graph.node.remove(second)

@@ -9,35 +9,39 @@ of a short text and the part that outliers hurt most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.errors import QuantizationError
-from memopt.extras import require
-from memopt.quantization.graph_runner import THREADS
-from memopt.quantization.recipe import match_layers
+from memopt.graphs.linears import openvino_linears
+from memopt.graphs.openvino import (
+    constant_of,
+    feed_from,
+    folded,
+    nodes_of,
+    read_openvino,
+    users_of,
+)
 from memopt.quantization.static import (
     Context,
     Layer,
     Make,
     Quantized,
     Rounded,
-    plan_activations,
-    round_layer,
+    float_layer,
+    int8_layer,
+    kept_layers,
+    round_layers,
     round_table,
+    share_of_power,
 )
 
 if TYPE_CHECKING:
+    from memopt.graphs.observe import Array
     from memopt.quantization.smooth import Plan
-    from memopt.quantization.statistics import Array, Feed, Observe, Observed
 
-# Between a constant and its use: what a converter puts there and constant folding removes.
-_PASSIVE = frozenset({"Convert", "Transpose", "Reshape", "Unsqueeze", "Squeeze"})
 # Tables below this many bytes stay float: token types are not worth a second Gather.
 SMALLEST_TABLE = 1 << 18
 # The plugin's fused attention kernel is slower on short texts than the nodes it replaces: 3.1 ms of
@@ -47,43 +51,6 @@ SHORT = MappingProxyType({"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "D
 # attention it computes is what costs: in bf16, where the processor has it, Whisper-tiny takes 186
 # instead of 267 ms for two sounds. What that does to the answers is part of the gate.
 LONG = MappingProxyType({"INFERENCE_PRECISION_HINT": "bf16"})
-_FLOAT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS}
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A matrix product with a constant weight (out, in)."""
-
-    name: str
-    node: Any
-    weight: Array
-
-    @property
-    def source(self) -> str:
-        """The activation it multiplies, as one string."""
-        output = self.node.input_value(0)
-        return f"{output.get_node().get_friendly_name()}:{output.get_index()}"
-
-
-def find_linears(model: Any, name_of: Callable[[Array], str | None]) -> list[Linear]:
-    """Return the products of an OpenVINO model whose right side is a constant matrix, in order.
-
-    A layer is named after its weight in the checkpoint where ``name_of`` knows it, else after its
-    node.
-    """
-    found = []
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "MatMul":
-            continue
-        constant = _constant(node.input_value(1))
-        if constant is None or len(constant.get_output_shape(0)) != 2:
-            continue
-        weight = _folded(node.input_value(1))
-        if not node.get_attributes()["transpose_b"]:
-            weight = weight.T
-        values = np.ascontiguousarray(weight, np.float32)
-        found.append(Linear(name_of(values) or node.get_friendly_name(), node, values))
-    return found
 
 
 def prepare(context: Context) -> Make:
@@ -93,32 +60,10 @@ def prepare(context: Context) -> Make:
         QuantizationError: the graph has no weighted product.
         ConfigurationError: a pattern of ``recipe.keep_float`` matches no layer.
     """
-    recipe = context.recipe
     model = read_openvino(context.graph)
-    linears = find_linears(model, context.name_of)
-    tables = _tables(model)
-    if not linears:
-        raise QuantizationError("this graph has no matrix product with a constant weight")
-    patterns = match_layers(
-        recipe.keep_float, [item.name for item in linears] + [name for name, _, _ in tables]
-    )
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(linear.source, []).append(linear)
-    plans = plan_activations(
-        {source: [item.weight for item in group] for source, group in groups.items()},
-        observer(model, list(groups)),
-        context.feeds,
-        context.probes,
-        recipe,
-        seed=context.seed,
-        step=context.step,
-    )
-    rounded: dict[str, Rounded] = {}
-    for source, group in groups.items():
-        context.step(f"rounding {group[0].name}")
-        for linear in group:
-            rounded[linear.name] = round_layer(linear.weight, *plans[source], recipe)
+    linears = openvino_linears(model, context.name_of)
+    patterns = kept_layers(context, linears, [name for name, _, _ in _tables(model)])
+    plans, rounded = round_layers(context, linears)
 
     def make(keep: Collection[str]) -> Quantized:
         return _build(model, context, plans, rounded, patterns | set(keep))
@@ -126,36 +71,26 @@ def prepare(context: Context) -> Make:
     return make
 
 
-def read_openvino(path: Path) -> Any:
-    """Return the ``openvino.Model`` of a file."""
-    return (
-        require("openvino", extra="openvino", why="quantize for OpenVINO").Core().read_model(path)
-    )
-
-
 def _build(
     model: Any,
     context: Context,
-    plans: Mapping[str, tuple[Plan, Observed]],
+    plans: Mapping[str, Plan],
     rounded: Mapping[str, Rounded],
     kept: Collection[str],
 ) -> Quantized:
     made = model.clone()
     layers: list[Layer] = []
     activations: dict[str, Any] = {}
-    for linear in find_linears(made, context.name_of):
-        size = linear.weight.size
+    for linear in openvino_linears(made, context.name_of):
         if linear.name in kept:
-            layers.append(Layer(name=linear.name, kind="float", macs=size))
+            layers.append(float_layer(linear))
             continue
-        chosen = plans[linear.source][0]
+        chosen = plans[linear.source]
         if linear.source not in activations:
             activations[linear.source] = _fake_quantize(linear.node.input_value(0), chosen)
-        weight = rounded[linear.name]
+        weight = rounded[linear.label]
         _replace(linear.node, activations[linear.source], weight)
-        layers.append(
-            Layer(name=linear.name, kind="int8", error=weight.error, alpha=chosen.alpha, macs=size)
-        )
+        layers.append(int8_layer(linear, weight, chosen))
     if context.recipe.embeddings:
         layers += [_quantize_table(*table) for table in _tables(made) if table[0] not in kept]
         layers += _store_constants(made, kept)
@@ -165,56 +100,11 @@ def _build(
     return Quantized(model=made, layers=tuple(layers), options=options)
 
 
-def observer(model: Any, sources: Sequence[str]) -> Observe:
-    """Return a function that runs the graph in float32 and returns the values ``node:port``."""
-    ov = require("openvino", extra="openvino", why="calibrate an OpenVINO model")
-    watched = model.clone()
-    ports = {}
-    for node in watched.get_ordered_ops():
-        for index, port in enumerate(node.outputs()):
-            ports[f"{node.get_friendly_name()}:{index}"] = port
-    before = len(watched.outputs)
-    watched.add_outputs([ports[source] for source in sources])
-    compiled = ov.Core().compile_model(watched, "CPU", _FLOAT)
-    wanted = {name for port in compiled.inputs for name in port.get_names()}
-    # One activation may be a result already; ask by position, which add_outputs keeps.
-    places = range(before, len(watched.outputs))
-    if len(places) != len(sources):
-        raise QuantizationError("an activation could not be observed", fix="report this graph")
-
-    def run(feed: Feed) -> list[Any]:
-        results = compiled({key: value for key, value in feed.items() if key in wanted})
-        return [results[place] for place in places]
-
-    return run
-
-
-def _constant(output: Any) -> Any:
-    node = output.get_node()
-    while node.get_type_name() in _PASSIVE:
-        node = node.input_value(0).get_node()
-    return node if node.get_type_name() == "Constant" else None
-
-
-def _folded(output: Any) -> Array:
-    """Return the value of a constant behind converts, transposes and reshapes."""
-    node = output.get_node()
-    if node.get_type_name() == "Constant":
-        return np.array(node.get_data(), np.float32)
-    value = _folded(node.input_value(0))
-    if node.get_type_name() == "Transpose":
-        order = node.input_value(1).get_node().get_data()
-        return value.transpose([int(axis) for axis in order])
-    return value.reshape(list(node.output(0).get_shape()))
-
-
 def _tables(model: Any) -> list[tuple[str, Any, Any]]:
     """Return (name, Gather, constant) of every large float embedding table."""
     found = []
-    for node in model.get_ordered_ops():
-        if node.get_type_name() != "Gather":
-            continue
-        constant = _constant(node.input_value(0))
+    for node in nodes_of(model, "Gather"):
+        constant = constant_of(node.input_value(0))
         if constant is None or len(constant.get_output_shape(0)) != 2:
             continue
         size = int(np.prod(constant.get_output_shape(0))) * 4
@@ -234,13 +124,12 @@ def _quantize_table(name: str, gather: Any, constant: Any) -> Layer:
     stored.set_friendly_name(constant.get_friendly_name())
     # Scaled after the look-up: before it, the plugin would fold the table back to float32.
     index, axis = gather.input_value(1), gather.input_value(2)
-    users = list(gather.output(0).get_target_inputs())
+    users = users_of(gather)
     rows = op.convert(op.gather(stored, index, axis), "f32")
     scaled = op.multiply(rows, op.gather(op.constant(scales), index, axis))
     scaled.set_friendly_name(gather.get_friendly_name())
-    for user in users:
-        user.replace_source_output(scaled.output(0))
-    error = float(((integers * scales - values) ** 2).sum() / max(float((values**2).sum()), 1e-12))
+    feed_from(users, scaled.output(0))
+    error = share_of_power(integers * scales - values, values)
     return Layer(name=name, kind="int8-table", error=error)
 
 
@@ -252,14 +141,14 @@ def _store_constants(model: Any, kept: Collection[str]) -> list[Layer]:
     import openvino.opset13 as op
 
     layers = []
-    for node in list(model.get_ordered_ops()):
-        if node.get_type_name() != "Constant" or node.get_friendly_name() in kept:
+    for node in nodes_of(model, "Constant"):
+        if node.get_friendly_name() in kept:
             continue
         shape = list(node.get_output_shape(0))
         is_float = node.get_output_element_type(0).get_type_name() == "f32"
         if not is_float or len(shape) < 2 or int(np.prod(shape)) * 4 < SMALLEST_TABLE:
             continue
-        users = list(node.output(0).get_target_inputs())
+        users = users_of(node)
         if any(user.get_node().get_type_name() == "MatMul" for user in users):
             continue
         values = np.array(node.get_data(), np.float32)
@@ -271,10 +160,8 @@ def _store_constants(model: Any, kept: Collection[str]) -> list[Layer]:
         stored.set_friendly_name(f"{node.get_friendly_name()}/int8")
         spread = scales.reshape([*shape[: axis + 1], *[1] * (len(shape) - axis - 1)])
         whole = op.multiply(op.convert(stored, "f32"), op.constant(spread))
-        for user in users:
-            user.replace_source_output(whole.output(0))
-        power = max(float((rows**2).sum()), 1e-12)
-        error = float(((integers * scales - rows) ** 2).sum()) / power
+        feed_from(users, whole.output(0))
+        error = share_of_power(integers * scales - rows, rows)
         layers.append(Layer(name=node.get_friendly_name(), kind="int8-stored", error=error))
     return layers
 
@@ -300,12 +187,12 @@ def _replace(node: Any, activation: Any, rounded: Rounded) -> None:
     import openvino.opset13 as op
 
     stored = op.constant(rounded.integers)
-    old = _constant(node.input_value(1))
+    old = constant_of(node.input_value(1))
     stored.set_friendly_name(old.get_friendly_name())
     weight = op.multiply(op.convert(stored, "f32"), op.constant(rounded.scales[:, None]))
     product = op.matmul(activation, weight, False, True)
     product.set_friendly_name(node.get_friendly_name())
-    users = list(node.output(0).get_target_inputs())
+    users = users_of(node)
     bias = _bias_of(users)
     if bias is not None:
         add, place, value = bias
@@ -315,8 +202,7 @@ def _replace(node: Any, activation: Any, rounded: Rounded) -> None:
         return
     rank = node.output(0).get_partial_shape().rank.get_length()
     added = op.add(product, op.constant(rounded.bias.reshape([1] * (rank - 1) + [-1])))
-    for user in users:
-        user.replace_source_output(added.output(0))
+    feed_from(users, added.output(0))
 
 
 def _bias_of(users: Sequence[Any]) -> tuple[Any, int, Array] | None:
@@ -324,43 +210,38 @@ def _bias_of(users: Sequence[Any]) -> tuple[Any, int, Array] | None:
     if len(users) != 1 or users[0].get_node().get_type_name() != "Add":
         return None
     add, place = users[0].get_node(), 1 - users[0].get_index()
-    constant = _constant(add.input_value(place))
+    constant = constant_of(add.input_value(place))
     if constant is None:
         return None
-    value = _folded(add.input_value(place))
+    value = folded(add.input_value(place))
     return add, place, value.reshape(1) if value.ndim == 0 else value
 
 
-def _fold_scalars(model: Any) -> int:
-    """Move a scalar factor behind a quantized product into its scales and bias; return how many.
+def _fold_scalars(model: Any) -> None:
+    """Move a scalar factor behind a quantized product into its scales and bias.
 
     Converters scale queries and keys by 1/sqrt(sqrt(d)) in passes of their own (4 % of MiniLM).
     """
-    import openvino.opset13 as op
-
-    folded = 0
-    for node in list(model.get_ordered_ops()):
-        if node.get_type_name() != "Multiply":
-            continue
+    for node in nodes_of(model, "Multiply"):
         for place in (0, 1):
-            factor = _constant(node.input_value(1 - place))
+            factor = constant_of(node.input_value(1 - place))
             if factor is None or int(np.prod(factor.get_output_shape(0))) != 1:
                 continue
-            found = _product_before(node.input_value(place))
-            if found is None:
-                continue
-            add, bias_place, scale = found
-            value = np.float32(np.asarray(factor.get_data()).reshape(-1)[0])
-            scales = np.array(scale.input_value(1).get_node().get_data(), np.float32) * value
-            scale.input(1).replace_source_output(op.constant(scales).output(0))
-            bias = _folded(add.input_value(bias_place)) * value
-            add.input(bias_place).replace_source_output(op.constant(bias).output(0))
-            before = node.input_value(place)
-            for user in list(node.output(0).get_target_inputs()):
-                user.replace_source_output(before)
-            folded += 1
-            break
-    return folded
+            product = _product_before(node.input_value(place))
+            if product is not None:
+                _multiply(*product, np.float32(np.asarray(factor.get_data()).reshape(-1)[0]))
+                feed_from(users_of(node), node.input_value(place))
+                break
+
+
+def _multiply(add: Any, bias_place: int, scale: Any, value: np.float32) -> None:
+    """Multiply what a quantized product with bias makes."""
+    import openvino.opset13 as op
+
+    scales = np.array(scale.input_value(1).get_node().get_data(), np.float32) * value
+    scale.input(1).replace_source_output(op.constant(scales).output(0))
+    bias = folded(add.input_value(bias_place)) * value
+    add.input(bias_place).replace_source_output(op.constant(bias).output(0))
 
 
 def _product_before(output: Any) -> tuple[Any, int, Any] | None:
@@ -377,7 +258,7 @@ def _product_before(output: Any) -> tuple[Any, int, Any] | None:
         return None
     for place in (0, 1):
         product = node.input_value(1 - place).get_node()
-        if _constant(node.input_value(place)) is None or product.get_type_name() != "MatMul":
+        if constant_of(node.input_value(place)) is None or product.get_type_name() != "MatMul":
             continue
         scale = product.input_value(1).get_node()
         alone = len(product.output(0).get_target_inputs()) == 1
@@ -388,60 +269,3 @@ def _product_before(output: Any) -> tuple[Any, int, Any] | None:
         ):
             return node, place, scale
     return None
-
-
-def integer_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[str, Any]:
-    """Compile a graph for one input shape; return the share of its work that runs in integers.
-
-    Returns:
-        ``int8_macs`` in [0, 1], read from the kernels of the compiled graph, and ``kernels``: how
-        often each multiplying kernel is in it.
-    """
-    ov = require("openvino", extra="openvino", why="read a compiled graph")
-    model = read_openvino(path)
-    shapes = {
-        port: list(feed[name].shape)
-        for port in model.inputs
-        for name in port.get_names()
-        if name in feed
-    }
-    model.reshape(shapes)
-    whole = sum(_macs(node) for node in model.get_ordered_ops())
-    compiled = ov.Core().compile_model(model, "CPU", dict(options))
-    kernels: dict[str, int] = {}
-    integer = 0
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
-        kind, kernel = info.get("layerType", ""), info.get("primitiveType", "")
-        if not kind.startswith(("FullyConnected", "MatMul", "Convolution")):
-            continue
-        label = f"{kind} {kernel}"
-        kernels[label] = kernels.get(label, 0) + 1
-        if kernel.lower().endswith(("_i8", "_u8")):
-            integer += _executed_macs(kind, node)
-    return {
-        "int8_macs": integer / whole if whole else 0.0,
-        "kernels": dict(sorted(kernels.items())),
-    }
-
-
-def _executed_macs(kind: str, node: Any) -> int:
-    """Return the multiply-accumulates of a node of a compiled graph."""
-    output = int(np.prod(list(node.output(0).get_shape())))
-    left, right = (list(node.input(place).get_shape()) for place in (0, 1))
-    return output * int(np.prod(right[1:])) if kind.startswith("Conv") else output * int(left[-1])
-
-
-def _macs(node: Any) -> int:
-    """Return the multiply-accumulates of a node of static shape."""
-    kind = node.get_type_name()
-    if kind not in ("MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention"):
-        return 0
-    output = int(np.prod(list(node.output(0).get_shape())))
-    left, right = (list(node.input(place).get_shape()) for place in (0, 1))
-    if kind == "MatMul":
-        return output * int(left[-2] if node.get_attributes()["transpose_a"] else left[-1])
-    if kind == "ScaledDotProductAttention":
-        return 2 * output * int(right[-2])
-    kernel = right[2:] if kind == "GroupConvolution" else right[1:]
-    return output * int(np.prod(kernel))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from memopt.bundle import Bundle, Variant, open_bundle
-from memopt.errors import BundleError, ConfigurationError, QuantizationError, WeightsError
+from memopt.errors import BundleError, ConfigurationError, QuantizationError
 from memopt.files import staged_directory
+from memopt.graphs.integers import integer_share
+from memopt.graphs.linears import weight_names
+from memopt.graphs.session import feeds, open_graph
 from memopt.quantization.calibration import (
     CalibrationSet,
     check_disjoint,
@@ -22,7 +22,6 @@ from memopt.quantization.calibration import (
     load,
     split,
 )
-from memopt.quantization.graph_runner import feeds, open_graph
 from memopt.quantization.layer_error import with_errors
 from memopt.quantization.recipe import Recipe
 from memopt.quantization.result import Result
@@ -171,7 +170,10 @@ def quantize(
                 fix="try --search, another recipe, or --keep-failing to write it marked as failed",
             )
         step("work in integers, error by layer")
-        share = _share(files[0], recipe.format, context, options)
+        share = {}
+        if recipe.method not in ("weight-only", "nncf-weights"):
+            feed = next(iter(context.feeds()))
+            share = integer_share(files[0], recipe.format, feed, options)
         layers = with_errors(made.layers, context, files[0])
         variant = Variant(
             name=recipe.variant_name,
@@ -329,7 +331,7 @@ def make_context(
         recipe=recipe,
         feeds=start,
         probes=probes,
-        name_of=_namer(bundle) if base.format == "openvino" else lambda _: None,
+        name_of=weight_names(bundle) if base.format == "openvino" else lambda _: None,
         seed=samples.seed,
         samples=len(calibration),
         step=step,
@@ -357,45 +359,3 @@ def size_of(bundle: Bundle, variant: Variant) -> int:
     """Return the bytes of a variant's files."""
     names = (variant.file, *variant.companions)
     return sum((bundle.path / name).stat().st_size for name in names)
-
-
-def _share(path: Path, format: str, context: Context, options: Mapping[str, str]) -> dict[str, Any]:
-    if context.recipe.method in ("weight-only", "nncf-weights"):
-        return {}
-    feed = next(iter(context.feeds()))
-    if format == "onnx":
-        from memopt.quantization.onnx_graph import integer_share
-
-        return integer_share(path, feed)
-    from memopt.quantization.openvino_static import integer_share as openvino_share
-
-    return openvino_share(path, feed, options)
-
-
-def _namer(bundle: Bundle) -> Callable[[Any], str | None]:
-    """Return a function from a weight matrix, either way up, to its name in the checkpoint.
-
-    Converters rename constants; the values say which weight one is. OpenVINO graphs come without
-    checkpoint names for transposed weights.
-    """
-    from memopt.weights.reader import WeightLoader
-
-    names: dict[bytes, str] = {}
-    try:
-        with WeightLoader(bundle.weights) as loader:
-            for name in loader.names():
-                weight = loader.load(name)
-                if weight.ndim == 2:
-                    names.setdefault(_fingerprint(np.asarray(weight, np.float32)), name)
-    except (WeightsError, FileNotFoundError):
-        # Without the weight file layers are called by their graph nodes.
-        return lambda _: None
-    return lambda weight: names.get(_fingerprint(weight))
-
-
-def _fingerprint(weight: Any) -> bytes:
-    """Hash a matrix by what its transpose has too: sides, diagonal, largest magnitude."""
-    side = min(weight.shape)
-    state = hashlib.sha256(repr((*sorted(weight.shape), float(np.abs(weight).max()))).encode())
-    state.update(np.ascontiguousarray(np.diag(weight[:side, :side]), np.float32).tobytes())
-    return state.digest()

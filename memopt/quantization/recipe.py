@@ -23,6 +23,8 @@ Algorithm = Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimat
 Ranges = Literal["minmax", "entropy", "percentile", "mse"]
 Smooth = Literal["auto", "none"]
 
+BITS: Mapping[str, int] = types.MappingProxyType({"int8": 8, "int4": 4, "int2": 2})
+
 # Where each method may run; the first is what target "auto" means.
 TARGETS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
     {

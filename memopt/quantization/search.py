@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import QuantizationError
-from memopt.quantization.graph_runner import open_graph
+from memopt.graphs.session import open_graph
 from memopt.quantization.static import Layer, Make, Quantized
 from memopt.quantization.validate import Gate, PrecisionValidator, Validation
 

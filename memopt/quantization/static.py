@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memopt.bundle import Bundle, Variant
-from memopt.quantization.recipe import Recipe
+from memopt.errors import QuantizationError
+from memopt.graphs.linears import Linear
+from memopt.graphs.observe import observer, valid_rows
+from memopt.quantization.recipe import Recipe, match_layers
 from memopt.quantization.smooth import Plan, plan, round_weight, with_range
-from memopt.quantization.statistics import Histogram, Observed, observe, valid_rows
+from memopt.quantization.statistics import Histogram, Observed, observe
 
 if TYPE_CHECKING:
-    from memopt.quantization.statistics import Array, Feed, Observe
+    from memopt.graphs.observe import Array
+    from memopt.graphs.session import Feed, Observe
 
     Step = Callable[[str], None]
 
@@ -84,6 +88,58 @@ class Rounded:
     error: float
 
 
+def float_layer(linear: Linear) -> Layer:
+    """Return what is said of a layer that stays in float."""
+    return Layer(name=linear.name, kind="float", macs=linear.size)
+
+
+def int8_layer(linear: Linear, weight: Rounded, plan: Plan) -> Layer:
+    """Return what became of a layer whose weight and activation are int8."""
+    return Layer(
+        name=linear.name, kind="int8", error=weight.error, alpha=plan.alpha, macs=linear.size
+    )
+
+
+def kept_layers(context: Context, linears: Sequence[Linear], tables: Sequence[str]) -> set[str]:
+    """Return the layers and tables that the recipe keeps in float.
+
+    Raises:
+        QuantizationError: the graph has no weighted product.
+        ConfigurationError: a pattern matches no layer.
+    """
+    if not linears:
+        raise QuantizationError("this graph has no matrix product with a constant weight")
+    return match_layers(context.recipe.keep_float, [*(item.name for item in linears), *tables])
+
+
+def round_layers(
+    context: Context, linears: Sequence[Linear]
+) -> tuple[dict[str, Plan], dict[str, Rounded]]:
+    """Calibrate the activations of linear layers and round the weights for them.
+
+    Returns:
+        The plan of each activation, and the rounded weight of each layer by its node's name.
+    """
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.source, []).append(linear)
+    plans = plan_activations(
+        {source: [item.weight for item in group] for source, group in groups.items()},
+        observer(context.graph, context.base.format, list(groups)),
+        context.feeds,
+        context.probes,
+        context.recipe,
+        seed=context.seed,
+        step=context.step,
+    )
+    rounded: dict[str, Rounded] = {}
+    for source, group in groups.items():
+        context.step(f"rounding {group[0].name}")
+        for linear in group:
+            rounded[linear.label] = round_layer(linear.weight, *plans[source], context.recipe)
+    return {source: plan for source, (plan, _) in plans.items()}, rounded
+
+
 def plan_activations(
     groups: Mapping[str, Sequence[Array]],
     run: Observe,
@@ -134,9 +190,13 @@ def round_layer(weight: Array, made: Plan, seen: Observed, recipe: Recipe) -> Ro
         # The mean error of a layer is a constant: the bias can carry it (Nagel et al. 2019).
         bias = bias + difference.mean(axis=0)
         difference -= difference.mean(axis=0)
-    power = max(float((reference**2).sum()), 1e-12)
-    error = float((difference**2).sum()) / power
+    error = share_of_power(difference, reference)
     return Rounded(integers=integers, scales=scales, bias=np.asarray(bias, np.float32), error=error)
+
+
+def share_of_power(difference: Array, reference: Array) -> float:
+    """Return the squared error over the power of what is exact."""
+    return float((difference**2).sum()) / max(float((reference**2).sum()), 1e-12)
 
 
 def round_table(table: Array) -> tuple[NDArray[np.int8], Array]:

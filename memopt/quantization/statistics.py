@@ -5,20 +5,19 @@ Memory depends on the number of layers and channels, never on how many inputs ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memopt.errors import QuantizationError
+from memopt.graphs.observe import valid_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Array = NDArray[np.floating[Any]]
-    Feed = Mapping[str, NDArray[Any]]
-    # Runs the graph and returns the values named when it was made, in that order.
-    Observe = Callable[[Feed], Sequence[NDArray[Any]]]
+    from memopt.graphs.observe import Array
+    from memopt.graphs.session import Feed, Observe
 
 # Rows kept per layer: enough for the error of a choice of alpha to be known within a few percent.
 ROWS = 1536
@@ -185,17 +184,6 @@ def observe(
                 else:
                     seen[name].add(rows, generator)
     return seen
-
-
-def valid_rows(values: NDArray[Any], feed: Feed) -> Array:
-    """Return an activation as (rows, channels) float32, rows of padding left out."""
-    array: Array = np.asarray(values, np.float32)
-    flat: Array = array.reshape(-1, array.shape[-1])
-    mask = feed.get("attention_mask")
-    if mask is not None and array.shape[:-1] == mask.shape:
-        kept: Array = flat[np.asarray(mask).ravel().astype(bool)]
-        return kept
-    return flat
 
 
 def token_probes(

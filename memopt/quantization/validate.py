@@ -13,14 +13,15 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError, QuantizationError
+from memopt.graphs.session import feeds, open_graph
 from memopt.quantization.calibration import CalibrationSet
 from memopt.quantization.extremes import expected_minimum
-from memopt.quantization.graph_runner import feeds, open_graph
+from memopt.runtimes.vectors import row_cosines, unit_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memopt.quantization.graph_runner import Feed, Run
+    from memopt.graphs.session import Feed, Run
 
     Rows = NDArray[np.floating[Any]]
 
@@ -171,7 +172,7 @@ class PrecisionValidator:
         return self._embedding(got, expected, speedup)
 
     def _embedding(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
-        cosines = _cosines(got, expected)
+        cosines = row_cosines(got, expected)
         items = self._data.items
         spearman = [
             _spearman(_pair_cosines(rows, self._data.pairs), [p[2] for p in self._data.pairs])
@@ -278,20 +279,13 @@ class Replay:
         self._kept = kept if size <= self._limit else None
 
 
-def _cosines(got: Rows, expected: Rows) -> Rows:
-    # float64: in float32 the cosine of nearly equal vectors comes out above 1.
-    got, expected = got.astype(np.float64), expected.astype(np.float64)
-    norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-    return np.asarray((got * expected).sum(axis=1) / np.maximum(norms, 1e-12))
-
-
 def _overlap(got: Rows, expected: Rows) -> float | None:
     """Return the mean share of the ten nearest neighbours that both graphs agree on."""
     if len(got) <= NEIGHBOURS + 1:
         return None
     neighbours = []
     for rows in (got, expected):
-        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        unit = unit_rows(rows)
         similar = unit @ unit.T
         np.fill_diagonal(similar, -np.inf)
         neighbours.append(np.argpartition(-similar, NEIGHBOURS, axis=1)[:, :NEIGHBOURS])
@@ -301,7 +295,7 @@ def _overlap(got: Rows, expected: Rows) -> float | None:
 
 def _pair_cosines(rows: Rows, pairs: Sequence[tuple[int, int, float]]) -> Rows:
     left, right = rows[[p[0] for p in pairs]], rows[[p[1] for p in pairs]]
-    return _cosines(left, right)
+    return row_cosines(left, right)
 
 
 def _spearman(values: Rows, scores: Sequence[float]) -> float:

@@ -105,6 +105,12 @@ def session_options(threads: int) -> Any:
     return options
 
 
+def cpu_session(model: Path | bytes, options: Any) -> Any:
+    """Open a graph, a file or serialized, on the CPU."""
+    source = str(model) if isinstance(model, Path) else model
+    return _onnxruntime().InferenceSession(source, options, providers=[_CPU])
+
+
 class OnnxBackend:
     """A variant in ONNX Runtime: one session for latency, and one for streams when batches come.
 
@@ -211,11 +217,11 @@ def _onnxruntime() -> Any:
 def _session(model: Path | bytes, name: str, options: Any, settings: Settings) -> Any:
     """Open a session that really runs on provider ``name``."""
     ort = _onnxruntime()
-    source = str(model) if isinstance(model, Path) else model
     wanted = PROVIDERS[name].execution_provider
     assert wanted is not None
     if wanted == _CPU:
-        return ort.InferenceSession(source, options, providers=[_CPU])
+        return cpu_session(model, options)
+    source = str(model) if isinstance(model, Path) else model
     said = io.StringIO()
     if name == "cuda" and hasattr(ort, "preload_dlls"):
         # It prints what it cannot load, and to standard output, where a command's JSON goes.

@@ -82,6 +82,24 @@ def unit_length(vectors: NDArray[np.float32]) -> None:
     vectors /= lengths[:, None]
 
 
+def unit_rows(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Return the rows of ``vectors`` (n, dim) at length 1; zero rows stay zero."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, _TINY))
+
+
+def row_cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the cosine of each row of ``a`` (n, dim) with the same row of ``b``; 0 for zero rows.
+
+    >>> row_cosines(np.eye(2), np.array([[2.0, 0.0], [1.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    # float64: in float32 the cosine of nearly equal vectors comes out above 1.
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.asarray((a * b).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny))
+
+
 def to_arrow(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
     """Return rows as a FixedSizeListArray over the same memory.
 

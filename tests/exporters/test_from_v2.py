@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from memopt.bundle import Bundle, open_bundle
-from memopt.errors import ConfigurationError, ExportError, WeightsError
+from memopt.errors import ExportError, WeightsError
 from memopt.exporters.from_v2 import export_v2, quantized_graph
 from memopt.weights.packing import RANGES, unpack
 from memopt.weights.quantized import QuantizedWeight, scale_shape
@@ -84,18 +84,21 @@ def run(model: Any, ids: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"ids": ids})[0])
 
 
-@pytest.mark.parametrize("kernel", ["nbits", "portable"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
     ("bits", "axis", "group"),
-    [(8, 0, 0), (8, -1, 0), (8, 1, 0), (8, 1, 32), (4, 0, 0), (4, 1, 16), (4, 1, 24), (2, 1, 32)],
+    [
+        *((8, 0, 0), (8, -1, 0), (8, 1, 0), (8, 1, 16), (8, 1, 24), (8, 1, 32)),
+        *((4, 0, 0), (4, -1, 0), (4, 1, 0), (4, 1, 16), (4, 1, 24), (4, 1, 48)),
+        *((2, 0, 0), (2, -1, 0), (2, 1, 24), (2, 1, 32)),
+    ],
 )
 def test_the_graph_holds_the_files_integers(
-    tmp_path: Path, bits: int, axis: int, group: int, symmetric: bool, kernel: str
+    tmp_path: Path, bits: int, axis: int, group: int, symmetric: bool
 ) -> None:
     """Every integer is the file's, and the answers are those of the dequantized weights."""
     graph, v1, v2 = files(tmp_path, bits, axis, group, symmetric)
-    model, _ = quantized_graph(graph, v1, v2, kernel=kernel)
+    model, _ = quantized_graph(graph, v1, v2)
     onnx.checker.check_model(model)
     assert not {i.name for i in model.graph.initializer} & set(SHAPES)
     ids = np.array([3, 0, 19, 7])
@@ -115,13 +118,13 @@ def test_the_graph_holds_the_files_integers(
 def test_kernels_that_fit_are_used(tmp_path: Path) -> None:
     """Groups of a power of two run packed; other layouts are dequantized."""
     graph, v1, v2 = files(tmp_path, 4, 1, 32, True)
-    assert quantized_graph(graph, v1, v2, kernel="nbits")[1] == {
+    assert quantized_graph(graph, v1, v2)[1] == {
         "MatMulNBits": 1,
         "GatherBlockQuantized": 1,
         "DequantizeLinear": 1,
     }
     graph, v1, v2 = files(tmp_path, 4, 1, 24, True)
-    assert quantized_graph(graph, v1, v2, kernel="nbits")[1] == {"DequantizeLinear": 3}
+    assert quantized_graph(graph, v1, v2)[1] == {"DequantizeLinear": 3}
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -129,13 +132,13 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     graph, v1, v2 = files(tmp_path, 8, 0, 0, True)
     write_quantized(v2, [("other.weight", np.ones((2, 2), np.float32))])
     with pytest.raises(ExportError, match=r"'other\.weight'"):
-        quantized_graph(graph, v1, v2, kernel="nbits")
+        quantized_graph(graph, v1, v2)
     write_quantized(v2, [("first.bias", BIAS)])
     with pytest.raises(ExportError, match="no quantized weight"):
-        quantized_graph(graph, v1, v2, kernel="nbits")
+        quantized_graph(graph, v1, v2)
     write_weights(v1, {"first.bias": BIAS + 1})
     with pytest.raises(WeightsError, match=r"'first\.bias'"):
-        quantized_graph(graph, v1, v2, kernel="nbits")
+        quantized_graph(graph, v1, v2)
 
 
 def test_minilm_int4_runs_with_the_files_integers(minilm_copy: Bundle) -> None:
@@ -173,5 +176,3 @@ def test_minilm_int4_runs_with_the_files_integers(minilm_copy: Bundle) -> None:
         )
     size = bundle.file(variant).stat().st_size
     assert size < 0.17 * bundle.weights.stat().st_size
-    with pytest.raises(ConfigurationError, match="kernel 'nbit'"):
-        export_v2(bundle, path, kernel="nbit")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.numpy
@@ -12,7 +13,6 @@ import safetensors.numpy
 from memopt.bundle import Bundle, Manifest, open_bundle
 from memopt.exporters.base import export
 from memopt.exporters.from_v2 import export_v2
-from memopt.quantization.arrow import ArrowQuantizer, quantize_weights
 from memopt.quantization.arrow_method import quantize_arrow
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
@@ -34,16 +34,20 @@ def few(texts: Path) -> Samples:
     return Samples(calibration=texts, samples=8, validation_samples=8)
 
 
+def arrow(bundle: Bundle, texts: Path, **recipe: Any) -> object:
+    """Quantize the weights, whatever that costs."""
+    chosen = Recipe(method="arrow", **recipe)
+    return quantize_arrow(bundle, few(texts), chosen, gate=Gate(min_cosine=0.5))
+
+
 # Each gets a bundle, a source of another model, and texts.
 WRITERS: dict[str, Callable[[Bundle, Path, Path], object]] = {
     "convert": lambda b, source, _: convert(str(source), b.path),
     "export onnx": lambda b, *_: export(b, format="onnx", opset=21),
     "export openvino": lambda b, *_: export(b, format="openvino", precision="fp16"),
     "quantize": lambda b, _, texts: quantize(b, few(texts), Recipe(method="dynamic")),
-    "arrow": lambda b, _, texts: quantize_arrow(
-        b, few(texts), Recipe(method="arrow", weight_type="int4"), gate=Gate(min_cosine=0.5)
-    ),
-    "weights": lambda b, *_: quantize_weights(b, ArrowQuantizer(bits=4)),
+    "arrow": lambda b, _, texts: arrow(b, texts, weight_type="int4"),
+    "arrow gptq": lambda b, _, texts: arrow(b, texts, weight_type="int4", algorithm="gptq"),
     "export of arrow": lambda b, *_: export_v2(b, "weights_int8.parquet"),
 }
 
@@ -67,7 +71,7 @@ def test_what_is_not_in_the_manifest_is_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ctrl-C when the manifest is written: the bundle is as it was, and the next try works."""
-    quantize_weights(tiny_copy, ArrowQuantizer())
+    arrow(tiny_copy, texts)
     bundle = open_bundle(tiny_copy.path)
     source = other_source(tmp_path, tiny_source)
     before = state(bundle.path)

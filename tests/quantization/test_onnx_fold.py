@@ -11,14 +11,23 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from memopt.bundle import Bundle
+from memopt.graphs.ir import from_proto, to_proto
+from memopt.graphs.linears import onnx_linears
+from memopt.graphs.observe import observer
 from memopt.quantization import onnx_static
 from memopt.quantization.onnx_fold import fold_smoothing
-from memopt.quantization.onnx_graph import find_linears, observer
 from memopt.quantization.quantize import Samples, float_variant, make_context, read_samples
 from memopt.quantization.recipe import Recipe
 from memopt.quantization.smooth import Plan
 
 RNG = np.random.default_rng(0)
+
+
+def values(model: Any, folder: Path, names: list[str], feed: dict[str, Any]) -> list[np.ndarray]:
+    """What a model computes inside."""
+    file = folder / "model.onnx"
+    file.write_bytes(model.SerializeToString())
+    return list(observer(file, "onnx", names)(feed))
 
 
 def run(model: Any, feed: dict[str, Any]) -> np.ndarray:
@@ -79,20 +88,24 @@ def norm_graph(*, residual: bool) -> Any:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_norm_makes_the_smoothed_value_and_a_residual_gets_its_own(residual: bool) -> None:
+def test_a_norm_makes_the_smoothed_value_and_a_residual_gets_its_own(
+    residual: bool, tmp_path: Path
+) -> None:
     """(x - low) / divisor under the old name; what else reads x still sees x."""
     model = norm_graph(residual=residual)
     feed = {"x": RNG.normal(size=(5, 8)).astype(np.float32)}
-    (before,) = observer(model, ["normed"])(feed)
+    (before,) = values(model, tmp_path, ["normed"], feed)
     plan = Plan(
         low=RNG.normal(size=8).astype(np.float32),
         divisor=RNG.uniform(0.5, 2, 8).astype(np.float32),
         scale=1.0, alpha=0.5, error=0.0,
     )  # fmt: skip
     bias = numpy_helper.to_array(model.graph.initializer[3])
-    done, _ = fold_smoothing(model, find_linears(model), {"normed": plan}, {})
+    graph = from_proto(model)
+    done, _ = fold_smoothing(graph, onnx_linears(graph), {"normed": plan}, {})
     assert done == {"normed"}
-    after, product, total = observer(model, ["normed", "a", "out"])(feed)
+    names = ["normed", "a", "out"]
+    after, product, total = values(to_proto(graph), tmp_path, names, feed)
     assert np.allclose(after, (before - plan.low) / plan.divisor, atol=1e-5)
     if residual:
         assert np.allclose(total, product + bias + before, atol=1e-5)
@@ -105,4 +118,5 @@ def test_a_value_that_others_read_is_left_alone() -> None:
     plan = Plan(
         low=np.ones(8, np.float32), divisor=np.ones(8, np.float32), scale=1.0, alpha=0.5, error=0.0
     )
-    assert fold_smoothing(model, find_linears(model), {"normed": plan}, {}) == (set(), {})
+    graph = from_proto(model)
+    assert fold_smoothing(graph, onnx_linears(graph), {"normed": plan}, {}) == (set(), {})

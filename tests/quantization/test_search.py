@@ -9,7 +9,7 @@ import pytest
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import QuantizationError
-from memopt.quantization.graph_runner import open_graph
+from memopt.graphs.session import open_graph
 from memopt.quantization.onnx_nbits import prepare
 from memopt.quantization.quantize import (
     Samples,

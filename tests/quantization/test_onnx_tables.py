@@ -7,7 +7,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from memopt.quantization.onnx_graph import SMALLEST_TABLE, quantize_tables
+from memopt.graphs.ir import from_proto, to_proto
+from memopt.quantization.onnx_tables import SMALLEST_TABLE, quantize_tables
 
 
 def embedding(table: np.ndarray) -> object:
@@ -31,14 +32,16 @@ def test_a_table_keeps_its_rows_within_half_a_step(size: float, stored: int) -> 
     """float16 scales where they are exact enough, float32 for a table of tiny values."""
     rng = np.random.default_rng(0)
     table = (rng.normal(size=(SMALLEST_TABLE // 4 // 64 + 1, 64)) * size).astype(np.float32)
-    model = embedding(table)
-    ((name, error),) = quantize_tables(model, set())
-    assert name == "table"
-    assert 0 < error < 1e-4
-    scale = next(i for i in model.graph.initializer if i.name == "table_scale")  # type: ignore[attr-defined]
+    graph = from_proto(embedding(table))
+    (layer,) = quantize_tables(graph, set())
+    assert layer.name == "table"
+    assert layer.error is not None
+    assert 0 < layer.error < 1e-4
+    model = to_proto(graph)
+    scale = next(i for i in model.graph.initializer if i.name == "table_scale")
     assert scale.data_type == stored
     session = ort.InferenceSession(
-        model.SerializeToString(),  # type: ignore[attr-defined]
+        model.SerializeToString(),
         providers=["CPUExecutionProvider"],
     )
     ids = np.arange(len(table))

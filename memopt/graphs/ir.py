@@ -1,13 +1,49 @@
-"""Small questions about a graph that every fusion asks: who made this value, is it constant, ..."""
+"""ONNX graphs on onnx_ir: read and changed, and the questions that every change asks of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from memopt.extras import require
+
 MICROSOFT = "com.microsoft"
+
+
+def read_onnx(path: Path) -> Any:
+    """Return the ``onnx_ir.Model`` of a file, weights in memory, every node named."""
+    onnx = require("onnx", extra="export", why="read ONNX graphs")
+    return from_proto(onnx.load(str(path)))
+
+
+def from_proto(model: Any) -> Any:
+    """Return the ``onnx_ir.Model`` of an ``onnx.ModelProto``, every node named."""
+    made = require("onnx_ir", extra="export", why="edit ONNX graphs").from_proto(model)
+    for number, node in enumerate(made.graph):
+        node.name = node.name or f"{node.op_type}_{number}"
+    return made
+
+
+def to_proto(model: Any) -> Any:
+    """Return a model as an ``onnx.ModelProto`` of its own."""
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    # Initializers say their own type and shape.
+    told = [value for value in proto.graph.value_info if value.name not in model.graph.initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(told)
+    return proto
+
+
+def drop_unused(model: Any) -> None:
+    """Remove nodes and constants that nothing reads any more."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
 
 
 def made_by(value: Any, *op_types: str) -> Any | None:
@@ -80,7 +116,21 @@ def integers(node: Any, name: str) -> tuple[int, ...]:
     return () if attribute is None else tuple(attribute.as_ints())
 
 
-def add_initializer(graph: Any, name: str, array: np.ndarray, like: Any = None) -> Any:
+def store(graph: Any, name: str, array: Any) -> Any:
+    """Return the value of the initializer ``name``, made of ``array`` where it is not there yet."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    return add_initializer(graph, name, np.asarray(array, order="C"))
+
+
+def set_constant(value: Any, array: np.ndarray) -> None:
+    """Give an initializer another array of its type and shape."""
+    import onnx_ir as ir
+
+    value.const_value = ir.tensor(array, name=value.name)
+
+
+def add_initializer(graph: Any, name: str, array: np.ndarray) -> Any:
     """Register ``array`` as the initializer ``name`` (made unique) and return its value."""
     import onnx_ir as ir
 
@@ -93,8 +143,6 @@ def add_initializer(graph: Any, name: str, array: np.ndarray, like: Any = None) 
         type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         const_value=ir.tensor(array, name=unique),
     )
-    if like is not None and like.dtype != value.dtype:
-        value.type = ir.TensorType(like.dtype)
     graph.initializers[unique] = value
     return value
 
@@ -125,6 +173,28 @@ def insert(
         output.name = f"{name}.output" if i == 0 else f"{name}.output_{i}"
     graph.insert_before(before, node)
     return node
+
+
+def new_node(op_type: str, inputs: Sequence[Any], output: str, **attributes: Any) -> Any:
+    """Create a node, not in a graph yet, whose one output is called ``output``.
+
+    ``domain`` and ``name`` may be among the attributes; the name is made of the output else.
+    """
+    import onnx_ir as ir
+
+    domain = attributes.pop("domain", "")
+    name = attributes.pop("name", f"quantized/{output}")
+    node = ir.node(op_type, inputs, attributes or None, domain=domain, name=name)
+    node.outputs[0].name = output
+    return node
+
+
+def replace_node(graph: Any, old: Any, new: Sequence[Any]) -> None:
+    """Put nodes in the place of one; the last one's output takes the name of the old one's."""
+    import onnx_ir as ir
+
+    values = old.outputs[:1], new[-1].outputs[:1]
+    ir.convenience.replace_nodes_and_values(graph, old, [old], new, *values)
 
 
 def replace(old: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""Run a variant's graph, or look inside one, with nothing but the runtime it is for."""
+"""Open a graph in the runtime it is for, and run it on inputs of a bundle."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
 from memopt.runtimes.batching import UnusableItems
 from memopt.runtimes.engine import make_front_end
+from memopt.runtimes.onnx import cpu_session, session_options
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Feed = Mapping[str, NDArray[Any]]
+    # Runs the graph and returns the values named when it was opened, in that order.
+    Observe = Callable[[Feed], Sequence[NDArray[Any]]]
     Run = Callable[[Feed], NDArray[np.float32]]
 
 # Both sides of every comparison get the same two numbers.
@@ -26,6 +30,42 @@ THREADS = 2
 BATCH = 8
 # Tokens at most in one, for a front end that asks.
 TOKENS = 1024
+
+
+def open_onnx(graph: Path | bytes, outputs: Sequence[str], options: Any = None) -> Observe:
+    """Open an ONNX graph on the CPU; inputs that it does not have are left out.
+
+    Args:
+        graph: the file, or the model as bytes.
+        outputs: the values to return.
+        options: session options other than the usual ones.
+    """
+    session = cpu_session(graph, options or session_options(THREADS))
+    inputs = {item.name for item in session.get_inputs()}
+
+    def run(feed: Feed) -> Sequence[NDArray[Any]]:
+        given = {name: value for name, value in feed.items() if name in inputs}
+        return list(session.run(list(outputs), given))
+
+    return run
+
+
+def open_openvino(
+    graph: Path | Any, outputs: Sequence[str | int], options: Mapping[str, Any]
+) -> Observe:
+    """Open an OpenVINO graph, a file or a model in memory, on the CPU with these compile options.
+
+    Inputs that it does not have are left out; ``outputs`` are names or positions.
+    """
+    ov = require("openvino", extra="openvino", why="run OpenVINO variants")
+    compiled = ov.Core().compile_model(graph, "CPU", dict(options))
+    inputs = {name for port in compiled.inputs for name in port.get_names()}
+
+    def run(feed: Feed) -> Sequence[NDArray[Any]]:
+        results = compiled({name: value for name, value in feed.items() if name in inputs})
+        return [np.array(results[output]) for output in outputs]
+
+    return run
 
 
 def open_graph(
@@ -37,9 +77,18 @@ def open_graph(
         graph: the file, or for OpenVINO also a model in memory.
         format: "onnx" or "openvino".
         output: which output to return.
-        options: given to the runtime as they are.
+        options: given to OpenVINO as they are.
     """
-    return _openvino(graph, output, options or {}) if format == "openvino" else _onnx(graph, output)
+    if format == "openvino":
+        usual = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+        observe = open_openvino(graph, [output], {**usual, **(options or {})})
+    else:
+        observe = open_onnx(graph, [output])
+
+    def run(feed: Feed) -> NDArray[np.float32]:
+        return np.asarray(observe(feed)[0], np.float32)
+
+    return run
 
 
 def feeds(
@@ -71,37 +120,3 @@ def feeds(
             raise InputError(f"calibration input {where!r} {reason}") from error
         for made in batches:
             yield [int(chunk[row]) for row in made.rows], made.feed
-
-
-def _onnx(path: Path, output: str) -> Run:
-    ort = require("onnxruntime", extra="cpu", why="run ONNX variants")
-    from memopt.runtimes.onnx import session_options
-
-    session = ort.InferenceSession(
-        str(path), session_options(THREADS), providers=["CPUExecutionProvider"]
-    )
-    wanted = {item.name for item in session.get_inputs()}
-
-    def run(feed: Feed) -> NDArray[np.float32]:
-        import numpy as np
-
-        (values,) = session.run([output], {k: v for k, v in feed.items() if k in wanted})
-        return np.asarray(values, np.float32)
-
-    return run
-
-
-def _openvino(graph: Path | Any, output: str, options: Mapping[str, str]) -> Run:
-    ov = require("openvino", extra="openvino", why="run OpenVINO variants")
-    config = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY", **options}
-    compiled = ov.Core().compile_model(graph, "CPU", config)
-    request = compiled.create_infer_request()
-    wanted = {name for port in compiled.inputs for name in port.get_names()}
-
-    def run(feed: Feed) -> NDArray[np.float32]:
-        import numpy as np
-
-        results = request.infer({k: v for k, v in feed.items() if k in wanted})
-        return np.array(results[output], np.float32)
-
-    return run

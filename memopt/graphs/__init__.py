@@ -1,0 +1,1 @@
+"""ONNX and OpenVINO graphs being read, edited, observed and run, for exporters and quantization."""

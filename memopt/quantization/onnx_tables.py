@@ -1,0 +1,72 @@
+"""Embedding tables of ONNX graphs as int8 rows with a scale each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.graphs.ir import constant, new_node, replace_node, store
+from memopt.quantization.static import Layer, round_table, share_of_power
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from memopt.graphs.observe import Array
+
+# Tables below this many bytes stay float: token types are not worth a second Gather.
+SMALLEST_TABLE = 1 << 18
+
+
+def find_tables(model: Any) -> list[tuple[str, Any]]:
+    """Return (name, Gather node) of every large float embedding table used by one Gather only."""
+    found = []
+    for node in model.graph:
+        if node.op_type != "Gather" or not node.inputs[0].is_initializer():
+            continue
+        table = node.inputs[0]
+        axis = node.attributes.get("axis")
+        first = axis is None or axis.as_int() == 0
+        big = len(table.shape) == 2 and int(np.prod(table.shape)) * 4 >= SMALLEST_TABLE
+        if big and first and table.dtype.name == "FLOAT" and len(table.uses()) == 1:
+            found.append((table.name, node))
+    return found
+
+
+def quantize_tables(model: Any, kept: Collection[str]) -> list[Layer]:
+    """Turn large embedding tables into int8 rows with a scale each, but for those ``kept``."""
+    layers = []
+    graph = model.graph
+    for name, node in find_tables(model):
+        if name in kept:
+            continue
+        values = constant(node.inputs[0])
+        assert values is not None
+        integers, scales = _round(values)
+        ids, output = node.inputs[1], node.outputs[0].name
+        rows = [store(graph, f"{name}_quantized", integers), ids]
+        steps = [store(graph, f"{name}_scale", scales), ids]
+        gather = new_node("Gather", rows, f"{output}_int8")
+        cast = new_node("Cast", gather.outputs, f"{output}_steps", to=1)
+        stored = new_node("Gather", steps, f"{output}_stored")
+        scale = new_node("Cast", stored.outputs, f"{output}_scale", to=1)
+        product = new_node("Mul", [cast.outputs[0], scale.outputs[0]], output)
+        replace_node(graph, node, [gather, cast, stored, scale, product])
+        del graph.initializers[name]
+        error = share_of_power(integers * scales.astype(np.float32) - values, values)
+        layers.append(Layer(name=name, kind="int8-table", error=error))
+    return layers
+
+
+def _round(values: Array) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """Round a table; scales are float16 where all of them are normal numbers there, else float32.
+
+    A scale a row in float32 would be half a percent of a small model's file.
+    """
+    integers, scales = round_table(values)
+    half = scales.astype(np.float16)
+    if (np.abs(half) < np.finfo(np.float16).smallest_normal).any() or not np.isfinite(half).all():
+        return integers, scales
+    wide = half.astype(np.float32)
+    return np.clip(np.rint(values / wide), -127, 127).astype(np.int8), half
