@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -53,31 +53,11 @@ def compare(
     Raises:
         ExportError: an output is missing, has another shape, is not finite or differs too much.
     """
-    shapes, worst_error, worst_cosine = [], 0.0, 1.0
+    shapes: list[dict[str, Any]] = []
     problems: list[str] = []
     for feeds, expected in cases:
-        found = run(feeds)
-        error, relative, cosine = 0.0, 0.0, 1.0
-        for output, wanted in expected.items():
-            if output not in found:
-                raise ExportError(f"{name}: the graph has no output {output!r}")
-            got = np.asarray(found[output], dtype=np.float32)
-            if got.shape != wanted.shape:
-                raise ExportError(
-                    f"{name}: output {output!r} has shape {got.shape}, not {wanted.shape}"
-                )
-            got, wanted = _kept(got, wanted, feeds.get("attention_mask"))
-            if not np.isfinite(got).all():
-                raise ExportError(
-                    f"{name}: output {output!r} is not finite on {_shape(feeds)}",
-                    fix="nothing was written; memopt convert names the weights that hold NaN",
-                )
-            difference = float(np.abs(got - wanted).max(initial=0.0))
-            error = max(error, difference)
-            relative = max(relative, difference / max(1.0, float(np.abs(wanted).max(initial=0.0))))
-            cosine = min(cosine, _min_cosine(got, wanted))
+        error, relative, cosine = _differences(run(feeds), feeds, expected, name)
         shapes.append({**_shape(feeds), "max_abs_error": error, "min_cosine": cosine})
-        worst_error, worst_cosine = max(worst_error, error), min(worst_cosine, cosine)
         if cosine < tolerance.min_cosine or relative > tolerance.max_abs_error:
             problems.append(f"{_shape(feeds)}: cosine {cosine:.6f}, max abs error {error:.2e}")
     invariance = _batch_invariance(run, cases)
@@ -86,29 +66,54 @@ def compare(
         alone.append(f"a row alone and in a batch differ by {invariance:.2e}")
     alone += _fully_padded(run, cases, tolerance)
     if problems or alone:
-        more = [f"and {len(problems) - 2} more"] if len(problems) > 2 else []
-        raise ExportError(
-            f"{name}: the graph does not give the answers of torch (tolerance cosine "
-            f"{tolerance.min_cosine}, relative error {tolerance.max_abs_error}): "
-            + "; ".join([*problems[:2], *more, *alone]),
-            fix="nothing was written; "
-            + (
-                "ArrowEngine(BUNDLE, device='torch') runs the bundle without a graph"
-                if problems
-                else "its vectors would depend on what they are computed beside"
-            ),
-        )
+        raise _refusal(name, tolerance, problems, alone)
     return {
         "reference": "torch fp32",
         "shapes": shapes,
-        "max_abs_error": worst_error,
-        "min_cosine": worst_cosine,
+        "max_abs_error": max((shape["max_abs_error"] for shape in shapes), default=0.0),
+        "min_cosine": min((shape["min_cosine"] for shape in shapes), default=1.0),
         "batch_invariance": invariance,
-        "tolerance": {
-            "min_cosine": tolerance.min_cosine,
-            "max_abs_error": tolerance.max_abs_error,
-        },
+        "tolerance": asdict(tolerance),
     }
+
+
+def _differences(
+    found: Mapping[str, Any], feeds: Mapping[str, Any], expected: Mapping[str, Any], name: str
+) -> tuple[float, float, float]:
+    """Return the largest error, absolute and relative, and the least cosine over all outputs."""
+    error, relative, cosine = 0.0, 0.0, 1.0
+    for output, wanted in expected.items():
+        if output not in found:
+            raise ExportError(f"{name}: the graph has no output {output!r}")
+        got = np.asarray(found[output], dtype=np.float32)
+        if got.shape != wanted.shape:
+            raise ExportError(
+                f"{name}: output {output!r} has shape {got.shape}, not {wanted.shape}"
+            )
+        got, wanted = _kept(got, wanted, feeds.get("attention_mask"))
+        if not np.isfinite(got).all():
+            raise ExportError(
+                f"{name}: output {output!r} is not finite on {_shape(feeds)}",
+                fix="nothing was written; memopt convert names the weights that hold NaN",
+            )
+        difference = float(np.abs(got - wanted).max(initial=0.0))
+        error = max(error, difference)
+        relative = max(relative, difference / max(1.0, float(np.abs(wanted).max(initial=0.0))))
+        cosine = min(cosine, _min_cosine(got, wanted))
+    return error, relative, cosine
+
+
+def _refusal(name: str, tolerance: Tolerance, problems: list[str], alone: list[str]) -> ExportError:
+    more = [f"and {len(problems) - 2} more"] if len(problems) > 2 else []
+    instead = "its vectors would depend on what they are computed beside"
+    if problems:
+        instead = "ArrowEngine(BUNDLE, device='torch') runs the bundle without a graph"
+    return ExportError(
+        f"{name}: the graph does not give the answers of torch (tolerance cosine "
+        f"{tolerance.min_cosine}, relative error {tolerance.max_abs_error}): "
+        + "; ".join([*problems[:2], *more, *alone]),
+        fix=f"nothing was written; {instead}",
+    )
 
 
 def _batch_invariance(

@@ -77,17 +77,16 @@ def export_v2(
         settings = json.loads(loader.metadata.get("memopt.quantizer", "{}"))
     name = f"onnx-{precision}-arrow" + ("-gptq" if settings.get("algorithm") == "gptq" else "")
     say("compute the torch reference from the dequantized weights")
-    task = bundle.manifest.task
+    manifest, task = bundle.manifest, bundle.manifest.task
     loaded = load_model(bundle, task, path)
-    signature = tasks.signature(loaded, bundle.manifest, task)
-    cases = reference_cases(loaded, bundle.manifest, task, signature)
+    signature = tasks.signature(loaded, manifest, task)
+    cases = reference_cases(loaded, manifest, task, signature)
     with staged_directory(bundle.path) as folder:
         file = folder / f"model_{name.removeprefix('onnx-').replace('-', '_')}.onnx"
         say(f"write and check {file.name}")
         beside = onnx.save_onnx(graph, file)
-        run = onnx.runner(file, signature.outputs, exact=True)
-        record = check.compare(run, cases, check.TOLERANCES["fp32"], name=name)
-        proof = _proof(bundle, path)
+        run, tolerance = onnx.runner(file, signature.outputs, exact=True), check.TOLERANCES["fp32"]
+        record = check.compare(run, cases, tolerance, name=name)
         variant = Variant(
             name=name,
             format="onnx",
@@ -101,22 +100,22 @@ def export_v2(
             output=source.output,
             check={**record, "reference": f"torch fp32 with the dequantized {path.name}"},
             recipe=settings or None,
-            passed=proof.get("passed") is True,
-            validation=proof.get("validation"),
+            **_proof(bundle, path),
         )
         event = {"event": "export", "weights": path.name, "variants": [name], "nodes": dict(counts)}
         staged = {f"onnx/{part}": folder / part for part in (*beside, file.name)}
         bundle.add_variants(variant, event=event, staged=staged)
-    return variant
+        return variant
 
 
-def _proof(bundle: Bundle, path: Path) -> Mapping[str, Any]:
-    """Return what quantizing recorded of this very file, {} when nothing did."""
+def _proof(bundle: Bundle, path: Path) -> dict[str, Any]:
+    """Return the verdict that quantizing recorded of this very file; without one it is a no."""
     known = bundle.manifest.files.get(path.name, {}).get("sha256")
-    if known is None or known != sha256_file(path):
-        return {}
-    of_file = (e for e in reversed(bundle.manifest.history) if e.get("file") == path.name)
-    return next(of_file, {})
+    event: Mapping[str, Any] = {}
+    if known is not None and known == sha256_file(path):
+        of_file = (e for e in reversed(bundle.manifest.history) if e.get("file") == path.name)
+        event = next(of_file, {})
+    return {"passed": event.get("passed") is True, "validation": event.get("validation")}
 
 
 def quantized_graph(

@@ -101,9 +101,7 @@ def fuse(model: onnx.ModelProto, config: Mapping[str, Any]) -> tuple[onnx.ModelP
     >>> report.gelu, [n.domain for n in fused.graph.node]
     (1, ['com.microsoft'])
     """
-    require("onnx_ir", extra="export", why="fuse a graph")
-    import onnx
-    import onnx_ir as ir
+    ir = require("onnx_ir", extra="export", why="fuse a graph")
     from onnx_ir.passes import common
 
     original = ir.from_proto(model)
@@ -112,14 +110,28 @@ def fuse(model: onnx.ModelProto, config: Mapping[str, Any]) -> tuple[onnx.ModelP
     before = graph.num_nodes()
     if any(v.shape is None for node in graph for v in node.outputs):
         common.ShapeInferencePass()(target)
-    positions = position_limit(config) or DEFAULT_POSITIONS
     probe = Probe(
         original,
-        positions=positions,
+        positions=position_limit(config) or DEFAULT_POSITIONS,
         vocabulary=int(config.get("vocab_size") or 2),
         types=int(config.get("type_vocab_size") or 1),
     )
-    inputs = {v.name: v for v in graph.inputs}
+    counts = _apply(target, probe)
+    graph.sort()
+    graph.opset_imports[MICROSOFT] = 1
+    common.RemoveUnusedOpsetsPass()(target)
+    fused = ir.to_proto(target)
+    _check(fused)
+    report = FusionReport(nodes_before=before, nodes_after=len(fused.graph.node), **counts)
+    return fused, report
+
+
+def _apply(target: Any, probe: Probe) -> dict[str, Any]:
+    """Fuse what matches; return what the report says of it."""
+    from onnx_ir.passes import common
+
+    graph = target.graph
+    inputs = {value.name: value for value in graph.inputs}
     problems: list[str] = []
     name_weights(graph)
     attention = AttentionFusion(graph, probe, inputs.get("attention_mask"))
@@ -131,10 +143,19 @@ def fuse(model: onnx.ModelProto, config: Mapping[str, Any]) -> tuple[onnx.ModelP
     skip = fuse_skip_layer_norm(graph, problems)
     pooling = fuse_mean_pooling(graph)
     common.RemoveUnusedNodesPass()(target)
-    graph.sort()
-    graph.opset_imports[MICROSOFT] = 1
-    common.RemoveUnusedOpsetsPass()(target)
-    fused = ir.to_proto(target)
+    return {
+        "attention": attention.fused,
+        "skip_layer_norm": skip,
+        "embed_layer_norm": embed,
+        "gelu": sum(gelu.values()),
+        "mean_pooling": pooling,
+        "unfused": (*attention.problems, *problems),
+    }
+
+
+def _check(fused: onnx.ModelProto) -> None:
+    import onnx
+
     try:
         # protobuf hands no more than 2 GiB to the checker; a larger graph is checked once on disk.
         if weight_bytes(fused) <= EXTERNAL_DATA_BYTES:
@@ -144,17 +165,6 @@ def fuse(model: onnx.ModelProto, config: Mapping[str, Any]) -> tuple[onnx.ModelP
             f"the fused graph is not valid: {str(error).splitlines()[0]}",
             fix="use the portable graph and report the model's architecture",
         ) from error
-    report = FusionReport(
-        attention=attention.fused,
-        skip_layer_norm=skip,
-        embed_layer_norm=embed,
-        gelu=sum(gelu.values()),
-        mean_pooling=pooling,
-        nodes_before=before,
-        nodes_after=len(fused.graph.node),
-        unfused=tuple(attention.problems + problems),
-    )
-    return fused, report
 
 
 def name_weights(graph: Any) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from memopt.errors import ExportError
 from memopt.extras import require
+from memopt.graphs.ir import add_initializer, constant, new_node
 
 # Sums and squares, and operators that have a dtype or value of their own.
 WIDE = frozenset(
@@ -46,78 +47,87 @@ def to_half(model: Any, *, head: str = "last_hidden_state") -> Any:
 
     target = ir.from_proto(model)
     common.ShapeInferencePass()(target)
-    graph = target.graph
-    float_type, half_type = ir.DataType.FLOAT, ir.DataType.FLOAT16
-    wide = _wide_nodes(graph, head)
-    casts: dict[tuple[Any, Any], Any] = {}
-    halves: dict[Any, Any] = {}
-
-    def cast(value: Any, dtype: Any, before: Any) -> Any:
-        if (value, dtype) not in casts:
-            suffix = "fp16" if dtype == half_type else "fp32"
-            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}.{suffix}.cast")
-            made = node.outputs[0]
-            made.name, made.shape = f"{value.name}.{suffix}", value.shape
-            made.type = ir.TensorType(dtype)
-            graph.insert_before(before, node)
-            casts[value, dtype] = made
-        return casts[value, dtype]
-
-    for node in list(graph):
-        if any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attributes(node)
-        ):
+    wide = _wide_nodes(target.graph, head)
+    values = _Values(target.graph)
+    for node in list(target.graph):
+        kinds = {attribute.type for attribute in node.attributes.values()}
+        if kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}:
             raise ExportError(
                 f"operator {node.op_type} has subgraphs: no float16 form", fix="use fp32"
             )
-        dtype = float_type if node in wide else half_type
-        for index, value in enumerate(node.inputs):
-            if value is None or value.dtype not in (float_type, half_type):
-                continue
-            if value.is_initializer():
-                if dtype == half_type:
-                    if value not in halves:
-                        halves[value] = _half(graph, value, ir)
-                    node.replace_input_with(index, halves[value])
-            elif value.dtype != dtype:
-                node.replace_input_with(index, cast(value, dtype, node))
-        if dtype == half_type and node.op_type == "Cast" and node.attributes["to"].value == 1:
-            node.attributes["to"] = ir.AttrInt64("to", int(half_type))
-        for value in node.outputs:
-            if value.dtype == float_type:
-                value.type = ir.TensorType(dtype)
-    for index, value in enumerate(graph.outputs):
-        if value.dtype == half_type:
+        _convert(node, values, ir.DataType.FLOAT if node in wide else ir.DataType.FLOAT16)
+    for index, value in enumerate(target.graph.outputs):
+        if value.dtype == ir.DataType.FLOAT16:
             name = value.name
             value.name = f"{name}.fp16"
-            node = ir.node("Cast", [value], {"to": int(float_type)}, name=f"{name}.cast")
-            node.outputs[0].name, node.outputs[0].shape = name, value.shape
-            node.outputs[0].type = ir.TensorType(float_type)
-            graph.append(node)
-            graph.outputs[index] = node.outputs[0]
-    for value, half in halves.items():
-        if not value.uses():
-            name = value.name
-            del graph.initializers[name]
-            ir.convenience.rename_values([half], [name])
+            node = _cast_node(value, ir.DataType.FLOAT, name, f"{name}.cast")
+            target.graph.append(node)
+            target.graph.outputs[index] = node.outputs[0]
+    values.drop_replaced()
     return ir.to_proto(target)
 
 
-def _attributes(node: Any) -> Any:
-    return node.attributes.values()
+def _convert(node: Any, values: _Values, dtype: Any) -> None:
+    """Let one node compute in ``dtype``."""
+    import onnx_ir as ir
+
+    float_type, half_type = ir.DataType.FLOAT, ir.DataType.FLOAT16
+    for index, value in enumerate(node.inputs):
+        if value is None or value.dtype not in (float_type, half_type):
+            continue
+        if value.is_initializer():
+            if dtype == half_type:
+                node.replace_input_with(index, values.half(value))
+        elif value.dtype != dtype:
+            node.replace_input_with(index, values.cast(value, dtype, node))
+    if dtype == half_type and node.op_type == "Cast" and node.attributes["to"].value == 1:
+        node.attributes["to"] = ir.AttrInt64("to", int(half_type))
+    for value in node.outputs:
+        if value.dtype == float_type:
+            value.type = ir.TensorType(dtype)
 
 
-def _half(graph: Any, value: Any, ir: Any) -> Any:
-    array = np.asarray(value.const_value.numpy())
-    name = f"{value.name}.fp16"
-    made = ir.Value(
-        name=name,
-        shape=value.shape,
-        type=ir.TensorType(ir.DataType.FLOAT16),
-        const_value=ir.tensor(np.clip(array, -_LARGEST, _LARGEST).astype(np.float16), name=name),
-    )
-    graph.initializers[name] = made
-    return made
+class _Values:
+    """The values of a graph in the other type, each made once."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self._casts: dict[tuple[Any, Any], Any] = {}
+        self._halves: dict[Any, Any] = {}
+
+    def cast(self, value: Any, dtype: Any, before: Any) -> Any:
+        """Return a value cast by a node that stands before its first reader."""
+        if (value, dtype) not in self._casts:
+            name = f"{value.name}.{'fp16' if dtype.name == 'FLOAT16' else 'fp32'}"
+            node = _cast_node(value, dtype, name, f"{name}.cast")
+            self._graph.insert_before(before, node)
+            self._casts[value, dtype] = node.outputs[0]
+        return self._casts[value, dtype]
+
+    def half(self, value: Any) -> Any:
+        """Return an initializer's float16 form."""
+        if value not in self._halves:
+            array = np.clip(np.asarray(constant(value)), -_LARGEST, _LARGEST).astype(np.float16)
+            self._halves[value] = add_initializer(self._graph, f"{value.name}.fp16", array)
+        return self._halves[value]
+
+    def drop_replaced(self) -> None:
+        """Give what stands for a weight that nothing reads any more the weight's own name."""
+        import onnx_ir as ir
+
+        for value, half in self._halves.items():
+            if not value.uses():
+                name = value.name
+                del self._graph.initializers[name]
+                ir.convenience.rename_values([half], [name])
+
+
+def _cast_node(value: Any, dtype: Any, output: str, name: str) -> Any:
+    import onnx_ir as ir
+
+    node = new_node("Cast", [value], output, name=name, to=int(dtype))
+    node.outputs[0].shape, node.outputs[0].type = value.shape, ir.TensorType(dtype)
+    return node
 
 
 def _wide_nodes(graph: Any, head: str) -> set[Any]:

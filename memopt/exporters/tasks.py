@@ -7,7 +7,6 @@ A head follows sentence-transformers: pooling over the tokens the mask keeps, th
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -16,17 +15,11 @@ import numpy as np
 
 from memopt.bundle import Manifest, position_limit
 from memopt.errors import ExportError
+from memopt.exporters.masks import attention_arguments
+from memopt.exporters.pooling import pool_numpy, pool_torch, without_prompt
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.runtimes.vectors import unit_rows
 
-# Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
-# stays finite, and unlike float32's lowest value it survives a conversion to float16.
-MASK_BIAS = -10_000.0
-# Encoders whose mask function hands a ready 4-D mask through unchanged.
-FOUR_D_MASK = frozenset(
-    {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "electra", "t5"}
-)
-CAUSAL_MASK = frozenset({"llama", "qwen2", "qwen3", "gpt2", "mistral"})
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.
 LONGEST_SCORES = 256 << 20
@@ -128,9 +121,8 @@ def _module_classes() -> Any:
         ) -> None:
             super().__init__()
             self.model = loaded.module
-            self.method = loaded.method or "forward"
-            self.model_type = loaded.config.model_type
             self.config = loaded.config
+            self.method = loaded.method or "forward"
             self.skip = loaded.skip
             self.keep = loaded.keep
             self.inputs = inputs
@@ -140,21 +132,12 @@ def _module_classes() -> Any:
         def forward(self, *values: Any) -> Any:
             named = dict(zip(self.inputs, values, strict=True))
             mask = named.get("attention_mask")
-            call = dict(named)
-            decoder = getattr(self.config, "is_decoder", False)
-            if mask is not None and self.model_type in FOUR_D_MASK and not decoder:
-                call["attention_mask"] = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
-            elif mask is not None and self.model_type in CAUSAL_MASK:
-                call["attention_mask"] = _causal_masks(mask, self.config)
-                call["use_cache"] = False
-            elif mask is not None and self.model_type == "big_bird":
-                self.model.set_attention_type("original_full")
-                call["attention_mask"] = _block_mask(mask, self.config)
-            result = getattr(self.model, self.method)(**call)
+            masked = attention_arguments(self.model, self.config, mask)
+            result = getattr(self.model, self.method)(**named | masked)
             if self.pooling == "logits":
                 return (result.logits,)
             hidden = result.last_hidden_state
-            pooled = _pool(result, hidden, _without_prompt(mask, self.skip), self.pooling)
+            pooled = pool_torch(result, hidden, without_prompt(mask, self.skip), self.pooling)
             if self.normalize:
                 pooled = torch.nn.functional.normalize(pooled, p=2.0, dim=-1)
             return hidden, pooled if self.keep is None else pooled[:, : self.keep]
@@ -197,7 +180,7 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
     if loaded.skip:
         mask = mask * (np.cumsum(mask, axis=1) > loaded.skip)
-    pooled = _numpy_pool(result, hidden, mask, manifest.pooling)
+    pooled = pool_numpy(result, hidden, mask, manifest.pooling)
     if manifest.normalize:
         pooled = unit_rows(pooled)
     return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : loaded.keep]}
@@ -336,125 +319,3 @@ def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
 def trace_shape(task: str) -> Shape:
     """Return the shape to trace with: no dimension is 0 or 1, which would be taken as fixed."""
     return Shape(2, 16_000, "") if task == "audio-embedding" else Shape(2, 8, "right")
-
-
-def _causal_masks(mask: Any, config: Any) -> Any:
-    """Return the mask of every layer, or one per kind of layer where only some see a window.
-
-    ``is_causal: false`` in the config makes an encoder of a decoder: each token sees all.
-    """
-    causal = getattr(config, "is_causal", None) is not False
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if "sliding_attention" in kinds:
-        return {
-            "full_attention": _hidden(mask, None, causal),
-            "sliding_attention": _hidden(mask, window, causal),
-        }
-    # Of those without layer types only Mistral's have a window, and all of its layers do.
-    return _hidden(mask, window if config.model_type == "mistral" else None, causal)
-
-
-def _block_mask(mask: Any, config: Any) -> Any:
-    """Return BigBird's attention in blocks as a mask of every text, by its own number of tokens.
-
-    Zaheer et al. 2020, https://arxiv.org/abs/2007.14062, as transformers computes it outside of
-    training: the first and the last block see and are seen by all, others see their neighbours;
-    the random blocks are then all the first one, which so counts that many times more. A text of no
-    more than 5 + 2 x random blocks is not cut into blocks.
-    """
-    import torch
-
-    size, random = config.block_size, config.num_random_blocks
-    padding = (1.0 - mask[:, None, None, :].float()) * MASK_BIAS
-    if config.attention_type != "block_sparse":
-        return padding
-    length = mask.sum(1)[:, None, None, None]
-    last = (length + (size - 1)) // size - 1
-    block = torch.arange(mask.shape[1], device=mask.device) // size
-    query, key = block[None, None, :, None], block[None, None, None, :]
-    edge = (query == 0) | (query == last)
-    visible = edge | (key == 0) | (key == last) | ((query - key).abs() <= 1)
-    more = ((key == 0) & ~edge).float() * math.log(1 + random)
-    long = (length > (5 + 2 * random) * size).float()
-    return padding + long * (more + (~visible).float() * MASK_BIAS)
-
-
-def _hidden(mask: Any, window: int | None, causal: bool) -> Any:
-    """Return what is added to the scores: MASK_BIAS where a token may not look."""
-    import torch
-
-    padding = 1.0 - mask[:, None, None, :].float()
-    if not causal and window is None:
-        return padding * MASK_BIAS
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    distance = positions[:, None] - positions[None, :]
-    if causal:
-        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    else:
-        hidden = distance.abs() > window
-    return torch.maximum(hidden.float()[None, None], padding) * MASK_BIAS
-
-
-def _without_prompt(mask: Any, skip: int) -> Any:
-    """Return the mask of what is pooled: without the first ``skip`` tokens that it keeps."""
-    return mask * (mask.cumsum(1) > skip) if skip else mask
-
-
-def _pool(result: Any, hidden: Any, mask: Any, pooling: str) -> Any:
-    import torch
-
-    if pooling == "model":
-        return _own(result)
-    _refuse_unpoolable(hidden, pooling, "the model")
-    if pooling == "cls":
-        # With left padding the first kept token is not the first one.
-        return hidden[:, 0] if mask is None else _at(hidden, mask.argmax(dim=1))
-    if mask is None:
-        return {"mean": hidden.mean(1), "max": hidden.amax(1), "last": hidden[:, -1]}[pooling]
-    kept = mask.unsqueeze(-1).to(hidden.dtype)
-    if pooling == "mean":
-        return (hidden * kept).sum(1) / kept.sum(1).clamp(min=1e-9)
-    if pooling == "max":
-        return (hidden + (1.0 - kept) * MASK_BIAS).amax(1)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return _at(hidden, (mask * positions).argmax(dim=1))
-
-
-def _refuse_unpoolable(hidden: Any, pooling: str, what: str) -> None:
-    if hidden.ndim != 3:
-        raise ExportError(
-            f"{what} gives hidden states of shape {tuple(hidden.shape)}, which have no tokens for "
-            f"pooling {pooling!r}",
-            fix="convert it again; its own pooled output is pooling 'model'",
-        )
-
-
-def _at(hidden: Any, index: Any) -> Any:
-    picked = index[:, None, None].expand(-1, 1, hidden.shape[2])
-    return hidden.gather(1, picked).squeeze(1)
-
-
-def _own(result: Any) -> Any:
-    for name in ("image_embeds", "text_embeds", "pooler_output"):
-        value = getattr(result, name, None)
-        if value is not None:
-            return value.flatten(1)  # convolutional models keep two axes of length 1
-    raise ExportError(
-        f"the model has no pooled output (it gives {type(result).__name__})",
-        fix="set pooling 'cls' or 'mean' in memopt.json, whichever it was trained for",
-    )
-
-
-def _numpy_pool(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
-    if pooling == "model":
-        return np.asarray(_own(result).numpy())
-    _refuse_unpoolable(hidden, pooling, "the model")
-    if hidden.shape[1] != mask.shape[1]:
-        mask = np.ones(hidden.shape[:2], dtype=np.int64)
-    rows = []
-    for tokens, keep in zip(hidden, mask.astype(bool), strict=True):
-        kept = tokens[keep] if keep.any() else tokens[:1]
-        picked = {"cls": kept[0], "last": kept[-1], "max": kept.max(0), "mean": kept.mean(0)}
-        rows.append(picked["mean" if pooling == "none" else pooling])
-    return np.stack(rows)

@@ -14,6 +14,7 @@ import torch
 
 from memopt.bundle import Bundle
 from memopt.exporters import tasks
+from memopt.exporters.pooling import pool_torch
 from memopt.runtimes.torch_model import load_model
 
 HIDDEN = np.random.default_rng(3).normal(size=(3, 6, 4)).astype(np.float32) - 5.0
@@ -25,7 +26,7 @@ LEFT = np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
 def test_pooling_sees_only_kept_tokens(pooling: str, mask: np.ndarray) -> None:
     """Each pooling equals a plain loop over the kept tokens of each row."""
     hidden = torch.from_numpy(HIDDEN)
-    got = tasks._pool(SimpleNamespace(), hidden, torch.from_numpy(mask), pooling).numpy()
+    got = pool_torch(SimpleNamespace(), hidden, torch.from_numpy(mask), pooling).numpy()
     for row, (tokens, keep) in enumerate(zip(HIDDEN, mask.astype(bool), strict=True)):
         kept = tokens[keep]
         wanted = {"mean": kept.mean(0), "max": kept.max(0), "cls": kept[0], "last": kept[-1]}
@@ -36,7 +37,7 @@ def test_pooling_sees_only_kept_tokens(pooling: str, mask: np.ndarray) -> None:
 def test_a_row_of_padding_only_pools_to_finite_numbers(pooling: str) -> None:
     """Nothing is divided by a count of zero."""
     mask = torch.zeros((3, 6), dtype=torch.int64)
-    got = tasks._pool(SimpleNamespace(), torch.from_numpy(HIDDEN), mask, pooling)
+    got = pool_torch(SimpleNamespace(), torch.from_numpy(HIDDEN), mask, pooling)
     assert torch.isfinite(got).all()
 
 
