@@ -32,11 +32,11 @@ from rich.table import Table
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.from_v2 import export_v2
 from memopt.graphs.session import feeds
-from memopt.quantization.arrow_method import quantize_arrow
-from memopt.quantization.calibration import CalibrationSet, split
+from memopt.quantization.accuracy.calibration import CalibrationSet, split
+from memopt.quantization.accuracy.gate import Gate
+from memopt.quantization.accuracy.validate import _spearman
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import Gate, _spearman
 from memopt.runtimes.graph_cache import SWITCH
 from memopt.runtimes.vectors import row_cosines
 from memopt.weights.convert import resolve
@@ -82,7 +82,7 @@ def variants(bundle: Bundle) -> list[Contender]:
             status.update(recipe.variant_name)
             if recipe.method == "arrow":
                 gate = Gate()
-                file = quantize_arrow(bundle, samples, recipe, gate=gate, keep_failing=True).file
+                file = quantize(bundle, samples, recipe, gate=gate, keep_failing=True).file
                 variant = export_v2(open_bundle(bundle.path), file)
             else:
                 variant = quantize(bundle, samples, recipe, keep_failing=True).variant

@@ -50,8 +50,19 @@ MOVED = {
     "memopt.memory.schema": "memopt.memory.model.schema",
     "memopt.memory.tiering": "memopt.memory.lifecycle.tiering",
     "memopt.memory.verify": "memopt.memory.lifecycle.verify",
-    "memopt.quantization.activations": "memopt.quantization.hessians",
+    "memopt.quantization.activations": "memopt.quantization.math.hessians",
+    "memopt.quantization.calibration": "memopt.quantization.accuracy.calibration",
+    "memopt.quantization.extremes": "memopt.quantization.accuracy.extremes",
+    "memopt.quantization.gptq": "memopt.quantization.math.gptq",
     "memopt.quantization.graph_runner": "memopt.graphs.session",
+    "memopt.quantization.onnx_nbits": "memopt.quantization.methods.weight_only",
+    "memopt.quantization.report": "memopt.quantization.accuracy.report",
+    "memopt.quantization.result": "memopt.quantization.accuracy.result",
+    "memopt.quantization.rounding": "memopt.quantization.math.rounding",
+    "memopt.quantization.smooth": "memopt.quantization.math.smooth",
+    "memopt.quantization.static": "memopt.quantization.method",
+    "memopt.quantization.statistics": "memopt.quantization.math.statistics",
+    "memopt.quantization.validate": "memopt.quantization.accuracy.validate",
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from memopt.commands.memory.add import read as read_memories
 from memopt.errors import InputError
-from memopt.quantization.calibration import read as read_calibration
+from memopt.quantization.accuracy.calibration import read as read_calibration
 from memopt.records import open_records
 from memopt.runtimes.inputs import read_items
 

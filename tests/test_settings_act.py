@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memopt.commands.quantize import gate_of, recipe_fields
 from memopt.config import OptimizationConfig, in_force, load_config
 from memopt.federation.client import session
 from memopt.federation.delta.compute import compute_delta
 from memopt.memory.lifecycle import from_settings as configured
+from memopt.quantization.configured import gate_of, recipe_fields
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes import configured as engines
 

@@ -23,7 +23,7 @@ from memopt.benchmark.race import Race, Worker
 from memopt.benchmark.record import BenchmarkMetrics, hardware
 from memopt.bundle import stamp
 from memopt.errors import InputError
-from memopt.quantization.extremes import expected_minimum
+from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.runtimes.limits import process_vram_mb
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from memopt.bundle import Manifest
 from memopt.errors import InputError
-from memopt.quantization.calibration import read
+from memopt.quantization.accuracy.calibration import read
 
 # Lengths of the STS benchmark's sentences: median 10 words, log-normal, cut at 60.
 _MEDIAN_WORDS, _SIGMA, _MOST_WORDS = 10, 0.45, 60

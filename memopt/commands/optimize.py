@@ -46,7 +46,7 @@ def optimize(
     from memopt.optimize.plan import Plan, check_targets
     from memopt.optimize.report import told
     from memopt.optimize.run import optimize as run
-    from memopt.quantization.quantize import seconds
+    from memopt.quantization.configured import seconds
 
     replayed = Plan.load(plan) if plan else None
     source = source or (replayed.source if replayed else None)

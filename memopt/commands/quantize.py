@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from memopt.commands.console import echo
+from memopt.quantization.recipe import Recipe, Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from memopt.quantization.recipe import Recipe
-    from memopt.quantization.result import Proven
-    from memopt.quantization.validate import Gate
-    from memopt.settings import QuantizationSection
-
-_RECIPE = "Recipe"
-_DATA = "Data"
-_PROOF = "Proof"
+    from memopt.quantization.accuracy.result import Result
 
 
 def quantize(
@@ -32,176 +27,26 @@ def quantize(
     ],
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML recipe; flags win over it [default: settings, models/*.yaml].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="static, dynamic, weight-only, nncf, nncf-weights or arrow [default: static].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, cpu (ONNX Runtime), openvino or gpu [default: auto].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    weight_type: Annotated[
-        str | None,
-        typer.Option(help="int8, int4, int2 or nf4 [default: int8].", rich_help_panel=_RECIPE),
-    ] = None,
-    activation_type: Annotated[
-        str | None,
-        typer.Option(help="uint8, or int8 with nncf [default: uint8].", rich_help_panel=_RECIPE),
-    ] = None,
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            help="What shares a scale: auto, per-channel, per-tensor, per-group [default: auto].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Weights per scale in per-group [default: 64 for int8, else 32].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--symmetric/--asymmetric",
-            help="Weights without a zero point [default: symmetric].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option(
-            help="rtn, gptq, awq, scale-estimation, awq+scale-estimation [default: rtn].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    ranges: Annotated[
-        str | None,
-        typer.Option(
-            help="Activation ranges: minmax, entropy, percentile, mse [default: minmax].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    percentile: Annotated[
-        float | None,
-        typer.Option(help="With --ranges percentile [default: 99.99].", rich_help_panel=_RECIPE),
-    ] = None,
-    smooth: Annotated[
-        str | None,
-        typer.Option(
-            help="SmoothQuant alpha 0..1, auto (per layer) or none [default: auto].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    range_margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Factor on seen ranges, for unseen inputs [default: 1.1].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    range_probes: Annotated[
-        bool | None,
-        typer.Option(
-            "--range-probes/--no-range-probes",
-            help="Widen ranges with random tokens [default: range-probes].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    bias_correction: Annotated[
-        bool | None,
-        typer.Option(
-            "--bias-correction/--no-bias-correction",
-            help="Move the mean error into the bias [default: bias-correction].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    embeddings: Annotated[
-        bool | None,
-        typer.Option(
-            "--embeddings/--no-embeddings",
-            help="Quantize embedding tables too [default: embeddings].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    keep_float: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers kept in float, a shell pattern; repeatable [default: none].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Accuracy-aware nncf: largest drop of mean cosine [default: 0, off].",
-            rich_help_panel=_RECIPE,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Inputs to calibrate.", rich_help_panel=_DATA)] = 300,
-    validation_samples: Annotated[
-        int, typer.Option(help="Inputs to validate on.", rich_help_panel=_DATA)
-    ] = 512,
-    validation: Annotated[
-        Path | None,
-        typer.Option(
-            help="Other data to validate on [default: split --calibration].", rich_help_panel=_DATA
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", rich_help_panel=_DATA)] = 0,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens at most [default: the model's].", rich_help_panel=_DATA),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(help="Text column [default: every text column].", rich_help_panel=_DATA),
+        typer.Option(help="YAML recipe; flags win over it [default: settings, models/*.yaml]."),
     ] = None,
     min_cosine: Annotated[
-        float | None,
-        typer.Option(
-            help="Gate: least cosine to float [default: 0.95, gptq 0.98].", rich_help_panel=_PROOF
-        ),
+        float | None, typer.Option(help="Gate: least cosine to float [default: 0.95, gptq 0.98].")
     ] = None,
     max_perplexity_increase: Annotated[
-        float | None,
-        typer.Option(help="Gate of language models [default: 0.15].", rich_help_panel=_PROOF),
+        float | None, typer.Option(help="Gate of language models [default: 0.15].")
     ] = None,
     keep_failing: Annotated[
-        bool,
-        typer.Option(
-            "--keep-failing", help="Write a variant that fails, marked.", rich_help_panel=_PROOF
-        ),
+        bool, typer.Option("--keep-failing", help="Write a variant that fails, marked.")
     ] = False,
     search: Annotated[
-        bool,
-        typer.Option(
-            "--search", help="Keep the fewest layers in float that pass.", rich_help_panel=_PROOF
-        ),
+        bool, typer.Option("--search", help="Keep the fewest layers in float that pass.")
     ] = False,
     budget: Annotated[
-        str,
-        typer.Option(
-            help="Time with --search, calibration included: 90s, 10m, 1h.", rich_help_panel=_PROOF
-        ),
+        str, typer.Option(help="Time with --search, calibration included: 90s, 10m, 1h.")
     ] = "10m",
-    report: Annotated[
-        Path | None, typer.Option(help="Write an HTML report.", rich_help_panel=_PROOF)
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    **given: Any,
 ) -> None:
     """Quantize a bundle, prove the result on held-out inputs, and record it.
 
@@ -210,75 +55,82 @@ def quantize(
     from memopt.bundle import open_bundle
     from memopt.config import load_config
     from memopt.quantization import quantize as library
-    from memopt.quantization.arrow_method import quantize_arrow
-    from memopt.quantization.recipe import Recipe, known_recipe, load_recipe
+    from memopt.quantization.configured import choose_recipe, gate_of, seconds
     from memopt.weights.locked import unlocked
 
-    given: dict[str, Any] = {
-        "method": method,
-        "target": target,
-        "weight_type": weight_type,
-        "activation_type": activation_type,
-        "granularity": granularity,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "algorithm": algorithm,
-        "ranges": ranges,
-        "percentile": percentile,
-        "smooth": _alpha(smooth),
-        "range_margin": range_margin,
-        "range_probes": range_probes,
-        "bias_correction": bias_correction,
-        "embeddings": embeddings,
-        "keep_float": keep_float or None,
-        "max_drop": max_drop,
-    }
     settings = load_config().quantization
     opened = open_bundle(bundle)
-    base = (
-        load_recipe(recipe)
-        if recipe
-        else Recipe.from_dict({**known_recipe(opened), **recipe_fields(settings)})
-    )
-    changed = {key: value for key, value in given.items() if value is not None}
-    chosen = Recipe.from_dict({**base.to_dict(), **changed})
-    data = library.Samples(
-        calibration=calibration,
-        validation=validation,
-        samples=samples,
-        validation_samples=validation_samples,
-        seed=seed,
-        max_length=max_length,
-        column=column,
-    )
-    gate = gate_of(settings, chosen, min_cosine, max_perplexity_increase)
-    if report:
-        # Minutes of work must not end at a path that cannot be written.
-        report.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=report.parent):
-            pass
-    make = quantize_arrow if chosen.method == "arrow" else library.quantize
+    data = {item.name: given.pop(item.name) for item in fields(Samples) if item.name in given}
+    samples = Samples(calibration=calibration, **data)
+    chosen = choose_recipe(opened, settings, recipe, _flags(given))
+    _check_writable(report)
     with unlocked(opened) as plain, _progress() as (step, progress):
-        result: Proven = make(
+        result = library.quantize(
             plain,
-            data,
+            samples,
             chosen,
-            gate=gate,
+            gate=gate_of(settings, chosen, min_cosine, max_perplexity_increase),
             keep_failing=keep_failing,
-            budget=library.seconds(budget) if search else None,
+            budget=seconds(budget) if search else None,
             step=step,
             progress=progress,
         )
-    if report:
-        from memopt.quantization.report import write_report
+    _show(result, report, as_json)
 
-        write_report(result, report)
-    if as_json:
-        echo(json.dumps(result.to_dict(), indent=1))
-        return
-    _print(result)
+
+def _flags(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given; of a repeatable one that was not, typer says []."""
+    return {name: value for name, value in given.items() if value is not None and value != []}
+
+
+def _check_writable(report: Path | None) -> None:
+    # Minutes of work must not end at a path that cannot be written.
     if report:
-        echo(f"wrote {report}")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=report.parent):
+            pass
+
+
+def _add_options() -> None:
+    """Give the command an option for every field of Recipe and Samples, behind ``--recipe``."""
+    hints = get_type_hints(quantize, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[parameter.name])
+        for parameter in inspect.signature(quantize).parameters.values()
+        if parameter.name != "given"
+    ]
+    recipe, samples = get_type_hints(Recipe), get_type_hints(Samples)
+    options = [_recipe_option(item, recipe[item.name]) for item in fields(Recipe)]
+    options += [
+        _parameter(item, samples[item.name], item.default, typer.Option(help=item.metadata["help"]))
+        for item in fields(Samples)
+        if item.metadata
+    ]
+    place = [parameter.name for parameter in own].index("recipe") + 1
+    signature = inspect.Signature([*own[:place], *options, *own[place:]])
+    quantize.__signature__ = signature  # type: ignore[attr-defined]
+
+
+def _recipe_option(item: Field[Any], hint: Any) -> inspect.Parameter:
+    """Return the option of one field of a recipe; None says that it was not given."""
+    flag = item.name.replace("_", "-")
+    default = item.metadata.get("default", item.default)
+    declared = [f"--{flag}"]
+    kind: Any = str
+    if hint is bool:
+        kind, default = bool, flag
+        declared = [f"--{flag}/--{item.metadata.get('off', f'no-{flag}')}"]
+    elif hint in (int, float):
+        kind = hint
+    elif isinstance(item.default, tuple):
+        kind = list[str]
+    option = typer.Option(*declared, help=f"{item.metadata['help']} [default: {default}].")
+    return _parameter(item, kind | None, None, option)
+
+
+def _parameter(item: Field[Any], hint: Any, default: Any, option: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(item.name, kind, default=default, annotation=Annotated[hint, option])
 
 
 @contextmanager
@@ -308,67 +160,20 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], No
         )
 
 
-def gate_of(
-    settings: QuantizationSection,
-    recipe: Recipe,
-    min_cosine: float | None = None,
-    max_perplexity_increase: float | None = None,
-) -> Gate:
-    """Return the bounds: those of the flags, of the settings that are set, of the method."""
-    from memopt.quantization.quantize import least_cosine
-    from memopt.quantization.validate import Gate
+def _show(result: Result, report: Path | None, as_json: bool) -> None:
+    if report:
+        from memopt.quantization.accuracy.report import write_report
 
-    if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
-        min_cosine = settings.cosine_threshold
-    return Gate(
-        min_cosine=least_cosine(recipe) if min_cosine is None else min_cosine,
-        max_perplexity_increase=(
-            settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
-        ),
-    )
+        write_report(result, report)
+    if as_json:
+        echo(json.dumps(result.to_dict(), indent=1))
+        return
+    _print(result)
+    if report:
+        echo(f"wrote {report}")
 
 
-def recipe_fields(settings: QuantizationSection) -> dict[str, Any]:
-    """Return what the settings say of a recipe; what they leave out stays the recipe's own."""
-    from memopt.errors import ConfigurationError
-
-    given = settings.model_fields_set
-    if not settings.enabled:
-        raise ConfigurationError(
-            "quantization.enabled is false", fix="set it to true, or give --recipe"
-        )
-    fields: dict[str, Any] = {}
-    if "quant_type" in given:
-        if settings.quant_type == "fp16":
-            raise ConfigurationError(
-                "quantization.quant_type fp16 is a float: there is nothing to quantize",
-                fix="run: memopt export BUNDLE --precision fp16",
-            )
-        fields["weight_type"] = settings.quant_type
-    if "calibration_method" in given:
-        gptq = settings.calibration_method == "gptq"
-        fields |= {"algorithm": "gptq"} if gptq else {"ranges": settings.calibration_method}
-    if fields.get("weight_type", "int8") != "int8" or "algorithm" in fields:
-        # Neither fewer than eight bits nor GPTQ exist where activations are quantized too.
-        fields["method"] = "weight-only"
-    if "per_channel" in given:
-        # Auto is per channel, or finer where the method has nothing coarser than groups.
-        fields["granularity"] = "auto" if settings.per_channel else "per-tensor"
-    if "symmetric" in given:
-        fields["symmetric"] = settings.symmetric
-    if "mixed_precision_layers" in given:
-        fields["keep_float"] = list(settings.mixed_precision_layers)
-    return fields
-
-
-def _alpha(text: str | None) -> str | float | None:
-    try:
-        return float(text) if text is not None else None
-    except ValueError:
-        return text
-
-
-def _print(result: Proven) -> None:
+def _print(result: Result) -> None:
     from rich.table import Table
 
     from memopt.commands.console import stdout
@@ -395,7 +200,7 @@ def _print(result: Proven) -> None:
     echo(f"{result.name} ({result.file}) {verdict} its gate")
 
 
-def _rows(result: Proven) -> list[tuple[str, str, str]]:
+def _rows(result: Result) -> list[tuple[str, str, str]]:
     proof, gate = result.validation, result.gate
     rows: list[tuple[str, str, str]] = []
     if proof.cosine_min is not None:
@@ -419,6 +224,9 @@ def _rows(result: Proven) -> list[tuple[str, str, str]]:
     rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
     if proof.speedup is not None:
         rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))
-    if (macs := result.work.get("int8_macs")) is not None:
+    if (macs := result.int8_macs) is not None:
         rows.append(("work in int8", f"{macs:.1%} of multiply-adds", ""))
     return rows
+
+
+_add_options()

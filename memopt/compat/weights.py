@@ -88,11 +88,12 @@ class ArrowQuantizer:
 def _calibration(weights: Path, texts: list[str]) -> Any:
     from memopt.bundle import open_bundle
     from memopt.graphs.session import feeds
-    from memopt.quantization.hessians import GraphCalibration
+    from memopt.quantization.math.hessians import GraphCalibration
     from memopt.quantization.quantize import float_variant
+    from memopt.quantization.recipe import Recipe
 
     bundle = open_bundle(weights.parent)
-    inputs = float_variant(bundle, ("weight-only", "onnx")).inputs
+    inputs = float_variant(bundle, Recipe(method="weight-only")).inputs
 
     def batches() -> Iterator[dict[str, Any]]:
         for _, feed in feeds(bundle, texts, inputs):
@@ -196,11 +197,12 @@ def perplexities(bundle: Any, variant: str | None, texts: list[str]) -> tuple[fl
         MemoptError: the bundle has no float graph.
     """
     from memopt.graphs.session import open_graph
-    from memopt.quantization import validate
-    from memopt.quantization.calibration import CalibrationSet
+    from memopt.quantization.accuracy import validate
+    from memopt.quantization.accuracy.calibration import CalibrationSet
     from memopt.quantization.quantize import float_variant
+    from memopt.quantization.recipe import Recipe
 
-    reference = float_variant(bundle, ("weight-only", "onnx"))
+    reference = float_variant(bundle, Recipe(method="weight-only"))
     judge = validate.PrecisionValidator(
         bundle, reference, CalibrationSet(items=tuple(texts), modality="text")
     )

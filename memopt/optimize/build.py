@@ -11,10 +11,10 @@ from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import ConfigurationError, MemoptError, MissingExtra
 from memopt.exporters.base import export
 from memopt.optimize.plan import Candidate, Outcome
-from memopt.quantization.calibration import CalibrationSet, split
+from memopt.quantization.accuracy.calibration import CalibrationSet, split
+from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.quantize import Samples, quantize, size_of
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import Gate
 from memopt.runtimes.providers import canonical, missing
 
 Step = Callable[[str], None]

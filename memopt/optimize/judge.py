@@ -12,7 +12,7 @@ from memopt.benchmark.peers import Contender
 from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
 from memopt.optimize.plan import Outcome
-from memopt.quantization.validate import Gate, Validation
+from memopt.quantization.accuracy.gate import Gate, Validation
 from memopt.runtimes.base import usual_streams
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.providers import canonical

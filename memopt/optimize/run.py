@@ -19,8 +19,8 @@ from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
 from memopt.optimize.report import write_html
-from memopt.quantization.calibration import described
-from memopt.quantization.validate import Gate
+from memopt.quantization.accuracy.calibration import described
+from memopt.quantization.accuracy.gate import Gate
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams

@@ -1,7 +1,7 @@
 """ArrowQuantizer: a float weight file (schema V1) into a quantized one (schema V2), streaming.
 
 PTQ (round to nearest) needs the weights alone; GPTQ takes a Hessian per layer from a callable, so
-that nothing here knows where activations come from (``memopt.quantization.hessians`` is one).
+that nothing here knows where activations come from (``memopt.quantization.math.hessians`` is one).
 """
 
 from __future__ import annotations
@@ -16,22 +16,14 @@ import numpy as np
 
 from memopt.errors import QuantizationError
 from memopt.files import sha256_file
-from memopt.quantization.gptq import DAMPING, gptq_quantize, output_error
-from memopt.quantization.recipe import match_layers
-from memopt.quantization.rounding import rtn_quantize
+from memopt.quantization.math.gptq import DAMPING, gptq_quantize, output_error
+from memopt.quantization.math.hessians import Calibrated
+from memopt.quantization.math.rounding import rtn_quantize
+from memopt.quantization.method import match_layers
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import is_float, numpy_dtype, split_name
 from memopt.weights.writer import write_quantized
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What GPTQ needs of one layer: the Hessian of its inputs, and which weight axis they are."""
-
-    hessian: np.ndarray
-    input_axis: int = 1  # 1 for a Linear's (out, in), 0 for GPT-2's Conv1D (in, out)
-
 
 # Weight name -> what calibration saw; None for a weight without activations (an embedding table).
 Calibration = Callable[[str], Calibrated | None]
@@ -84,7 +76,7 @@ class ArrowQuantizer:
         symmetric: no zero points.
         algorithm: "rtn" or "gptq".
         keep: shell patterns of weights or layers kept in float16; each must match something.
-        act_order, damping: see :func:`memopt.quantization.gptq.gptq_quantize`.
+        act_order, damping: see :func:`memopt.quantization.math.gptq.gptq_quantize`.
 
     Raises:
         QuantizationError: a value out of range, or GPTQ with an axis it does not have.

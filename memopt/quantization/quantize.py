@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import BundleError, ConfigurationError, QuantizationError
@@ -15,80 +14,31 @@ from memopt.files import staged_directory
 from memopt.graphs.integers import integer_share
 from memopt.graphs.linears import weight_names
 from memopt.graphs.session import feeds, open_graph
-from memopt.quantization.calibration import (
+from memopt.quantization.accuracy.calibration import (
     CalibrationSet,
     check_disjoint,
     described,
     load,
     split,
 )
-from memopt.quantization.layer_error import with_errors
-from memopt.quantization.recipe import Recipe
-from memopt.quantization.result import Result
-from memopt.quantization.static import Context, Make, Quantized
-from memopt.quantization.statistics import token_probes
-from memopt.quantization.validate import MIN_COSINE, Gate, PrecisionValidator
-from memopt.registry import Entry
+from memopt.quantization.accuracy.gate import MIN_COSINE, Gate, Validation
+from memopt.quantization.accuracy.layer_error import with_errors
+from memopt.quantization.accuracy.result import Result, Trail
+from memopt.quantization.accuracy.validate import PrecisionValidator
+from memopt.quantization.math.statistics import token_probes
+from memopt.quantization.method import Context, Make, Quantized
+from memopt.quantization.recipe import Recipe, Samples
+from memopt.quantization.search import Compare, search
 from memopt.runtimes.openvino_file import save_openvino
 
-if TYPE_CHECKING:
-    from memopt.quantization.search import Trail
+__all__ = ["Progress", "Samples", "Step", "quantize"]
 
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
-_AT = "memopt.quantization"
-# (method, format) -> what builds it.
-METHODS: Mapping[tuple[str, str], Entry] = MappingProxyType(
-    {
-        (method, format): Entry(name=method, target=f"{_AT}.{target}", summary=summary)
-        for method, format, target, summary in (
-            ("static", "openvino", "openvino_static:prepare", "full int8, smoothed"),
-            ("static", "onnx", "onnx_static:prepare", "QDQ int8, smoothed"),
-            ("dynamic", "onnx", "onnx_dynamic:prepare", "int8, activations as they come"),
-            ("weight-only", "onnx", "onnx_nbits:prepare", "MatMulNBits 8, 4, 2 bits"),
-            ("nncf", "openvino", "nncf:prepare", "nncf.quantize"),
-            ("nncf", "onnx", "nncf:prepare", "nncf.quantize"),
-            ("nncf-weights", "openvino", "nncf:prepare_weights", "nncf.compress_weights"),
-            ("nncf-weights", "onnx", "nncf:prepare_weights", "nncf.compress_weights"),
-        )
-    }
-)
-# The float graph each method starts from.
-BASES: Mapping[tuple[str, str], str] = MappingProxyType(
-    {key: "openvino-fp32" if key[1] == "openvino" else "onnx-fp32" for key in METHODS}
-    | {("dynamic", "onnx"): "onnx-fp32-fused"}
-)
-
-
-# Tokens of an input: one of text between the two that frame it.
-SHORTEST = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """Where inputs come from and how many are used.
-
-    Raises:
-        ConfigurationError: a negative seed, or a max_length that leaves no room for text.
-    """
-
-    calibration: Path
-    validation: Path | None = None
-    samples: int = 300
-    validation_samples: int = 512
-    seed: int = 0
-    max_length: int | None = None
-    column: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigurationError(f"seed {self.seed} is negative", fix="use 0 or more")
-        if self.max_length is not None and self.max_length < SHORTEST:
-            raise ConfigurationError(
-                f"max_length {self.max_length} leaves no room for text",
-                fix=f"use {SHORTEST} or more tokens",
-            )
+# What might help a variant that fails its gate, and a weight file.
+_REMEDY = "try --search, another recipe, or --keep-failing to write it marked as failed"
+_REMEDY_OF_WEIGHTS = "try --search, gptq, more bits, smaller groups, or --keep-failing"
 
 
 def quantize(
@@ -102,7 +52,10 @@ def quantize(
     step: Step = lambda _: None,
     progress: Progress = lambda done, whole: None,
 ) -> Result:
-    """Quantize a bundle's float graph, compare it with the float one, and record the variant.
+    """Quantize a bundle, compare the result with the float graph, and record it.
+
+    Method ``arrow`` writes weights; its proof runs the portable float graph with every weight
+    replaced by its dequantized value, which is what ``memopt export --weights`` computes with.
 
     Args:
         bundle: an exported bundle.
@@ -113,10 +66,10 @@ def quantize(
         budget: seconds, calibration included, for a search of layers to keep in float; None for no
             search.
         step: called with a line before each step.
-        progress: called with (tries done, tries in all) of a search.
+        progress: called with (tries or weights done, in all).
 
     Raises:
-        QuantizationError: the variant fails its gate (nothing is written then), or cannot be built.
+        QuantizationError: the result fails its gate (nothing is written then), or cannot be built.
         InputError: the calibration data cannot be used.
         BundleError: no bundle, or no float graph of the wanted kind in it.
         ConfigurationError: a recipe that does not fit.
@@ -125,93 +78,174 @@ def quantize(
     recipe = recipe or Recipe()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     opened.check(opened.weights.name)
-    gate = gate or Gate(min_cosine=least_cosine(recipe))
-    key = (recipe.method, recipe.format)
-    if key not in METHODS:
-        raise ConfigurationError(
-            f"method {recipe.method!r} makes no variant to run", fix="it writes weights: see arrow"
-        )
-    base = float_variant(opened, key)
+    base, gate = float_variant(opened, recipe), gate or Gate(min_cosine=least_cosine(recipe))
     calibration, held_out = read_samples(opened, samples)
     context = make_context(opened, base, recipe, calibration, samples, step)
     step("float reference")
     validator = PrecisionValidator(opened, base, held_out, max_length=samples.max_length)
-    make: Make = METHODS[key].load()(context)
-    trail: Trail | None = None
     with staged_directory(opened.path) as folder:
+        context = replace(context, folder=folder, progress=progress)
+        make: Make = recipe.prepare()(context)
+        trail: Trail | None = None
         if budget is None:
             step("building the graph")
-            made = make(())
+            quantized = make(())
         else:
-            from memopt.quantization.search import search
-
-            left = budget - (time.monotonic() - started)
-            found = search(
-                make,
-                validator,
-                gate,
-                recipe.format,
-                folder,
-                budget=left,
-                step=step,
-                progress=progress,
-            )
-            made, trail = found.made, found.trail
-            recipe = replace(recipe, keep_float=(*recipe.keep_float, *found.kept))
-        files = write_graph(made, recipe.format, folder, file_stem(recipe))
-        step("validation")
-        options = {**made.options} if made.options else {**base.options}
-        run = open_graph(files[0], recipe.format, base.output, options)
-        validation = validator.validate(run)
-        failures = tuple(validation.failures(gate))
-        if failures and not keep_failing:
-            raise QuantizationError(
-                f"{recipe.variant_name} fails its gate: {'; '.join(failures)}",
-                fix="try --search, another recipe, or --keep-failing to write it marked as failed",
-            )
-        step("work in integers, error by layer")
-        share = {}
-        if recipe.method not in ("weight-only", "nncf-weights"):
-            feed = next(iter(context.feeds()))
-            share = integer_share(files[0], recipe.format, feed, options)
-        layers = with_errors(made.layers, context, files[0])
-        variant = Variant(
-            name=recipe.variant_name,
-            format=recipe.format,
-            precision=recipe.weight_type,
-            file=f"{recipe.format}/{files[0].name}",
-            companions=tuple(f"{recipe.format}/{file.name}" for file in files[1:]),
-            target=recipe.runtime,
-            fused=base.fused or recipe.method in ("weight-only", "dynamic"),
-            method=recipe.method,
-            inputs=base.inputs,
-            output=base.output,
-            options=options,
-            passed=not failures,
-            validation={**validation.record(gate), **share},
-            recipe=recipe.to_dict(),
-        )
+            compare, left = comparer(validator, recipe, folder), budget + started - time.monotonic()
+            choice = search(make, compare, gate, budget=left, step=step, progress=progress)
+            quantized, trail = choice.quantized, choice.trail
+            recipe = replace(recipe, keep_float=(*recipe.keep_float, *choice.kept))
+        if quantized.finish is not None:
+            quantized = quantized.finish()
+        proof = _prove(quantized, context, recipe, validator, gate, keep_failing)
         data = describe_data(samples, calibration, held_out)
-        event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
-        # The graph, which is the first, after what it needs.
-        staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
-        opened.add_variants(variant, event=event, staged=staged, proof=described(held_out))
+        record = _record_weights if quantized.weights else _record_variant
+        return replace(record(proof, context, recipe, data, described(held_out)), trail=trail)
+
+
+def comparer(validator: PrecisionValidator, recipe: Recipe, folder: Path) -> Compare:
+    """Return what a search compares graphs with; each is written below ``folder`` and removed."""
+
+    def compare(quantized: Quantized, limit: int | None) -> Validation:
+        files = write_graph(quantized, recipe.format, folder, "trial")
+        try:
+            run = open_graph(files[0], recipe.format, validator.output, quantized.options)
+            return validator.validate(run, limit=limit, timed=False)
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    return compare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """A quantized graph, where it is written, and how it compares with the float one."""
+
+    quantized: Quantized
+    files: list[Path]
+    options: dict[str, str]
+    validation: Validation
+    gate: Gate
+    failures: tuple[str, ...]
+
+
+def _prove(
+    quantized: Quantized,
+    context: Context[Any],
+    recipe: Recipe,
+    validator: PrecisionValidator,
+    gate: Gate,
+    keep_failing: bool,
+) -> _Proof:
+    """Write a graph and compare it on the whole validation set.
+
+    Raises:
+        QuantizationError: it fails its gate, and that is not asked for.
+    """
+    assert context.folder is not None
+    files = write_graph(quantized, recipe.format, context.folder, file_stem(recipe))
+    context.step("validation")
+    base, weights = context.base, quantized.weights
+    options = {**(quantized.options or ({} if weights else base.options))}
+    run = open_graph(files[0], recipe.format, base.output, options)
+    validation = validator.validate(run, timed=weights is None)
+    failures = tuple(validation.failures(gate))
+    if failures and not keep_failing:
+        name = weights.name if weights else recipe.variant_name
+        raise QuantizationError(
+            f"{name} fails its gate: {'; '.join(failures)}",
+            fix=_REMEDY_OF_WEIGHTS if weights else _REMEDY,
+        )
+    return _Proof(
+        quantized=quantized,
+        files=files,
+        options=options,
+        validation=validation,
+        gate=gate,
+        failures=failures,
+    )
+
+
+def _record_variant(
+    proof: _Proof,
+    context: Context[Any],
+    recipe: Recipe,
+    data: dict[str, Any],
+    of: dict[str, Any],
+) -> Result:
+    """Add a graph to the bundle as a variant."""
+    bundle, base, files = context.bundle, context.base, proof.files
+    context.step("work in integers, error by layer")
+    work: dict[str, Any] = {}
+    if recipe.method not in ("weight-only", "nncf-weights"):
+        feed = next(iter(context.feeds()))
+        work = integer_share(files[0], recipe.format, feed, proof.options)
+    layers = with_errors(proof.quantized.layers, context, files[0])
+    variant = Variant(
+        name=recipe.variant_name,
+        format=recipe.format,
+        precision=recipe.weight_type,
+        file=f"{recipe.format}/{files[0].name}",
+        companions=tuple(f"{recipe.format}/{file.name}" for file in files[1:]),
+        target=recipe.runtime,
+        fused=base.fused or recipe.method in ("weight-only", "dynamic"),
+        method=recipe.method,
+        inputs=base.inputs,
+        output=base.output,
+        options=proof.options,
+        passed=not proof.failures,
+        validation={**proof.validation.record(proof.gate), **work},
+        recipe=recipe.to_dict(),
+    )
+    event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
+    # The graph, which is the first, after what it needs.
+    staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
+    bundle.add_variants(variant, event=event, staged=staged, proof=of)
     return Result(
         name=variant.name,
         file=variant.file,
         passed=variant.passed,
-        failures=failures,
-        validation=validation,
-        gate=gate,
+        failures=proof.failures,
+        validation=proof.validation,
+        gate=proof.gate,
         layers=layers,
         recipe=recipe.to_dict(),
         data=data,
-        bytes=size_of(opened, variant),
-        float_bytes=size_of(opened, base),
-        trail=trail,
-        variant=variant,
-        int8_macs=share.get("int8_macs"),
-        kernels=share.get("kernels", {}),
+        bytes=size_of(bundle, variant),
+        float_bytes=size_of(bundle, base),
+        work={"int8_macs": work.get("int8_macs"), "kernels": work.get("kernels", {})},
+        made=variant,
+    )
+
+
+def _record_weights(
+    proof: _Proof,
+    context: Context[Any],
+    recipe: Recipe,
+    data: dict[str, Any],
+    of: dict[str, Any],
+) -> Result:
+    """Add a weight file to the bundle."""
+    bundle, file = context.bundle, proof.quantized.weights
+    assert file is not None
+    size, passed = file.stat().st_size, not proof.failures
+    event: dict[str, Any] = {"event": "quantize", "method": recipe.method, "file": file.name}
+    event |= {"passed": passed, "validation": proof.validation.record(proof.gate)}
+    event |= {**data, **proof.quantized.notes}
+    bundle.add_files({file.name: file}, event=event)
+    return Result(
+        name=file.name,
+        file=file.name,
+        passed=passed,
+        failures=proof.failures,
+        validation=proof.validation,
+        gate=proof.gate,
+        layers=proof.quantized.layers,
+        recipe=recipe.to_dict(),
+        data=data,
+        bytes=size,
+        float_bytes=bundle.weights.stat().st_size,
     )
 
 
@@ -233,33 +267,13 @@ def least_cosine(recipe: Recipe) -> float:
     return MIN_COSINE["gptq" if recipe.algorithm == "gptq" else "rtn"]
 
 
-def seconds(text: str) -> float:
-    """Return seconds of ``90``, ``90s``, ``15m`` or ``1h``.
-
-    Raises:
-        ConfigurationError: not a positive duration.
-
-    >>> seconds("10m")
-    600.0
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    try:
-        value = float(number) * units[unit]
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigurationError(f"budget {text!r} is not a duration", fix="write 90s, 10m or 1h")
-    return value
-
-
-def float_variant(bundle: Bundle, key: tuple[str, str]) -> Variant:
-    """Return the float variant that a (method, format) starts from.
+def float_variant(bundle: Bundle, recipe: Recipe) -> Variant:
+    """Return the float variant that a recipe starts from.
 
     Raises:
         BundleError: it was not exported.
     """
-    name = BASES[key]
+    name = recipe.base
     variants = bundle.manifest.variants
     if name == "onnx-fp32-fused" and name not in variants and "onnx-fp32" in variants:
         # An architecture that nothing could be fused in: dynamic works on the plain graph too.
@@ -267,7 +281,7 @@ def float_variant(bundle: Bundle, key: tuple[str, str]) -> Variant:
     if name not in variants:
         raise BundleError(
             f"bundle {bundle.path} has no variant {name!r} to quantize",
-            fix=f"run: memopt export {bundle.path} --format {key[1]}",
+            fix=f"run: memopt export {bundle.path} --format {recipe.format}",
         )
     return variants[name]
 
@@ -310,17 +324,17 @@ def make_context(
     calibration: CalibrationSet,
     samples: Samples,
     step: Step = lambda _: None,
-) -> Context:
+) -> Context[Any]:
     """Return what a method needs, with calibration inputs in batches of similar length."""
 
     def start() -> Any:
-        found = feeds(bundle, calibration.items, base.inputs, max_length=samples.max_length)
-        return (feed for _, feed in found)
+        batches = feeds(bundle, calibration.items, base.inputs, max_length=samples.max_length)
+        return (feed for _, feed in batches)
 
     probes: Sequence[Any] = ()
     vocabulary = bundle.config().get("vocab_size")
-    wanted = recipe.range_probes and recipe.method == "static"
-    if wanted and bundle.manifest.modality == "text" and isinstance(vocabulary, int):
+    probing = recipe.range_probes and recipe.method == "static"
+    if probing and bundle.manifest.modality == "text" and isinstance(vocabulary, int):
         longest = samples.max_length or bundle.manifest.max_length or 128
         probes = token_probes(
             vocabulary, next(iter(start())), limit=min(longest, 128), seed=samples.seed
@@ -328,7 +342,7 @@ def make_context(
     return Context(
         bundle=bundle,
         base=base,
-        recipe=recipe,
+        recipe=recipe.own,
         feeds=start,
         probes=probes,
         name_of=weight_names(bundle) if base.format == "openvino" else lambda _: None,
@@ -344,14 +358,14 @@ def file_stem(recipe: Recipe) -> str:
     return f"openvino_model_{name}" if recipe.format == "openvino" else f"model_{name}"
 
 
-def write_graph(made: Quantized, format: str, folder: Path, stem: str) -> list[Path]:
+def write_graph(quantized: Quantized, format: str, folder: Path, stem: str) -> list[Path]:
     """Write a graph; return its files, the graph first. The same graph gives the same bytes."""
     if format == "openvino":
         path = folder / f"{stem}.xml"
-        save_openvino(made.model, path)
+        save_openvino(quantized.model, path)
         return [path, path.with_suffix(".bin")]
     path = folder / f"{stem}.onnx"
-    path.write_bytes(made.model.SerializeToString(deterministic=True))
+    path.write_bytes(quantized.model.SerializeToString(deterministic=True))
     return [path]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError
-from memopt.registry import nearest
+from memopt.registry import Entry, nearest
+
+if TYPE_CHECKING:
+    from memopt.bundle import Bundle
+    from memopt.quantization.method import Context, Make, MethodRecipe
 
 Method = Literal["static", "dynamic", "weight-only", "nncf", "nncf-weights", "arrow"]
 Target = Literal["auto", "cpu", "openvino", "gpu"]
@@ -23,80 +25,43 @@ Algorithm = Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimat
 Ranges = Literal["minmax", "entropy", "percentile", "mse"]
 Smooth = Literal["auto", "none"]
 
-BITS: Mapping[str, int] = types.MappingProxyType({"int8": 8, "int4": 4, "int2": 2})
-
-# Where each method may run; the first is what target "auto" means.
-TARGETS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+# Tokens of an input: one of text between the two that frame it.
+SHORTEST = 3
+_AT = "memopt.quantization.methods"
+# Method and format -> what prepares it, and the float graph it starts from.
+METHODS: Mapping[tuple[str, str], tuple[Entry, str]] = types.MappingProxyType(
     {
-        "static": ("openvino", "cpu"),
-        "dynamic": ("cpu",),
-        "weight-only": ("cpu", "gpu"),
-        "nncf": ("openvino", "cpu"),
-        "nncf-weights": ("openvino", "cpu"),
-        "arrow": ("cpu",),
+        (method, format): (Entry(name=method, target=f"{_AT}.{target}", summary=summary), base)
+        for method, format, target, base, summary in (
+            ("static", "openvino", "openvino_static:prepare", "openvino-fp32", "full int8"),
+            ("static", "onnx", "static_qdq:prepare", "onnx-fp32", "QDQ int8, smoothed"),
+            ("dynamic", "onnx", "dynamic:prepare", "onnx-fp32-fused", "activations as they come"),
+            ("weight-only", "onnx", "weight_only:prepare", "onnx-fp32", "MatMulNBits 8, 4, 2 bits"),
+            ("nncf", "openvino", "nncf:prepare", "openvino-fp32", "nncf.quantize"),
+            ("nncf", "onnx", "nncf:prepare", "onnx-fp32", "nncf.quantize"),
+            ("nncf-weights", "openvino", "nncf:prepare_weights", "openvino-fp32", "compressed"),
+            ("nncf-weights", "onnx", "nncf:prepare_weights", "onnx-fp32", "compressed"),
+            ("arrow", "onnx", "arrow:prepare", "onnx-fp32", "a weight file (V2)"),
+        )
     }
 )
-# Weights in fewer bits than eight, or in float codes, exist only where weights alone are quantized.
-WEIGHT_TYPES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+# The settings each method has of its own.
+RECIPES: Mapping[str, Entry] = types.MappingProxyType(
     {
-        "static": ("int8",),
-        "dynamic": ("int8",),
-        "weight-only": ("int8", "int4", "int2"),
-        "nncf": ("int8",),
-        "nncf-weights": ("int8", "int4", "nf4"),
-        "arrow": ("int8", "int4", "int2"),
-    }
-)
-ALGORITHMS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
-    {
-        "static": ("rtn",),
-        "dynamic": ("rtn",),
-        "weight-only": ("rtn", "gptq"),
-        "nncf": ("rtn",),
-        "nncf-weights": ("rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"),
-        "arrow": ("rtn", "gptq"),
-    }
-)
-
-# int8 kernels multiply with symmetric weights that have one scale per output channel or tensor.
-GRANULARITIES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
-    {
-        "static": ("per-channel", "per-tensor"),
-        "dynamic": ("per-channel", "per-tensor"),
-        "weight-only": ("per-group",),
-        "nncf": ("per-channel", "per-tensor"),
-        "nncf-weights": ("per-channel", "per-group"),
-        "arrow": ("per-channel", "per-tensor", "per-group"),
-    }
-)
-_ASYMMETRIC = ("weight-only", "nncf-weights", "arrow")
-
-
-# What each field says, for people: the command line shows these.
-HELP: Mapping[str, str] = types.MappingProxyType(
-    {
-        "method": "How to quantize.",
-        "target": "Runtime to build for; auto is the method's best.",
-        "weight_type": "Type of the stored weights.",
-        "activation_type": "Type of activations; int8 only with nncf.",
-        "granularity": "What shares one scale of a weight; auto is the method's best.",
-        "group_size": "Weights per scale in per-group; 0 is 64 for int8, else 32.",
-        "symmetric": "Weights without a zero point.",
-        "algorithm": "How weights are rounded.",
-        "ranges": "How activation ranges are chosen from their histogram.",
-        "percentile": "Share of values inside the range, for ranges=percentile.",
-        "smooth": "SmoothQuant alpha: a number, auto (searched per layer) or none.",
-        "range_margin": "Factor on the seen activation range, for unseen inputs.",
-        "range_probes": "Widen ranges with random-token inputs (text, static).",
-        "bias_correction": "Move the mean error into the bias (static).",
-        "embeddings": "Quantize embedding tables too.",
-        "keep_float": "Layers kept in float, by shell pattern.",
-        "max_drop": "Accuracy-aware nncf: largest drop of mean cosine; 0 is off.",
+        method: Entry(name=method, target=f"{_AT}.{target}", summary="")
+        for method, target in (
+            ("static", "static:StaticRecipe"),
+            ("dynamic", "dynamic:DynamicRecipe"),
+            ("weight-only", "weight_only:WeightOnlyRecipe"),
+            ("nncf", "nncf:NncfRecipe"),
+            ("nncf-weights", "nncf:NncfWeightsRecipe"),
+            ("arrow", "arrow:ArrowRecipe"),
+        )
     }
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to do to a model's weights and activations.
 
@@ -111,46 +76,78 @@ class Recipe:
     memopt.errors.ConfigurationError: recipe has unknown key 'metod'; did you mean 'method'?
     """
 
-    method: Method = "static"
-    target: Target = "auto"
-    weight_type: WeightType = "int8"
-    activation_type: ActivationType = "uint8"
-    granularity: Granularity = "auto"
-    group_size: int = 0
-    symmetric: bool = True
-    algorithm: Algorithm = "rtn"
-    ranges: Ranges = "minmax"
-    percentile: float = 99.99
-    smooth: Smooth | float = "auto"
-    range_margin: float = 1.1
-    range_probes: bool = True
-    bias_correction: bool = True
-    embeddings: bool = True
-    keep_float: tuple[str, ...] = ()
-    max_drop: float = 0.0
+    # What the command line says of each; "default" where a default reads better in words.
+    method: Method = field(
+        default="static",
+        metadata={"help": "static, dynamic, weight-only, nncf, nncf-weights or arrow"},
+    )
+    target: Target = field(
+        default="auto", metadata={"help": "auto, cpu (ONNX Runtime), openvino or gpu"}
+    )
+    weight_type: WeightType = field(default="int8", metadata={"help": "int8, int4, int2 or nf4"})
+    activation_type: ActivationType = field(
+        default="uint8", metadata={"help": "uint8, or int8 with nncf"}
+    )
+    granularity: Granularity = field(
+        default="auto",
+        metadata={"help": "What shares a scale: auto, per-channel, per-tensor, per-group"},
+    )
+    group_size: int = field(
+        default=0,
+        metadata={"help": "Weights per scale in per-group", "default": "64 for int8, else 32"},
+    )
+    symmetric: bool = field(
+        default=True, metadata={"help": "Weights without a zero point", "off": "asymmetric"}
+    )
+    algorithm: Algorithm = field(
+        default="rtn", metadata={"help": "rtn, gptq, awq, scale-estimation, awq+scale-estimation"}
+    )
+    ranges: Ranges = field(
+        default="minmax", metadata={"help": "Activation ranges: minmax, entropy, percentile, mse"}
+    )
+    percentile: float = field(default=99.99, metadata={"help": "With --ranges percentile"})
+    smooth: Smooth | float = field(
+        default="auto", metadata={"help": "SmoothQuant alpha 0..1, auto (per layer) or none"}
+    )
+    range_margin: float = field(
+        default=1.1, metadata={"help": "Factor on seen ranges, for unseen inputs"}
+    )
+    range_probes: bool = field(default=True, metadata={"help": "Widen ranges with random tokens"})
+    bias_correction: bool = field(
+        default=True, metadata={"help": "Move the mean error into the bias"}
+    )
+    embeddings: bool = field(default=True, metadata={"help": "Quantize embedding tables too"})
+    keep_float: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "Layers kept in float, a shell pattern; repeatable", "default": "none"},
+    )
+    max_drop: float = field(
+        default=0.0,
+        metadata={"help": "Accuracy-aware nncf: largest drop of mean cosine", "default": "0, off"},
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Recipe)
         for item in fields(self):
             _check_type(item.name, getattr(self, item.name), hints[item.name])
-        _allowed("target", self.target, ("auto", *TARGETS[self.method]), self.method)
-        _allowed("weight_type", self.weight_type, WEIGHT_TYPES[self.method], self.method)
-        grains = ("auto", *GRANULARITIES[self.method])
-        _allowed("granularity", self.granularity, grains, self.method)
-        if not self.symmetric and self.method not in _ASYMMETRIC:
+        kind: type[MethodRecipe] = RECIPES[self.method].load()
+        mine = {item.name for item in fields(kind)}
+        if not self.symmetric and "symmetric" not in mine:
             raise ConfigurationError(
                 f"method {self.method!r} computes with symmetric weights", fix="leave symmetric on"
             )
-        if self.activation_type != "uint8" and self.method != "nncf":
+        if self.activation_type != "uint8" and "activation_type" not in mine:
             raise ConfigurationError(
                 f"activation_type {self.activation_type!r} does not go with method {self.method!r}",
                 fix="use uint8; nncf has both",
             )
-        _allowed("algorithm", self.algorithm, ALGORITHMS[self.method], self.method)
+        kind.check(self.method, asdict(self))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         if self.group_size < 0:
             raise ConfigurationError(f"group_size {self.group_size} is negative", fix="use 32")
-        odd = self.group and (self.group & (self.group - 1) or self.group < 16)
-        if self.method == "weight-only" and odd:
+        if self.method == "weight-only" and (self.group & (self.group - 1) or self.group < 16):
             raise ConfigurationError(
                 f"group_size {self.group_size} does not fit MatMulNBits",
                 fix="use a power of two from 16 on: 16, 32, 64, 128",
@@ -170,28 +167,36 @@ class Recipe:
         if self.max_drop < 0:
             raise ConfigurationError(f"max_drop {self.max_drop} is negative", fix="use 0.005")
 
+    @cached_property
+    def own(self) -> MethodRecipe:
+        """The settings of the method itself."""
+        kind: type[MethodRecipe] = RECIPES[self.method].load()
+        return kind(**{item.name: getattr(self, item.name) for item in fields(kind)})
+
+    def prepare(self) -> Callable[[Context[Any]], Make]:
+        """Return the function that prepares the method: from a context to what builds graphs."""
+        prepare: Callable[[Context[Any]], Make] = METHODS[self.method, self.format][0].load()
+        return prepare
+
+    @property
+    def base(self) -> str:
+        """The name of the float variant it starts from."""
+        return METHODS[self.method, self.format][1]
+
     @property
     def runtime(self) -> str:
         """The target with "auto" resolved: openvino, cpu or gpu."""
-        return TARGETS[self.method][0] if self.target == "auto" else self.target
+        return self.own.runtime
 
     @property
     def group(self) -> int:
-        """The group size with 0 resolved.
-
-        For eight bits 64: on MiniLM blocks of 128 cost a minimum cosine of .994 against .997, and
-        blocks of 32 (.998) make the file larger than 26 % of float32; all run equally fast.
-        """
-        return self.group_size or (64 if self.weight_type == "int8" else 32)
+        """The group size with 0 resolved."""
+        return self.own.group
 
     @property
     def grain(self) -> str:
-        """The granularity with "auto" resolved: blocks below eight bits, else channels."""
-        if self.granularity != "auto":
-            return self.granularity
-        allowed = GRANULARITIES[self.method]
-        narrow = self.weight_type != "int8" and "per-group" in allowed
-        return "per-group" if narrow else allowed[0]
+        """The granularity with "auto" resolved."""
+        return self.own.grain
 
     @property
     def format(self) -> str:
@@ -232,6 +237,39 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data that ``from_dict`` takes."""
         return {**asdict(self), "keep_float": list(self.keep_float)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Where inputs come from and how many are used.
+
+    Raises:
+        ConfigurationError: a negative seed, or a max_length that leaves no room for text.
+    """
+
+    calibration: Path
+    samples: int = field(default=300, metadata={"help": "Inputs to calibrate."})
+    validation_samples: int = field(default=512, metadata={"help": "Inputs to validate on."})
+    validation: Path | None = field(
+        default=None,
+        metadata={"help": "Other data to validate on [default: split --calibration]."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of every random choice."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens at most [default: the model's]."}
+    )
+    column: str | None = field(
+        default=None, metadata={"help": "Text column [default: every text column]."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigurationError(f"seed {self.seed} is negative", fix="use 0 or more")
+        if self.max_length is not None and self.max_length < SHORTEST:
+            raise ConfigurationError(
+                f"max_length {self.max_length} leaves no room for text",
+                fix=f"use {SHORTEST} or more tokens",
+            )
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -275,52 +313,6 @@ def known_recipe(bundle: Bundle) -> dict[str, Any]:
                 )
             return dict(fields_)
     return {}
-
-
-def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the layer names that any shell pattern matches.
-
-    Raises:
-        ConfigurationError: a pattern matches nothing; the message lists the nearest names.
-
-    >>> sorted(match_layers(["*.0.*"], ["layer.0.query", "layer.1.query"]))
-    ['layer.0.query']
-    """
-    known = sorted(set(names))
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
-        if not hits:
-            close = _nearest_layers(pattern, known)
-            raise ConfigurationError(
-                f"no layer matches {pattern!r}",
-                fix="nearest: " + ", ".join(close) if close else "this graph has no such layers",
-            )
-        found |= hits
-    return found
-
-
-def _nearest_layers(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """Return the names of which a part, dots between, is most like the pattern without stars."""
-    wanted = [part for part in pattern.replace("*", "").split(".") if part]
-
-    def likeness(name: str) -> float:
-        parts = name.split(".")
-        best = (
-            max(difflib.SequenceMatcher(None, want, part).ratio() for part in parts)
-            for want in wanted
-        )
-        return sum(best)
-
-    return sorted(names, key=likeness, reverse=True)[:count]
-
-
-def _allowed(name: str, value: str, allowed: tuple[str, ...], method: str) -> None:
-    if value not in allowed:
-        raise ConfigurationError(
-            f"{name} {value!r} does not go with method {method!r}",
-            fix="use " + " or ".join(allowed),
-        )
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

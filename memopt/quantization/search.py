@@ -11,74 +11,41 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from memopt.errors import QuantizationError
-from memopt.graphs.session import open_graph
-from memopt.quantization.static import Layer, Make, Quantized
-from memopt.quantization.validate import Gate, PrecisionValidator, Validation
+from memopt.quantization.accuracy.gate import Gate, Validation
+from memopt.quantization.accuracy.result import Tradeoff, Trail
+from memopt.quantization.method import Layer, Make, Quantized
 
 # Inputs of a sensitivity run: it orders layers, the decision itself uses the whole set.
 SENSITIVITY_SAMPLES = 96
 # Share of the budget for sensitivity; the rest is for the decision.
 SENSITIVITY_SHARE = 0.6
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tradeoff:
-    """One point of the search: what is in float, and the quality on the whole validation set."""
-
-    kept: tuple[str, ...]
-    quality: float  # min cosine, or minus the perplexity increase
-    float_macs: float  # share of the weighted work that stays float
-    passed: bool
+# Compares a graph with the float one, on the first so many validation inputs or (None) on all.
+Compare = Callable[[Quantized, int | None], Validation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trail:
-    """How a search went.
-
-    Attributes:
-        tried: every choice of layers that was compared on the whole validation set, in order.
-        sensitivity: layer -> 1 - min cosine, or the perplexity increase, when it alone is
-            quantized.
-        complete: False when the budget ended the search: the kept layers pass, fewer might do.
-        seconds: how long it took.
-    """
-
-    tried: tuple[Tradeoff, ...]
-    sensitivity: Mapping[str, float] = field(default_factory=dict)
-    complete: bool = True
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {**asdict(self), "seconds": round(self.seconds, 1)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Choice:
     """The graph the search ended with, and how it got there."""
 
-    made: Quantized
+    quantized: Quantized
     kept: tuple[str, ...]
     trail: Trail
 
 
 def search(
     make: Make,
-    validator: PrecisionValidator,
+    compare: Compare,
     gate: Gate,
-    format: str,
-    folder: Path,
     *,
     budget: float,
     step: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, whole: None,
     clock: Callable[[], float] = time.monotonic,
-) -> Found:
+) -> Choice:
     """Keep the fewest layers in float so that the gate passes.
 
     With the same inputs, seed and a budget that suffices the answer is the same; a search cut short
@@ -87,10 +54,8 @@ def search(
 
     Args:
         make: builds the graph with these layers in float.
-        validator: compares a graph with the float one.
+        compare: compares a graph with the float one.
         gate: what must be reached.
-        format: "onnx" or "openvino".
-        folder: for graphs that are tried; they are removed.
         budget: seconds.
         step: called with a line before each try.
         progress: called with (tries done, tries in all as far as that is known).
@@ -100,53 +65,20 @@ def search(
         QuantizationError: no layers, the gate fails with every layer in float, or the budget ended
             before any choice of layers passed.
     """
-    time_left = _Budget(budget, clock)
-    trial = _Trial(make, validator, format, folder)
     whole = make(())
     layers = [layer for layer in whole.layers if layer.kind != "float"]
     if not layers:
         raise QuantizationError("nothing is quantized, so there is nothing to search")
-    tried: list[Tradeoff] = []
-    # No layer kept, each layer alone, a bisection; tries that put layers back come on top.
-    planned = 2 + len(layers) + math.ceil(math.log2(len(layers)))
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        progress(done, max(planned, done))
-
-    def attempt(kept: Collection[str]) -> bool:
-        step(f"{len(kept)} of {len(layers)} layers in float")
-        with time_left.timed("whole"):
-            result = trial.run(sorted(kept), limit=None)
-        passed = not result.failures(gate)
-        tried.append(_point(kept, result, layers, passed))
-        tick()
-        return passed
-
-    if attempt(()):
-        return Found(made=whole, kept=(), trail=Trail(tried=tuple(tried), seconds=time_left.spent))
-    sensitivity = _sensitivity(trial, layers, step, tick, time_left)
+    tries = _Tries(make, compare, gate, layers, _Budget(budget, clock), step, progress)
+    if tries.passes(()):
+        return Choice(quantized=whole, kept=(), trail=tries.trail({}, complete=True))
+    sensitivity = tries.sensitivity()
     names = _worst_first(layers, sensitivity)
-    kept, complete = _fewest(names, attempt, time_left.allows)
-    planned = done + len(kept) - 1
-    for name in reversed(kept.copy()):
-        if len(kept) == 1:
-            break  # keeping none was the first try, and failed
-        if not time_left.allows():
-            complete = False
-            break
-        rest = [other for other in kept if other != name]
-        if attempt(rest):
-            kept = rest
-    trail = Trail(
-        tried=tuple(tried),
-        sensitivity=sensitivity,
-        complete=complete and len(sensitivity) == len(layers),
-        seconds=time_left.spent,
-    )
-    return Found(made=make(kept), kept=tuple(kept), trail=trail)
+    kept, complete = _fewest(names, tries.passes, tries.budget.allows)
+    kept, back = tries.returned(kept)
+    complete = complete and back and len(sensitivity) == len(layers)
+    trail = tries.trail(sensitivity, complete=complete)
+    return Choice(quantized=make(kept), kept=tuple(kept), trail=trail)
 
 
 def _fewest(
@@ -181,28 +113,6 @@ def _fewest(
     return list(names), True
 
 
-def _sensitivity(
-    trial: _Trial,
-    layers: Sequence[Layer],
-    step: Callable[[str], None],
-    tick: Callable[[], None],
-    time_left: _Budget,
-) -> dict[str, float]:
-    """Return layer -> how much quality is lost when it alone is quantized."""
-    everything = {layer.name for layer in layers}
-    lost: dict[str, float] = {}
-    for number, layer in enumerate(sorted(layers, key=lambda item: -(item.error or 0.0)), 1):
-        if not time_left.allows("single", SENSITIVITY_SHARE):
-            break
-        step(f"sensitivity {number}/{len(layers)}: {layer.name}")
-        with time_left.timed("single"):
-            result = trial.run(sorted(everything - {layer.name}), limit=SENSITIVITY_SAMPLES)
-        quality = _quality(result)
-        lost[layer.name] = 1 - quality if result.perplexity_increase is None else -quality
-        tick()
-    return lost
-
-
 def _worst_first(layers: Sequence[Layer], sensitivity: Mapping[str, float]) -> list[str]:
     """Return layer names by sensitivity; those not looked at come last, by calibration error."""
 
@@ -210,30 +120,6 @@ def _worst_first(layers: Sequence[Layer], sensitivity: Mapping[str, float]) -> l
         return -sensitivity.get(layer.name, -math.inf), -(layer.error or 0.0)
 
     return [layer.name for layer in sorted(layers, key=cost)]
-
-
-class _Trial:
-    """Builds, opens and validates one graph after the other."""
-
-    def __init__(
-        self, make: Make, validator: PrecisionValidator, format: str, folder: Path
-    ) -> None:
-        self._make = make
-        self._validator = validator
-        self._format = format
-        self._folder = folder
-
-    def run(self, kept: Sequence[str], limit: int | None) -> Validation:
-        from memopt.quantization.quantize import write_graph
-
-        made = self._make(kept)
-        files = write_graph(made, self._format, self._folder, "trial")
-        try:
-            run = open_graph(files[0], self._format, self._validator.output, made.options)
-            return self._validator.validate(run, limit=limit, timed=False)
-        finally:
-            for file in files:
-                file.unlink(missing_ok=True)
 
 
 class _Budget:
@@ -260,18 +146,84 @@ class _Budget:
         return self.spent + self._longest.get(kind, 0.0) <= self._seconds * share
 
 
-def _point(
-    kept: Collection[str], result: Validation, layers: Sequence[Layer], passed: bool
-) -> Tradeoff:
-    whole = sum(layer.macs for layer in layers) or 1
-    left = sum(layer.macs for layer in layers if layer.name in kept)
-    return Tradeoff(
-        kept=tuple(sorted(kept)), quality=_quality(result), float_macs=left / whole, passed=passed
-    )
+class _Tries:
+    """Builds and compares one graph after the other, and remembers what came out."""
 
+    def __init__(
+        self,
+        make: Make,
+        compare: Compare,
+        gate: Gate,
+        layers: Sequence[Layer],
+        budget: _Budget,
+        step: Callable[[str], None],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._make, self._compare, self._gate = make, compare, gate
+        self._layers, self.budget = layers, budget
+        self._step, self._progress = step, progress
+        self._tried: list[Tradeoff] = []
+        self._done = 0
+        # No layer kept, each layer alone, a bisection; tries that put layers back come on top.
+        self._planned = 2 + len(layers) + math.ceil(math.log2(len(layers)))
 
-def _quality(result: Validation) -> float:
-    if result.perplexity_increase is not None:
-        return -result.perplexity_increase
-    assert result.cosine_min is not None
-    return result.cosine_min
+    def passes(self, kept: Collection[str]) -> bool:
+        """Say whether the gate passes on all inputs with these layers in float."""
+        self._step(f"{len(kept)} of {len(self._layers)} layers in float")
+        with self.budget.timed("whole"):
+            result = self._compare(self._make(sorted(kept)), None)
+        passed = not result.failures(self._gate)
+        whole = sum(layer.macs for layer in self._layers) or 1
+        left = sum(layer.macs for layer in self._layers if layer.name in kept)
+        self._tried.append(
+            Tradeoff(
+                kept=tuple(sorted(kept)),
+                quality=result.quality,
+                float_macs=left / whole,
+                passed=passed,
+            )
+        )
+        self._count()
+        return passed
+
+    def sensitivity(self) -> dict[str, float]:
+        """Return layer -> how much quality is lost when it alone is quantized."""
+        everything = {layer.name for layer in self._layers}
+        lost: dict[str, float] = {}
+        for number, layer in enumerate(sorted(self._layers, key=lambda x: -(x.error or 0.0)), 1):
+            if not self.budget.allows("single", SENSITIVITY_SHARE):
+                break
+            self._step(f"sensitivity {number}/{len(self._layers)}: {layer.name}")
+            with self.budget.timed("single"):
+                quantized = self._make(sorted(everything - {layer.name}))
+                result = self._compare(quantized, SENSITIVITY_SAMPLES)
+            best = 1.0 if result.perplexity_increase is None else 0.0
+            lost[layer.name] = best - result.quality
+            self._count()
+        return lost
+
+    def returned(self, kept: list[str]) -> tuple[list[str], bool]:
+        """Try each layer back in integers; return those that stay, and whether time sufficed."""
+        self._planned = self._done + len(kept) - 1
+        for name in reversed(kept.copy()):
+            if len(kept) == 1:
+                break  # keeping none was the first try, and failed
+            if not self.budget.allows():
+                return kept, False
+            rest = [other for other in kept if other != name]
+            if self.passes(rest):
+                kept = rest
+        return kept, True
+
+    def trail(self, sensitivity: Mapping[str, float], *, complete: bool) -> Trail:
+        """Return how the search went."""
+        return Trail(
+            tried=tuple(self._tried),
+            sensitivity=sensitivity,
+            complete=complete,
+            seconds=self.budget.spent,
+        )
+
+    def _count(self) -> None:
+        self._done += 1
+        self._progress(self._done, max(self._planned, self._done))

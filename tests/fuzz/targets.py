@@ -252,7 +252,7 @@ _ENDINGS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 def records(data: bytes) -> None:
     """A file of rows, read by embed, calibration and memory."""
     from memopt.commands.memory.add import read as read_memories
-    from memopt.quantization.calibration import read as read_calibration
+    from memopt.quantization.accuracy.calibration import read as read_calibration
     from memopt.runtimes.inputs import read_items
 
     ending = _ENDINGS[data[0] % len(_ENDINGS)] if data else ".txt"

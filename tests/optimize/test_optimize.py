@@ -16,7 +16,7 @@ from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import _as_at_home, _gated, choose
 from memopt.optimize.plan import Candidate, Optimized, Outcome, Plan, check_targets
 from memopt.optimize.run import optimize
-from memopt.quantization.quantize import seconds
+from memopt.quantization.configured import seconds
 from memopt.sealing import KEY_VARIABLE, load_key
 from memopt.weights.crypto import MAGIC
 from memopt.weights.locked import encrypt_bundle

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from memopt.quantization.rounding import rtn_quantize
+from memopt.quantization.math.rounding import rtn_quantize
 from memopt.weights.packing import RANGES
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader

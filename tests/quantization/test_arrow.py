@@ -12,8 +12,8 @@ from onnx import helper, numpy_helper
 
 from memopt.bundle import Bundle, Manifest, Variant, create_bundle
 from memopt.errors import ConfigurationError, QuantizationError, WeightsError
-from memopt.quantization.arrow import ArrowQuantizer, Calibrated
-from memopt.quantization.hessians import GraphCalibration
+from memopt.quantization.arrow import ArrowQuantizer
+from memopt.quantization.math.hessians import Calibrated, GraphCalibration
 from memopt.weights.reader import WeightLoader
 from memopt.weights.writer import write_weights
 

@@ -11,7 +11,13 @@ import pytest
 
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError, InputError, MemoptError, QuantizationError
-from memopt.quantization.calibration import CalibrationSet, check_disjoint, load, split, stratified
+from memopt.quantization.accuracy.calibration import (
+    CalibrationSet,
+    check_disjoint,
+    load,
+    split,
+    stratified,
+)
 from memopt.quantization.quantize import Samples, read_samples
 
 PAIRS = [(f"the {n} first text", f"another {n} text, longer than it", n % 6) for n in range(40)]

@@ -13,10 +13,9 @@ import safetensors.numpy
 from memopt.bundle import Bundle, Manifest, open_bundle
 from memopt.exporters.base import export
 from memopt.exporters.from_v2 import export_v2
-from memopt.quantization.arrow_method import quantize_arrow
+from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.validate import Gate
 from memopt.weights.convert import convert
 
 
@@ -37,7 +36,7 @@ def few(texts: Path) -> Samples:
 def arrow(bundle: Bundle, texts: Path, **recipe: Any) -> object:
     """Quantize the weights, whatever that costs."""
     chosen = Recipe(method="arrow", **recipe)
-    return quantize_arrow(bundle, few(texts), chosen, gate=Gate(min_cosine=0.5))
+    return quantize(bundle, few(texts), chosen, gate=Gate(min_cosine=0.5))
 
 
 # Each gets a bundle, a source of another model, and texts.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from memopt.quantization.extremes import expected_minimum
-from memopt.quantization.validate import Gate, Validation
+from memopt.quantization.accuracy.extremes import expected_minimum
+from memopt.quantization.accuracy.gate import Gate, Validation
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 TAILS: dict[str, Draw] = {

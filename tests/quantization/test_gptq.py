@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from memopt.errors import QuantizationError
-from memopt.quantization.gptq import HessianAccumulator, gptq_quantize, output_error
-from memopt.quantization.rounding import rtn_quantize
+from memopt.quantization.math.gptq import HessianAccumulator, gptq_quantize, output_error
+from memopt.quantization.math.rounding import rtn_quantize
 
 
 def correlated(rows: int = 2048, features: int = 128, rank: int = 24) -> np.ndarray:

@@ -11,11 +11,10 @@ import pytest
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError, QuantizationError
 from memopt.quantization import quantize as library
-from memopt.quantization.arrow_method import quantize_arrow
+from memopt.quantization.accuracy.gate import Gate
+from memopt.quantization.accuracy.result import Result
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.result import Result
-from memopt.quantization.validate import Gate
 from memopt.weights.reader import WeightLoader
 
 # A quarter, and what scales and what stays float take (biases, norms): the issue's limit.
@@ -231,26 +230,24 @@ def test_arrow_method(tiny_copy: Bundle, texts: Path) -> None:
     """``arrow`` writes V2 weights once a graph with those numbers passes, and nothing otherwise."""
     samples = Samples(calibration=texts, samples=16, validation_samples=16)
     recipe = Recipe(method="arrow", weight_type="int4", algorithm="gptq", granularity="per-group")
-    done = quantize_arrow(tiny_copy, samples, recipe, gate=Gate(min_cosine=0.5))
+    done = quantize(tiny_copy, samples, recipe, gate=Gate(min_cosine=0.5))
     assert done.passed
     assert (tiny_copy.path / "weights_int4_gptq.parquet").is_file()
     assert open_bundle(tiny_copy.path).manifest.history[-1]["validation"]["cosine_min"] > 0.5
     with pytest.raises(QuantizationError, match="fails its gate"):
-        quantize_arrow(
-            tiny_copy, samples, replace(recipe, weight_type="int2"), gate=Gate(min_cosine=1.0)
-        )
+        quantize(tiny_copy, samples, replace(recipe, weight_type="int2"), gate=Gate(min_cosine=1.0))
     assert not (tiny_copy.path / "weights_int2_gptq.parquet").exists()
 
 
 def test_arrow_searches_and_reports(tiny_copy: Bundle, texts: Path, tmp_path: Path) -> None:
     """The search keeps weights in float16 until the gate passes; the report shows it."""
-    from memopt.quantization.report import write_report
+    from memopt.quantization.accuracy.report import write_report
 
     samples = Samples(calibration=texts, samples=16, validation_samples=16)
     recipe = Recipe(method="arrow", weight_type="int2")
-    plain = quantize_arrow(tiny_copy, samples, recipe, gate=Gate(), keep_failing=True)
+    plain = quantize(tiny_copy, samples, recipe, gate=Gate(), keep_failing=True)
     gate = Gate(min_cosine=plain.validation.cosine_min + 0.02)
-    done = quantize_arrow(tiny_copy, samples, recipe, gate=gate, budget=600)
+    done = quantize(tiny_copy, samples, recipe, gate=gate, budget=600)
     assert done.passed
     kept = done.recipe["keep_float"]
     assert kept
@@ -275,7 +272,7 @@ def test_a_graph_of_arrow_weights_has_their_verdict(tiny_copy: Bundle, texts: Pa
     recipe = Recipe(method="arrow", weight_type="int4")
     for bound, passes in ((0.5, True), (1.0, False)):
         gate = Gate(min_cosine=bound)
-        done = quantize_arrow(tiny_copy, samples, recipe, gate=gate, keep_failing=True)
+        done = quantize(tiny_copy, samples, recipe, gate=gate, keep_failing=True)
         variant = export_v2(open_bundle(tiny_copy.path), done.file)
         assert variant.passed is passes
         assert variant.validation is not None
@@ -291,7 +288,7 @@ def test_a_graph_of_arrow_weights_has_their_verdict(tiny_copy: Bundle, texts: Pa
 
 def test_report_is_self_contained(tiny_copy: Bundle, texts: Path, tmp_path: Path) -> None:
     """The report holds its pictures and the worst inputs, escaped, and asks for nothing."""
-    from memopt.quantization.report import write_report
+    from memopt.quantization.accuracy.report import write_report
 
     samples = Samples(calibration=texts, samples=16, validation_samples=16)
     result = quantize(tiny_copy, samples, Recipe(), keep_failing=True)

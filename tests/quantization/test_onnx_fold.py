@@ -14,11 +14,11 @@ from memopt.bundle import Bundle
 from memopt.graphs.ir import from_proto, to_proto
 from memopt.graphs.linears import onnx_linears
 from memopt.graphs.observe import observer
-from memopt.quantization import onnx_static
-from memopt.quantization.onnx_fold import fold_smoothing
+from memopt.quantization.math.smooth import Smoothing
+from memopt.quantization.methods import static_qdq as onnx_static
+from memopt.quantization.methods.fold import fold_smoothing
 from memopt.quantization.quantize import Samples, float_variant, make_context, read_samples
 from memopt.quantization.recipe import Recipe
-from memopt.quantization.smooth import Plan
 
 RNG = np.random.default_rng(0)
 
@@ -43,7 +43,7 @@ def test_only_activations_behind_gelu_are_smoothed_at_run_time(
     """LayerNorm and attention make their smoothed outputs themselves, with the same answers."""
     samples = Samples(calibration=texts, samples=16, validation_samples=16)
     recipe = Recipe(method="static", target="cpu", smooth=0.7)
-    base = float_variant(tiny_exported, ("static", "onnx"))
+    base = float_variant(tiny_exported, recipe)
     calibration, _ = read_samples(tiny_exported, samples)
     context = make_context(tiny_exported, base, recipe, calibration, samples)
     make = onnx_static.prepare(context)
@@ -95,7 +95,7 @@ def test_a_norm_makes_the_smoothed_value_and_a_residual_gets_its_own(
     model = norm_graph(residual=residual)
     feed = {"x": RNG.normal(size=(5, 8)).astype(np.float32)}
     (before,) = values(model, tmp_path, ["normed"], feed)
-    plan = Plan(
+    plan = Smoothing(
         low=RNG.normal(size=8).astype(np.float32),
         divisor=RNG.uniform(0.5, 2, 8).astype(np.float32),
         scale=1.0, alpha=0.5, error=0.0,
@@ -115,7 +115,7 @@ def test_a_value_that_others_read_is_left_alone() -> None:
     """A norm whose output is the model's own output keeps making it."""
     model = norm_graph(residual=False)
     model.graph.output.append(helper.make_tensor_value_info("normed", TensorProto.FLOAT, ["n", 8]))
-    plan = Plan(
+    plan = Smoothing(
         low=np.ones(8, np.float32), divisor=np.ones(8, np.float32), scale=1.0, alpha=0.5, error=0.0
     )
     graph = from_proto(model)

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from memopt.graphs.ir import from_proto, to_proto
-from memopt.quantization.onnx_tables import SMALLEST_TABLE, quantize_tables
+from memopt.quantization.methods.tables import SMALLEST_TABLE, quantize_tables
 
 
 def embedding(table: np.ndarray) -> object:

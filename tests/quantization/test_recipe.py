@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from memopt.bundle import Bundle
 from memopt.commands.quantize import quantize
 from memopt.errors import ConfigurationError
-from memopt.quantization.recipe import HELP, Recipe, known_recipe, load_recipe, match_layers
+from memopt.quantization.method import match_layers
+from memopt.quantization.recipe import Method, Recipe, known_recipe, load_recipe
 
 
 def test_round_trip() -> None:
@@ -50,6 +52,20 @@ def test_bad_values(values: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Recipe.from_dict(values)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_methods_own_settings_are_strict(method: Any) -> None:
+    """They come out of a recipe and out of plain data alike; what is not theirs is refused."""
+    own = Recipe(method=method, keep_float=("*.0.*",)).own
+    assert type(own).from_dict(asdict(own)) == own
+    assert {field.name for field in fields(own)} < {field.name for field in fields(Recipe)}
+    for field in fields(own):
+        assert field.default == getattr(Recipe(), field.name)
+    with pytest.raises(ConfigurationError, match="did you mean 'weight_type'"):
+        type(own).from_dict({"weight_typ": "int8"})
+    with pytest.raises(ConfigurationError, match="weight_type 'int1' does not go with method"):
+        type(own).from_dict({"weight_type": "int1"})
 
 
 def test_yaml(tmp_path: Path) -> None:
@@ -104,7 +120,7 @@ def test_every_field_is_a_flag_with_its_default() -> None:
     parameters = inspect.signature(quantize).parameters
     recipe = Recipe()
     for field in fields(Recipe):
-        assert field.name in HELP
+        assert field.metadata["help"]
         option = parameters[field.name].annotation
         default = getattr(recipe, field.name)
         if isinstance(default, bool):
@@ -112,7 +128,7 @@ def test_every_field_is_a_flag_with_its_default() -> None:
         else:
             words = {"group_size": "64 for int8, else 32", "max_drop": "0, off"}
             shown = words.get(field.name, str(default) if default != () else "none")
-        assert f"[default: {shown}]" in str(option), field.name
+        assert f"[default: {shown}]" in option.__metadata__[0].help, field.name
 
 
 def test_unknown_pattern_names_the_nearest() -> None:

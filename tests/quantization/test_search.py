@@ -10,9 +10,12 @@ import pytest
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import QuantizationError
 from memopt.graphs.session import open_graph
-from memopt.quantization.onnx_nbits import prepare
+from memopt.quantization.accuracy.gate import Gate
+from memopt.quantization.accuracy.validate import PrecisionValidator
+from memopt.quantization.methods.weight_only import prepare
 from memopt.quantization.quantize import (
     Samples,
+    comparer,
     float_variant,
     make_context,
     quantize,
@@ -21,7 +24,6 @@ from memopt.quantization.quantize import (
 )
 from memopt.quantization.recipe import Recipe
 from memopt.quantization.search import _fewest, search
-from memopt.quantization.validate import Gate, PrecisionValidator
 
 
 def test_fewest_finds_the_shortest_prefix() -> None:
@@ -89,7 +91,7 @@ def test_a_budget_ends_the_search_and_is_said(tiny_copy: Bundle, texts: Path) ->
     """No try starts after the budget; what was found passes, or the error asks for more time."""
     samples = Samples(calibration=texts, samples=16, validation_samples=24)
     recipe = Recipe(method="weight-only", weight_type="int2", group_size=16)
-    base = float_variant(tiny_copy, ("weight-only", "onnx"))
+    base = float_variant(tiny_copy, recipe)
     calibration, held_out = read_samples(tiny_copy, samples)
     make = prepare(make_context(tiny_copy, base, recipe, calibration, samples))
     validator = PrecisionValidator(tiny_copy, base, held_out)
@@ -97,11 +99,11 @@ def test_a_budget_ends_the_search_and_is_said(tiny_copy: Bundle, texts: Path) ->
     plain = validator.validate(open_graph(graph, "onnx", base.output)).cosine_min
     assert plain is not None
     gate = Gate(min_cosine=plain + (1 - plain) / 2)
+    compare = comparer(validator, recipe, tiny_copy.path)
     results = []
     for budget in (50.0, 50.0, 1e9):
         clock = Clock()
-        where = tiny_copy.path
-        results.append(search(make, validator, gate, "onnx", where, budget=budget, clock=clock))
+        results.append(search(make, compare, gate, budget=budget, clock=clock))
         assert results[-1].trail.seconds <= budget + 5
     assert not results[0].trail.complete
     assert results[0].kept == results[1].kept
@@ -109,7 +111,7 @@ def test_a_budget_ends_the_search_and_is_said(tiny_copy: Bundle, texts: Path) ->
     assert len(results[2].kept) <= len(results[0].kept)
     assert len(results[2].trail.sensitivity) > len(results[0].trail.sensitivity)
     with pytest.raises(QuantizationError, match="budget ended before any"):
-        search(make, validator, gate, "onnx", tiny_copy.path, budget=2.0, clock=Clock())
+        search(make, compare, gate, budget=2.0, clock=Clock())
     assert not list(tiny_copy.path.glob("trial*"))
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from memopt.errors import QuantizationError
-from memopt.quantization.smooth import Plan, plan, round_weight, with_range
-from memopt.quantization.statistics import (
+from memopt.quantization.math.smooth import Smoothing, choose, round_weight, with_range
+from memopt.quantization.math.statistics import (
     BINS,
     ROWS,
     Histogram,
@@ -105,15 +105,15 @@ def test_smoothing_beats_plain_ranges_on_outlier_channels() -> None:
     rows[:, 7] *= 100
     rows[:, 9] += 50
     weight = generator.normal(0, 1, (32, 64)).astype(np.float32)
-    plain = plan(seen_of(rows), [weight], smooth="none", margin=1.0)
-    smooth = plan(seen_of(rows), [weight], smooth="auto", margin=1.0)
+    plain = choose(seen_of(rows), [weight], smooth="none", margin=1.0)
+    smooth = choose(seen_of(rows), [weight], smooth="auto", margin=1.0)
     assert smooth.error < plain.error / 4
 
 
 def test_the_algebra_of_shift_and_divisor() -> None:
     """scale * q * divisor + low gives the activation back within half a step per channel."""
     rows = np.random.default_rng(0).normal([0, 5, -3], [1, 9, 0.1], (256, 3)).astype(np.float32)
-    made = plan(seen_of(rows), [np.eye(3, dtype=np.float32)], smooth=0.7, margin=1.0)
+    made = choose(seen_of(rows), [np.eye(3, dtype=np.float32)], smooth=0.7, margin=1.0)
     back = made.quantized(rows) * made.divisor + made.low
     assert np.all(np.abs(back - rows) <= made.scale * made.divisor * 0.501)
     assert made.quantize(rows).min() >= 0
@@ -122,7 +122,7 @@ def test_the_algebra_of_shift_and_divisor() -> None:
 
 def test_narrower_range_moves_shift_and_scale_together() -> None:
     """A plan fitted to a histogram still maps values inside the range to themselves."""
-    base = Plan(
+    base = Smoothing(
         low=np.zeros(2, np.float32), divisor=np.array([1.0, 2.0], np.float32), scale=1.0,
         alpha=0.5, error=0.0,
     )  # fmt: skip

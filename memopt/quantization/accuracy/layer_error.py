@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from memopt.graphs.observe import observer, present, valid_rows
-from memopt.quantization.static import Context, Layer
+from memopt.quantization.method import Context, Layer
 
 # Batches of calibration inputs, longest first: enough to tell layers apart.
 BATCHES = 4
 
 
-def with_errors(layers: Sequence[Layer], context: Context, graph: Path) -> tuple[Layer, ...]:
+def with_errors(layers: Sequence[Layer], context: Context[Any], graph: Path) -> tuple[Layer, ...]:
     """Return the layers with their measured errors; those that have one already keep it.
 
     Args:

@@ -11,19 +11,19 @@ from memopt import charts
 from memopt.files import atomic_path
 
 if TYPE_CHECKING:
-    from memopt.quantization.result import Proven
+    from memopt.quantization.accuracy.result import Result
 
 # Bars of the layer chart: the worst ones; the table below it has every layer.
 BARS = 40
 
 
-def write_report(result: Proven, target: Path) -> None:
+def write_report(result: Result, target: Path) -> None:
     """Write the report of one quantization, whole or not at all."""
     with atomic_path(target) as path:
         path.write_text(render(result), encoding="utf-8")
 
 
-def render(result: Proven) -> str:
+def render(result: Result) -> str:
     """Return the report as HTML: no script, no request, inline SVG only."""
     proof = result.validation
     sections = [("Verdict", _verdict(result))]
@@ -44,7 +44,7 @@ def render(result: Proven) -> str:
     return charts.page(f"memopt quantize: {result.name}", sections)
 
 
-def _errors(result: Proven) -> list[tuple[str, str]]:
+def _errors(result: Result) -> list[tuple[str, str]]:
     errors = sorted(
         ((layer.name, layer.error) for layer in result.layers if layer.error is not None),
         key=lambda item: -item[1],
@@ -62,7 +62,7 @@ def _errors(result: Proven) -> list[tuple[str, str]]:
     return [("Error by layer", lead + charts.bars(errors[:BARS], ""))]
 
 
-def _search(result: Proven) -> list[tuple[str, str]]:
+def _search(result: Result) -> list[tuple[str, str]]:
     trail = result.trail
     if trail is None:
         return []
@@ -91,7 +91,7 @@ def _words(value: object) -> str:
     return str(value)
 
 
-def _verdict(result: Proven) -> str:
+def _verdict(result: Result) -> str:
     proof, gate = result.validation, result.gate
     verdict = "passed its gate" if result.passed else "FAILED: " + "; ".join(result.failures)
     lead = f"<p><b>{escape(verdict)}</b>, compared with the float model on {proof.samples} inputs"
@@ -123,7 +123,7 @@ def _verdict(result: Proven) -> str:
     return lead + charts.table(["measure", "value", "gate"], rows)
 
 
-def _size_and_speed(result: Proven) -> str:
+def _size_and_speed(result: Result) -> str:
     megabytes = [("float", result.float_bytes / 1e6), (result.name, result.bytes / 1e6)]
     share = result.bytes / result.float_bytes
     parts = [f"<p>{share:.1%} of the float model's bytes:</p>"]
@@ -132,16 +132,15 @@ def _size_and_speed(result: Proven) -> str:
         speeds = [("float", 1.0), (result.name, result.validation.speedup)]
         parts.append("<p>Speed beside the float model in the same runtime:</p>")
         parts.append(charts.bars(speeds, "x", highlight=result.name))
-    work = result.work
-    if work.get("int8_macs") is not None:
-        kernels = ", ".join(f"{count} {name}" for name, count in work["kernels"].items())
+    if result.int8_macs is not None:
+        kernels = ", ".join(f"{count} {name}" for name, count in result.kernels.items())
         parts.append(
-            f"<p>{work['int8_macs']:.1%} of the multiply-adds run in int8 ({escape(kernels)}).</p>"
+            f"<p>{result.int8_macs:.1%} of the multiply-adds run in int8 ({escape(kernels)}).</p>"
         )
     return "".join(parts)
 
 
-def _layers(result: Proven) -> str:
+def _layers(result: Result) -> str:
     rows = [
         [
             layer.name,

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memopt.bundle import Variant
-from memopt.quantization.static import Layer
-from memopt.quantization.validate import Gate, Validation
-
-if TYPE_CHECKING:
-    from memopt.quantization.search import Trail
+from memopt.quantization.accuracy.gate import Gate, Validation
+from memopt.quantization.method import Layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Proven:
+class Tradeoff:
+    """One point of the search: what is in float, and the quality on the whole validation set."""
+
+    kept: tuple[str, ...]
+    quality: float  # min cosine, or minus the perplexity increase
+    float_macs: float  # share of the weighted work that stays float
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trail:
+    """How a search went.
+
+    Attributes:
+        tried: every choice of layers that was compared on the whole validation set, in order.
+        sensitivity: layer -> 1 - min cosine, or the perplexity increase, when it alone is
+            quantized.
+        complete: False when the budget ended the search: the kept layers pass, fewer might do.
+        seconds: how long it took.
+    """
+
+    tried: tuple[Tradeoff, ...]
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    complete: bool = True
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {**asdict(self), "seconds": round(self.seconds, 1)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
     """A quantized file with its comparison against the float graph.
 
     Attributes:
@@ -30,6 +59,9 @@ class Proven:
         data: what it was calibrated and validated with, as recorded.
         bytes, float_bytes: of its files, and of the float graph's or weights'.
         trail: how the search went, None without one.
+        work: of a graph, ``int8_macs``, the share of multiply-adds in int8 (None where nobody
+            looked), and ``kernels``, how often each ran.
+        made: the variant, None for a weight file.
     """
 
     name: str
@@ -44,11 +76,31 @@ class Proven:
     bytes: int
     float_bytes: int
     trail: Trail | None = None
+    work: Mapping[str, Any] = field(default_factory=dict)
+    made: Variant | None = None
 
     @property
-    def work(self) -> Mapping[str, Any]:
-        """``int8_macs`` and ``kernels`` where the work was looked at, else nothing."""
-        return {}
+    def variant(self) -> Variant:
+        """The variant that was recorded.
+
+        Raises:
+            AttributeError: method ``arrow`` writes weights, which are none.
+        """
+        if self.made is None:
+            raise AttributeError(f"{self.file} is a weight file, not a variant")
+        return self.made
+
+    @property
+    def int8_macs(self) -> float | None:
+        """The share of multiply-adds in int8, None where nobody looked."""
+        share: float | None = self.work.get("int8_macs")
+        return share
+
+    @property
+    def kernels(self) -> Mapping[str, int]:
+        """How often each multiplying kernel ran."""
+        counts: Mapping[str, int] = self.work.get("kernels", {})
+        return counts
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -68,17 +120,3 @@ class Proven:
             "layers": [asdict(layer) for layer in self.layers],
             "search": self.trail.to_dict() if self.trail else None,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result(Proven):
-    """A quantized graph, recorded as a variant of its bundle."""
-
-    variant: Variant
-    int8_macs: float | None = None
-    kernels: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def work(self) -> Mapping[str, Any]:
-        """The share of multiply-adds in int8 and the kernels that ran."""
-        return {"int8_macs": self.int8_macs, "kernels": dict(self.kernels)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.bundle import Bundle, Variant
-from memopt.errors import ConfigurationError, QuantizationError
+from memopt.errors import QuantizationError
 from memopt.graphs.session import feeds, open_graph
-from memopt.quantization.calibration import CalibrationSet
-from memopt.quantization.extremes import expected_minimum
+from memopt.quantization.accuracy.calibration import CalibrationSet
+from memopt.quantization.accuracy.extremes import expected_minimum
+from memopt.quantization.accuracy.gate import Validation
 from memopt.runtimes.vectors import row_cosines, unit_rows
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.floating[Any]]
 
-# The gates of the issue: what users of an index notice, and what GPTQ can be asked for.
-MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
-MAX_PERPLEXITY_INCREASE = 0.15
 # Neighbours compared for the retrieval overlap.
 NEIGHBOURS = 10
 # Timed passes of each side, in turn; the median is reported.
@@ -38,81 +35,6 @@ TIMED_SECONDS = 1.5
 # Validation inputs kept between runs: all of a text set; of pictures and sounds, 0.6 to 1 MB each,
 # a search then decodes them anew rather than hold hundreds of MB.
 HELD_BYTES = 128 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
-    """What a variant must reach to be written and picked.
-
-    >>> Gate(min_cosine=2)
-    Traceback (most recent call last):
-    ...
-    memopt.errors.ConfigurationError: min_cosine 2 is not in [-1, 1]; use 0.95
-    """
-
-    min_cosine: float = MIN_COSINE["rtn"]
-    max_perplexity_increase: float = MAX_PERPLEXITY_INCREASE
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.min_cosine <= 1:
-            raise ConfigurationError(
-                f"min_cosine {self.min_cosine} is not in [-1, 1]", fix="use 0.95"
-            )
-        if not self.max_perplexity_increase >= 0:
-            raise ConfigurationError(
-                f"max_perplexity_increase {self.max_perplexity_increase} is negative",
-                fix="use 0.15 for 15 %",
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
-    """How a quantized graph compares with the float one; embeddings or perplexity, not both."""
-
-    samples: int
-    cosine_min: float | None = None
-    cosine_low: float | None = None  # what the minimum of as many other inputs stays above
-    cosine_p1: float | None = None
-    cosine_mean: float | None = None
-    overlap_at_10: float | None = None
-    spearman: float | None = None
-    spearman_float: float | None = None
-    perplexity: float | None = None
-    perplexity_float: float | None = None
-    perplexity_increase: float | None = None
-    speedup: float | None = None  # against the float variant of the same runtime
-    set_sha256: str | None = None  # of the inputs
-    worst: tuple[tuple[str, float], ...] = ()
-    cosines: tuple[float, ...] = field(default=(), repr=False)
-
-    def failures(self, gate: Gate) -> list[str]:
-        """Return one line per number that misses the gate; empty means it passes."""
-        found = []
-        if self.cosine_min is not None and not self.cosine_min >= gate.min_cosine:
-            found.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
-        elif self.cosine_low is not None and not self.cosine_low >= gate.min_cosine:
-            found.append(near(self.cosine_min, self.cosine_low, gate.min_cosine))
-        rise = self.perplexity_increase
-        if rise is not None and not rise <= gate.max_perplexity_increase:
-            found.append(
-                f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
-            )
-        return found
-
-    def record(self, gate: Gate) -> dict[str, Any]:
-        """Return what the manifest keeps: the numbers, the gate, no list of every cosine."""
-        numbers = {
-            key: round(value, 6) if isinstance(value, float) else value
-            for key, value in asdict(self).items()
-            if value is not None and key not in ("cosines", "worst")
-        }
-        return {**numbers, "gate": asdict(gate)}
-
-
-def near(cosine: float | None, low: float, bound: float) -> str:
-    """Say that a minimum passes by the luck of its sample."""
-    seen = f"min cosine {cosine:.4f}" if cosine is not None else "the minimum"
-    return f"{seen} is too near to {bound}: other inputs would give down to {low:.4f}"
 
 
 class PrecisionValidator:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memopt.errors import QuantizationError
-from memopt.quantization.rounding import check_weight, scales_for
+from memopt.quantization.math.rounding import check_weight, rtn_quantize, scales_for
 from memopt.weights.packing import RANGES
 from memopt.weights.quantized import QuantizedWeight
 
@@ -109,19 +109,10 @@ def gptq_quantize(
     """
     axis = 1 if group_size else 0
     check_weight(weight, bits=bits, axis=axis, group_size=group_size, name=name)
-    if weight.ndim != 2:
-        raise QuantizationError(f"{name!r} has shape {list(weight.shape)}, GPTQ needs a matrix")
-    rows, columns = weight.shape
-    if hessian.shape != (columns, columns):
-        raise QuantizationError(
-            f"{name!r} has {columns} inputs, its Hessian is {list(hessian.shape)}"
-        )
-    if not np.isfinite(hessian).all():
-        raise QuantizationError(f"the Hessian of {name!r} holds NaN or infinite values")
+    _check_hessian(weight, hessian, name)
     if weight.size == 0:
-        from memopt.quantization.rounding import rtn_quantize
-
         return rtn_quantize(weight, bits=bits, axis=axis, group_size=group_size)
+    columns = weight.shape[1]
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(columns)
     factor = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64), damping, name)
     # (in, out): one input's weights are contiguous, which the inner loop walks over.
@@ -129,8 +120,35 @@ def gptq_quantize(
     groups = order // (group_size or columns)
     power = np.diag(hessian) if fit_scales else None
     grids = _Grids(weight, group_size, bits, symmetric, power, static=act_order)
+    integers = np.empty_like(left, np.int8)
+    integers[order] = _round_columns(left, factor, grids, groups, RANGES[bits], block_size)
+    scales, points = grids.stored(group_size)
+    return QuantizedWeight(np.ascontiguousarray(integers.T), scales, points, axis, group_size, bits)
+
+
+def _check_hessian(weight: np.ndarray, hessian: np.ndarray, name: str) -> None:
+    if weight.ndim != 2:
+        raise QuantizationError(f"{name!r} has shape {list(weight.shape)}, GPTQ needs a matrix")
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise QuantizationError(
+            f"{name!r} has {columns} inputs, its Hessian is {list(hessian.shape)}"
+        )
+    if not np.isfinite(hessian).all():
+        raise QuantizationError(f"the Hessian of {name!r} holds NaN or infinite values")
+
+
+def _round_columns(
+    left: np.ndarray,
+    factor: np.ndarray,
+    grids: _Grids,
+    groups: np.ndarray,
+    limits: tuple[int, int],
+    block_size: int,
+) -> NDArray[np.int8]:
+    """Round one input (a row of ``left``) after the other; those after it take up its error."""
+    columns, rows = left.shape
     integers = np.empty((columns, rows), np.int8)
-    bottom, top = RANGES[bits]
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         errors = np.empty((end - start, rows))
@@ -138,24 +156,13 @@ def gptq_quantize(
             group = int(groups[i])
             grids.prepare(group, i, left)
             scale, point = grids.scales[group], grids.points[group]
-            steps = np.clip(np.rint(left[i] / scale) + point, bottom, top)
+            steps = np.clip(np.rint(left[i] / scale) + point, *limits)
             integers[i] = steps
             error = (left[i] - (steps - point) * scale) / factor[i, i]
             left[i + 1 : end] -= factor[i, i + 1 : end, None] * error
             errors[i - start] = error
         left[end:] -= factor[start:end, end:].T @ errors
-    natural = np.empty_like(integers)
-    natural[order] = integers
-    scales = grids.scales.astype(np.float32)
-    points = grids.points.astype(np.int8)
-    return QuantizedWeight(
-        np.ascontiguousarray(natural.T),
-        np.ascontiguousarray(scales.T) if group_size else scales[0],
-        np.zeros(0, np.int8) if symmetric else (points.T.copy() if group_size else points[0]),
-        axis,
-        group_size,
-        bits,
-    )
+    return integers
 
 
 class _Grids:
@@ -186,6 +193,15 @@ class _Grids:
         """Fit a group to its weights as they are when its first column comes, errors included."""
         if not self._ready[group]:
             self._fit(group, left[at : at + self._size])
+
+    def stored(self, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scales and zero points as a QuantizedWeight has them."""
+        scales, points = self.scales.astype(np.float32), self.points.astype(np.int8)
+        if group_size:
+            scales, points = np.ascontiguousarray(scales.T), points.T.copy()
+        else:
+            scales, points = scales[0], points[0]
+        return scales, np.zeros(0, np.int8) if self._symmetric else points
 
     def _fit(self, group: int, values: np.ndarray) -> None:
         """Choose scale and zero point for ``values`` (inputs of the group, outputs)."""

@@ -7,6 +7,7 @@ memory limit, so memory grows neither with samples nor with the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ from memopt.errors import QuantizationError
 from memopt.graphs.ir import read_onnx
 from memopt.graphs.linears import onnx_linears
 from memopt.graphs.observe import observer, valid_rows
-from memopt.quantization.arrow import Calibrated
-from memopt.quantization.gptq import HessianAccumulator
+from memopt.quantization.math.gptq import HessianAccumulator
 from memopt.weights.layout import is_transposed
 from memopt.weights.reader import WeightLoader
 
@@ -87,6 +87,14 @@ def _grouped(widths: Mapping[str, int], group_bytes: int) -> list[list[str]]:
         groups[-1].append(name)
         room -= size
     return groups
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What GPTQ needs of one layer: the Hessian of its inputs, and which weight axis they are."""
+
+    hessian: np.ndarray
+    input_axis: int = 1  # 1 for a Linear's (out, in), 0 for GPT-2's Conv1D (in, out)
 
 
 class GraphCalibration:

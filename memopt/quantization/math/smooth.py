@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.quantization.statistics import LEVELS, Histogram, Observed
+from memopt.quantization.math.statistics import LEVELS, Histogram, Observed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +33,7 @@ _TINY = 1e-8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Smoothing:
     """How one activation is quantized; ``error`` is the relative squared error of its products."""
 
     low: Array  # (channels,)
@@ -52,7 +52,9 @@ class Plan:
         return self.quantize(x) * np.float32(self.scale)
 
 
-def plan(seen: Observed, weights: Sequence[Array], *, smooth: str | float, margin: float) -> Plan:
+def choose(
+    seen: Observed, weights: Sequence[Array], *, smooth: str | float, margin: float
+) -> Smoothing:
     """Choose shift, divisor and scale for an activation that feeds ``weights`` (out, in) each.
 
     Args:
@@ -65,7 +67,7 @@ def plan(seen: Observed, weights: Sequence[Array], *, smooth: str | float, margi
     >>> x = np.random.default_rng(0).normal(0, [1, 100], (64, 2)).astype(np.float32)
     >>> seen.add(x, np.random.default_rng(0))
     >>> weight = np.eye(2, dtype=np.float32)
-    >>> plan(seen, [weight], smooth=0.8, margin=1.0).error < plan(
+    >>> choose(seen, [weight], smooth=0.8, margin=1.0).error < choose(
     ...     seen, [weight], smooth="none", margin=1.0).error
     True
     """
@@ -75,13 +77,15 @@ def plan(seen: Observed, weights: Sequence[Array], *, smooth: str | float, margi
     return min(candidates, key=lambda candidate: candidate.error)
 
 
-def with_range(chosen: Plan, histogram: Histogram, method: str, percentile: float) -> Plan:
-    """Return the plan with its scale and shift fitted to a histogram of the smoothed activation.
+def with_range(
+    chosen: Smoothing, histogram: Histogram, method: str, percentile: float
+) -> Smoothing:
+    """Return it with its scale and shift fitted to a histogram of the smoothed activation.
 
     The histogram counts ``(x - low) / divisor``.
     """
     low, high = histogram.range(method, percentile)
-    return Plan(
+    return Smoothing(
         low=(chosen.low + np.float32(low) * chosen.divisor).astype(np.float32),
         divisor=chosen.divisor,
         scale=max((high - low) / LEVELS, _TINY),
@@ -110,7 +114,7 @@ def _candidate(
     references: Sequence[Array],
     alpha: float | None,
     margin: float,
-) -> Plan:
+) -> Smoothing:
     center = (seen.low + seen.high) / 2
     half = (seen.high - seen.low) / 2 * np.float32(margin)
     half = np.maximum(half, max(1e-5 * float(half.max(initial=0)), _TINY)).astype(np.float32)
@@ -128,14 +132,16 @@ def _candidate(
         widest = float((half / divisor).max())
         shift = (center - widest * divisor).astype(np.float32)
         scale = 2 * widest / LEVELS
-    made = Plan(
+    made = Smoothing(
         low=shift, divisor=divisor, scale=scale, alpha=-1 if alpha is None else alpha, error=0
     )
     error = _error(made, seen.rows, weights, references)
-    return Plan(low=shift, divisor=divisor, scale=scale, alpha=made.alpha, error=error)
+    return Smoothing(low=shift, divisor=divisor, scale=scale, alpha=made.alpha, error=error)
 
 
-def _error(made: Plan, rows: Array, weights: Sequence[Array], references: Sequence[Array]) -> float:
+def _error(
+    made: Smoothing, rows: Array, weights: Sequence[Array], references: Sequence[Array]
+) -> float:
     x = made.quantized(rows)
     total = 0.0
     for weight, reference in zip(weights, references, strict=True):

@@ -10,19 +10,29 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from memopt.extras import require, root_log_kept
 from memopt.graphs.ir import drop_unused, new_node, read_onnx, replace_node, store, to_proto
-from memopt.quantization.onnx_tables import find_tables, quantize_tables
-from memopt.quantization.recipe import match_layers
-from memopt.quantization.static import Context, Layer, Make, Quantized
+from memopt.quantization.method import Context, Layer, Make, MethodRecipe, Quantized, match_layers
+from memopt.quantization.methods.tables import find_tables, quantize_tables
 
 
-def prepare(context: Context) -> Make:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicRecipe(MethodRecipe):
+    """Settings of method ``dynamic``."""
+
+    target: Literal["auto", "cpu"] = "auto"
+    weight_type: Literal["int8"] = "int8"
+    granularity: Literal["auto", "per-channel", "per-tensor"] = "auto"
+    embeddings: bool = True
+
+
+def prepare(context: Context[DynamicRecipe]) -> Make:
     """Return a function that builds the dynamic int8 graph.
 
     Raises:

@@ -18,11 +18,11 @@ import numpy as np
 
 from memopt.graphs.ir import constant, integers, made_by, new_node, only_use, set_constant, store
 from memopt.graphs.linears import Linear
-from memopt.quantization.static import Rounded
+from memopt.quantization.methods.static import Rounded
 
 if TYPE_CHECKING:
     from memopt.graphs.observe import Array
-    from memopt.quantization.smooth import Plan
+    from memopt.quantization.math.smooth import Smoothing
 
 # What splits a projection into heads, and joins heads again: (batch, length, heads, width).
 _HEADS = (0, 2, 1, 3)
@@ -31,7 +31,7 @@ _HEADS = (0, 2, 1, 3)
 def fold_smoothing(
     model: Any,
     linears: Collection[Linear],
-    plans: Mapping[str, Plan],
+    plans: Mapping[str, Smoothing],
     rounded: Mapping[str, Rounded],
 ) -> tuple[set[str], dict[str, Rounded]]:
     """Change a float graph so that activations come out smoothed where that is free.
@@ -105,7 +105,7 @@ def _biased(value: Any) -> tuple[Any, int] | None:
     return (node, places[0]) if places else None
 
 
-def _into_norm(graph: Any, node: Any, plan: Plan, others: list[Any]) -> bool:
+def _into_norm(graph: Any, node: Any, plan: Smoothing, others: list[Any]) -> bool:
     """Let a LayerNormalization make the smoothed activation; say whether that was possible."""
     made = node.outputs[0]
     if len(node.outputs) > 1 or len(node.inputs) < 2 or not all(map(_is_vector, node.inputs[1:])):

@@ -6,7 +6,8 @@ import io
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from memopt.graphs.ir import read_onnx, to_proto
 from memopt.graphs.linears import Linear, onnx_linears, openvino_linears
 from memopt.graphs.openvino import read_openvino
 from memopt.graphs.session import open_graph
-from memopt.quantization.recipe import Recipe, match_layers
-from memopt.quantization.static import Context, Layer, Make, Quantized
+from memopt.quantization.method import Context, Layer, Make, MethodRecipe, Quantized, match_layers
 from memopt.runtimes.vectors import row_cosines
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
@@ -32,7 +32,34 @@ _MODES = {
 }
 
 
-def prepare(context: Context) -> Make:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NncfRecipe(MethodRecipe):
+    """Settings of method ``nncf``."""
+
+    target: Literal["auto", "openvino", "cpu"] = "auto"
+    weight_type: Literal["int8"] = "int8"
+    granularity: Literal["auto", "per-channel", "per-tensor"] = "auto"
+    activation_type: str = "uint8"
+    ranges: str = "minmax"
+    percentile: float = 99.99
+    smooth: str | float = "auto"
+    bias_correction: bool = True
+    max_drop: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NncfWeightsRecipe(MethodRecipe):
+    """Settings of method ``nncf-weights``."""
+
+    target: Literal["auto", "openvino", "cpu"] = "auto"
+    weight_type: Literal["int8", "int4", "nf4"] = "int8"
+    granularity: Literal["auto", "per-channel", "per-group"] = "auto"
+    group_size: int = 0
+    symmetric: bool = True
+    algorithm: Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"] = "rtn"
+
+
+def prepare(context: Context[NncfRecipe]) -> Make:
     """Return a function that quantizes weights and activations with ``nncf.quantize``.
 
     Raises:
@@ -80,7 +107,7 @@ def prepare(context: Context) -> Make:
     return make
 
 
-def prepare_weights(context: Context) -> Make:
+def prepare_weights(context: Context[NncfWeightsRecipe]) -> Make:
     """Return a function that compresses weights with ``nncf.compress_weights``.
 
     Raises:
@@ -133,7 +160,7 @@ def prepare_weights(context: Context) -> Make:
 
 
 def _with_accuracy_control(
-    context: Context,
+    context: Context[NncfRecipe],
     model: Any,
     dataset: Any,
     ignored: Any,
@@ -174,7 +201,7 @@ def _nncf() -> Any:
     return require("nncf", extra="quantize", why="quantize with nncf")
 
 
-def _options(context: Context) -> dict[str, str]:
+def _options(context: Context[Any]) -> dict[str, str]:
     return {"INFERENCE_PRECISION_HINT": "f32"} if context.base.format == "openvino" else {}
 
 
@@ -189,14 +216,14 @@ def _copy(model: Any) -> Any:
 class _Feeds:
     """Calibration inputs anew for each of nncf's passes, so that none of them is kept."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context[Any]) -> None:
         self._context = context
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (dict(feed) for feed in self._context.feeds())
 
 
-def _read(context: Context) -> tuple[Any, dict[str, Linear]]:
+def _read(context: Context[Any]) -> tuple[Any, dict[str, Linear]]:
     """Return the float model, and its layers by name."""
     if context.base.format == "openvino":
         model = read_openvino(context.graph)
@@ -216,7 +243,7 @@ def _layers(linears: Mapping[str, Linear], kept: Collection[str], kind: str) -> 
     )
 
 
-def _alphas(recipe: Recipe) -> Any:
+def _alphas(recipe: NncfRecipe) -> Any:
     parameters = _nncf().quantization.advanced_parameters.AdvancedSmoothQuantParameters
     if recipe.smooth == "none":
         return parameters(matmul=-1, convolution=-1)
@@ -224,7 +251,7 @@ def _alphas(recipe: Recipe) -> Any:
     return parameters(matmul=alpha)
 
 
-def _ranges(recipe: Recipe) -> Any:
+def _ranges(recipe: NncfRecipe) -> Any:
     kinds = _range_module()
     if recipe.ranges == "minmax":
         low, high = (

@@ -24,15 +24,11 @@ from memopt.graphs.openvino import (
     read_openvino,
     users_of,
 )
-from memopt.quantization.static import (
-    Context,
-    Layer,
-    Make,
-    Quantized,
+from memopt.quantization.method import Context, Layer, Make, Quantized, float_layer, kept_layers
+from memopt.quantization.methods.static import (
     Rounded,
-    float_layer,
+    StaticRecipe,
     int8_layer,
-    kept_layers,
     round_layers,
     round_table,
     share_of_power,
@@ -40,7 +36,7 @@ from memopt.quantization.static import (
 
 if TYPE_CHECKING:
     from memopt.graphs.observe import Array
-    from memopt.quantization.smooth import Plan
+    from memopt.quantization.math.smooth import Smoothing
 
 # Tables below this many bytes stay float: token types are not worth a second Gather.
 SMALLEST_TABLE = 1 << 18
@@ -53,7 +49,7 @@ SHORT = MappingProxyType({"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "D
 LONG = MappingProxyType({"INFERENCE_PRECISION_HINT": "bf16"})
 
 
-def prepare(context: Context) -> Make:
+def prepare(context: Context[StaticRecipe]) -> Make:
     """Calibrate an OpenVINO float model; return a function that builds int8 copies of it.
 
     Raises:
@@ -62,7 +58,7 @@ def prepare(context: Context) -> Make:
     """
     model = read_openvino(context.graph)
     linears = openvino_linears(model, context.name_of)
-    patterns = kept_layers(context, linears, [name for name, _, _ in _tables(model)])
+    patterns = kept_layers(context.recipe, linears, [name for name, _, _ in _tables(model)])
     plans, rounded = round_layers(context, linears)
 
     def make(keep: Collection[str]) -> Quantized:
@@ -73,8 +69,8 @@ def prepare(context: Context) -> Make:
 
 def _build(
     model: Any,
-    context: Context,
-    plans: Mapping[str, Plan],
+    context: Context[StaticRecipe],
+    plans: Mapping[str, Smoothing],
     rounded: Mapping[str, Rounded],
     kept: Collection[str],
 ) -> Quantized:
@@ -166,7 +162,7 @@ def _store_constants(model: Any, kept: Collection[str]) -> list[Layer]:
     return layers
 
 
-def _fake_quantize(source: Any, chosen: Plan) -> Any:
+def _fake_quantize(source: Any, chosen: Smoothing) -> Any:
     import openvino.opset13 as op
 
     rank = source.get_partial_shape().rank.get_length()

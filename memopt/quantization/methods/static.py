@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.bundle import Bundle, Variant
-from memopt.errors import QuantizationError
 from memopt.graphs.linears import Linear
 from memopt.graphs.observe import observer, valid_rows
-from memopt.quantization.recipe import Recipe, match_layers
-from memopt.quantization.smooth import Plan, plan, round_weight, with_range
-from memopt.quantization.statistics import Histogram, Observed, observe
+from memopt.quantization.math.smooth import Smoothing, choose, round_weight, with_range
+from memopt.quantization.math.statistics import Histogram, Observed, observe
+from memopt.quantization.method import Context, Layer, MethodRecipe
 
 if TYPE_CHECKING:
     from memopt.graphs.observe import Array
@@ -26,56 +23,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
-    """What became of one layer: ``error`` is a squared error over the power of what was exact.
+class StaticRecipe(MethodRecipe):
+    """Settings of method ``static``."""
 
-    Of the layer's output where calibration inputs tell it, else of its weight.
-    """
-
-    name: str
-    kind: str  # int8 | float | embedding | ...
-    error: float | None = None
-    alpha: float | None = None
-    macs: int = 0  # multiply-accumulates per token
-    value: str | None = None  # its output in the graph, for errors measured there
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """A graph made by a method: the model in the runtime's own type, and its layers."""
-
-    model: Any
-    layers: tuple[Layer, ...]
-    options: Mapping[str, str] = field(default_factory=dict)  # how the runtime must open it
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Builds the quantized graph with these layers, beside the recipe's own, left in float.
-Make = Callable[[Collection[str]], Quantized]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """What every method gets: the float graph, calibration inputs and the recipe.
-
-    ``feeds`` starts a new pass over the calibration inputs each time; ``name_of`` gives the
-    checkpoint's name of a weight matrix, in either orientation.
-    """
-
-    bundle: Bundle
-    base: Variant
-    recipe: Recipe
-    feeds: Callable[[], Iterable[Mapping[str, NDArray[Any]]]]
-    probes: Sequence[Mapping[str, NDArray[Any]]] = ()
-    name_of: Callable[[NDArray[Any]], str | None] = lambda _: None
-    seed: int = 0
-    samples: int = 0
-    step: Callable[[str], None] = lambda _: None
-
-    @property
-    def graph(self) -> Path:
-        """The float graph's file."""
-        return self.bundle.file(self.base)
+    target: Literal["auto", "openvino", "cpu"] = "auto"
+    # int8 kernels multiply with weights that have one scale per output channel or tensor.
+    weight_type: Literal["int8"] = "int8"
+    granularity: Literal["auto", "per-channel", "per-tensor"] = "auto"
+    ranges: str = "minmax"
+    percentile: float = 99.99
+    smooth: str | float = "auto"
+    range_margin: float = 1.1
+    range_probes: bool = True
+    bias_correction: bool = True
+    embeddings: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,33 +49,16 @@ class Rounded:
     error: float
 
 
-def float_layer(linear: Linear) -> Layer:
-    """Return what is said of a layer that stays in float."""
-    return Layer(name=linear.name, kind="float", macs=linear.size)
-
-
-def int8_layer(linear: Linear, weight: Rounded, plan: Plan) -> Layer:
+def int8_layer(linear: Linear, weight: Rounded, plan: Smoothing) -> Layer:
     """Return what became of a layer whose weight and activation are int8."""
     return Layer(
         name=linear.name, kind="int8", error=weight.error, alpha=plan.alpha, macs=linear.size
     )
 
 
-def kept_layers(context: Context, linears: Sequence[Linear], tables: Sequence[str]) -> set[str]:
-    """Return the layers and tables that the recipe keeps in float.
-
-    Raises:
-        QuantizationError: the graph has no weighted product.
-        ConfigurationError: a pattern matches no layer.
-    """
-    if not linears:
-        raise QuantizationError("this graph has no matrix product with a constant weight")
-    return match_layers(context.recipe.keep_float, [*(item.name for item in linears), *tables])
-
-
 def round_layers(
-    context: Context, linears: Sequence[Linear]
-) -> tuple[dict[str, Plan], dict[str, Rounded]]:
+    context: Context[StaticRecipe], linears: Sequence[Linear]
+) -> tuple[dict[str, Smoothing], dict[str, Rounded]]:
     """Calibrate the activations of linear layers and round the weights for them.
 
     Returns:
@@ -145,11 +89,11 @@ def plan_activations(
     run: Observe,
     feeds: Callable[[], Iterable[Feed]],
     probes: Sequence[Feed],
-    recipe: Recipe,
+    recipe: StaticRecipe,
     *,
     seed: int = 0,
     step: Step = lambda _: None,
-) -> dict[str, tuple[Plan, Observed]]:
+) -> dict[str, tuple[Smoothing, Observed]]:
     """Calibrate each activation and choose its plan.
 
     Args:
@@ -162,10 +106,10 @@ def plan_activations(
     names = list(groups)
     step("activation ranges")
     seen = observe(names, run, feeds(), probes=probes, seed=seed)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Smoothing] = {}
     for name in names:
         step(f"smoothing {name}")
-        plans[name] = plan(
+        plans[name] = choose(
             seen[name], groups[name], smooth=recipe.smooth, margin=recipe.range_margin
         )
     if recipe.ranges != "minmax":
@@ -174,7 +118,7 @@ def plan_activations(
     return {name: (plans[name], seen[name]) for name in names}
 
 
-def round_layer(weight: Array, made: Plan, seen: Observed, recipe: Recipe) -> Rounded:
+def round_layer(weight: Array, made: Smoothing, seen: Observed, recipe: StaticRecipe) -> Rounded:
     """Round one weight (out, in) for a plan, with bias correction from the sample rows."""
     smoothed = weight * made.divisor
     if recipe.grain == "per-tensor":
@@ -206,8 +150,8 @@ def round_table(table: Array) -> tuple[NDArray[np.int8], Array]:
 
 
 def _fit_ranges(
-    plans: Mapping[str, Plan], run: Observe, feeds: Iterable[Feed], recipe: Recipe
-) -> dict[str, Plan]:
+    plans: Mapping[str, Smoothing], run: Observe, feeds: Iterable[Feed], recipe: StaticRecipe
+) -> dict[str, Smoothing]:
     histograms = {name: Histogram(0.0, 255 * made.scale) for name, made in plans.items()}
     for feed in feeds:
         for name, values in zip(plans, run(feed), strict=True):

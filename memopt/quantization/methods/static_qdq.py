@@ -23,25 +23,16 @@ from memopt.graphs.ir import (
     to_proto,
 )
 from memopt.graphs.linears import Linear, onnx_linears
-from memopt.quantization.onnx_fold import fold_smoothing
-from memopt.quantization.onnx_tables import find_tables, quantize_tables
-from memopt.quantization.static import (
-    Context,
-    Layer,
-    Make,
-    Quantized,
-    Rounded,
-    float_layer,
-    int8_layer,
-    kept_layers,
-    round_layers,
-)
+from memopt.quantization.method import Context, Layer, Make, Quantized, float_layer, kept_layers
+from memopt.quantization.methods.fold import fold_smoothing
+from memopt.quantization.methods.static import Rounded, StaticRecipe, int8_layer, round_layers
+from memopt.quantization.methods.tables import find_tables, quantize_tables
 
 if TYPE_CHECKING:
-    from memopt.quantization.smooth import Plan
+    from memopt.quantization.math.smooth import Smoothing
 
 
-def prepare(context: Context) -> Make:
+def prepare(context: Context[StaticRecipe]) -> Make:
     """Calibrate a portable ONNX graph; return a function that builds int8 copies of it.
 
     Raises:
@@ -50,7 +41,7 @@ def prepare(context: Context) -> Make:
     """
     model = read_onnx(context.graph)
     linears = onnx_linears(model)
-    patterns = kept_layers(context, linears, [name for name, _ in find_tables(model)])
+    patterns = kept_layers(context.recipe, linears, [name for name, _ in find_tables(model)])
     plans, rounded = round_layers(context, linears)
 
     def make(keep: Collection[str]) -> Quantized:
@@ -60,7 +51,10 @@ def prepare(context: Context) -> Make:
 
 
 def _build(
-    context: Context, plans: Mapping[str, Plan], rounded: Mapping[str, Rounded], kept: set[str]
+    context: Context[StaticRecipe],
+    plans: Mapping[str, Smoothing],
+    rounded: Mapping[str, Rounded],
+    kept: set[str],
 ) -> Quantized:
     model = read_onnx(context.graph)
     layers: list[Layer] = []
@@ -95,7 +89,7 @@ def _build(
     return Quantized(model=to_proto(model), layers=tuple(layers))
 
 
-def _activation(graph: Any, value: Any, plan: Plan, *, smoothed: bool) -> list[Any]:
+def _activation(graph: Any, value: Any, plan: Smoothing, *, smoothed: bool) -> list[Any]:
     """Return the nodes from a float activation to ``<source>/uint8_float``.
 
     ``smoothed`` says that the graph makes the activation shifted and divided already.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.graphs.ir import constant, new_node, replace_node, store
-from memopt.quantization.static import Layer, round_table, share_of_power
+from memopt.quantization.method import Layer
+from memopt.quantization.methods.static import round_table, share_of_power
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,8 @@ zero point a block, packed low bits first. Activations stay float in the graph.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,19 +23,20 @@ from memopt.graphs.ir import (
     to_proto,
 )
 from memopt.graphs.linears import Linear, onnx_linears
-from memopt.quantization.gptq import gptq_quantize, output_error
-from memopt.quantization.hessians import Hessians
-from memopt.quantization.onnx_tables import find_tables, quantize_tables
-from memopt.quantization.recipe import BITS, Recipe
-from memopt.quantization.rounding import rtn_quantize
-from memopt.quantization.static import (
+from memopt.quantization.math.gptq import gptq_quantize, output_error
+from memopt.quantization.math.hessians import Hessians
+from memopt.quantization.math.rounding import rtn_quantize
+from memopt.quantization.method import (
+    BITS,
     Context,
     Layer,
     Make,
+    MethodRecipe,
     Quantized,
     float_layer,
     kept_layers,
 )
+from memopt.quantization.methods.tables import find_tables, quantize_tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +48,20 @@ if TYPE_CHECKING:
 ACCURACY_LEVEL = 4
 
 
-def prepare(context: Context) -> Make:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOnlyRecipe(MethodRecipe):
+    """Settings of method ``weight-only``."""
+
+    target: Literal["auto", "cpu", "gpu"] = "auto"
+    weight_type: Literal["int8", "int4", "int2"] = "int8"
+    granularity: Literal["auto", "per-group"] = "auto"
+    group_size: int = 0
+    symmetric: bool = True
+    algorithm: Literal["rtn", "gptq"] = "rtn"
+    embeddings: bool = True
+
+
+def prepare(context: Context[WeightOnlyRecipe]) -> Make:
     """Round every weight once; return a function that builds graphs with them.
 
     Raises:
@@ -56,7 +71,7 @@ def prepare(context: Context) -> Make:
     recipe = context.recipe
     model = read_onnx(context.graph)
     linears = onnx_linears(model)
-    patterns = kept_layers(context, linears, [name for name, _ in find_tables(model)])
+    patterns = kept_layers(context.recipe, linears, [name for name, _ in find_tables(model)])
     rounding = [item for item in linears if item.name not in patterns]
     rounded: dict[str, tuple[QuantizedWeight, float]] = {}
     if recipe.algorithm == "gptq":
@@ -79,7 +94,7 @@ def prepare(context: Context) -> Make:
 
 
 def _round(
-    linear: Linear, recipe: Recipe, hessian: NDArray[Any] | None
+    linear: Linear, recipe: WeightOnlyRecipe, hessian: NDArray[Any] | None
 ) -> tuple[QuantizedWeight, float]:
     """Return a rounded weight and its error: of the layer's output where its inputs are known."""
     weight = linear.weight
@@ -99,7 +114,9 @@ def _round(
 
 
 def _build(
-    context: Context, rounded: Mapping[str, tuple[QuantizedWeight, float]], kept: set[str]
+    context: Context[WeightOnlyRecipe],
+    rounded: Mapping[str, tuple[QuantizedWeight, float]],
+    kept: set[str],
 ) -> Quantized:
     model = read_onnx(context.graph)
     model.graph.opset_imports.setdefault(MICROSOFT, 1)

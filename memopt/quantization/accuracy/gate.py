@@ -1,0 +1,95 @@
+"""What a variant must reach, and what was measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from memopt.errors import ConfigurationError
+
+# What users of an index notice, and what GPTQ can be asked for.
+MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
+MAX_PERPLEXITY_INCREASE = 0.15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What a variant must reach to be written and picked.
+
+    >>> Gate(min_cosine=2)
+    Traceback (most recent call last):
+    ...
+    memopt.errors.ConfigurationError: min_cosine 2 is not in [-1, 1]; use 0.95
+    """
+
+    min_cosine: float = MIN_COSINE["rtn"]
+    max_perplexity_increase: float = MAX_PERPLEXITY_INCREASE
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.min_cosine <= 1:
+            raise ConfigurationError(
+                f"min_cosine {self.min_cosine} is not in [-1, 1]", fix="use 0.95"
+            )
+        if not self.max_perplexity_increase >= 0:
+            raise ConfigurationError(
+                f"max_perplexity_increase {self.max_perplexity_increase} is negative",
+                fix="use 0.15 for 15 %",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """How a quantized graph compares with the float one; embeddings or perplexity, not both."""
+
+    samples: int
+    cosine_min: float | None = None
+    cosine_low: float | None = None  # what the minimum of as many other inputs stays above
+    cosine_p1: float | None = None
+    cosine_mean: float | None = None
+    overlap_at_10: float | None = None
+    spearman: float | None = None
+    spearman_float: float | None = None
+    perplexity: float | None = None
+    perplexity_float: float | None = None
+    perplexity_increase: float | None = None
+    speedup: float | None = None  # against the float variant of the same runtime
+    set_sha256: str | None = None  # of the inputs
+    worst: tuple[tuple[str, float], ...] = ()
+    cosines: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def quality(self) -> float:
+        """The min cosine, or of a language model minus the perplexity increase."""
+        if self.perplexity_increase is not None:
+            return -self.perplexity_increase
+        assert self.cosine_min is not None
+        return self.cosine_min
+
+    def failures(self, gate: Gate) -> list[str]:
+        """Return one line per number that misses the gate; empty means it passes."""
+        found = []
+        if self.cosine_min is not None and not self.cosine_min >= gate.min_cosine:
+            found.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
+        elif self.cosine_low is not None and not self.cosine_low >= gate.min_cosine:
+            found.append(near(self.cosine_min, self.cosine_low, gate.min_cosine))
+        rise = self.perplexity_increase
+        if rise is not None and not rise <= gate.max_perplexity_increase:
+            found.append(
+                f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
+            )
+        return found
+
+    def record(self, gate: Gate) -> dict[str, Any]:
+        """Return what the manifest keeps: the numbers, the gate, no list of every cosine."""
+        numbers = {
+            key: round(value, 6) if isinstance(value, float) else value
+            for key, value in asdict(self).items()
+            if value is not None and key not in ("cosines", "worst")
+        }
+        return {**numbers, "gate": asdict(gate)}
+
+
+def near(cosine: float | None, low: float, bound: float) -> str:
+    """Say that a minimum passes by the luck of its sample."""
+    seen = f"min cosine {cosine:.4f}" if cosine is not None else "the minimum"
+    return f"{seen} is too near to {bound}: other inputs would give down to {low:.4f}"

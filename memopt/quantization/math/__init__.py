@@ -1,0 +1,1 @@
+"""Rounding, GPTQ, smoothing and the statistics they need: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""The ways to quantize: one file a method, with its own settings."""
