@@ -70,7 +70,7 @@ class DeltaSyncManager:
 
     def _push(self, weights: Weights, adapter: str) -> SyncMetrics:
         settings = session.delta_settings(self.config)
-        with session.opened(self.state, adapter, settings) as manager:
+        with session.open_state(self.state, adapter, settings) as manager:
             report = self._client.push(
                 manager,
                 weights,

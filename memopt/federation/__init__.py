@@ -12,7 +12,8 @@ from typing import Any
 
 from memopt.extras import require
 
-require("pyarrow.flight", extra="federation", why="sync weights")
+for _module in ("pyarrow.flight", "cryptography", "safetensors", "zstandard"):
+    require(_module, extra="federation", why="sync weights")
 
 _MODULES = {
     "client.client": ("SyncClient",),

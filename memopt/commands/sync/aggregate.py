@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.sync.options import DEFAULT_KEYS, AsJson, Insecure, Keys, Node, Plain, Server
+from memopt.commands.sync.options import Access, AsJson, grouped
 from memopt.commands.sync.output import print_report
 
 
+@grouped
 def aggregate(
     adapter: Annotated[str, typer.Argument(help="The adapter that the average is a version of.")],
     inputs: Annotated[list[str], typer.Option("--input", help="One to average; repeatable.")],
-    node: Node,
+    access: Access,
     weight: Annotated[
         list[float] | None, typer.Option(help="Sample count of each input, in their order.")
     ] = None,
@@ -28,28 +27,19 @@ def aggregate(
         int | None, typer.Option(help="Rank of the result [default: the inputs' largest].")
     ] = None,
     codec: Annotated[str, typer.Option(help="How the result travels to those who pull.")] = "int8",
-    server: Server = "localhost:8815",
-    keys: Keys = DEFAULT_KEYS,
-    plain: Plain = False,
-    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Have the server average adapters into one, LoRA's factors taken together (role admin)."""
-    from memopt.federation.client.session import connect
-
-    session = connect(server, node=node, keys=keys, plain=plain, insecure=insecure)
+    session = access.connect()
     done = session.client.aggregate(
         adapter,
         inputs,
         key=session.files.signing_key(),
-        node=node,
+        node=session.files.node,
         weights=weight or None,
         settings={"method": method, "robust": robust, "max_norm": max_norm, "rank": rank},
         codec=codec,
     )
-    if as_json:
-        echo(json.dumps({"adapter": adapter, **done}))
-        return
     print_report(
         f"{adapter} version {done['sequence']} is the average of {', '.join(inputs)}",
         [
@@ -57,6 +47,7 @@ def aggregate(
             ("left out (not finite)", _names(inputs, done["left_out"])),
             ("scaled down to the bound", _names(inputs, done["clipped"])),
         ],
+        {"adapter": adapter, **done} if as_json else None,
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
 from memopt.commands.sync.options import AsJson
-from memopt.commands.sync.output import print_rows
+from memopt.commands.sync.output import print_json, print_rows
 
 
 def diff(
@@ -26,7 +24,7 @@ def diff(
 
     result = compare(old, new, delta_threshold=delta_threshold)
     if as_json:
-        echo(json.dumps(result))
+        print_json(result)
         return
     print_rows(
         ("tensor", "action", "relative mean change"),

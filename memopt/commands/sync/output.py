@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,16 @@ def moving(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def print_report(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Print what was done: a title, and rows of a name and its value."""
+def print_json(document: object) -> None:
+    """Print what a program reads."""
+    echo(json.dumps(document))
+
+
+def print_report(title: str, rows: Sequence[tuple[str, str]], document: object = None) -> None:
+    """Print what was done: a title, and rows of a name and its value; or the document, if any."""
+    if document is not None:
+        print_json(document)
+        return
     echo(title)
     print_rows(None, rows)
 

@@ -9,17 +9,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from memopt.config import load_config
 from memopt.errors import ConfigurationError, SyncError
-from memopt.federation.client.client import SyncClient
+from memopt.federation.client.client import PullReport, PushReport, SyncClient
+from memopt.federation.client.jobs import Progress
 from memopt.federation.client.link import parse_address
 from memopt.federation.client.manager import DeltaSyncManager
+from memopt.federation.delta.arrays import Weights
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.trust.manifest import check_node
 from memopt.federation.trust.nodes import Trust
@@ -78,22 +78,48 @@ class Session:
     files: NodeFiles
     config: FederationSection
 
+    def delta_settings(self, **chosen: Any) -> DeltaSettings:
+        """Return settings from the configuration, options that were given over it."""
+        return delta_settings(self.config, **chosen)
 
-def connect(
-    server: str,
-    *,
-    node: str,
-    keys: str | Path,
-    plain: bool = False,
-    insecure: bool = False,
-    deadline: float | None = None,
-) -> Session:
-    """Return a client for ``host:port``, with the retries and the timeout of the configuration."""
+    def push(
+        self, manager: DeltaSyncManager, new: Weights, *, full: bool, progress: Progress
+    ) -> PushReport:
+        """Push under the node's key; ``full``, or the configuration, sends everything."""
+        return self.client.push(
+            manager,
+            new,
+            key=self.files.signing_key(),
+            node=self.files.node,
+            full=full or sends_all(self.config),
+            progress=progress,
+        )
+
+    def history(self, adapter: str) -> list[dict[str, Any]]:
+        """Return an adapter's versions as plain JSON, and of each whether it is trusted."""
+        trust, rows = self.files.trust(), []
+        for signed in self.client.history(adapter):
+            try:
+                trust.verify(signed, fresh=False)
+                verdict = "yes"
+            except SyncError as error:
+                verdict = f"NO: {error.problem}"
+            digest = signed.manifest.digest()
+            rows.append({**signed.to_json(), "digest": digest, "trusted": verdict})
+        return rows
+
+
+def connect(server: str, *, node: str, keys: str | Path, plain: bool, **options: Any) -> Session:
+    """Return a client for ``host:port``, with the retries and the timeout of the configuration.
+
+    Args:
+        node, keys: who calls, and the folder of its files.
+        plain: without TLS.
+        options: others of SyncClient.
+    """
     config = load_config().federation
     files = NodeFiles(folder=Path(keys), node=node)
-    client = client_of(
-        server, config, tls=files.tls(plain=plain), deadline=deadline, insecure=insecure
-    )
+    client = client_of(server, config, tls=files.tls(plain=plain), **options)
     return Session(client=client, files=files, config=config)
 
 
@@ -135,22 +161,11 @@ def vault(key_file: Path | None) -> Vault:
     return Vault(load_key(key_file))
 
 
-@contextmanager
-def opened(
-    state: str | Path,
-    adapter: str,
-    settings: DeltaSettings,
-    dictionary: bytes = b"",
-    *,
-    key_file: Path | None = None,
-) -> Iterator[DeltaSyncManager]:
-    """Open this node's state of an adapter; a damaged one names the folder to remove."""
-    import hashlib
-
-    known = {hashlib.sha256(dictionary).hexdigest(): dictionary} if dictionary else {}
-    kept = vault(key_file)
-    with DeltaSyncManager(state, adapter, settings, dictionaries=known, vault=kept) as manager:
-        yield manager
+def open_state(
+    state: str | Path, adapter: str, settings: DeltaSettings, *, key_file: Path | None = None
+) -> DeltaSyncManager:
+    """Open this node's state of an adapter, under the key if there is one."""
+    return DeltaSyncManager(state, adapter, settings, vault=vault(key_file))
 
 
 def read_dictionary(path: Path | None) -> bytes:
@@ -170,17 +185,13 @@ def read_dictionary(path: Path | None) -> bytes:
     return data
 
 
-def report_json(report: Any) -> dict[str, Any]:
+def report_json(report: PushReport | PullReport) -> dict[str, Any]:
     """Return a report as plain JSON: arrays left out, infinities as null."""
-    document = {name: value for name, value in asdict_shallow(report).items() if name != "weights"}
+    names = (field.name for field in fields(report) if field.name != "weights")
+    document = {name: getattr(report, name) for name in names}
     if "tensors" in document:
         document["tensors"] = [
             {k: None if v == float("inf") else v for k, v in asdict(t).items()}
             for t in document["tensors"]
         ]
     return document
-
-
-def asdict_shallow(value: Any) -> dict[str, Any]:
-    """Return a dataclass' fields without copying what they hold."""
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -53,33 +53,23 @@ def unshuffle(data: Bytes, itemsize: int) -> Bytes:
     return np.ascontiguousarray(data.reshape(itemsize, -1).T).reshape(-1)
 
 
-def _as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Array:
-    return data.view(DTYPES[dtype]).reshape(shape)
-
-
 # ------------------------------------------------------------------------------------- bit exact
 
 
-def _encode_raw(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
+def _encode_raw(base: Array, new: Array, param: int, levels: int) -> Bytes:
     return shuffle(raw(new), new.dtype.itemsize)
 
 
-def _decode_raw(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
-) -> Array:
-    return _as_array(unshuffle(body, DTYPES[dtype].itemsize), dtype, shape)
+def _decode_raw(base: Array, body: Bytes, dtype: str, param: int) -> Array:
+    return unshuffle(body, DTYPES[dtype].itemsize).view(DTYPES[dtype])
 
 
-def _encode_xor(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
-    assert base is not None
+def _encode_xor(base: Array, new: Array, param: int, levels: int) -> Bytes:
     return shuffle(raw(new) ^ raw(base), new.dtype.itemsize)
 
 
-def _decode_xor(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
-) -> Array:
-    assert base is not None
-    return _as_array(unshuffle(body, DTYPES[dtype].itemsize) ^ raw(base), dtype, shape)
+def _decode_xor(base: Array, body: Bytes, dtype: str, param: int) -> Array:
+    return (unshuffle(body, DTYPES[dtype].itemsize) ^ raw(base)).view(DTYPES[dtype])
 
 
 def _exact_length(count: int, dtype: str, param: int) -> int:
@@ -96,28 +86,23 @@ def difference(base: Array, new: Array) -> NDArray[Any]:
         return (new.reshape(-1).astype(work) - base.reshape(-1).astype(work)).astype(work)
 
 
-def _add(base: Array, delta: NDArray[Any], dtype: str, shape: tuple[int, ...]) -> Array:
+def _add(base: Array, delta: NDArray[Any], dtype: str) -> Array:
     work = work_dtype(dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         total: Array = (base.reshape(-1).astype(work) + delta).astype(DTYPES[dtype])
-    return total.reshape(shape)
+    return total
 
 
-def _encode_fp16(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
-    assert base is not None
+def _encode_fp16(base: Array, new: Array, param: int, levels: int) -> Bytes:
     with np.errstate(over="ignore", under="ignore"):
         scaled = np.ldexp(difference(base, new), -param).astype("<f2")
     return shuffle(raw(scaled), 2)
 
 
-def _decode_fp16(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
-) -> Array:
-    assert base is not None
-    work = work_dtype(dtype)
+def _decode_fp16(base: Array, body: Bytes, dtype: str, param: int) -> Array:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        delta = np.ldexp(unshuffle(body, 2).view("<f2").astype(work), param)
-    return _add(base, delta, dtype, shape)
+        delta = np.ldexp(unshuffle(body, 2).view("<f2").astype(work_dtype(dtype)), param)
+    return _add(base, delta, dtype)
 
 
 def fp16_exponent(delta: NDArray[Any]) -> int:
@@ -126,12 +111,13 @@ def fp16_exponent(delta: NDArray[Any]) -> int:
     return int(np.frexp(peak)[1]) - 15 if peak > 0 and np.isfinite(peak) else 0
 
 
-def _blocks(count: int, block: int) -> int:
-    return -(-count // block)
+def _scale_bytes(count: int, dtype: str, block: int) -> int:
+    return -(-count // block) * work_dtype(dtype).itemsize
 
 
-def _quantize(delta: NDArray[Any], block: int, top: int) -> tuple[NDArray[Any], NDArray[np.int8]]:
-    padded = np.zeros(_blocks(delta.size, block) * block, delta.dtype)
+def _quantize(delta: NDArray[Any], block: int, top: int) -> tuple[Bytes, NDArray[np.int8]]:
+    """Return each block's scale, as they are sent, and each value's step on it."""
+    padded = np.zeros(-(-delta.size // block) * block, delta.dtype)
     padded[: delta.size] = delta
     grid = padded.reshape(-1, block)
     peak = np.abs(grid).max(axis=1)
@@ -140,61 +126,44 @@ def _quantize(delta: NDArray[Any], block: int, top: int) -> tuple[NDArray[Any], 
     scales = np.where(peak > 0, np.maximum(peak / top, tiny), 0).astype(delta.dtype)
     steps = np.where(scales > 0, scales, 1)[:, None]
     quantized = np.clip(np.rint(grid / steps), -top, top).astype(np.int8).reshape(-1)
-    return scales, quantized[: delta.size]
+    return shuffle(raw(scales), scales.dtype.itemsize), quantized[: delta.size]
 
 
-def _dequantize(scales: NDArray[Any], quantized: NDArray[np.int8], block: int) -> NDArray[Any]:
-    steps = np.repeat(scales, block)[: quantized.size]
-    with np.errstate(over="ignore", invalid="ignore"):
-        product: NDArray[Any] = steps * quantized.astype(scales.dtype)
-    return product
-
-
-def _encode_int8(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
-    assert base is not None
-    scales, quantized = _quantize(difference(base, new), param, levels)
-    return np.concatenate([shuffle(raw(scales), scales.dtype.itemsize), raw(quantized)])
-
-
-def _decode_int8(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
+def _add_steps(
+    base: Array, scales: Bytes, quantized: NDArray[np.int8], dtype: str, block: int
 ) -> Array:
-    assert base is not None
     work = work_dtype(dtype)
-    head = _blocks(base.size, param) * work.itemsize
-    scales = unshuffle(body[:head], work.itemsize).view(work)
-    return _add(base, _dequantize(scales, body[head:].view(np.int8), param), dtype, shape)
+    steps = np.repeat(unshuffle(scales, work.itemsize).view(work), block)[: quantized.size]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _add(base, steps * quantized.astype(work), dtype)
 
 
-def _encode_int4(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
-    assert base is not None
+def _encode_int8(base: Array, new: Array, param: int, levels: int) -> Bytes:
+    scales, quantized = _quantize(difference(base, new), param, levels)
+    return np.concatenate([scales, raw(quantized)])
+
+
+def _decode_int8(base: Array, body: Bytes, dtype: str, param: int) -> Array:
+    head = _scale_bytes(base.size, dtype, param)
+    return _add_steps(base, body[:head], body[head:].view(np.int8), dtype, param)
+
+
+def _encode_int4(base: Array, new: Array, param: int, levels: int) -> Bytes:
     scales, quantized = _quantize(difference(base, new), param, 7)
     nibbles = np.zeros(quantized.size + quantized.size % 2, np.uint8)
     nibbles[: quantized.size] = quantized.view(np.uint8) & 0x0F
-    packed = nibbles[0::2] | (nibbles[1::2] << 4)
-    return np.concatenate([shuffle(raw(scales), scales.dtype.itemsize), packed])
+    return np.concatenate([scales, nibbles[0::2] | (nibbles[1::2] << 4)])
 
 
-def _decode_int4(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
-) -> Array:
-    assert base is not None
-    work = work_dtype(dtype)
-    head = _blocks(base.size, param) * work.itemsize
-    scales = unshuffle(body[:head], work.itemsize).view(work)
-    packed = body[head:]
-    nibbles = np.empty(packed.size * 2, np.uint8)
-    nibbles[0::2] = packed & 0x0F
-    nibbles[1::2] = packed >> 4
+def _decode_int4(base: Array, body: Bytes, dtype: str, param: int) -> Array:
+    head = _scale_bytes(base.size, dtype, param)
+    nibbles = np.stack([body[head:] & 0x0F, body[head:] >> 4], axis=1).reshape(-1)[: base.size]
     # Two's complement in four bits: shift up, then arithmetically down again.
-    quantized = ((nibbles[: base.size] << 4).view(np.int8)) >> 4
-    return _add(base, _dequantize(scales, quantized, param), dtype, shape)
+    return _add_steps(base, body[:head], (nibbles << 4).view(np.int8) >> 4, dtype, param)
 
 
-def _encode_topk(base: Array | None, new: Array, param: int, levels: int) -> Bytes:
-    assert base is not None
-    size = np.abs(difference(base, new))
-    indices = _largest(size, param)
+def _encode_topk(base: Array, new: Array, param: int, levels: int) -> Bytes:
+    indices = _largest(np.abs(difference(base, new)), param)
     gaps = np.diff(indices, prepend=0).astype("<u4")
     width = new.dtype.itemsize
     flat = raw(new).reshape(-1, width)[indices] ^ raw(base).reshape(-1, width)[indices]
@@ -211,10 +180,7 @@ def _largest(size: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([above, ties]))
 
 
-def _decode_topk(
-    base: Array | None, body: Bytes, dtype: str, shape: tuple[int, ...], param: int
-) -> Array:
-    assert base is not None
+def _decode_topk(base: Array, body: Bytes, dtype: str, param: int) -> Array:
     width = DTYPES[dtype].itemsize
     gaps = unshuffle(body[: 4 * param], 4).view("<u4").astype(np.int64)
     indices = np.cumsum(gaps)
@@ -222,7 +188,7 @@ def _decode_topk(
         raise SyncFailure("malformed", "top-k indices are not increasing and within the tensor")
     flat = raw(base).reshape(-1, width).copy()
     flat[indices] ^= unshuffle(body[4 * param :], width).reshape(-1, width)
-    return _as_array(flat.reshape(-1), dtype, shape)
+    return flat.reshape(-1).view(DTYPES[dtype])
 
 
 # ---------------------------------------------------------------------------------------- table
@@ -234,27 +200,24 @@ class Codec:
 
     ``param`` is all that the receiver needs besides dtype and shape; ``levels``, int8's steps on
     each side of zero, only the sender: fewer values in use are shorter after zstd's entropy coding.
+    What is decoded is flat. A codec that needs no base looks at none.
     """
 
     name: str
     exact: bool
     needs_base: bool
-    encode: Callable[[Array | None, Array, int, int], Bytes]  # base, new, param, levels
-    decode: Callable[[Array | None, Bytes, str, tuple[int, ...], int], Array]
+    encode: Callable[[Array, Array, int, int], Bytes]  # base, new, param, levels
+    decode: Callable[[Array, Bytes, str, int], Array]  # base, body, dtype, param
     length: Callable[[int, str, int], int]  # plain body bytes from (count, dtype, param)
     noise: bool = False  # the body is quantized numbers: entropy coding is all that helps
 
 
-def _fp16_length(count: int, dtype: str, param: int) -> int:
-    return 2 * count
-
-
 def _int8_length(count: int, dtype: str, param: int) -> int:
-    return _blocks(count, param) * work_dtype(dtype).itemsize + count
+    return _scale_bytes(count, dtype, param) + count
 
 
 def _int4_length(count: int, dtype: str, param: int) -> int:
-    return _blocks(count, param) * work_dtype(dtype).itemsize + (count + 1) // 2
+    return _scale_bytes(count, dtype, param) + (count + 1) // 2
 
 
 def _topk_length(count: int, dtype: str, param: int) -> int:
@@ -265,7 +228,7 @@ def _topk_length(count: int, dtype: str, param: int) -> int:
 CODECS: tuple[Codec, ...] = (
     Codec("raw", True, False, _encode_raw, _decode_raw, _exact_length),
     Codec("lossless", True, True, _encode_xor, _decode_xor, _exact_length),
-    Codec("fp16", False, True, _encode_fp16, _decode_fp16, _fp16_length, True),
+    Codec("fp16", False, True, _encode_fp16, _decode_fp16, lambda count, *_: 2 * count, True),
     Codec("int8", False, True, _encode_int8, _decode_int8, _int8_length, True),
     Codec("int4", False, True, _encode_int4, _decode_int4, _int4_length, True),
     Codec("topk", False, True, _encode_topk, _decode_topk, _topk_length),

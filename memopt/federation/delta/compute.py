@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from memopt.federation.delta.arrays import (
 )
 from memopt.federation.delta.codecs import (
     BY_NAME,
+    CODECS,
     INT4_BLOCK,
     INT8_BLOCK,
     INT8_LEVELS,
@@ -117,7 +119,11 @@ def compute_delta(base: Weights, new: Weights, settings: DeltaSettings | None = 
     base, new = (check_weights(base) if base else {}), check_weights(new)
     if not base:
         return full_payload(new, settings, base=base)
-    changes = _changes(base, new)
+    changes = {
+        name: relative_change(base[name], array)
+        for name, array in new.items()
+        if name in base and _alike(base[name], array)
+    }
     due = {
         name
         for name, change in changes.items()
@@ -131,7 +137,7 @@ def compute_delta(base: Weights, new: Weights, settings: DeltaSettings | None = 
             # On a handful of tiny tensors the frame alone is over half: send the smaller one.
             return whole if len(whole.payload) <= len(delta.payload) or full > 1 << 16 else delta
         return delta
-    return _fit(base, new, changes, due, settings)
+    return _fit(base, new, changes, due, settings, settings.max_bytes)
 
 
 def apply_delta(
@@ -153,44 +159,27 @@ def full_payload(
     new: Weights, settings: DeltaSettings | None = None, *, base: Weights | None = None
 ) -> Delta:
     """Return all of ``new`` as a lossless payload that needs no base."""
-    settings = settings or DeltaSettings()
-    compressor = Compressor(settings.level, settings.dictionary, off=not settings.compress)
-    rows, bodies, reports = [], [], []
+    draft = _Draft(settings or DeltaSettings(), {})
     for name in sorted(new):
-        row, body, _ = _encode(compressor, name, "put", "raw", 0, None, new[name])
-        rows.append(row)
-        bodies.append(body)
-        action = "sent" if base and name in base else "added"
-        reports.append(
-            TensorReport(
-                name=name,
-                action=action,
-                codec="raw",
-                change=float("inf"),
-                error=0.0,
-                bytes=row.stored,
-            )
-        )
-    reports += [_removed(name) for name in sorted(set(base or {}) - set(new))]
-    table = Table(kind="full", rows=tuple(rows), dictionary=compressor.dictionary)
-    return Delta(
-        payload=pack(table, bodies, compressor),
-        kind="full",
-        base_hash="",
-        new_hash=weights_hash(new),
-        received=dict(new),
-        tensors=tuple(reports),
-        fp32_bytes=fp32_bytes(new),
-        error=0.0,
-    )
+        draft.put(name, new[name], "sent" if base and name in base else "added")
+    for name in sorted(set(base or {}) - set(new)):
+        draft.report(name, "removed", change=1.0)
+    return draft.delta("full", new)
 
 
-def _changes(base: Weights, new: Weights) -> dict[str, float]:
-    return {
-        name: relative_change(base[name], array)
-        for name, array in new.items()
-        if name in base and _alike(base[name], array)
-    }
+def update_error(base: Weights, new: Weights, received: Weights) -> float:
+    """Return |new - received| / |new - base| over all float tensors that both sides know."""
+    whole = missed = 0.0
+    for name, array in new.items():
+        if name not in base or not _alike(base[name], array) or dtype_name(array) not in FLOATS:
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            step = difference(base[name], array).astype("<f8")
+            gap = difference(received[name], array).astype("<f8")
+        finite = np.isfinite(step) & np.isfinite(gap)
+        whole += float(np.dot(step[finite], step[finite]))
+        missed += float(np.dot(gap[finite], gap[finite]))
+    return (missed / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def _alike(base: Array, new: Array) -> bool:
@@ -203,34 +192,30 @@ def _fit(
     changes: Mapping[str, float],
     due: set[str],
     settings: DeltaSettings,
+    most: int,
 ) -> Delta:
-    """Return the most exact delta within ``max_bytes``; what does not fit waits for later."""
-    assert settings.max_bytes is not None
-    best: Delta | None = None
+    """Return the most exact delta within ``most`` bytes; what does not fit waits for later."""
     for codec, levels in reversed(candidates(settings)):
-        fractions = (settings.topk, 0.02, 0.005) if codec == "topk" else (settings.topk,)
-        for fraction in fractions:
-            trial = replace(settings, codec=codec, levels=levels, topk=fraction)
+        for share in (settings.topk, 0.02, 0.005) if codec == "topk" else (settings.topk,):
+            trial = replace(settings, codec=codec, levels=levels, topk=share)
             delta = _build(base, new, changes, due, trial)
-            if len(delta.payload) <= settings.max_bytes:
+            if len(delta.payload) <= most:
                 return delta
-            best = delta
-    assert best is not None
     # The last, smallest form still does not fit: keep the tensors that changed most for their size.
-    costs = {t.name: t.bytes for t in best.tensors if t.action == "sent"}
+    costs = {t.name: t.bytes for t in delta.tensors if t.action == "sent"}
     codec = "topk" if settings.codec == "auto" else settings.codec
     trial = replace(settings, codec=codec, topk=min(settings.topk, 0.005))
-    kept = sorted(costs, key=lambda n: (-changes[n] / max(costs[n], 1), n))
-    while kept:
-        delta = _build(base, new, changes, set(kept), trial)
-        if len(delta.payload) <= settings.max_bytes:
+    rest = sorted(costs, key=lambda n: (-changes[n] / max(costs[n], 1), n))
+    while rest:
+        delta = _build(base, new, changes, set(rest), trial)
+        if len(delta.payload) <= most:
             return delta
-        kept = kept[: len(kept) * 3 // 4]
+        rest = rest[: len(rest) * 3 // 4]
     delta = _build(base, new, changes, set(), trial)
-    if len(delta.payload) <= settings.max_bytes and delta.sent:
+    if len(delta.payload) <= most and delta.sent:
         return delta
     raise SyncError(
-        f"not even one tensor fits into {settings.max_bytes} bytes",
+        f"not even one tensor fits into {most} bytes",
         fix=f"raise max_bytes over {len(delta.payload)}, or take codec topk",
     )
 
@@ -242,87 +227,113 @@ def _build(
     due: set[str],
     settings: DeltaSettings,
 ) -> Delta:
-    compressor = Compressor(settings.level, settings.dictionary, off=not settings.compress)
-    rows: list[Row] = []
-    bodies: list[bytes] = []
-    reports: list[TensorReport] = []
-    received = {name: base[name] for name in base if name in new}
+    draft = _Draft(settings, {name: base[name] for name in base if name in new})
     for name in sorted(set(base) - set(new)):
-        rows.append(Row(name=name, operation="drop"))
-        bodies.append(b"")
-        reports.append(_removed(name))
+        draft.drop(name)
     for name in sorted(new):
-        array = new[name]
         if name not in changes:
-            row, body, got = _encode(compressor, name, "put", "raw", 0, None, array)
-            action, error = ("replaced" if name in base else "added"), 0.0
+            draft.put(name, new[name], "replaced" if name in base else "added")
         elif name in due:
-            row, body, got, error = _change(compressor, name, base[name], array, settings)
-            action = "sent"
-        else:
-            if changes[name] > 0:
-                reports.append(_skipped(name, changes[name]))
-            continue
-        rows.append(row)
-        bodies.append(body)
-        received[name] = got
-        reports.append(
-            TensorReport(
-                name=name,
-                action=action,
-                codec=_codec_name(row),
-                error=error,
-                change=changes.get(name, float("inf")),
-                bytes=row.stored,
-            )
+            draft.change(name, base[name], new[name], changes[name])
+        elif changes[name] > 0:
+            draft.report(name, "skipped", change=changes[name], error=1.0)
+    return draft.delta("delta", new, base)
+
+
+class _Draft:
+    """A payload under construction: rows, their bodies, what the receiver gets, what to report."""
+
+    def __init__(self, settings: DeltaSettings, received: dict[str, Array]) -> None:
+        self._settings = settings
+        self._compressor = Compressor(
+            settings.level, settings.dictionary, off=not settings.compress
         )
-    table = Table(kind="delta", rows=tuple(rows), dictionary=compressor.dictionary)
-    return Delta(
-        payload=pack(table, bodies, compressor),
-        kind="delta",
-        base_hash=weights_hash(base),
-        new_hash=weights_hash(received),
-        received=received,
-        tensors=tuple(sorted(reports, key=lambda t: t.name)),
-        fp32_bytes=fp32_bytes(new),
-        error=update_error(base, new, received),
-    )
+        self._rows: list[Row] = []
+        self._bodies: list[bytes] = []
+        self._received = received
+        self._reports: list[TensorReport] = []
 
+    def drop(self, name: str) -> None:
+        """Take a tensor away."""
+        self._rows.append(Row(name=name, operation="drop"))
+        self._bodies.append(b"")
+        self.report(name, "removed", change=1.0)
 
-def update_error(base: Weights, new: Weights, received: Weights) -> float:
-    """Return |new - received| / |new - base| over all float tensors that both sides know."""
-    wanted = missed = 0.0
-    for name, array in new.items():
-        if name not in base or not _alike(base[name], array) or dtype_name(array) not in FLOATS:
-            continue
-        with np.errstate(over="ignore", invalid="ignore"):
-            step = difference(base[name], array).astype("<f8")
-            gap = difference(received[name], array).astype("<f8")
-        finite = np.isfinite(step) & np.isfinite(gap)
-        wanted += float(np.dot(step[finite], step[finite]))
-        missed += float(np.dot(gap[finite], gap[finite]))
-    return (missed / wanted) ** 0.5 if wanted > 0 else 0.0
+    def put(self, name: str, array: Array, action: str) -> None:
+        """Send all of a tensor, bit for bit."""
+        self._add(*self._encode(name, "put", "raw", 0, None, array), action, float("inf"))
 
+    def change(self, name: str, base: Array, new: Array, change: float) -> None:
+        """Send a tensor's change with the chosen codec, or the smallest one within max_error."""
+        most = self._settings.max_error
+        for codec, levels in candidates(self._settings) if dtype_name(new) in FLOATS else ():
+            if codec == "lossless":
+                break
+            param = _param(BY_NAME[codec][1], base, new, self._settings)
+            if param is None:
+                continue
+            row, body, got = self._encode(name, "change", codec, param, base, new, levels)
+            # NaN, infinity and overflow only travel bit by bit.
+            if not np.all(np.isfinite(got.astype("<f8"))):
+                continue
+            error = update_error({name: base}, {name: new}, {name: got})
+            if most is None or error <= most:
+                self._add(row, body, got, "sent", change, error)
+                return
+        self._add(*self._encode(name, "change", "lossless", 0, base, new), "sent", change)
 
-def _change(
-    compressor: Compressor, name: str, base: Array, new: Array, settings: DeltaSettings
-) -> tuple[Row, bytes, Array, float]:
-    """Encode one changed tensor with the chosen codec, or the smallest one within max_error."""
-    for codec, levels in candidates(settings) if dtype_name(new) in FLOATS else ():
-        if codec == "lossless":
-            break
-        param = _param(BY_NAME[codec][1], base, new, settings)
-        if param is None:
-            continue
-        row, body, got = _encode(compressor, name, "change", codec, param, base, new, levels)
-        # NaN, infinity and overflow only travel bit by bit.
-        if not np.all(np.isfinite(got.astype("<f8"))):
-            continue
-        error = update_error({name: base}, {name: new}, {name: got})
-        if settings.max_error is None or error <= settings.max_error:
-            return row, body, got, error
-    row, body, got = _encode(compressor, name, "change", "lossless", 0, base, new)
-    return row, body, got, 0.0
+    def report(self, name: str, action: str, **numbers: Any) -> None:
+        """Say what became of a tensor."""
+        values = {"codec": "-", "error": 0.0, "bytes": 0, **numbers}
+        self._reports.append(TensorReport(name=name, action=action, **values))
+
+    def delta(self, kind: str, new: Weights, base: Weights | None = None) -> Delta:
+        """Return the whole; without a base it needs none."""
+        table = Table(kind=kind, rows=tuple(self._rows), dictionary=self._compressor.dictionary)
+        return Delta(
+            payload=pack(table, self._bodies, self._compressor),
+            kind=kind,
+            base_hash="" if base is None else weights_hash(base),
+            new_hash=weights_hash(self._received),
+            received=self._received,
+            tensors=tuple(sorted(self._reports, key=lambda t: t.name)),
+            fp32_bytes=fp32_bytes(new),
+            error=0.0 if base is None else update_error(base, new, self._received),
+        )
+
+    def _encode(
+        self,
+        name: str,
+        operation: str,
+        codec: str,
+        param: int,
+        base: Array | None,
+        new: Array,
+        levels: int = INT8_LEVELS,
+    ) -> tuple[Row, bytes, Array]:
+        number, how = BY_NAME[codec]
+        plain = how.encode(new if base is None else base, new, param, levels)
+        body, compressed = self._compressor.body(plain, noise=how.noise)
+        row = Row(
+            name=name,
+            operation=operation,
+            dtype=dtype_name(new),
+            codec=number,
+            shape=tuple(new.shape),
+            stored=len(body),
+            compressed=compressed,
+            param=param,
+        )
+        return row, body, new if how.exact else decode_row(row, plain, base)
+
+    def _add(
+        self, row: Row, body: bytes, got: Array, action: str, change: float, error: float = 0.0
+    ) -> None:
+        self._rows.append(row)
+        self._bodies.append(body)
+        self._received[row.name] = got
+        codec = CODECS[row.codec].name
+        self.report(row.name, action, codec=codec, change=change, error=error, bytes=row.stored)
 
 
 def _param(codec: Codec, base: Array, new: Array, settings: DeltaSettings) -> int | None:
@@ -334,41 +345,3 @@ def _param(codec: Codec, base: Array, new: Array, settings: DeltaSettings) -> in
     if codec.name == "topk":
         return min(delta.size, max(1, int(np.ceil(delta.size * settings.topk))))
     return settings.block or (INT8_BLOCK if codec.name == "int8" else INT4_BLOCK)
-
-
-def _encode(
-    compressor: Compressor,
-    name: str,
-    operation: str,
-    codec: str,
-    param: int,
-    base: Array | None,
-    new: Array,
-    levels: int = INT8_LEVELS,
-) -> tuple[Row, bytes, Array]:
-    number, how = BY_NAME[codec]
-    plain = how.encode(base, new, param, levels)
-    body, compressed = compressor.body(plain, noise=how.noise)
-    row = Row(
-        name=name,
-        operation=operation,
-        dtype=dtype_name(new),
-        codec=number,
-        shape=tuple(new.shape),
-        stored=len(body),
-        compressed=compressed,
-        param=param,
-    )
-    return row, body, new if how.exact else decode_row(row, plain, base)
-
-
-def _codec_name(row: Row) -> str:
-    return next(name for name, (number, _) in BY_NAME.items() if number == row.codec)
-
-
-def _removed(name: str) -> TensorReport:
-    return TensorReport(name=name, action="removed", codec="-", change=1.0, error=0.0, bytes=0)
-
-
-def _skipped(name: str, change: float) -> TensorReport:
-    return TensorReport(name=name, action="skipped", codec="-", change=change, error=1.0, bytes=0)

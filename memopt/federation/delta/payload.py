@@ -11,15 +11,16 @@ table does not name stay as they are. Little-endian throughout.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zstandard as zstd
 
 from memopt.errors import SyncError
-from memopt.extras import require
 from memopt.federation.delta.arrays import DTYPES, Array, Weights, dtype_name
 from memopt.federation.delta.codecs import CODECS, Bytes, check_param
 from memopt.federation.failures import SyncFailure
@@ -40,6 +41,7 @@ _HEAD = struct.Struct("<HII")
 _DIGEST = 32
 _NO_DICTIONARY = ""
 KINDS = ("delta", "full")
+_NOTHING = np.empty(0, np.uint8)
 # zstd refuses windows above this; 128 MiB is what `zstd --long=27` makes.
 _MAX_WINDOW = 1 << 27
 
@@ -60,10 +62,7 @@ class Row:
     @property
     def count(self) -> int:
         """Number of values."""
-        count = 1
-        for dimension in self.shape:
-            count *= dimension
-        return count
+        return math.prod(self.shape)
 
     @property
     def plain(self) -> int:
@@ -102,7 +101,6 @@ class Compressor:
     def __init__(self, level: int = 3, dictionary: bytes = b"", *, off: bool = False) -> None:
         if not -7 <= level <= 22:
             raise SyncError(f"zstd level {level} is not in -7..22")
-        zstd = zstandard()
         self._off = off
         dictionary = b"" if off else dictionary
         self.dictionary = hashlib.sha256(dictionary).hexdigest() if dictionary else _NO_DICTIONARY
@@ -135,11 +133,6 @@ class Compressor:
         return packed
 
 
-def zstandard() -> Any:
-    """Import zstandard, or say which extra brings it."""
-    return require("zstandard", extra="federation", why="compress weight deltas")
-
-
 def train_dictionary(samples: Sequence[bytes], size: int = 16 * 1024) -> bytes:
     """Return a zstd dictionary for many small tensors alike (see ``zstd --train``).
 
@@ -147,8 +140,8 @@ def train_dictionary(samples: Sequence[bytes], size: int = 16 * 1024) -> bytes:
         SyncError: there is too little material to learn from.
     """
     try:
-        trained: bytes = zstandard().train_dictionary(size, list(samples)).as_bytes()
-    except zstandard().ZstdError as error:
+        trained: bytes = zstd.train_dictionary(size, list(samples)).as_bytes()
+    except zstd.ZstdError as error:
         raise SyncError(
             f"a dictionary cannot be trained from {len(samples)} samples ({error})",
             fix="give more payloads, or leave the dictionary out",
@@ -251,11 +244,15 @@ def _parse_row(row: object, limits: Limits) -> Row:
     codec = CODECS[row[4]]
     if codec.needs_base != (operation == "change"):
         raise SyncFailure("malformed", f"{name}: codec {codec.name} does not suit {operation}")
-    draft = Row(name=name, operation=operation, dtype=dtype, shape=shape, codec=row[4])
-    param = check_param(codec, dtype, draft.count, row[7])
     whole = Row(
-        **{**_fields(draft), "param": param, "compressed": bool(check_count("flag", row[6], 1))},
+        name=name,
+        operation=operation,
+        dtype=dtype,
+        shape=shape,
+        codec=row[4],
         stored=check_count(f"{name}: stored bytes", row[5], limits.payload_bytes),
+        compressed=bool(check_count("flag", row[6], 1)),
+        param=check_param(codec, dtype, math.prod(shape), row[7]),
     )
     check_count(f"{name}: body", whole.plain, 2 * limits.total_bytes)
     if not whole.compressed and whole.stored != whole.plain:
@@ -263,18 +260,7 @@ def _parse_row(row: object, limits: Limits) -> Row:
     return whole
 
 
-def _fields(row: Row) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "operation": row.operation,
-        "dtype": row.dtype,
-        "shape": row.shape,
-        "codec": row.codec,
-    }
-
-
 def _inflate(data: memoryview, expected: int, dictionary: bytes, *, what: str) -> bytes:
-    zstd = zstandard()
     try:
         # Decompression trusts the frame's own size field for its buffer: compare it first.
         frame = zstd.get_frame_parameters(data)
@@ -340,7 +326,8 @@ def unpack(
 
 def decode_row(row: Row, body: Bytes, base: Array | None) -> Array:
     """Return the tensor of one row; the array owns its memory."""
-    decoded = CODECS[row.codec].decode(base, body, row.dtype, row.shape, row.param)
+    known = _NOTHING if base is None else base
+    decoded = CODECS[row.codec].decode(known, body, row.dtype, row.param).reshape(row.shape)
     return decoded if decoded.flags.writeable else decoded.copy()
 
 

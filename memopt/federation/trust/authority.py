@@ -12,8 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from memopt.errors import ConfigurationError
-from memopt.extras import require
 from memopt.federation.failures import SyncFailure
 from memopt.federation.trust.manifest import check_node
 from memopt.federation.trust.signing import one_at_a_time
@@ -21,7 +25,6 @@ from memopt.files import atomic_path
 from memopt.sealing import check_private, write_private
 
 PREFIX = "spiffe://memopt/"
-_WHY = "make certificates"
 
 
 def init_ca(folder: str | Path, *, days: float = 3650, name: str = "memopt test authority") -> Path:
@@ -34,16 +37,11 @@ def init_ca(folder: str | Path, *, days: float = 3650, name: str = "memopt test 
     certificate, key_file = folder / "ca.pem", folder / "ca.key"
     if key_file.exists():
         raise ConfigurationError(f"{key_file} exists already", fix="use it, or give a new folder")
-    x509, ec, hashes = _modules()
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    public = key.public_key()
-    usage = _usage(x509, sign_certificates=True)
+    subject = _common_name(name)
     built = (
-        _builder(x509, subject, subject, public, days)
+        _builder(subject, subject, key.public_key(), days, ca=True)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .sign(key, hashes.SHA256())
     )
     # Of two at once one is refused here, before it writes a certificate.
@@ -73,32 +71,17 @@ def issue(
         starts: begin of validity, now by default.
     """
     check_node(node)
-    x509, ec, hashes = _modules()
-    serialization = require(
-        "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
-    )
-    check_private(Path(ca) / "ca.key")
-    try:
-        authority = x509.load_pem_x509_certificate((Path(ca) / "ca.pem").read_bytes())
-        signer = serialization.load_pem_private_key((Path(ca) / "ca.key").read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"authority {ca} cannot be read ({error})", fix=f"run: memopt sync init-ca {ca}"
-        ) from error
+    authority, signer = _authority(Path(ca))
     key = ec.generate_private_key(ec.SECP256R1())
-    names = [x509.UniformResourceIdentifier(PREFIX + node), *(_host(x509, h) for h in hosts)]
-    purposes = [x509.ExtendedKeyUsageOID.CLIENT_AUTH]
+    names = [x509.UniformResourceIdentifier(PREFIX + node), *map(_host, hosts)]
+    purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
     if hosts:
-        purposes.append(x509.ExtendedKeyUsageOID.SERVER_AUTH)
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, node[:64])])
-    public = key.public_key()
+        purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
     built = (
-        _builder(x509, subject, authority.subject, public, days, starts)
+        _builder(_common_name(node[:64]), authority.subject, key.public_key(), days, starts)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(x509, sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
             critical=False,
@@ -138,7 +121,6 @@ def node_of(certificate: Mapping[str, Any]) -> str:
 
 def expired(certificate: Path) -> str:
     """Return why a PEM certificate is not valid now, nothing when it is."""
-    x509 = _modules()[0]
     read = x509.load_pem_x509_certificate(certificate.read_bytes())
     now = datetime.datetime.now(datetime.UTC)
     if now > read.not_valid_after_utc:
@@ -148,25 +130,45 @@ def expired(certificate: Path) -> str:
     return ""
 
 
-def _modules() -> tuple[Any, Any, Any]:
-    return (
-        require("cryptography.x509", extra="federation", why=_WHY),
-        require("cryptography.hazmat.primitives.asymmetric.ec", extra="federation", why=_WHY),
-        require("cryptography.hazmat.primitives.hashes", extra="federation", why=_WHY),
-    )
+def _authority(folder: Path) -> tuple[Any, Any]:
+    check_private(folder / "ca.key")
+    try:
+        certificate = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"authority {folder} cannot be read ({error})", fix=f"run: memopt sync init-ca {folder}"
+        ) from error
+    return certificate, key
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
 
 
 def _builder(
-    x509: Any,
-    subject: Any,
-    issuer: Any,
-    public: Any,
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
     days: float,
     starts: datetime.datetime | None = None,
-) -> Any:
+    *,
+    ca: bool = False,
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     # Begin an hour back for clocks that run behind; an expired one needs a begin before its end.
     begin = starts or now - datetime.timedelta(hours=1) + datetime.timedelta(days=min(days, 0) * 2)
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -175,45 +177,26 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
         .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
     )
 
 
-def _usage(x509: Any, *, sign_certificates: bool) -> Any:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _host(x509: Any, host: str) -> Any:
+def _host(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
 
 
-def _pem_key(key: Any) -> bytes:
-    serialization = require(
-        "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
-    )
-    pem: bytes = key.private_bytes(
+def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    return pem
 
 
-def _write(path: Path, certificate: Any) -> None:
-    serialization = require(
-        "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
-    )
+def _write(path: Path, certificate: x509.Certificate) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))

@@ -7,27 +7,30 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+    Ed25519PrivateKey,
+    Ed25519PublicKey,
+)
 
 from memopt.errors import ConfigurationError
-from memopt.extras import require
 from memopt.federation.trust.manifest import Manifest, Signed
 from memopt.files import open_plain
 from memopt.sealing import check_private, write_private
-
-_WHY = "sign and check weight deltas"
 
 
 class SigningKey:
     """An Ed25519 private key; :meth:`public` is what the trust file lists."""
 
-    def __init__(self, private: Any) -> None:
+    def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
 
     @classmethod
     def generate(cls) -> SigningKey:
         """Make a new key from the system's random source."""
-        return cls(_ed25519().Ed25519PrivateKey.generate())
+        return cls(Ed25519PrivateKey.generate())
 
     @classmethod
     def load(cls, path: str | Path) -> SigningKey:
@@ -37,9 +40,6 @@ class SigningKey:
             ConfigurationError: no such file, not an Ed25519 key, or others may read it.
         """
         path = Path(path)
-        serialization = require(
-            "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
-        )
         check_private(path)
         try:
             private = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -47,7 +47,7 @@ class SigningKey:
             raise ConfigurationError(
                 f"signing key {path} cannot be read ({error})", fix="run: memopt sync keygen"
             ) from error
-        if not isinstance(private, _ed25519().Ed25519PrivateKey):
+        if not isinstance(private, Ed25519PrivateKey):
             raise ConfigurationError(f"{path} is not an Ed25519 key", fix="run: memopt sync keygen")
         return cls(private)
 
@@ -57,9 +57,6 @@ class SigningKey:
         Args:
             new: refuse (ConfigurationError) to take the place of a key that is there.
         """
-        serialization = require(
-            "cryptography.hazmat.primitives.serialization", extra="federation", why=_WHY
-        )
         pem = self._private.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -69,19 +66,12 @@ class SigningKey:
 
     def public(self) -> str:
         """Return the public key as 64 hex digits."""
-        raw: bytes = self._private.public_key().public_bytes_raw()
-        return raw.hex()
+        return self._private.public_key().public_bytes_raw().hex()
 
     def sign(self, manifest: Manifest) -> Signed:
         """Return the manifest with this key's signature."""
-        signature: bytes = self._private.sign(manifest.text())
+        signature = self._private.sign(manifest.text())
         return Signed(manifest=manifest, key=self.public(), signature=signature.hex())
-
-
-def _ed25519() -> Any:
-    return require(
-        "cryptography.hazmat.primitives.asymmetric.ed25519", extra="federation", why=_WHY
-    )
 
 
 @contextmanager
@@ -98,10 +88,9 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def signature_holds(signed: Signed) -> bool:
     """Return whether the signature is the key's over exactly this manifest."""
-    invalid = require("cryptography.exceptions", extra="federation", why=_WHY).InvalidSignature
     try:
-        public = _ed25519().Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed.key))
         public.verify(bytes.fromhex(signed.signature), signed.manifest.text())
-    except (invalid, ValueError):
+    except (InvalidSignature, ValueError):
         return False
     return True
