@@ -185,7 +185,13 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+# One of each kind of attention: plain, with relative positions, causal, of sound.
+QUICK = ("bert", "mpnet", "clip-text", "whisper")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_fused_graph_is_right_and_complete(name: str) -> None:
     """Every architecture fuses as far as promised and answers as before on every shape and mask."""
     model, config = exported(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,24 +157,30 @@ def run(bundle: Bundle, data: Path, **options: Any) -> Optimized:
     return optimize(bundle.path, data, samples=40, rounds=1, **options)
 
 
-def test_optimize_leaves_a_bundle_whose_auto_is_the_choice(minilm_copy: Bundle, data: Path) -> None:
+@pytest.mark.parametrize("source", ["tiny", pytest.param("minilm", marks=pytest.mark.slow)])
+def test_optimize_leaves_a_bundle_whose_auto_is_the_choice(
+    source: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The choice is the fastest that passes; auto opens it; a second call builds nothing anew."""
-    result = run(minilm_copy, data, min_cosine=0.9, targets=("openvino",))
+    made: Bundle = request.getfixturevalue(source)
+    copied = Path(shutil.copytree(made.path, tmp_path / source))
+    bundle = open_bundle(copied)
+    result = run(bundle, data, min_cosine=0.9, targets=("openvino",))
     best = next(o for o in result.outcomes if o.status == "chosen")
     measured = [o for o in result.outcomes if o.items_per_second]
     assert best.cosine_min is not None
     assert best.cosine_min >= 0.9
     fastest = max(o.items_per_second or 0 for o in measured if o.status != "dropped")
     assert (best.items_per_second or 0) * 1.03 >= fastest
-    with ArrowEngine(minilm_copy.path) as engine:
+    with ArrowEngine(bundle.path) as engine:
         assert engine.device_info()["variant"] == best.candidate.name
         assert not engine.events
-    page = (minilm_copy.path / "optimize.html").read_text()
+    page = (bundle.path / "optimize.html").read_text()
     assert "<circle" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
-    plan = Plan.load(minilm_copy.path / "plan.json")
+    plan = Plan.load(bundle.path / "plan.json")
     assert plan.chosen == best.candidate.name
-    manifest = open_bundle(minilm_copy.path).manifest
+    manifest = open_bundle(bundle.path).manifest
     assert manifest.variants[best.candidate.name].benchmark is not None
     # One set, one number: what quantize and this call measured on the same inputs, the worst of it.
     assert manifest.validation is not None
@@ -186,7 +193,7 @@ def test_optimize_leaves_a_bundle_whose_auto_is_the_choice(minilm_copy: Bundle, 
         bound = proof["gate"]["min_cosine"]
         assert variant.passed == (min(proof["cosine_min"], proof["cosine_low"]) >= bound)
 
-    again = run(minilm_copy, data, min_cosine=0.9, plan=plan)
+    again = run(bundle, data, min_cosine=0.9, plan=plan)
     assert [o.candidate for o in again.outcomes] == list(plan.candidates)
     assert all(o.reused for o in again.outcomes if o.status in ("kept", "chosen"))
 
