@@ -26,12 +26,13 @@ test: .venv/.dev
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Processes that tests start are measured too (patch), and threads that pyarrow or gRPC start.
+# Processes that tests start are measured too (patch), and threads that pyarrow or gRPC start. Slow
+# tests are left out: torch's exporter, traced, takes three to five times as long.
 coverage: .venv/.dev
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report --skip-covered --sort=cover
+	$(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' --timeout 3000; \
+	  status=$$?; $(BIN)/python -m coverage combine -q; \
+	  $(BIN)/python -m coverage report --skip-covered --sort=cover && exit $$status
 
 # The lowest versions pyproject.toml allows, in an environment of its own; and what most runs through.
 CORE := tests/weights tests/test_config.py tests/exporters/test_onnx.py tests/runtimes/test_engine.py tests/runtimes/test_text.py

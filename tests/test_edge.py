@@ -14,6 +14,7 @@ import pytest
 from memopt.bundle import Bundle
 from memopt.extras import pip_command
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
 ROOT = Path(__file__).parent.parent
 # What `pip install memopt[cpu]` does not bring, made impossible to import.
 WITHOUT = """

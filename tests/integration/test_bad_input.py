@@ -218,6 +218,7 @@ def test_openvino_says_that_the_disk_is_full(small_disk: Path) -> None:
         save_openvino(ov.Model([product], [x]), small_disk / "model.xml")
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_interrupting_an_export_leaves_nothing(bundle: Path) -> None:
     """Ctrl-C and `kill` at several moments of an export leave the bundle's files as they were."""
     before = files_below(bundle)

@@ -103,6 +103,7 @@ def test_a_read_only_file_system(mounted: Path) -> None:
     check(mounted)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_another_user_who_may_only_read(place: Path) -> None:
     for path in (place, *place.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -112,6 +113,7 @@ def test_another_user_who_may_only_read(place: Path) -> None:
     check(place, before=("setpriv", "--reuid", "65534", "--clear-groups"))
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_an_empty_store_that_may_only_be_read_finds_nothing(public: Path) -> None:
     """A model that was never written down is no reason to fail where there is nothing to find."""
     place = public / "empty"
