@@ -60,8 +60,8 @@ def _code_key() -> str:
     digest = hashlib.sha256()
     sources = [ROOT / "memopt" / "bundle.py", ROOT / "constraints.txt"]
     sources.append(ROOT / "memopt" / "runtimes" / "torch_model.py")
-    for folder in ("weights", "exporters"):
-        sources += (ROOT / "memopt" / folder).glob("*.py")
+    for folder in ("weights", "graphs", "exporters"):
+        sources += (ROOT / "memopt" / folder).rglob("*.py")
     for source in sorted(sources):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
