@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.errors import ConfigurationError
-from memopt.federation.delta.aggregate import Aggregate, AggregateSettings, aggregate
+from memopt.federation.delta.aggregate import Aggregate, aggregate
 from memopt.federation.delta.arrays import require_same
 from memopt.federation.delta.codecs import INT8_LEVELS
 from memopt.federation.delta.compute import compute_delta
+from memopt.federation.delta.factors import AggregateSettings
 from memopt.federation.delta.settings import CODEC_NAMES, DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import canonical_json, check_adapter, check_keys
