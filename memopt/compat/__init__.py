@@ -7,8 +7,7 @@ True
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from memopt.onuse import names_on_use
 
 _HOMES = {
     "engine": ("ArrowEngine", "AcceleratedProvider", "CPUBackend", "GPUBackend"),
@@ -30,14 +29,8 @@ _HOMES = {
     "settings": ("OptimizationConfig",),
     "bench": ("BenchmarkMetrics", "BenchmarkRunner"),
 }
-_FOUND = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_FOUND)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _FOUND:
-        return getattr(importlib.import_module(f"memopt.compat.{_FOUND[name]}"), name)
-    raise AttributeError(f"module 'memopt.compat' has no attribute {name!r}")
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+__getattr__ = names_on_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -7,12 +7,10 @@ ends. The names below are imported on use, so that ``import memopt.federation`` 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 from memopt.extras import require
+from memopt.onuse import names_on_use
 
-for _module in ("pyarrow.flight", "cryptography", "safetensors", "zstandard"):
+for _module in ("pyarrow.flight", "cryptography", "zstandard"):
     require(_module, extra="federation", why="sync weights")
 
 _MODULES = {
@@ -34,11 +32,5 @@ _MODULES = {
     "trust.nodes": ("Trust", "add_trusted"),
     "trust.signing": ("SigningKey",),
 }
-_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = sorted(name for names in _MODULES.values() for name in names)
+__getattr__ = names_on_use(__name__, _MODULES)

@@ -1,11 +1,5 @@
 """The end that trains or uses the weights: its state, its connection, push and pull."""
 
-from typing import Any
+from memopt.onuse import names_on_use
 
-
-def __getattr__(name: str) -> Any:
-    if name == "SyncClient":
-        from memopt.federation.client import client
-
-        return getattr(client, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_on_use(__name__, {"client": ("SyncClient",)})

@@ -1,11 +1,5 @@
 """Weights as arrays, what changed between them, and the bytes that say so."""
 
-from typing import Any
+from memopt.onuse import names_on_use
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("apply_delta", "compute_delta"):
-        from memopt.federation.delta import compute
-
-        return getattr(compute, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_on_use(__name__, {"compute": ("apply_delta", "compute_delta")})

@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from memopt.errors import SyncError, WeightsError
+from memopt.extras import require
 from memopt.federation.delta.arrays import Array, Weights, check_weights, dtype_name, raw
 from memopt.federation.trust.vault import Vault
 from memopt.files import atomic_path
@@ -140,11 +140,9 @@ def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
     """
     if not vault.sealed(path):
         return {_given_name(name): array for name, array in read_safetensors(path).items()}
-    import safetensors
-
-    deserialize: Any = safetensors.deserialize
+    safetensors = require("safetensors", extra="federation", why="read sealed weights")
     try:
-        tensors = deserialize(vault.read(path))
+        tensors = safetensors.deserialize(vault.read(path))
     except safetensors.SafetensorError as error:
         raise WeightsError(f"{path} is damaged ({error})") from error
     return check_weights(

@@ -1,11 +1,5 @@
 """The end that keeps the versions."""
 
-from typing import Any
+from memopt.onuse import names_on_use
 
-
-def __getattr__(name: str) -> Any:
-    if name == "SyncServer":
-        from memopt.federation.server import server
-
-        return getattr(server, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_on_use(__name__, {"server": ("SyncServer",)})

@@ -16,12 +16,12 @@ import ipaddress
 import secrets
 import socket
 import ssl
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from memopt.background import Task
 from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
@@ -82,14 +82,16 @@ class Gate:
             ) from error
         self.port: int = self._listeners[0].getsockname()[1]
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="sync-gate", daemon=True)
-        self._thread.start()
+        self._task = Task(
+            self._run, "sync-gate", on_error=lambda error: self._refuse(f"the gate ended: {error}")
+        )
+        self._task.start()
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
-        if self._thread.is_alive():
+        if self._task.busy:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(timeout=10)
+        self._task.close()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

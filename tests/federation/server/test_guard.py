@@ -104,8 +104,8 @@ def test_federation_runs_without_torch() -> None:
     """No federation module brings torch, transformers or peft in."""
     code = (
         "import sys, pkgutil, importlib, memopt.federation as f\n"
-        "for m in pkgutil.iter_modules(f.__path__):\n"
-        "    importlib.import_module(f'{f.__name__}.{m.name}')\n"
+        "for m in pkgutil.walk_packages(f.__path__, f'{f.__name__}.'):\n"
+        "    importlib.import_module(m.name)\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'safetensors') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
