@@ -27,16 +27,18 @@ _PUBLIC = {
     "model.encoders": "AudioEncoder JointEmbedder TextEmbedder TextEncoder VisionEncoder",
     "graph.association": "AssociationGraph GraphRecipe",
     "graph.retriever": "MultimodalRetriever Retrieved",
+    "store.observers": "StoreObserver",
     "privacy.access_log": "AccessLog read_log",
-    "privacy.erase": "erase forget",
+    "privacy.erase": "erase forget reclaim",
     "privacy.keys": "AesGcm read_cipher rotate",
-    "privacy.reclaim": "reclaim",
     "privacy.redaction": "redactor",
-    "lifecycle.condense": "Consolidation ConsolidationRecipe consolidate",
+    "lifecycle.consolidation": "Consolidation consolidate",
+    "lifecycle.plan": "ConsolidationRecipe",
     "lifecycle.retention": "retain",
     "lifecycle.tiering": "HotColdTiering",
     "lifecycle.verify": "verify",
-    "lifecycle.worker": "ConsolidationWorker Triggers",
+    "lifecycle.schedule": "Triggers",
+    "lifecycle.worker": "ConsolidationWorker",
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
 __all__ = sorted(_WHERE)

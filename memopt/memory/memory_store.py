@@ -1,58 +1,53 @@
 """The memory store: a LanceDB database that several processes write and read at once.
 
-Here is what a store can do; how is in writing, reading, searching, touches, events and stats.
+Here is what a store can do; how is in its parts, each of which is given what it needs.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import pyarrow as pa
 
-from memopt.memory.io import parquet as interchange
-from memopt.memory.model import content as incoming
-from memopt.memory.model import payload
-from memopt.memory.model.filters import EVERYTHING, id_list, utc
+from memopt.memory.io.arrow_rows import arrow_memories
+from memopt.memory.io.export import Transfer, export
+from memopt.memory.io.imports import Import
+from memopt.memory.model.content import check_content
+from memopt.memory.model.filters import EVERYTHING
+from memopt.memory.model.payload import Cipher
 from memopt.memory.model.schema import (
     AddResult,
     Content,
     Embedder,
     Filter,
     Hit,
-    Link,
-    Listener,
     Memory,
     NewMemory,
 )
-from memopt.memory.search import searcher as searching
-from memopt.memory.search.surroundings import Looks
+from memopt.memory.search.searcher import Searcher, check_top_k
 from memopt.memory.search.vector_index import VectorIndex
-from memopt.memory.store import events
-from memopt.memory.store import reader as reading
-from memopt.memory.store import reembed as reembedding
-from memopt.memory.store import word_column as lexicon
-from memopt.memory.store import writer as writing
-from memopt.memory.store.access_counts import Touches
-from memopt.memory.store.codec import Sealed
-from memopt.memory.store.link_cache import Adjacency
-from memopt.memory.store.locking import ReadOnlyError
-from memopt.memory.store.meta import TABLES
+from memopt.memory.store.access_counts import AccessCounts
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.database import Database
+from memopt.memory.store.embedding import Embedding
+from memopt.memory.store.events import Event, Events
+from memopt.memory.store.link_cache import LinkCache
+from memopt.memory.store.meta import TABLES, Meta
+from memopt.memory.store.reader import Reader
+from memopt.memory.store.reembed import Move
 from memopt.memory.store.stats import Stats, stats
-from memopt.memory.store.upkeep import Upkeep, merge
+from memopt.memory.store.upkeep import Upkeep
+from memopt.memory.store.writer import Writer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-_LOG = logging.getLogger(__name__)
 
 
-class MemoryStore(Sealed):
+class MemoryStore:
     """A durable store of memories with their vectors.
 
     Args:
@@ -68,11 +63,13 @@ class MemoryStore(Sealed):
             for it; else only ``index.ensure()`` and :meth:`optimize` do.
 
     Attributes:
-        listeners: called on every add and delete.
-        adjacency: the links of the association graph, which go with the memories they link.
-        observers: called with (action, ids) on every 'read', 'write' and 'delete'.
-        closing: called by :meth:`close`, to write what is buffered.
+        place: where the store lies.
+        observers: who is told what happens to the memories.
+        database: tables, lock and meta.
         index: the vector index; it keeps itself fresh.
+        cells, embedding, reader, writer, searcher, counts, link_cache,
+            event_log, upkeep: its other parts. Of these are ``rows``, ``scan``, ``vectors``,
+            ``links``, ``commit``, ``event``, ``embed`` and ``content_id``.
 
     Raises:
         ConsolidationError: the path is no store, the store is of a newer format, or the key is
@@ -80,6 +77,7 @@ class MemoryStore(Sealed):
         InputError: ``dim`` is not the dimension of the store.
 
     >>> import tempfile
+    >>> import numpy as np
     >>> with MemoryStore(tempfile.mkdtemp(), dim=2) as store:
     ...     new = NewMemory(content=Content(text="a red door"), embedding=np.array([1.0, 0.0]))
     ...     result = store.add(new)
@@ -93,27 +91,63 @@ class MemoryStore(Sealed):
         *,
         embedder: Embedder | None = None,
         dim: int | None = None,
-        cipher: payload.Cipher | None = None,
+        cipher: Cipher | None = None,
         redact: Callable[[str], str] | None = None,
         actor: str | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         create: bool = True,
         background: bool = True,
     ) -> None:
-        super().__init__(path, dim, embedder, cipher, clock, create=create)
-        self.redact = redact
+        self.database = Database(path, dim, embedder, cipher, clock, create=create)
         self.actor = actor or os.environ.get("USER", "")
-        self.listeners: list[Listener] = []
-        self.observers: list[Callable[[str, Sequence[str]], None]] = []
-        self.closing: list[Callable[[], None]] = []
-        self.index = VectorIndex(self, background=background)
-        self.upkeep = Upkeep(self, background=background)
-        self.adjacency = Adjacency(self)
-        self._touches = Touches(self)
-        self._told_read_only = False
-        self.wanted_columns: set[str] = set()
-        self.word_columns = lexicon.opened(self)
-        self.looks = Looks(self)
+        self.cells = Cells(self.database)
+        self.embedding = Embedding(self.database, embedder)
+        self.counts = AccessCounts(self.database)
+        self.event_log = Events(self.database)
+        self.link_cache = LinkCache(self.database, self.event_log)
+        self.reader = Reader(self.database, self.cells, self.counts)
+        self.writer = Writer(self.database, self.cells, self.embedding, self.reader, redact)
+        self.upkeep = Upkeep(
+            self.database, self.link_cache, lambda: self.index.fit(), background=background
+        )
+        self.index = VectorIndex(
+            self.database, self.reader, self.event_log, self.upkeep.merge, background=background
+        )
+        self.searcher = Searcher(self.database, self.cells, self.embedding, self.reader, self.index)
+        self.place, self.observers = self.database.place, self.database.observers
+        # Rows as they are stored, for what builds on a store.
+        self.rows, self.scan, self.vectors = self.reader.rows, self.reader.scan, self.reader.vectors
+        self.links, self.commit, self.event = (
+            self.reader.links,
+            self.writer.commit,
+            self.event_log.record,
+        )
+        self.embed, self.content_id = self.embedding.embed, self.cells.content_id
+        # Closed from the last to the first: files are looked after when all is written.
+        for part in (self.upkeep, self.index, self.link_cache, self.counts):
+            self.observers.add(part)
+
+    # --- what it is ----------------------------------------------------------------------
+
+    @property
+    def meta(self) -> Meta:
+        """Dimension, model and format, as they are now."""
+        return self.database.meta
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.database.dim
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """What makes the vectors of content that comes without one."""
+        return self.embedding.embedder
+
+    @property
+    def redact(self) -> Callable[[str], str] | None:
+        """What texts pass through before they are stored."""
+        return self.writer.redact
 
     # --- life -------------------------------------------------------------------------------
 
@@ -128,40 +162,8 @@ class MemoryStore(Sealed):
 
         In a process that was forked meanwhile nothing is done: what is buffered is the other's.
         """
-        if self.forked:
-            return
-        for write in self.closing:
-            self.keep_book(write)
-        self.keep_book(self.flush)
-        self.adjacency.close()
-        self.index.close()
-        self.upkeep.close()
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Do what :meth:`Sealed.changing` does, and look after the files it leaves."""
-        with super().changing():
-            yield
-        self.upkeep.wrote()
-
-    def keep_book(self, write: Callable[[], None]) -> None:
-        """Write down what reading leaves behind, where the store can be written.
-
-        Whoever may only read finds what is there; that is said in the log once. What a forked
-        process finds buffered is written by the other.
-        """
-        if self.forked:
-            return
-        try:
-            write()
-        except ReadOnlyError as error:
-            if not self._told_read_only:
-                self._told_read_only = True
-                _LOG.warning(
-                    "%s may only be read: accesses are neither counted nor logged (%s)",
-                    self.place,
-                    error,
-                )
+        if not self.database.forked:
+            self.observers.closing()
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -172,14 +174,14 @@ class MemoryStore(Sealed):
         whatever has that id (see :attr:`AddResult.differing`). What has expired is not there.
 
         A sequence is checked whole before anything is stored; an iterator is stored in chunks of
-        ``writing.ROWS_PER_COMMIT``, each one atomic commit, so that after an error or a crash the
-        same call can be repeated and completes what is missing.
+        8,192, each one atomic commit, so that after an error or a crash the same call can be
+        repeated and completes what is missing.
 
         Raises:
             InputError: a memory is empty, too large, damaged, or its vector does not fit; no
                 memory of its chunk was stored.
         """
-        return writing.add(self, memories)
+        return self.writer.add(memories)
 
     def add_arrow(self, batches: pa.Table | Iterable[pa.RecordBatch]) -> AddResult:
         """Store a stream of Arrow batches, in chunks; see :meth:`add`.
@@ -192,26 +194,7 @@ class MemoryStore(Sealed):
             InputError: an unknown column, a type that does not fit, or a bad row.
         """
         stream = batches.to_batches() if isinstance(batches, pa.Table) else batches
-        return writing.add(self, writing.arrow_memories(self, stream))
-
-    def commit(
-        self,
-        inserts: pa.Table | None = None,
-        updates: pa.Table | None = None,
-        deletes: Sequence[str] = (),
-    ) -> None:
-        """Change ``memories`` in one atomic commit: all of it happens or none.
-
-        Args:
-            inserts: whole rows with new ids (see :func:`memopt.memory.model.rows.new_rows`).
-            updates: whole rows with ids that exist; access counts never go back.
-            deletes: ids that exist.
-
-        Raises:
-            ConsolidationError: an id to update or delete is gone, or one to insert is there: what
-                the change was computed from is no longer true. Nothing was changed.
-        """
-        writing.commit(self, inserts, updates, deletes)
+        return self.writer.add(arrow_memories(stream, self.dim))
 
     def update(self, memory_id: str, **fields: Any) -> None:
         """Change fields of one memory; a summary of what it said before goes.
@@ -224,7 +207,7 @@ class MemoryStore(Sealed):
         Raises:
             InputError: an unknown id or field, or a value :meth:`add` would refuse.
         """
-        writing.update(self, memory_id, fields)
+        self.writer.update(memory_id, fields)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete memories with their links in one commit; unknown ids are passed over.
@@ -235,7 +218,7 @@ class MemoryStore(Sealed):
         Returns:
             How many went, summaries among them.
         """
-        return writing.delete(self, ids)
+        return self.writer.delete(ids)
 
     def optimize(self) -> None:
         """Merge all files and bring every index up to date; readers go on meanwhile.
@@ -245,23 +228,17 @@ class MemoryStore(Sealed):
         Raises:
             ConsolidationError: the disk takes no more; the store is as it was.
         """
-        lexicon.upgrade(self)
-        self.word_columns = lexicon.indexed(self.memories)
+        self.cells.upgrade()
         for name in TABLES:
-            merge(self, name)
+            self.upkeep.merge(name)
 
     def touch(self, ids: Sequence[str]) -> None:
         """Count one access of each; written in the background, at the latest by close()."""
-        self.check_process()
-        self._touches.count(id_list(ids), utc(self.clock()))
+        self.counts.count(ids)
 
     def flush(self) -> None:
         """Write the buffered access counts now."""
-        self._touches.flush()
-
-    def pending_touches(self) -> dict[str, tuple[int, datetime]]:
-        """Return id -> (accesses, last access) that are not in the table yet."""
-        return self._touches.pending()
+        self.counts.flush()
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -279,54 +256,11 @@ class MemoryStore(Sealed):
         Raises:
             InputError: one is unknown (or expired), naming it.
         """
-        return reading.get_many(self, ids, links=links)
-
-    def rows(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the raw rows (packed content stays packed) of those ``ids`` that exist.
-
-        Any order; all columns by default. Only the rows asked for are read from disk.
-        """
-        return reading.raw_rows(self, ids, columns)
-
-    def rows_at(self, row_ids: Mapping[str, int], columns: Sequence[str]) -> pa.Table | None:
-        """Return raw columns of rows (id -> row id) just seen; None where they moved since."""
-        return reading.by_row_id(self, row_ids, columns)
-
-    def light(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Return small columns of those ``ids`` that exist, in any order, by one filtered scan."""
-        return reading.light(self, ids, columns)
-
-    def links(self, ids: Sequence[str]) -> dict[str, list[Link]]:
-        """Return the associations of each memory that has any, strongest first."""
-        return reading.links_of(self, ids)
-
-    def scan(
-        self,
-        where: Filter = EVERYTHING,
-        columns: Sequence[str] | None = None,
-        batch_size: int = 4096,
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield raw rows (packed content stays packed) in batches, from one consistent version.
-
-        Args:
-            where: expired rows count too.
-            columns: by default all; name few, media are large.
-        """
-        return reading.scan(self, where, columns, batch_size)
-
-    def vectors(
-        self, ids: Sequence[str] | None = None, where: Filter = EVERYTHING
-    ) -> tuple[list[str], NDArray[np.float32]]:
-        """Return ids and vectors, float32 (n, dim), of given ids (in their order) or of a filter.
-
-        Raises:
-            InputError: one of ``ids`` is unknown.
-        """
-        return reading.vectors(self, ids, where)
+        return self.reader.get_many(ids, links=links)
 
     def count(self, where: Filter = EVERYTHING) -> int:
         """Return how many memories pass the filter."""
-        return reading.count(self, where)
+        return self.reader.count(where)
 
     def search(
         self,
@@ -357,12 +291,12 @@ class MemoryStore(Sealed):
             InputError: no query at all, a vector that does not fit, top_k below 1.
             ConsolidationError: search by words alone in an encrypted store.
         """
-        self.check_model(model_id)
-        found = searching.search(self, vector, text=text, where=where, top_k=top_k)
+        self.embedding.check_model(model_id)
+        found = self.searcher.search(vector, text=text, where=where, top_k=top_k)
         ids = [hit.memory.memory_id for hit in found]
         if touch:
             self.touch(ids)
-        self.observe("read", ids)
+        self.observers.accessed("read", ids)
         return found
 
     def candidates(
@@ -379,7 +313,7 @@ class MemoryStore(Sealed):
         Raises:
             InputError: as :meth:`search`.
         """
-        return searching.candidates(self, [vector], where=where, top_k=top_k)[0]
+        return self.searcher.candidates([vector], where=where, top_k=top_k)[0]
 
     def find(
         self,
@@ -394,56 +328,53 @@ class MemoryStore(Sealed):
         Raises:
             InputError: the content is empty or damaged, or the embedder is not the store's.
         """
-        incoming.check_content(content, "query")
-        searching.check_top_k(top_k)
-        return self.search(self.embed([content])[0], where=where, top_k=top_k, touch=touch)
+        check_content(content, "query")
+        check_top_k(top_k)
+        vector = self.embedding.embed([content])[0]
+        return self.search(vector, where=where, top_k=top_k, touch=touch)
 
     def stats(self) -> Stats:
         """Count what is there, by tier, modality and category, and measure the folder."""
-        return stats(self)
+        return stats(self.database, self.reader)
 
     # --- the whole store --------------------------------------------------------------------
 
-    def export_parquet(self, folder: str | Path) -> interchange.Transfer:
-        """Write the three files other tools read; see :mod:`memopt.memory.io.parquet`."""
-        return interchange.export_parquet(self, folder)
+    def export_parquet(self, folder: str | Path) -> Transfer:
+        """Write the three files other tools read; see :func:`memopt.memory.io.export.export`."""
+        return export(self.database, self.reader, folder)
 
-    def import_parquet(self, folder: str | Path) -> interchange.Transfer:
+    def import_parquet(self, folder: str | Path) -> Transfer:
         """Add what :meth:`export_parquet` wrote; ids that are there are left alone.
 
         Raises:
             InputError: a file is missing, damaged, or of another schema, dimension or model.
         """
-        return interchange.import_parquet(self, folder)
+        parts = (self.database, self.cells, self.embedding, self.reader, self.writer)
+        return Import(*parts).run(folder)
 
-    def reembed(self, embedder: Embedder) -> int:
-        """Move the store to another model; see :func:`memopt.memory.store.reembed.reembed`.
+    def reembed(
+        self, embedder: Embedder, *, on_step: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Move the store to another model; see :class:`memopt.memory.store.reembed.Move`.
+
+        Args:
+            on_step: called with (done, of).
+
+        Returns:
+            How many memories the store has now under the new model.
 
         Raises:
-            InputError: the new model cannot embed a memory; the store stays as it is.
+            InputError: the new model cannot embed a memory (a picture, for a text model), naming
+                it; the store stays as it is.
         """
-        moved = reembedding.reembed(self, embedder)
-        self.embedder = embedder
-        return moved
+        if self.meta.model_id != embedder.model_id:
+            Move(self.database, self.reader, self.cells, embedder).run(on_step)
+            self.index.ensure(rebuild=True)
+        self.embedding.use(embedder)
+        return int(self.database.memories.count_rows())
 
     # --- events and what others build on ----------------------------------------------------
 
-    def event(
-        self,
-        kind: str,
-        detail: str,
-        ids: Sequence[str] = (),
-        retry_at: datetime | None = None,
-    ) -> None:
-        """Record that something failed, was put off or went another way."""
-        events.record(self, kind, detail, ids, retry_at)
-
-    def events(self, kind: str | None = None) -> list[events.Event]:
+    def events(self, kind: str | None = None) -> list[Event]:
         """Return events, oldest first."""
-        return events.read(self, kind)
-
-    def observe(self, action: str, ids: Sequence[str]) -> None:
-        """Tell the observers who was read, written or deleted."""
-        if ids:
-            for observer in self.observers:
-                observer(action, ids)
+        return self.event_log.read(kind)

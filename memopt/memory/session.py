@@ -55,7 +55,7 @@ def open_memory(
         redaction: what is taken out of texts: 'patterns', 'presidio' (names too), 'auto' (both,
             where presidio is installed) or 'none'.
         create: False refuses a place where no store is.
-        background: see :class:`memopt.memory.memory_store.MemoryStore`.
+        background: see :class:`memopt.memory.MemoryStore`.
 
     Raises:
         ConsolidationError: the place is no store, is newer than this memopt, or the key is wrong.
@@ -63,7 +63,7 @@ def open_memory(
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from memopt.memory.model.schema import Content, NewMemory
+    >>> from memopt.memory import Content, NewMemory
     >>> with open_memory(tempfile.mkdtemp()) as memory:
     ...     content = Content(text="write to ann@example.org")
     ...     _ = memory.store.add(NewMemory(content=content, embedding=np.ones(768)))
@@ -85,7 +85,7 @@ def open_memory(
         background=background,
     ) as store:
         if chosen != known:
-            remember(store, chosen)
+            remember(store.place.local, chosen)
         graph = AssociationGraph(store)
         log = AccessLog(store)
         yield Session(store, graph, MultimodalRetriever(store, graph), log, chosen)

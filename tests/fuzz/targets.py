@@ -287,7 +287,7 @@ def records_seeds() -> list[bytes]:
 def memory_import(data: bytes) -> None:
     """The three Parquet files of an export, looked at and imported, and a file of pairs."""
     from memopt.joint.pairs import read_pairs
-    from memopt.memory.io.parquet import check_export, import_parquet
+    from memopt.memory.io.imports import check_export
     from memopt.memory.memory_store import MemoryStore
 
     names = ("memories.parquet", "associations.parquet", "long_term.parquet", "pairs")
@@ -303,7 +303,7 @@ def memory_import(data: bytes) -> None:
     place = Path(tempfile.mkdtemp(dir=scratch()))
     try:
         with MemoryStore(place / "store", dim=dim) as store:
-            import_parquet(store, folder)
+            store.import_parquet(folder)
     finally:
         import shutil
 
@@ -312,7 +312,6 @@ def memory_import(data: bytes) -> None:
 
 @cache
 def _export() -> dict[str, bytes]:
-    from memopt.memory.io.parquet import export_parquet
     from memopt.memory.memory_store import MemoryStore
     from memopt.memory.model.schema import Content, NewMemory
 
@@ -320,7 +319,7 @@ def _export() -> dict[str, bytes]:
         for n in range(3):
             content = Content(text=f"note {n}")
             store.add(NewMemory(content=content, embedding=np.array([1.0, n])))
-        export_parquet(store, scratch() / "seed-export")
+        store.export_parquet(scratch() / "seed-export")
     return {path.name: path.read_bytes() for path in (scratch() / "seed-export").iterdir()}
 
 

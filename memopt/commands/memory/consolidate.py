@@ -11,7 +11,7 @@ from memopt.commands.console import echo, say
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
-    from memopt.memory.lifecycle.condense import Consolidation
+    from memopt.memory.lifecycle.consolidation import Consolidation
 
 
 def consolidate(
@@ -27,6 +27,10 @@ def consolidate(
     model: Text = None,
     hot: Annotated[int | None, typer.Option(help="Accesses that make a memory hot.")] = None,
     cold_days: Annotated[float | None, typer.Option(help="Age of a cold memory.")] = None,
+    at_hand: Annotated[
+        int | None,
+        typer.Option(help="Short-term memories at most: of more, those worth least are archived."),
+    ] = None,
     similarity: Annotated[float, typer.Option(help="Least similarity within a group.")] = 0.8,
     drop: Annotated[
         bool | None,
@@ -48,10 +52,10 @@ def consolidate(
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
     from memopt.memory.lifecycle import from_settings as configured
-    from memopt.memory.lifecycle.condense import consolidate as run
-    from memopt.memory.lifecycle.condense import plan
+    from memopt.memory.lifecycle.consolidation import consolidate as run
+    from memopt.memory.lifecycle.consolidation import plan
     from memopt.memory.lifecycle.schedule import SAVED
-    from memopt.memory.privacy.reclaim import reclaim
+    from memopt.memory.privacy.erase import reclaim
 
     console = stderr()
     settings = load_config().consolidation
@@ -59,6 +63,7 @@ def consolidate(
         settings,
         hot_accesses=hot,
         cold_age_days=cold_days,
+        at_hand=at_hand,
         similarity=similarity,
         originals=None if drop is None else "drop" if drop else "archive",
         duty=1.0,
@@ -99,7 +104,7 @@ def consolidate(
         events = [
             event.detail
             for event in opened.events("consolidation-failed")
-            if event.retry_at and event.retry_at > opened.clock()
+            if event.retry_at and event.retry_at > opened.database.now()
         ]
     if as_json:
         echo(json.dumps(document(report, before, after, events), indent=1))

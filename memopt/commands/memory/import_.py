@@ -23,7 +23,7 @@ def import_(
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
     from memopt.commands.console import stderr, stdout
     from memopt.commands.memory.opened import opened
-    from memopt.memory.io.parquet import check_export
+    from memopt.memory.io.imports import check_export
     from memopt.memory.memory_store import MemoryStore
     from memopt.memory.privacy.keys import read_cipher
     from memopt.memory.store.founding import unmade_on_error
@@ -33,9 +33,8 @@ def import_(
         with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
             pass  # made with the dimension of the export when it is new
         with opened(store, embed=False, key=key, redaction=redaction) as here:
-            here.store.listeners.remove(here.graph)  # the links come from the file
-            done = here.store.import_parquet(folder)
-            here.store.listeners.append(here.graph)
+            with here.store.observers.without(here.graph):  # the links come from the file
+                done = here.store.import_parquet(folder)
             here.store.index.ensure()
     if as_json:
         echo(json.dumps({"added": done.memories, **asdict(done)}))

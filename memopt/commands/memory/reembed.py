@@ -25,7 +25,6 @@ def reembed(
     from memopt.commands.memory.opened import opened
     from memopt.errors import ConfigurationError
     from memopt.memory.io.models import Models, remember
-    from memopt.memory.store.reembed import reembed as run
 
     given = {"text": model, "vision": vision, "audio": audio, "joint": joint}
     models = Models(**{k: str(open_bundle(v).path.resolve()) for k, v in given.items() if v})
@@ -44,12 +43,11 @@ def reembed(
         ) as bar,
     ):
         task = bar.add_task("reembed", total=None)
-        count = run(
-            here.store,
+        count = here.store.reembed(
             embedder,
             on_step=lambda done, total: bar.update(task, completed=done, total=total),
         )
-        remember(here.store, models)
+        remember(here.store.place.local, models)
     with opened(store, embed=False, key=key) as here:
         here.graph.build()
     if as_json:

@@ -13,7 +13,7 @@ from memopt.commands.memory.opened import AsJson, Key, Store, Text
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memopt.memory.lifecycle.condense import Consolidation
+    from memopt.memory.lifecycle.consolidation import Consolidation
 
 
 def worker(
@@ -48,7 +48,7 @@ def worker(
     from memopt.memory.lifecycle import from_settings as configured
     from memopt.memory.lifecycle.schedule import SAVED, due
     from memopt.memory.lifecycle.worker import ConsolidationWorker
-    from memopt.memory.privacy.reclaim import reclaim
+    from memopt.memory.privacy.erase import reclaim
 
     settings = load_config().consolidation
     triggers = configured.triggers(settings)
@@ -78,10 +78,10 @@ def worker(
             if before and after:
                 opened.event(SAVED, json.dumps({"before": before, "after": after}))
             if as_json:
-                line = {"why": why, "at": opened.clock().isoformat()}
+                line = {"why": why, "at": opened.database.now().isoformat()}
                 echo(json.dumps(line | document(report, before, after, [])))
             else:
-                echo(f"{opened.clock():%Y-%m-%d %H:%M:%S} by {why}")
+                echo(f"{opened.database.now():%Y-%m-%d %H:%M:%S} by {why}")
                 tell(report, before, after, [])
 
         condenser = ConsolidationWorker(

@@ -14,16 +14,15 @@ import pyarrow as pa
 
 from memopt.errors import ConfigurationError
 from memopt.memory.graph.neighbours import Pairs, close_in_meaning, close_in_time
-from memopt.memory.model.filters import EVERYTHING, utc
-from memopt.memory.model.rows import vectors_array
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.filters import EVERYTHING
+from memopt.memory.model.rows import vectors_array, with_columns
 from memopt.memory.model.schema import EDGES, Filter
-from memopt.memory.search.searcher import candidates
-from memopt.memory.store.links import Asked, Network, seconds
+from memopt.memory.store.links import Network, seconds
+from memopt.memory.store.observers import StoreObserver
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 TIME, SIMILARITY, CO_RETRIEVAL = "time", "similarity", "co_retrieval"
 # Up to here the nearest memories of each new one are searched by the index, milliseconds each; more
@@ -69,7 +68,7 @@ class GraphRecipe:
                 raise ConfigurationError(f"{name} {getattr(self, name)} is not above 0")
 
 
-class AssociationGraph:
+class AssociationGraph(StoreObserver):
     """Keeps the ``edges`` table of a store in step with its memories.
 
     Made once per open store; from then on new memories are linked as they are added. (Links of
@@ -80,8 +79,7 @@ class AssociationGraph:
         recipe: when memories are linked.
 
     >>> import tempfile
-    >>> from memopt.memory.model.schema import Content, NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import Content, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
     >>> graph = AssociationGraph(store)
     >>> rows = [("a", [1, 0]), ("b", [1, 0.1]), ("c", [0, 1])]
@@ -93,19 +91,16 @@ class AssociationGraph:
     """
 
     def __init__(self, store: MemoryStore, recipe: GraphRecipe | None = None) -> None:
-        self.store = store
         self.recipe = recipe or GraphRecipe()
-        self.links = store.adjacency
+        self._database, self._reader, self._searcher = store.database, store.reader, store.searcher
+        self.links = store.link_cache
         self._together: Counter[tuple[str, str]] = Counter()
-        store.listeners.append(self)
-        store.closing.append(self.flush)
+        self._database.observers.add(self)
 
     def close(self) -> None:
         """Write what is buffered and stop following the store."""
-        self.store.keep_book(self.flush)
-        if self in self.store.listeners:
-            self.store.listeners.remove(self)
-            self.store.closing.remove(self.flush)
+        self.closing()
+        self._database.observers.remove(self)
 
     # --- following the store ----------------------------------------------------------------
 
@@ -128,7 +123,11 @@ class AssociationGraph:
         for left, right in combinations(sorted(set(ids)), 2):
             self._together[left, right] += 1
         if len(self._together) > MOST_PENDING_PAIRS:
-            self.store.keep_book(self.flush)
+            self.closing()
+
+    def closing(self) -> None:
+        """Write the counted co-retrievals, where the store can be written."""
+        self._database.keep_book(self.flush)
 
     def flush(self) -> None:
         """Write the counted co-retrievals."""
@@ -150,23 +149,22 @@ class AssociationGraph:
 
         columns = ["memory_id", "timestamp", "joint_embedding"]
         step("read")
-        with self.store.changing():
-            batches = list(self.store.scan(columns=columns, batch_size=8192))
-            ids = [key for batch in batches for key in batch["memory_id"].to_pylist()]
+        with self._database.changing():
+            table = self._reader.table(EVERYTHING, columns, 8192)
+            ids = table["memory_id"].to_pylist()
             if not ids:
                 return 0
-            moments = np.concatenate([seconds(batch["timestamp"]) for batch in batches])
-            vectors = np.concatenate(
-                [vectors_array(batch["joint_embedding"], self.store.dim) for batch in batches]
-            )
+            vectors = vectors_array(table["joint_embedding"], self._database.dim)
             step("time")
-            pairs = close_in_time(moments, self.recipe.window_s, self.recipe.most)
+            pairs = close_in_time(
+                seconds(table["timestamp"]), self.recipe.window_s, self.recipe.most
+            )
             links = _named(ids, pairs, TIME, {})
             step("meaning")
             pairs = close_in_meaning(vectors, self.recipe.similarity, self.recipe.most)
             links.update(_named(ids, pairs, SIMILARITY, links))
             step("write")
-            edges = self.store.table("edges")
+            edges = self._database.table("edges")
             edges.delete(col("kind") != lit(CO_RETRIEVAL))
             kept = edges.search().select(["source", "target"]).limit(None).to_arrow()
             for pair in zip(kept["source"].to_pylist(), kept["target"].to_pylist(), strict=True):
@@ -176,24 +174,15 @@ class AssociationGraph:
 
     def decay(self) -> int:
         """Write the faded weights and drop links below the floor; return how many went."""
-        with self.store.changing():
-            edges = self.store.table("edges")
+        with self._database.changing():
+            edges = self._database.table("edges")
             table = edges.to_arrow()
-            now = utc(self.store.clock())
-            weights = self.faded(
-                table["weight"].to_numpy(), seconds(table["updated_at"]), now
-            ).astype(np.float32)
-            kept = weights >= self.recipe.floor
-            table = table.set_column(
-                table.column_names.index("weight"), EDGES.field("weight"), pa.array(weights)
-            )
-            table = table.set_column(
-                table.column_names.index("updated_at"),
-                EDGES.field("updated_at"),
-                pa.array([now] * len(table), EDGES.field("updated_at").type),
-            ).filter(pa.array(kept))
-            edges.add(table.cast(EDGES), mode="overwrite")
-            return int((~kept).sum()) // 2
+            now = self._database.now()
+            weights = self.faded(table["weight"].to_numpy(), seconds(table["updated_at"]), now)
+            strong = weights.astype(np.float32) >= self.recipe.floor
+            table = with_columns(table, weight=pa.array(weights, pa.float32()), updated_at=now)
+            edges.add(table.filter(pa.array(strong)).cast(EDGES), mode="overwrite")
+            return int((~strong).sum()) // 2
 
     def faded(
         self, weights: NDArray[Any], updated: NDArray[np.float64], now: datetime
@@ -205,11 +194,11 @@ class AssociationGraph:
     def around(self, ids: Sequence[str]) -> Around:
         """Return the links that leave ``ids``: sources, targets, weights as of now."""
         sources, targets, weights, updated = self.network()(ids)
-        return sources, targets, self.faded(weights, updated, utc(self.store.clock()))
+        return sources, targets, self.faded(weights, updated, self._database.now())
 
     def network(self) -> Network:
         """Return all links for several steps in a row, from memory where it is up to date."""
-        return self.links.current() or Asked(self.store)
+        return self.links.network()
 
     # --- how links are found and written ----------------------------------------------------
 
@@ -217,10 +206,9 @@ class AssociationGraph:
         window = timedelta(seconds=self.recipe.window_s)
         where = Filter(since=min(timestamps) - window, until=max(timestamps) + window)
         fresh = [moment.timestamp() for moment in timestamps]
-        known: dict[str, float] = {}
-        for batch in self.store.scan(where, ["memory_id", "timestamp"], 8192):
-            moments = seconds(batch["timestamp"]).tolist()
-            known.update(zip(batch["memory_id"].to_pylist(), moments, strict=True))
+        table = self._reader.table(where, ["memory_id", "timestamp"], 8192)
+        moments = seconds(table["timestamp"])
+        known = dict(zip(table["memory_id"].to_pylist(), moments.tolist(), strict=True))
         for key in ids:
             known.pop(key, None)
         names = [*known, *ids]
@@ -236,7 +224,7 @@ class AssociationGraph:
             pairs = close_in_meaning(vectors, recipe.similarity, recipe.most)
             return _named(ids, pairs, SIMILARITY, known)
         links: _Links = {}
-        near = candidates(self.store, list(vectors), where=EVERYTHING, top_k=recipe.most + 1)
+        near = self._searcher.candidates(list(vectors), where=EVERYTHING, top_k=recipe.most + 1)
         for key, others in zip(ids, near, strict=True):
             for other, similar in others:
                 pair = _ordered(key, other)
@@ -247,17 +235,16 @@ class AssociationGraph:
 
     def _write(self, links: _Links) -> None:
         """Append new links, both directions, where both memories are there."""
-        with self.store.changing():
+        with self._database.changing():
             links = self._living(links)
             if links:
-                table = _table(links, utc(self.store.clock()))
-                before = self.store.version("edges")
-                self.store.table("edges").add(table)
-                self.links.follow(before, self.store.version("edges"), table)
+                table = _table(links, self._database.now())
+                with self.links.following(table):
+                    self._database.table("edges").add(table)
 
     def _strengthen(self, gains: Mapping[tuple[str, str], float]) -> None:
         """Add to the weight of links, making those that are not there."""
-        with self.store.changing():
+        with self._database.changing():
             links = self._living({pair: (gain, CO_RETRIEVAL) for pair, gain in gains.items()})
             if not links:
                 return
@@ -266,16 +253,14 @@ class AssociationGraph:
                 if (source, target) in links:
                     gain = links[source, target][0]
                     links[source, target] = (min(1.0, weight + gain), CO_RETRIEVAL)
-            table = _table(links, utc(self.store.clock()))
-            before = self.store.version("edges")
-            merge = self.store.table("edges").merge_insert(["source", "target"])
+            table = _table(links, self._database.now())
+            merge = self._database.table("edges").merge_insert(["source", "target"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(table)
-            self.links.follow(before, self.store.version("edges"), table)
+            with self.links.following(table):
+                merge.execute(table)
 
     def _living(self, links: _Links) -> _Links:
-        names = list({name for pair in links for name in pair})
-        there = set(self.store.light(names, ("memory_id",))["memory_id"].to_pylist())
+        there = self._database.existing(list({name for pair in links for name in pair}))
         return {pair: link for pair, link in links.items() if set(pair) <= there}
 
 

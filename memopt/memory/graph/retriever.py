@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
+from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.spreading import Activation, spread
-from memopt.memory.model import rows
+from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.content import check_content
-from memopt.memory.model.filters import utc
+from memopt.memory.model.filters import columns_of, passing
 from memopt.memory.model.schema import Content, Filter, Memory
-from memopt.memory.search import searcher as searching
-from memopt.memory.search.searcher import check_top_k
-from memopt.memory.store import reader as reading
+from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, cosines
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
+    import numpy as np
     from numpy.typing import NDArray
-
-    from memopt.memory.graph.association import AssociationGraph
-    from memopt.memory.memory_store import MemoryStore
-    from memopt.memory.search.relevance import Question
 
 # Weight of the association beside 0.7 of the similarity. That of a text knows what was said around
 # it already: on long conversations 0.3 costs recall there, 0.1 does not.
@@ -60,9 +55,8 @@ class MultimodalRetriever:
         graph: the store's association graph; without one nothing is associated.
 
     >>> import tempfile
-    >>> from memopt.memory.graph.association import AssociationGraph
-    >>> from memopt.memory.model.schema import NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> import numpy as np
+    >>> from memopt.memory import AssociationGraph, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
     >>> graph = AssociationGraph(store)
     >>> rows = [("a red door", [1, 0]), ("its key", [0, 1])]
@@ -110,142 +104,96 @@ class MultimodalRetriever:
             InputError: no query, top_k below 1, a negative weight, or content that cannot be read.
         """
         check_top_k(top_k)
-        worded = bool(text and text.strip())
-        if beta is None:
-            beta = _BETA_OF_TEXT if worded else _BETA
-        if alpha < 0 or beta < 0 or alpha + beta == 0:
-            raise InputError(
-                f"alpha {alpha} and beta {beta} weigh nothing", fix="use 0.7 and 0.3, not negative"
-            )
-        content = Content(text=text, vision=vision, audio=audio)
-        if vector is None or content.modalities:
-            check_content(content, "query")
-        query = (
-            self.store.embed([content])[0]
-            if vector is None
-            else searching.query_vector(self.store, vector)
-        )
+        alpha, beta = _weights(alpha, beta, text)
+        query = self._query(Content(text=text, vision=vision, audio=audio), vector)
         where = where or Filter()
-        asked = searching.SPARE * top_k
-        question = None
-        if text and worded:
-            answers = searching.related(self.store, query, text, where=where, top_k=top_k)
-            question, similar, tables = answers.question, answers.similar, [answers.table]
-        else:
-            tables = [searching.nearest(self.store, query, where=where, top_k=asked)]
-            similar = self._similarity(tables[0], query, None)
-        # Whatever the search did not return is less similar than its last result.
-        below = min(similar.values()) if len(similar) >= asked else 1.0
-        activation = self._activation(similar) if enable_association else None
+        answers = self._answers(query, text, where, top_k)
+        activation = self._activation(answers.similar) if enable_association else None
         if activation is None:
             alpha, beta = 1.0, 0.0
-        reached = dict.fromkeys(similar, 0.0)
-        new: dict[str, float] = {}
-        if activation is not None:
-            reached = dict(zip(similar, activation.of(list(similar)), strict=True))
-            new = _worth_reading(similar, reached, activation, below, alpha, beta, top_k)
-
-        def best() -> list[tuple[float, str]]:
-            scores = [
-                (-(alpha * value + beta * reached[key]) / (alpha + beta), key)
-                for key, value in similar.items()
-            ]
-            return sorted(scores)[:top_k]
-
-        # Association seldom changes all of the first: they are read while it is looked at.
-        likely = self._row_ids(tables, [key for _, key in best()])
-        seen = activation.network.row_ids(list(new)) if activation is not None else {}
-        associated, early = self._read(list(new), seen, where, likely, question)
-        tables.append(associated)
-        similar |= self._similarity(associated, query, question)
-        reached |= new
-        ranked = best()
-        memories = self._memories(self._row_ids(tables, [key for _, key in ranked]), early)
+        ranking = _Ranking(alpha, beta, top_k, dict(answers.similar), _row_ids(answers.table))
+        early = self._associate(ranking, activation, query, where, answers) if activation else None
+        best = ranking.best()
+        memories = self._memories({key: ranking.row_ids[key] for _, key in best}, early)
         found = [
-            Retrieved(memories[key], similar[key], reached[key], -score)
-            for score, key in ranked
+            Retrieved(memories[key], ranking.similar[key], ranking.reached.get(key, 0.0), score)
+            for score, key in best
             if key in memories
         ]
         if touch and found:
-            ids = [result.memory.memory_id for result in found]
-            self.store.touch(ids)
-            if self.graph is not None:
-                self.graph.retrieved(ids)
+            self._count([result.memory.memory_id for result in found])
         return found
 
-    def _similarity(
-        self, table: pa.Table, query: NDArray[np.float32], question: Question | None
-    ) -> dict[str, float]:
-        if question is None:
-            vectors = rows.vectors_array(table["joint_embedding"], self.store.dim)
-            values = np.clip(vectors @ query, 0, 1)
-        else:
-            values = question.alone(table)
-        return dict(zip(table["memory_id"].to_pylist(), values.tolist(), strict=True))
+    def _query(self, content: Content, vector: NDArray[Any] | None) -> NDArray[np.float32]:
+        embedding = self.store.embedding
+        if vector is None or content.modalities:
+            check_content(content, "query")
+        return embedding.embed([content])[0] if vector is None else embedding.query(vector)
 
-    def _read(
-        self,
-        ids: Sequence[str],
-        seen: Mapping[str, int],
-        where: Filter,
-        likely: Mapping[str, int],
-        question: Question | None,
-    ) -> tuple[pa.Table, pa.Table | None]:
-        """Return what ranks those of ``ids`` that the filter lets pass, and the ``likely`` rows.
-
-        ``seen`` are row ids that some of ``ids`` had; where most are wrong, all are read anew.
-        """
-        if where.ids:
-            ids = [key for key in ids if key in where.ids]
-        columns = [*searching.RANKED, *(question.columns if question else ())]
-        names = list(dict.fromkeys([*columns, *searching.condition_columns(where)]))
-        table, early, moved = reading.light_and_rows(
-            self.store, ids, seen, names, likely, self._columns()
-        )
-        if moved > len(seen) // 2:
-            self.store.adjacency.refresh()
-        kept = searching.passing(table, where, utc(self.store.clock()))
-        return table.select(columns).filter(kept), early
-
-    def _columns(self) -> list[str]:
-        return [*searching.ALWAYS, *sorted(self.store.wanted_columns)]
-
-    def _row_ids(self, tables: Sequence[pa.Table], ids: Sequence[str]) -> dict[str, int]:
-        at: dict[str, int] = {}
-        for table in tables:
-            names = table["memory_id"].to_pylist()
-            at.update(zip(names, table["_rowid"].to_pylist(), strict=True))
-        return {key: at[key] for key in ids}
+    def _answers(
+        self, query: NDArray[np.float32], text: str | None, where: Filter, top_k: int
+    ) -> Answers:
+        searcher = self.store.searcher
+        if text and text.strip():
+            return searcher.related(query, text, where=where, top_k=top_k)
+        return searcher.nearest(query, where=where, top_k=top_k)
 
     def _activation(self, similar: Mapping[str, float]) -> Activation | None:
         """Return what the similar ones remind of; None where it is nothing."""
         if self.graph is None or not similar:
             return None
-        now = utc(self.store.clock())
-        graph = self.graph
+        now, graph = self.store.database.now(), self.graph
         found = spread(similar, graph.network(), lambda w, when: graph.faded(w, when, now))
         return found if len(found.nodes) else None
 
+    def _associate(
+        self,
+        ranking: _Ranking,
+        activation: Activation,
+        query: NDArray[np.float32],
+        where: Filter,
+        answers: Answers,
+    ) -> pa.Table | None:
+        """Rank what is associated too; return the rows of the first so far, read on the way.
+
+        Association seldom changes all of the first: they are read while it is looked at.
+        """
+        store, ids = self.store, list(ranking.similar)
+        ranking.reached.update(zip(ids, activation.of(ids), strict=True))
+        associated = ranking.worth_reading(activation)
+        # Where most have moved from where the links saw them, the links are read anew.
+        seen = activation.network.row_ids(list(associated))
+        columns = [*RANKED, *(answers.question.columns if answers.question else ())]
+        table, early, moved = store.reader.light_and_rows(
+            [key for key in associated if not where.ids or key in where.ids],
+            seen,
+            list(dict.fromkeys([*columns, *columns_of(where)])),
+            {key: ranking.row_ids[key] for _, key in ranking.best()},
+            store.searcher.columns.names(),
+        )
+        if moved > len(seen) // 2:
+            store.link_cache.refresh()
+        table = table.select(columns).filter(passing(table, where, store.database.now()))
+        ranking.similar |= _similar(table, query, answers)
+        ranking.reached |= associated
+        ranking.row_ids |= _row_ids(table)
+        return early
+
     def _memories(self, row_ids: Mapping[str, int], early: pa.Table | None) -> dict[str, Memory]:
+        """Return the memories of rows just ranked, of which some were read ``early``."""
+        store = self.store
         read = set(early["memory_id"].to_pylist()) if early is not None else set()
         rest = {key: at for key, at in row_ids.items() if key not in read}
-        late = reading.by_row_id(self.store, rest, self._columns()) if rest else None
+        late = store.reader.by_row_id(rest, store.searcher.columns.names()) if rest else None
         parts = [part for part in (early, late) if part is not None]
         table = pa.concat_tables(parts) if parts else None
-        needed = set() if table is None else searching.needed_columns(table)
-        if table is None or (rest and late is None) or needed - set(table.column_names):
-            # The next retrieval reads them at once.
-            self.store.wanted_columns |= needed
+        lacks = table is not None and store.searcher.columns.lacks(table)
+        if table is None or (rest and late is None) or lacks:
             memories = self._whole(list(row_ids))
         else:
-            names = table["memory_id"].to_pylist()
-            wanted = pa.array([key in row_ids for key in names], pa.bool_())
-            memories = rows.memories(
-                self.store.unpack(table.filter(wanted)),
-                self.store.dim,
-                extra_accesses=self.store.pending_touches(),
-            )
-            self.store.observe("read", list(row_ids))
+            chosen = [key in row_ids for key in table["memory_id"].to_pylist()]
+            memories = store.reader.records(table.filter(pa.array(chosen, pa.bool_())))
+            store.database.observers.accessed("read", list(row_ids))
         return {memory.memory_id: memory for memory in memories}
 
     def _whole(self, ids: list[str]) -> list[Memory]:
@@ -261,26 +209,67 @@ class MultimodalRetriever:
                     continue
             return found
 
+    def _count(self, ids: list[str]) -> None:
+        self.store.touch(ids)
+        if self.graph is not None:
+            self.graph.retrieved(ids)
 
-def _worth_reading(
-    similar: Mapping[str, float],
-    reached: Mapping[str, float],
-    activation: Activation,
-    below: float,
-    alpha: float,
-    beta: float,
-    top_k: int,
-) -> dict[str, float]:
-    """Return the associated memories that could still get among the first, strongest first.
 
-    The threshold algorithm (Fagin, Lotem & Naor 2001): what was not found by similarity is at most
-    ``below`` similar, so with too little activation it cannot pass the ``top_k``-th result.
-    """
-    known = [alpha * value + beta * reached[key] for key, value in similar.items()]
-    needed = sorted(known, reverse=True)[top_k - 1] if len(known) >= top_k else 0.0
-    missing = needed - alpha * below - _ROUNDING
-    if missing > beta:
-        return {}
-    strong = activation.above(missing / beta if beta else 0.0)
-    new = [(-value, key) for key, value in strong.items() if key not in similar]
-    return {key: -value for value, key in sorted(new)[:_MOST_READ]}
+@dataclass(slots=True)
+class _Ranking:
+    """Weighs similarity (``similar``) and activation (``reached``) of memories by id."""
+
+    alpha: float
+    beta: float
+    top_k: int
+    similar: dict[str, float]
+    row_ids: dict[str, int]
+    reached: dict[str, float] = field(default_factory=dict)
+
+    def best(self) -> list[tuple[float, str]]:
+        """Return (score, id) of the first ``top_k``, best first, equal ones by id."""
+        weight = self.alpha + self.beta
+        scores = [(-self._sum(key) / weight, key) for key in self.similar]
+        return [(-score, key) for score, key in sorted(scores)[: self.top_k]]
+
+    def worth_reading(self, activation: Activation) -> dict[str, float]:
+        """Return the associated memories that could still get among the first, strongest first.
+
+        The threshold algorithm (Fagin, Lotem & Naor 2001): what was not found by similarity is less
+        similar than the last result, so with too little activation it cannot pass the ``top_k``-th.
+        """
+        full = len(self.similar) >= SPARE * self.top_k
+        below = min(self.similar.values()) if full else 1.0
+        known = sorted((self._sum(key) for key in self.similar), reverse=True)
+        needed = known[self.top_k - 1] if len(known) >= self.top_k else 0.0
+        missing = needed - self.alpha * below - _ROUNDING
+        if missing > self.beta:
+            return {}
+        strong = activation.above(missing / self.beta if self.beta else 0.0)
+        new = [(-value, key) for key, value in strong.items() if key not in self.similar]
+        return {key: -value for value, key in sorted(new)[:_MOST_READ]}
+
+    def _sum(self, key: str) -> float:
+        return self.alpha * self.similar[key] + self.beta * self.reached.get(key, 0.0)
+
+
+def _weights(alpha: float, beta: float | None, text: str | None) -> tuple[float, float]:
+    if beta is None:
+        beta = _BETA_OF_TEXT if text and text.strip() else _BETA
+    if alpha < 0 or beta < 0 or alpha + beta == 0:
+        raise InputError(
+            f"alpha {alpha} and beta {beta} weigh nothing", fix="use 0.7 and 0.3, not negative"
+        )
+    return alpha, beta
+
+
+def _row_ids(table: pa.Table) -> dict[str, int]:
+    return dict(zip(table["memory_id"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
+
+
+def _similar(table: pa.Table, query: NDArray[np.float32], answers: Answers) -> dict[str, float]:
+    """Return the similarity of rows that came in later, as that of the ``answers`` is meant."""
+    if answers.question is None:
+        return cosines(table, query)
+    values = answers.question.alone(table).tolist()
+    return dict(zip(table["memory_id"].to_pylist(), values, strict=True))

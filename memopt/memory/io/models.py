@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
+from memopt.memory.store.meta import MODELS_FILE
 
 if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
     from memopt.memory.model.schema import Embedder
-
-MODELS_FILE = "models.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +100,9 @@ def remembered(folder: str | Path) -> Models:
         raise ConsolidationError(f"{path} is damaged ({error})", fix="delete it") from error
 
 
-def remember(store: MemoryStore, models: Models) -> None:
+def remember(folder: Path | None, models: Models) -> None:
     """Write the bundles beside a local store, so that later commands need no flag."""
-    if store.place.local is None:
+    if folder is None:
         return
-    with atomic_path(store.place.local / MODELS_FILE, 0o600) as path:
+    with atomic_path(folder / MODELS_FILE, 0o600) as path:
         path.write_text(json.dumps(asdict(models), indent=1) + "\n", encoding="utf-8")

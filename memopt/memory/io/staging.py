@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
@@ -20,7 +20,6 @@ from memopt.files import staged_directory
 from memopt.memory.io.files import CHUNK, Files, Row, Summary, read_memories, read_summaries
 from memopt.memory.model import content as incoming
 from memopt.memory.model import rows
-from memopt.memory.model.filters import utc
 from memopt.memory.model.schema import (
     ARCHIVED,
     LONG_TERM,
@@ -29,13 +28,14 @@ from memopt.memory.model.schema import (
     NewMemory,
     memories_schema,
 )
-from memopt.memory.store.existing import end_of
-from memopt.memory.store.writer import sealed
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.database import Database
+from memopt.memory.store.embedding import Embedding
+from memopt.memory.store.ends import end_of
+from memopt.memory.store.reader import Reader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 
 class Parts:
@@ -49,53 +49,39 @@ class Parts:
             yield pa.Table.from_batches([self._reader.get_batch(at)])
 
 
-@contextmanager
-def staged(store: MemoryStore, files: Files, model: str) -> Iterator[tuple[Parts, int]]:
-    """Yield the rows of an export, checked, redacted and encrypted where the store is.
+class Staging:
+    """Turns what files hold into rows of a store.
 
     Args:
-        model: what made the vectors, '' for what made the store's.
+        redact: what texts pass through.
+        model: what made the vectors of the files, '' for what made the store's.
 
-    Yields:
-        The rows, and how many were left out since their time has come.
-
-    Raises:
-        InputError: see :func:`memopt.memory.io.parquet.import_parquet`.
+    Attributes:
+        expired: how many were left out since their time has come.
     """
-    making = _Making(store, read_summaries(files), model or store.meta.model_id)
-    with _folder(store) as folder:
-        path = str(folder / "rows.arrow")
-        schema = memories_schema(store.dim)
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for table in making.tables(files):
-                if table.num_rows:
-                    writer.write_table(table.combine_chunks())
-        with pa.memory_map(path) as source:
-            yield Parts(pa.ipc.open_file(source)), making.expired
 
-
-@contextmanager
-def _folder(store: MemoryStore) -> Iterator[Path]:
-    if store.place.local is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    with staged_directory(store.place.local) as staging:
-        yield staging
-
-
-class _Making:
-    """Turns what files hold into rows of a store."""
-
-    def __init__(self, store: MemoryStore, summaries: dict[str, Summary], model: str) -> None:
-        self.store, self.model = store, model
-        self.now = utc(store.clock())
+    def __init__(
+        self,
+        database: Database,
+        cells: Cells,
+        embedding: Embedding,
+        reader: Reader,
+        redact: Callable[[str], str] | None,
+        files: Files,
+        model: str,
+    ) -> None:
+        self._database, self._cells = database, cells
+        self._embedding, self._reader = embedding, reader
+        self._redact, self._files = redact, files
+        self._model = model or database.meta.model_id
+        self._now = database.now()
+        self._retention = database.meta.retention
         self.expired = 0
+        self._summaries = read_summaries(files)
         # Of which no memory has the id.
-        self._alone = dict(summaries)
-        self._summaries = summaries
+        self._alone = dict(self._summaries)
         self._condensed: dict[str, list[Summary]] = defaultdict(list)
-        for summary in summaries.values():
+        for summary in self._summaries.values():
             for source in summary.sources:
                 self._condensed[source].append(summary)
         # For the place and the end of summaries that stand alone.
@@ -104,17 +90,34 @@ class _Making:
         self._ends: dict[str, list[datetime]] = defaultdict(list)
         self._seen: set[str] = set()
 
-    def tables(self, files: Files) -> Iterator[pa.Table]:
-        """Yield the rows of all files."""
-        stream = read_memories(files)
+    @contextmanager
+    def rows(self) -> Iterator[Parts]:
+        """Yield the rows of an export, checked, redacted and encrypted where the store is.
+
+        Raises:
+            InputError: see :class:`memopt.memory.io.imports.Import`.
+        """
+        local = self._database.place.local
+        place = staged_directory(local) if local else tempfile.TemporaryDirectory()
+        with place as folder:
+            path = str(Path(folder) / "rows.arrow")
+            schema = memories_schema(self._database.dim)
+            with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                for table in self._tables():
+                    if table.num_rows:
+                        writer.write_table(table.combine_chunks())
+            with pa.memory_map(path) as source:
+                yield Parts(pa.ipc.open_file(source))
+
+    def _tables(self) -> Iterator[pa.Table]:
+        stream = read_memories(self._files)
         while part := list(islice(stream, CHUNK)):
             yield self._memories(part)
-        alone = list(self._alone.values())
-        for start in range(0, len(alone), CHUNK):
-            yield self._summaries_alone(alone[start : start + CHUNK])
+        for summaries in rows.chunks(list(self._alone.values()), CHUNK):
+            yield self._summaries_alone(summaries)
 
     def _memories(self, part: list[Row]) -> pa.Table:
-        dim = self.store.dim
+        dim = self._database.dim
         if len(part[0].vector) != dim:
             raise InputError(
                 f"{part[0].memory.origin} has a vector of {len(part[0].vector)} numbers, "
@@ -126,11 +129,11 @@ class _Making:
             key = row.memory.memory_id or ""
             self._place(row)
             summary = self._alone.pop(key, None)
-            end = end_of(row.memory, self.now, self.store.meta.retention)
+            end = end_of(row.memory, self._now, self._retention)
             if end is not None:
                 for other in self._condensed.get(key, ()):
                     self._ends[other.memory_id].append(end)
-            if end is not None and end <= self.now:
+            if end is not None and end <= self._now:
                 self.expired += 1
                 continue
             living.append(row)
@@ -166,11 +169,11 @@ class _Making:
         if summary:
             return {**found, **self._of(summary)}
         if condensed and row.tier is None:
-            found["consolidated_at"] = condensed[0].consolidated_at or self.now
+            found["consolidated_at"] = condensed[0].consolidated_at or self._now
         return found
 
     def _of(self, summary: Summary) -> dict[str, Any]:
-        redact = self.store.redact or str
+        redact = self._redact or str
         return {
             "tier": LONG_TERM,
             "summary": redact(summary.summary),
@@ -191,34 +194,32 @@ class _Making:
                 memory_id=summary.memory_id,
                 origin=summary.origin,
             )
-            own = end_of(memory, self.now, self.store.meta.retention)
+            own = end_of(memory, self._now, self._retention)
             end = min(filter(None, (own, *self._ends[summary.memory_id])), default=None)
-            if end is not None and end <= self.now:
+            if end is not None and end <= self._now:
                 self.expired += 1
                 continue
             memories.append(memory)
             vectors.append(self._middle(summary))
             extra.append({"access_count": 0, "expires_at": end, **self._of(summary)})
-        found = np.array(vectors, np.float32).reshape(-1, self.store.dim)
+        found = np.array(vectors, np.float32).reshape(-1, self._database.dim)
         return self._table(memories, found, extra)
 
     def _look_up(self, ids: set[str]) -> None:
         """Take sources into account that are in the store already."""
-        there = (
-            self.store.light(sorted(ids), ("memory_id",))["memory_id"].to_pylist() if ids else []
-        )
+        there = sorted(self._database.existing(sorted(ids))) if ids else []
         if not there:
             return
-        for key, vector in zip(*self.store.vectors(there), strict=True):
+        for key, vector in zip(*self._reader.vectors(there), strict=True):
             self._seen.add(key)
             for summary in self._condensed[key]:
                 _accumulate(self._sums, summary.memory_id, vector)
 
     def _middle(self, summary: Summary) -> NDArray[np.float32]:
         found = self._sums.get(summary.memory_id)
-        if found is None and self.store.embedder is not None:
-            text = self.store.redact(summary.summary) if self.store.redact else summary.summary
-            return np.asarray(self.store.embed([Content(text=text)])[0], np.float32)
+        if found is None and self._embedding.embedder is not None:
+            text = self._redact(summary.summary) if self._redact else summary.summary
+            return np.asarray(self._embedding.embed([Content(text=text)])[0], np.float32)
         # Its sources are gone: near what it is about, until the store is reembedded.
         for other in (found, self._category.get(summary.category), self._category.get(None)):
             if other is not None and other.any():
@@ -231,12 +232,12 @@ class _Making:
     def _table(
         self, memories: list[NewMemory], vectors: NDArray[np.float32], extra: list[dict[str, Any]]
     ) -> pa.Table:
-        store = self.store
+        dim = self._database.dim
         if not memories:
-            return memories_schema(store.dim).empty_table()
-        memories = [incoming.redacted(memory, store.redact) for memory in memories]
+            return memories_schema(dim).empty_table()
+        memories = [incoming.redacted(memory, self._redact) for memory in memories]
         ids = [memory.memory_id or "" for memory in memories]
-        columns = incoming.columns(ids, memories, self.now, self.model)
+        columns = incoming.columns(ids, memories, self._now, self._model)
         names = sorted({name for values in extra for name in values})
         columns.update({name: [values.get(name) for values in extra] for name in names})
         columns["source_count"] = [values.get("source_count", 0) for values in extra]
@@ -244,12 +245,12 @@ class _Making:
             values.get("summary") is not None or memory.content.text is not None
             for values, memory in zip(extra, memories, strict=True)
         ]
-        table = rows.new_rows(rows.unit(vectors, store.dim), columns)
+        table = rows.new_rows(rows.unit(vectors, dim), columns)
         archived = pa.array([tier == ARCHIVED for tier in columns["tier"]], pa.bool_())
-        packed = store.pack(table.filter(archived))
+        packed = self._cells.pack(table.filter(archived))
         # Words are made when the rows are stored: what a table has may change until then.
-        whole = sealed(store, pa.concat_tables([table.filter(pc.invert(archived)), packed]))
-        return whole.select(memories_schema(store.dim).names)
+        rest = table.filter(pc.invert(archived))
+        return self._cells.stored(pa.concat_tables([rest, packed])).select(table.column_names)
 
 
 def _accumulate(sums: dict[Any, NDArray[np.float32]], key: Any, vector: Any) -> None:

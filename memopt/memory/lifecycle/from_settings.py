@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memopt.memory.lifecycle.condense import ConsolidationRecipe
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.lifecycle.schedule import Triggers
 
 if TYPE_CHECKING:

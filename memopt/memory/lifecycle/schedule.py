@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 from memopt.errors import ConfigurationError
 from memopt.extras import require
+from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import utc
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
 
 # The event a finished run leaves; its time is the last run, for every process.
 SAVED = "consolidation-saved"
@@ -65,7 +62,7 @@ def last_run(store: MemoryStore) -> datetime | None:
 
     A run of a time that has not come was recorded while the clock was wrong, and does not count.
     """
-    now = utc(store.clock())
+    now = store.database.now()
     return max((event.at for event in store.events(RUN) if event.at <= now), default=None)
 
 
@@ -75,7 +72,7 @@ def due(store: MemoryStore, triggers: Triggers) -> str | None:
     Runs that were missed while nobody was there are caught up by one: what counts is whether the
     schedule had any moment since the last run, or since the store was made.
     """
-    now = utc(store.clock())
+    now = store.database.now()
     last = last_run(store)
     if triggers.cron is not None:
         since = last or _made(store, now)

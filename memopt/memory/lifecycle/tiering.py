@@ -11,15 +11,13 @@ import pyarrow as pa
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
-from memopt.memory.lifecycle.condensed_rows import moved
-from memopt.memory.lifecycle.plan import chunks
-from memopt.memory.model.filters import id_list, utc
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.filters import id_list
+from memopt.memory.model.rows import chunks, with_columns
 from memopt.memory.model.schema import ARCHIVED, LONG_TERM, SHORT_TERM, Filter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 # Memories whose words say what is being worked on: the most recently used ones.
 _FOCUS = 32
@@ -57,8 +55,7 @@ class HotColdTiering:
         recency, relevance: weights, which sum to 1.
 
     >>> import tempfile
-    >>> from memopt.memory.model.schema import Content, NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import Content, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
     >>> new = [NewMemory(content=Content(text=t), embedding=np.ones(2), memory_id=t)
     ...        for t in ("a red door", "a blue lake")]
@@ -92,7 +89,7 @@ class HotColdTiering:
         texts: list[str] = []
         used: list[float] = []
         # Whatever a wrong clock dated later than now was used just now at the latest.
-        now = utc(self.store.clock()).timestamp()
+        now = self.store.database.now().timestamp()
         # Media are read only of packed rows, where they share a cell with the text.
         for batch in self.store.scan(where, [*columns, "text", "summary", "codec"], 1024):
             table = pa.Table.from_batches([batch])
@@ -101,11 +98,11 @@ class HotColdTiering:
                 for key, codec in zip(
                     table["memory_id"].to_pylist(), table["codec"].to_pylist(), strict=True
                 )
-                if codec or self.store.cipher is not None
+                if codec or self.store.database.cipher is not None
             ]
             opened: dict[str, tuple[str | None, str | None]] = {}
             for part in chunks(packed, 256):
-                rows = self.store.unpack(self.store.rows(part, ["memory_id", *content]))
+                rows = self.store.cells.unpack(self.store.rows(part, ["memory_id", *content]))
                 for row in rows.select(["memory_id", "text", "summary"]).to_pylist():
                     opened[row["memory_id"]] = (row["text"], row["summary"])
             for row in table.to_pylist():
@@ -135,7 +132,9 @@ class HotColdTiering:
         archived = [found.memory_id for found in ranked if found.tier == ARCHIVED]
         condensed = {
             row["memory_id"]
-            for row in self.store.light(archived, ["memory_id", "consolidated_at"]).to_pylist()
+            for row in self.store.database.light(
+                archived, ["memory_id", "consolidated_at"]
+            ).to_pylist()
             if row["consolidated_at"] is not None
         }
         ranked = [found for found in ranked if found.memory_id not in condensed]
@@ -166,7 +165,7 @@ class HotColdTiering:
         moved_rows = 0
         for part in chunks(list(dict.fromkeys(id_list(ids))), _ROWS_PER_COMMIT):
             # Read, changed and written under the lock: no other writer's change is overwritten.
-            with self.store.exclusive():
+            with self.store.database.exclusive():
                 rows = self.store.rows(part)
                 missing = sorted(set(part) - set(rows["memory_id"].to_pylist()))
                 if missing:
@@ -178,9 +177,9 @@ class HotColdTiering:
                 rows = rows.filter(pa.array([other != tier for other in now], pa.bool_()))
                 if not rows.num_rows:
                     continue
-                changed = moved(self.store.unpack(rows), tier)
+                changed = with_columns(self.store.cells.unpack(rows), tier=tier)
                 if tier == ARCHIVED:
-                    changed = self.store.pack(changed)
+                    changed = self.store.cells.pack(changed)
                 self.store.commit(updates=changed)
                 moved_rows += rows.num_rows
         return moved_rows

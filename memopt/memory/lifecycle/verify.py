@@ -10,16 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError
+from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import DELETED, one_of
 from memopt.memory.model.rows import vectors_array
 from memopt.memory.model.schema import LONG_TERM, TIERS, memories_schema
-from memopt.memory.search.vector_index import last_state
-from memopt.memory.store import writer as writing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from memopt.memory.memory_store import MemoryStore
 
 _CHUNK = 256
 
@@ -81,7 +78,7 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
         ConsolidationError: a table cannot be read at all.
 
     >>> import tempfile
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import MemoryStore
     >>> verify(MemoryStore(tempfile.mkdtemp(), dim=2), ["gone"]).problems
     {'missing': 1}
     """
@@ -91,12 +88,11 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
     tiers: dict[str, str] = {}
     sources: list[str] = []
     unreadable, bad_vectors = [], []
-    half_deleted = store.memories.count_rows(f"tier = '{DELETED}'")
+    half_deleted = store.database.memories.count_rows(f"tier = '{DELETED}'")
     for batch in store.scan(batch_size=_CHUNK):
-        table = batch.to_pylist()
         vectors = vectors_array(batch["joint_embedding"], store.dim)
         lengths = np.linalg.norm(vectors.reshape(-1, store.dim), axis=1)
-        for row, length in zip(table, lengths.tolist(), strict=True):
+        for row, length in zip(batch.to_pylist(), lengths.tolist(), strict=True):
             key = row["memory_id"]
             ids.append(key)
             tiers[key] = row["tier"]
@@ -107,11 +103,11 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
             if not _readable(store, row):
                 unreadable.append(key)
     known = set(ids)
-    edges = store.table("edges").to_arrow()
+    edges = store.database.table("edges").to_arrow()
     pairs = list(zip(edges["source"].to_pylist(), edges["target"].to_pylist(), strict=True))
     ends = {end for pair in pairs for end in pair}
     directed = set(pairs)
-    state = last_state(store)
+    state = store.index.last_state()
     return Report(
         memories=len(known),
         missing=tuple(sorted(set(expected) - known)),
@@ -129,10 +125,10 @@ def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = F
 
 def _readable(store: MemoryStore, row: dict[str, Any]) -> bool:
     """Whether the content that the flags promise can be read."""
-    if row["codec"] or store.cipher is not None:
+    if row["codec"] or store.database.cipher is not None:
         try:
             table = pa.Table.from_pylist([row], memories_schema(store.dim))
-            row = store.unpack(table).to_pylist()[0]
+            row = store.cells.unpack(table).to_pylist()[0]
         except ConsolidationError:
             return False
     promised = {"text": "has_text", "vision_data": "has_vision", "audio_data": "has_audio"}
@@ -141,13 +137,13 @@ def _readable(store: MemoryStore, row: dict[str, Any]) -> bool:
 
 
 def _repair(store: MemoryStore) -> None:
-    with store.changing():
-        writing.sweep(store)
-        edges = store.table("edges")
+    with store.database.changing():
+        store.writer.sweep()
+        edges = store.database.table("edges")
         table = edges.to_arrow()
         pairs = set(zip(table["source"].to_pylist(), table["target"].to_pylist(), strict=True))
         ends = sorted({end for pair in pairs for end in pair})
-        there = set(store.light(ends, ("memory_id",))["memory_id"].to_pylist())
+        there = store.database.existing(ends)
         gone = [end for end in ends if end not in there]
         if gone:
             edges.delete(one_of("source", gone))

@@ -7,23 +7,13 @@ import logging
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.memory.lifecycle.condense import (
-    FAILED,
-    Consolidation,
-    ConsolidationRecipe,
-    Progress,
-    consolidate,
-    plan,
-)
+from memopt.memory.lifecycle.consolidation import Consolidation, Progress, consolidate, plan
+from memopt.memory.lifecycle.llm import Summariser
+from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
 from memopt.memory.lifecycle.schedule import Triggers, due
-from memopt.memory.model.filters import utc
-
-if TYPE_CHECKING:
-    from memopt.memory.lifecycle.llm import Summariser
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.memory_store import MemoryStore
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +37,7 @@ class ConsolidationWorker:
             name and what runs once.
 
     >>> import tempfile
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import MemoryStore
     >>> worker = ConsolidationWorker(MemoryStore(tempfile.mkdtemp(), dim=2))
     >>> asyncio.run(worker.dry_run()).plan.scanned
     0
@@ -99,7 +89,7 @@ class ConsolidationWorker:
         """Run once, now; waits for a run that is under way.
 
         Raises:
-            ConsolidationError: as :func:`memopt.memory.lifecycle.condense.consolidate`.
+            ConsolidationError: as :func:`memopt.memory.consolidate`.
         """
         if self._task is None:
             self._stop.clear()
@@ -110,7 +100,7 @@ class ConsolidationWorker:
         return await asyncio.to_thread(plan, self.store, self.recipe)
 
     def _run(self, on_step: Progress | None = None) -> Consolidation:
-        self.store.check_process()
+        self.store.database.check_process()
         with self._one_at_a_time:
             self.last = consolidate(
                 self.store, self.recipe, llm=self.llm, stop=self._stop, on_step=on_step
@@ -139,7 +129,7 @@ class ConsolidationWorker:
         return self.poll_s
 
     def _record(self, error: Exception) -> None:
-        retry_at = utc(self.store.clock()) + timedelta(seconds=self.recipe.retry_s)
+        retry_at = self.store.database.now() + timedelta(seconds=self.recipe.retry_s)
         try:
             self.store.event(FAILED, f"{type(error).__name__}: {error}", (), retry_at)
         except Exception as second:  # noqa: BLE001 - what broke the run may break its record too

@@ -1,15 +1,18 @@
-"""A Filter as a LanceDB expression: values are bound as literals, never pasted into text."""
+"""A Filter as a LanceDB expression, and over rows already read; values are bound as literals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import reduce
 from operator import and_
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from memopt.errors import InputError
-from memopt.memory.model.schema import MODALITIES, TIERS, Filter
+from memopt.memory.model.schema import MODALITIES, TIERS, TIMESTAMP, Filter
 
 EVERYTHING = Filter()
 # The tier of a row that a commit deleted and that is not swept away yet; no reader sees it.
@@ -72,6 +75,33 @@ def id_list(ids: Sequence[str], name: str = "ids") -> list[str]:
     return found
 
 
+def _conditions(where: Filter) -> Iterator[tuple[str, str, Any]]:
+    """Yield (column, how, value) of all that a filter asks for: 'from', 'before' or 'one of'."""
+    if where.since is not None:
+        yield "timestamp", "from", utc(where.since)
+    if where.until is not None:
+        yield "timestamp", "before", utc(where.until)
+    for column, values in (
+        ("category", where.categories),
+        ("tier", where.tiers),
+        ("memory_id", where.ids),
+    ):
+        if values:
+            yield column, "one of", values
+    if where.modality is not None:
+        yield f"has_{where.modality}", "one of", (True,)
+
+
+def columns_of(where: Filter) -> list[str]:
+    """Return the columns a filter looks at, beside the id.
+
+    >>> columns_of(Filter(ids=("a",), modality="text"))
+    ['has_text']
+    """
+    names = dict.fromkeys(column for column, _, _ in _conditions(where))
+    return [name for name in names if name != "memory_id"]
+
+
 def expression(where: Filter) -> Any | None:
     """Return the ``lancedb.expr.Expr`` of a filter, None when it lets everything pass.
 
@@ -84,24 +114,37 @@ def expression(where: Filter) -> Any | None:
     from lancedb.expr import col, lit
 
     check_filter(where)
-    parts: list[Any] = []
-    if where.since is not None:
-        parts.append(col("timestamp") >= lit(utc(where.since)))
-    if where.until is not None:
-        parts.append(col("timestamp") < lit(utc(where.until)))
-    for column, values in (
-        ("category", where.categories),
-        ("tier", where.tiers),
-        ("memory_id", where.ids),
-    ):
-        if values:
-            parts.append(one_of(column, values))
-    if where.modality is not None:
-        parts.append(col(f"has_{where.modality}") == lit(True))
-    return all_of(parts)
+    build = {
+        "from": lambda column, value: col(column) >= lit(value),
+        "before": lambda column, value: col(column) < lit(value),
+        "one of": one_of,
+    }
+    return all_of(build[how](column, value) for column, how, value in _conditions(where))
 
 
-def one_of(column: str, values: Sequence[str]) -> Any:
+def passing(table: pa.Table, where: Filter, now: datetime) -> pa.ChunkedArray:
+    """Say which rows already read pass the filter and have not expired, bool (n,).
+
+    Args:
+        table: with ``memory_id``, ``expires_at`` and :func:`columns_of`.
+    """
+    build: dict[str, Callable[[Any, Any], Any]] = {
+        "from": lambda column, value: pc.greater_equal(column, pa.scalar(value, TIMESTAMP)),
+        "before": lambda column, value: pc.less(column, pa.scalar(value, TIMESTAMP)),
+        "one of": lambda column, values: pc.is_in(column, pa.array(values, column.type)),
+    }
+    mask = unexpired(table["expires_at"], now)
+    for column, how, value in _conditions(where):
+        mask = pc.and_(mask, build[how](table[column], value))
+    return mask
+
+
+def unexpired(ends: pa.ChunkedArray, now: datetime) -> pa.ChunkedArray:
+    """Say which ends have not come, bool (n,); null is never."""
+    return pc.fill_null(pc.greater(ends, pa.scalar(now, TIMESTAMP)), True)
+
+
+def one_of(column: str, values: Sequence[Any]) -> Any:
     """Return the expression "``column`` is one of ``values``" (at least one)."""
     from lancedb.expr import col, lit
 

@@ -22,6 +22,7 @@ from typing import Protocol, cast
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, MemoptError
+from memopt.memory.model.rows import with_columns
 
 CONTENT = ("text", "vision_data", "audio_data", "summary")
 _MEDIA = ("vision_data", "audio_data")
@@ -160,11 +161,8 @@ def seal(
         if data is not None and cipher:
             data = cipher.encrypt(tie(data, memory_id, "packed", codec, store_key))
         packed.append(data)
-    for name in fields:
-        rows = _set(rows, name, pa.nulls(rows.num_rows, rows.schema.field(name).type))
     codecs = ["" if data is None else codec for data in packed]
-    rows = _set(rows, "codec", pa.array(codecs, pa.string()))
-    return _set(rows, "packed", pa.array(packed, pa.large_binary()))
+    return with_columns(rows, **dict.fromkeys(fields), codec=codecs, packed=packed)
 
 
 def unseal(
@@ -198,10 +196,7 @@ def unseal(
             if name in columns and value is not None:
                 text = name in ("text", "summary") and value is not None
                 columns[name][at] = value.decode() if text else value
-    for name, values in columns.items():
-        rows = _set(rows, name, pa.array(values, rows.schema.field(name).type))
-    rows = _set(rows, "codec", pa.repeat(pa.scalar(""), rows.num_rows))
-    return _set(rows, "packed", pa.nulls(rows.num_rows, pa.large_binary()))
+    return with_columns(rows, **columns, codec="", packed=None)
 
 
 def open_secret(cipher: Cipher, data: bytes, key_id: str | None) -> bytes:
@@ -285,7 +280,3 @@ def _unwrap(
 
 def _as_bytes(value: str | bytes | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else value
-
-
-def _set(rows: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    return rows.set_column(rows.column_names.index(name), rows.schema.field(name), values)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,23 +13,7 @@ from numpy.typing import NDArray
 from memopt.errors import InputError
 from memopt.memory.model.schema import MODALITIES, SHORT_TERM, Link, Memory, memories_schema
 
-# What a memory is, without what it holds: enough to rank, count and move it.
-LIGHT = (
-    "memory_id",
-    "timestamp",
-    "access_count",
-    "category",
-    "last_access",
-    "tier",
-    "expires_at",
-    "model_id",
-    "source_memory_ids",
-    "source_count",
-    "consolidated_at",
-    "has_text",
-    "has_vision",
-    "has_audio",
-)
+_T = TypeVar("_T")
 _DEFAULTS: dict[str, Any] = {
     "access_count": 0,
     "category": "",
@@ -69,15 +53,7 @@ def new_rows(vectors: NDArray[np.float32], columns: Mapping[str, Any]) -> pa.Tab
         if field.name == "joint_embedding":
             arrays.append(vectors_column(vectors))
             continue
-        value = columns.get(field.name, _DEFAULTS.get(field.name))
-        if isinstance(value, pa.Array | pa.ChunkedArray):
-            array = value.cast(field.type)
-        elif isinstance(value, list | tuple):
-            array = pa.array(value, field.type)
-        elif value is None:
-            array = pa.nulls(count, field.type)
-        else:
-            array = pa.repeat(pa.scalar(value, field.type), count)
+        array = _array(columns.get(field.name, _DEFAULTS.get(field.name)), field.type, count)
         if len(array) != count or (array.null_count and not field.nullable):
             raise InputError(
                 f"column {field.name!r} needs {count} values, "
@@ -85,6 +61,38 @@ def new_rows(vectors: NDArray[np.float32], columns: Mapping[str, Any]) -> pa.Tab
             )
         arrays.append(array)
     return pa.table(arrays, schema=schema)
+
+
+def with_columns(rows: pa.Table, **columns: Any) -> pa.Table:
+    """Return rows with columns replaced: by n values, or by one for all rows.
+
+    >>> rows = pa.table({"tier": ["short_term"], "text": ["a"]})
+    >>> with_columns(rows, tier="archived", text=None).to_pylist()
+    [{'tier': 'archived', 'text': None}]
+    """
+    for name, value in columns.items():
+        at = rows.schema.get_field_index(name)
+        field = rows.schema.field(at)
+        rows = rows.set_column(at, field, _array(value, field.type, rows.num_rows))
+    return rows
+
+
+def _array(value: Any, kind: pa.DataType, count: int) -> pa.Array | pa.ChunkedArray:
+    if isinstance(value, pa.Array | pa.ChunkedArray):
+        return value.cast(kind)
+    if isinstance(value, list | tuple):
+        return pa.array(value, kind)
+    return pa.repeat(pa.scalar(value, kind), count) if value is not None else pa.nulls(count, kind)
+
+
+def chunks(values: Sequence[_T], size: int) -> Iterator[list[_T]]:
+    """Cut a sequence into parts of at most ``size``.
+
+    >>> list(chunks("abc", 2))
+    [['a', 'b'], ['c']]
+    """
+    for start in range(0, len(values), size):
+        yield list(values[start : start + size])
 
 
 def vectors_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:

@@ -32,10 +32,12 @@ DEFAULT_DIM = 768
 SHORT_TERM, LONG_TERM, ARCHIVED = "short_term", "long_term", "archived"
 TIERS = (SHORT_TERM, LONG_TERM, ARCHIVED)
 MODALITIES = ("text", "vision", "audio")
+# Column of a memory -> the field of Content that it holds.
+CONTENT_COLUMNS = {"text": "text", "vision_data": "vision", "audio_data": "audio"}
 TIMESTAMP = pa.timestamp("us", tz="UTC")
-# A column of the table only, made from text and summary with each row (memory.store.word_column).
+# A column of the table only, made from text and summary with each row (memopt.memory.store.cells).
 WORDS = pa.field("words", pa.string())
-# The column of signs that only a compact store has (memopt.memory.store.signs).
+# The column of signs that only a compact store has (memopt.memory.model.signs).
 BITS = "joint_bits"
 
 
@@ -75,18 +77,6 @@ class Embedder(Protocol):
 
     def embed(self, items: Sequence[Content]) -> NDArray[np.float32]:
         """Return L2-normalised vectors, float32 (n, dim), one per item."""
-
-
-class Listener(Protocol):
-    """What follows every new and every vanishing memory, as the graph does."""
-
-    def added(
-        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
-    ) -> None:
-        """Rows were committed; called after the commit, outside the writer lock."""
-
-    def deleting(self, ids: Sequence[str]) -> None:
-        """Rows are about to be deleted; called inside the writer lock, before the commit."""
 
 
 @dataclass(frozen=True, slots=True)

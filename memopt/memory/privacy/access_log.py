@@ -7,17 +7,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from memopt.background import Task
+from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import all_of, utc
 from memopt.memory.model.schema import ACCESS_LOG
 from memopt.memory.store.locking import ReadOnlyError
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.store.observers import StoreObserver
 
 # Reads are written in groups: a commit each would cost more than the read. A crash may forget so
 # many, or those of so many seconds.
@@ -37,7 +36,7 @@ class Access:
     detail: str | None
 
 
-class AccessLog:
+class AccessLog(StoreObserver):
     """Writes down every read, write and delete of an open store.
 
     What changes or gives away data is on the disk before the call returns, reads soon after.
@@ -47,8 +46,7 @@ class AccessLog:
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from memopt.memory.model.schema import Content, NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import Content, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2, actor="ann")
     >>> log = AccessLog(store)
     >>> new = NewMemory(content=Content(text="a"), embedding=np.ones(2), memory_id="m")
@@ -58,20 +56,22 @@ class AccessLog:
     """
 
     def __init__(self, store: MemoryStore) -> None:
-        self.store = store
+        self._store, self._database = store, store.database
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._task = Task(
-            lambda: store.keep_book(self.flush), "memopt-access-log", on_error=self._failed
+            self._keep,
+            "memopt-access-log",
+            # The lines stay; the next flush() raises what is still wrong.
+            on_error=lambda error: _LOG.warning("the access log is not written yet: %s", error),
         )
-        store.observers.append(self.observe)
-        store.closing.append(self.flush)
+        self._database.observers.add(self)
 
-    def observe(self, action: str, ids: Sequence[str]) -> None:
-        """Note one access; called by the store."""
+    def accessed(self, action: str, ids: Sequence[str]) -> None:
+        """Note one access."""
         line = {
-            "at": utc(self.store.clock()),
-            "actor": self.store.actor,
+            "at": self._database.now(),
+            "actor": self._store.actor,
             "action": action,
             "memory_ids": list(ids),
             "detail": None,
@@ -82,7 +82,7 @@ class AccessLog:
             if not full:
                 self._task.start(after=LONGEST_PENDING)
         if full:
-            self.store.keep_book(self.flush)
+            self._keep()
 
     def flush(self) -> None:
         """Write what is buffered."""
@@ -91,8 +91,8 @@ class AccessLog:
         if not lines:
             return
         try:
-            with self.store.changing():
-                self.store.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
+            with self._database.changing():
+                self._database.table("access_log").add(pa.Table.from_pylist(lines, ACCESS_LOG))
         except ReadOnlyError:
             # Never to be written: kept, they would fill the memory of who reads for a year.
             raise
@@ -101,17 +101,18 @@ class AccessLog:
                 self._pending = lines + self._pending
             raise
 
-    def _failed(self, error: Exception) -> None:
-        # The lines stay; the next flush() raises what is still wrong.
-        _LOG.warning("the access log could not be written yet: %s", error)
+    def closing(self) -> None:
+        """Write what is buffered, where the store can be written."""
+        self._task.close()
+        self._keep()
 
     def close(self) -> None:
         """Write what is buffered and stop watching."""
-        self._task.close()
-        self.store.keep_book(self.flush)
-        if self.observe in self.store.observers:
-            self.store.observers.remove(self.observe)
-            self.store.closing.remove(self.flush)
+        self.closing()
+        self._database.observers.remove(self)
+
+    def _keep(self) -> None:
+        self._database.keep_book(self.flush)
 
 
 def read_log(
@@ -125,10 +126,10 @@ def read_log(
     """Return lines of the log, oldest first; every argument narrows."""
     from lancedb.expr import col, lit
 
-    for observer in store.observers:
-        log = getattr(observer, "__self__", None)
-        if isinstance(log, AccessLog):
-            store.keep_book(log.flush)
+    database = store.database
+    for observer in database.observers:
+        if isinstance(observer, AccessLog):
+            observer.closing()
     parts = []
     if actor is not None:
         parts.append(col("actor") == lit(actor))
@@ -137,8 +138,8 @@ def read_log(
     if since is not None:
         parts.append(col("at") >= lit(utc(since)))
     condition = all_of(parts)
-    query = store.query("access_log")
-    table = store.fetch(query.where(condition) if condition is not None else query)
+    query = database.query("access_log")
+    table = database.fetch(query.where(condition) if condition is not None else query)
     lines = [Access(**{**row, "memory_ids": tuple(row["memory_ids"])}) for row in table.to_pylist()]
     if memory_id is not None:
         lines = [line for line in lines if memory_id in line.memory_ids]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from memopt.memory.lifecycle.clocks import mend
-from memopt.memory.model.filters import one_of, utc
-from memopt.memory.privacy.reclaim import reclaim
-from memopt.memory.search import searcher as searching
-from memopt.memory.store import events
-from memopt.memory.store import writer as writing
+from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.filters import one_of
+from memopt.memory.store.clocks import mend_times
+from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reembed import unfinished
+from memopt.memory.store.stats import folder_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from memopt.memory.memory_store import MemoryStore
 
 _BATCH = 1024
 # What holds content or vectors; the others hold ids and are only compacted.
@@ -48,8 +47,7 @@ def forget(store: MemoryStore, ids: Sequence[str]) -> Erased:
 
     >>> import tempfile
     >>> import numpy as np
-    >>> from memopt.memory.model.schema import Content, NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import Content, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
     >>> new = NewMemory(content=Content(text="a secret"), embedding=np.array([1.0, 0.0]))
     >>> forget(store, store.add(new).ids).memories
@@ -64,10 +62,10 @@ def expire(store: MemoryStore) -> int:
     """Delete the memories whose time has come; return how many. Their bytes go with erase()."""
     from lancedb.expr import col, lit
 
-    mend(store)
-    now = utc(store.clock())
-    query = store.query().where(col("expires_at") <= lit(now)).select(["memory_id"])
-    ids = store.fetch(query)["memory_id"].to_pylist()
+    database = store.database
+    mend_times(database)
+    query = database.query().where(col("expires_at") <= lit(database.now())).select(["memory_id"])
+    ids = database.fetch(query)["memory_id"].to_pylist()
     return store.delete(sorted(ids)) if ids else 0
 
 
@@ -78,26 +76,51 @@ def erase(store: MemoryStore) -> int:
     deleted. So the tables are written once more, in one commit each, and all other files go. Scans
     that other processes began before must be repeated. Vector and word indices are made anew.
     """
-    before = _size(store)
+    database, folder = store.database, store.place.local
+    before = folder_bytes(folder) if folder else 0
     store.flush()
-    with store.changing():
-        writing.sweep(store)
+    with database.changing():
+        store.writer.sweep()
         for name in _REWRITTEN:
-            _rewrite(store.table(name))
-        moving = unfinished(store)
+            _rewrite(database.table(name))
+        moving = unfinished(database)
         if moving is not None:
             # Vectors of a new model are vectors too.
-            made = moving.search().select(["memory_id"]).limit(None).to_arrow()["memory_id"]
-            there = store.light(made.to_pylist(), ["memory_id"])["memory_id"].to_pylist()
-            gone = sorted(set(made.to_pylist()) - set(there))
+            ids = moving.search().select(["memory_id"]).limit(None).to_arrow()["memory_id"]
+            gone = sorted(set(ids.to_pylist()) - database.existing(ids.to_pylist()))
             if gone:
                 moving.delete(one_of("memory_id", gone))
             _rewrite(moving)
-        events.scrub(store)
-        searching.create_indices(store.database)
+        store.event_log.scrub()
+        database.remake_indices()
         reclaim(store)
     store.index.ensure(rebuild=True)
-    return max(0, before - _size(store))
+    return max(0, before - folder_bytes(folder)) if folder else 0
+
+
+def reclaim(store: MemoryStore) -> None:
+    """Compact every table and delete the files of all versions but the newest.
+
+    A scan that was begun before, in another process too, may miss files and must be repeated.
+
+    Raises:
+        ConsolidationError: the disk takes no more; the store is as it was.
+
+    >>> import tempfile
+    >>> from memopt.memory import MemoryStore
+    >>> reclaim(MemoryStore(tempfile.mkdtemp(), dim=2))
+    """
+    database = store.database
+    store.flush()
+    with database.changing(), warnings.catch_warnings():
+        # Lance warns that old versions go: that is what this is for.
+        warnings.filterwarnings("ignore", message="optimize\\(cleanup_older_than=0\\)")
+        moving = unfinished(database)
+        for table in [*map(database.table, TABLES), *([] if moving is None else [moving])]:
+            # Under the writer lock no commit is under way, so unverified files are leftovers.
+            table.optimize(
+                cleanup_older_than=timedelta(0), delete_unverified=store.place.local is not None
+            )
 
 
 def _rewrite(table: Any) -> None:
@@ -112,10 +135,3 @@ def _cast(batches: Any, schema: pa.Schema) -> Any:
         yield pa.RecordBatch.from_arrays(
             [batch[field.name].cast(field.type) for field in schema], schema=schema
         )
-
-
-def _size(store: MemoryStore) -> int:
-    folder = store.place.local
-    if folder is None:
-        return 0
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

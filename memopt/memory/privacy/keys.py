@@ -7,19 +7,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from memopt.errors import ConfigurationError, ConsolidationError
+from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model import payload
+from memopt.memory.model.rows import chunks
 from memopt.memory.model.schema import ARCHIVED, FORMAT_VERSION
-from memopt.memory.store import founding as opening
+from memopt.memory.store import founding
 from memopt.sealing import KEY_BYTES, Envelope, WrongKey, parse_key, read_secret
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
 
 KEY_VARIABLE = "MEMOPT_MEMORY_KEY"
 _CHUNK = 512
@@ -122,31 +120,32 @@ def rotate(store: MemoryStore, new: AesGcm, *, on_step: Callable[[int], None] | 
     Raises:
         ConsolidationError: the store is not encrypted, or the present key is not among ``new``'s.
     """
-    if store.cipher is None:
+    database = store.database
+    if database.cipher is None:
         raise ConsolidationError(
             f"{store.place} is not encrypted", fix="import its export into a new encrypted store"
         )
-    id_key = opening.id_key(store.place, store.meta, new).value
-    store.cipher = new
+    id_key = founding.id_key(store.place, store.meta, new).value
+    database.use_key(new)
     done = 0
     while True:
-        with store.changing():
+        with database.changing():
             ids = _left(store, new)
             if not ids:
                 # Under the lock: what others added under the old key until now is among the done.
-                store.write_meta(
+                database.write_meta(
                     format=FORMAT_VERSION,
                     key_id=new.key_id,
-                    id_key=opening.seal_id_key(id_key, new),
+                    id_key=founding.seal_id_key(id_key, new),
                 )
                 return done
-        for start in range(0, len(ids), _CHUNK):
-            part = ids[start : start + _CHUNK]
-            with store.changing():
-                opened = store.unpack(store.rows(part))
+        for part in chunks(ids, _CHUNK):
+            with database.changing():
+                opened = store.cells.unpack(store.rows(part))
                 archived = pc.equal(opened["tier"], ARCHIVED)
+                packed = store.cells.pack(opened.filter(archived))
                 plain = opened.filter(pc.invert(archived))
-                store.commit(updates=pa.concat_tables([plain, store.pack(opened.filter(archived))]))
+                store.commit(updates=pa.concat_tables([plain, packed]))
             done += len(part)
             if on_step:
                 on_step(done)

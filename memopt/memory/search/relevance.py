@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from memopt.memory.memory_store import MemoryStore
-
 _K1, _B = 1.2, 0.3
 # Share of the meaning beside the words.
 _MEANING = 0.5
@@ -42,18 +40,26 @@ class Question:
     """A question to a store, against which rows are measured.
 
     Args:
-        store: whose memories.
-        text: the question; its words count in a plain store.
+        around: what the store knows of all its memories.
+        text: the question.
         vector: float32 (dim,), of length 1.
+        plain: the texts of the store can be read: the words of the question count.
+        worded: the table has the words of each text.
     """
 
-    def __init__(self, store: MemoryStore, text: str, vector: NDArray[np.float32]) -> None:
-        self.vector, self.dim = vector, store.dim
-        self.around: Surroundings = store.looks.current()
-        plain = store.cipher is None
+    def __init__(
+        self,
+        around: Surroundings,
+        text: str,
+        vector: NDArray[np.float32],
+        *,
+        plain: bool,
+        worded: bool,
+    ) -> None:
+        self.vector, self.around = vector, around
         self.asked = query_words(text) if plain else []
         self._named = set(words(text))
-        read = ["words"] if "words" in store.word_columns else []
+        read = ["words"] if worded else []
         self._periods = periods(text)
         self.columns = [*(("text", "category") if plain else ()), *(read if plain else ())]
         self.columns += ["timestamp"] if self._periods else []
@@ -67,7 +73,7 @@ class Question:
         Args:
             table: with ``joint_embedding`` and ``columns``.
         """
-        vectors = rows.vectors_array(table["joint_embedding"], self.dim)
+        vectors = rows.vectors_array(table["joint_embedding"], len(self.vector))
         near = np.clip(vectors @ self.vector, 0, 1).astype(float)
         worded = self._by_words(table)
         if not self._scale:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,208 +13,31 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory.model import rows
+from memopt.memory.model import rows, signs
 from memopt.memory.model.content import check_text
-from memopt.memory.model.filters import expression, utc
-from memopt.memory.model.schema import BITS, SHORT_TERM, WORDS, Filter, Hit, memories_schema
+from memopt.memory.model.filters import columns_of, expression, passing, unexpired
+from memopt.memory.model.schema import BITS, WORDS, Filter, Hit
 from memopt.memory.model.words import query_words
 from memopt.memory.search.relevance import Question, neighbours
-from memopt.memory.store import signs as compact
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.search.surroundings import SurroundingsCache
+from memopt.memory.search.used_columns import UsedColumns
+from memopt.memory.search.vector_index import VectorIndex
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.database import Database
+from memopt.memory.store.embedding import Embedding
+from memopt.memory.store.reader import Reader
 
 _T = TypeVar("_T")
 MAX_TOP_K = 10_000
 # Rows looked at for a question, so that what is second in both can win.
 _LEAST = 40
-_SELDOM = (
-    "vision_data",
-    "audio_data",
-    "packed",
-    "summary",
-    "source_memory_ids",
-    "source_count",
-    "consolidated_at",
-)
 # Searches run at the same time: enough for every core, few enough that others get their turn.
 _AT_ONCE = 16
-# Rows that :func:`nearest` returns for each that is wanted.
+# Rows that :meth:`Searcher.nearest` returns for each that is asked for.
 SPARE = 4
 _ID_ONLY = ("memory_id", "expires_at")
 # What it takes to rank rows and to read the best of them afterwards.
 RANKED = ("memory_id", "expires_at", "joint_embedding", "_rowid")
-ALWAYS = tuple(name for name in memories_schema(1).names if name not in _SELDOM)
-
-
-def create_indices(database: Any) -> None:
-    """Give a new store its id and word indices; they are empty and grow with optimize()."""
-    from lancedb.index import FTS, BTree
-
-    memories = database.open_table("memories")
-    present = {column for index in memories.list_indices() for column in index.columns}
-    configs: dict[str, Any] = {"memory_id": BTree()}
-    if WORDS.name in memories.schema.names:
-        # memopt.memory.model.words made them: there is nothing left to split, fold or leave out.
-        configs[WORDS.name] = FTS(
-            base_tokenizer="whitespace",
-            lower_case=False,
-            stem=False,
-            remove_stop_words=False,
-            ascii_folding=False,
-        )
-    for column, config in configs.items():
-        if column not in present:
-            memories.create_index(column, config=config)
-    edges = database.open_table("edges")
-    if not edges.list_indices():
-        edges.create_index("source", config=BTree())
-        edges.create_index("target", config=BTree())
-
-
-def check_top_k(top_k: int) -> None:
-    """Refuse a number of results that makes no sense.
-
-    Raises:
-        InputError: it is not between 1 and MAX_TOP_K.
-    """
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
-        raise InputError(f"top_k is {top_k!r}", fix=f"give a whole number from 1 to {MAX_TOP_K}")
-
-
-def search(
-    store: MemoryStore,
-    vector: NDArray[Any] | Sequence[float] | None,
-    *,
-    text: str | None,
-    where: Filter,
-    top_k: int,
-) -> list[Hit]:
-    """Do what :meth:`MemoryStore.search` says, without counting the access."""
-    check_top_k(top_k)
-    return _again(store, lambda: _search(store, vector, text=text, where=where, top_k=top_k))
-
-
-def _search(
-    store: MemoryStore,
-    vector: NDArray[Any] | Sequence[float] | None,
-    *,
-    text: str | None,
-    where: Filter,
-    top_k: int,
-) -> list[Hit]:
-    if text is not None:
-        check_text(text, "query")
-        text = text if text.strip() else None
-    if vector is None and text is None:
-        raise InputError("the query is empty", fix="give a vector or some words")
-    query = None if vector is None else query_vector(store, vector)
-    if text is not None and store.cipher is not None:
-        if query is None:
-            raise ConsolidationError(
-                "an encrypted store has no word index", fix="search by meaning, with a vector"
-            )
-        text = None
-    if text is None:
-        assert query is not None
-        # Of a compact store many more rows are compared than found: these are read afterwards.
-        columns = _ID_ONLY if store.compact else None
-        (found,) = _living(store, [_by_vector(store, query, top_k, columns)], where)
-        if store.compact:
-            near = dict(
-                zip(found["memory_id"].to_pylist(), found["_distance"].to_pylist(), strict=True)
-            )
-            found = store.rows(list(near))
-            distances = [near[key] for key in found["memory_id"].to_pylist()]
-            return _hits(store, found, np.clip(1 - np.array(distances), 0, 1), top_k)
-        return _hits(store, found, np.clip(1 - found["_distance"].to_numpy(), 0, 1), top_k)
-    if query is None:
-        (found,) = _living(store, [_by_words(store, text, top_k)], where)
-        scores = found["_score"].to_numpy()
-        return _hits(store, found, scores / max(scores.max(initial=0), 1e-9), top_k)
-    answers = related(store, query, text, where=where, top_k=top_k)
-    best = sorted(answers.similar, key=lambda key: (-answers.similar[key], key))[:top_k]
-    found = _found(store, answers.table, best)
-    values = [answers.similar[key] for key in found["memory_id"].to_pylist()]
-    return _hits(store, found, np.array(values), top_k)
-
-
-def _found(store: MemoryStore, ranked: pa.Table, ids: Sequence[str]) -> pa.Table:
-    """Return what holds something of rows just ranked, from where they were seen."""
-    at = dict(zip(ranked["memory_id"].to_pylist(), ranked["_rowid"].to_pylist(), strict=True))
-    names = [*ALWAYS, *sorted(store.wanted_columns)]
-    found = store.rows_at({key: at[key] for key in ids}, names) if ids else None
-    if found is None:
-        return store.rows(ids)
-    needed = needed_columns(found) - set(names)
-    if needed:
-        # The next search reads them at once.
-        store.wanted_columns |= needed
-        return store.rows(ids)
-    return found
-
-
-def candidates(
-    store: MemoryStore,
-    vectors: Sequence[NDArray[Any] | Sequence[float]],
-    *,
-    where: Filter,
-    top_k: int,
-) -> list[list[tuple[str, float]]]:
-    """Do what :meth:`MemoryStore.candidates` says, for several vectors at the same time."""
-    check_top_k(top_k)
-    return _again(store, lambda: _candidates(store, vectors, where=where, top_k=top_k))
-
-
-def _candidates(
-    store: MemoryStore,
-    vectors: Sequence[NDArray[Any] | Sequence[float]],
-    *,
-    where: Filter,
-    top_k: int,
-) -> list[list[tuple[str, float]]]:
-    found: list[list[tuple[str, float]]] = []
-    for start in range(0, len(vectors), _AT_ONCE):
-        part = [query_vector(store, vector) for vector in vectors[start : start + _AT_ONCE]]
-        asks = [_by_vector(store, query, top_k, _ID_ONLY) for query in part]
-        for table in _living(store, asks, where):
-            scores = np.clip(1 - table["_distance"].to_numpy(), 0, 1).tolist()
-            found.append(list(zip(table["memory_id"].to_pylist(), scores, strict=True)))
-    return found
-
-
-def nearest(
-    store: MemoryStore, query: NDArray[np.float32], *, where: Filter, top_k: int
-) -> pa.Table:
-    """Return rows near the query, by rough distances, with the columns of ``RANKED``.
-
-    Args:
-        query: float32 (dim,), of length 1.
-        top_k: rows at most, SPARE times as many as are wanted: the first ``top_k / SPARE`` are
-            among them, and the caller finds them by their vectors.
-    """
-
-    def run() -> pa.Table:
-        (found,) = _living(store, [_by_vector(store, query, top_k, RANKED)], where)
-        return found.select(RANKED)
-
-    return _again(store, run)
-
-
-def _again(store: MemoryStore, run: Callable[[], _T]) -> _T:
-    """Search once more where the vectors were made compact, or plain again, meanwhile."""
-    try:
-        return run()
-    except ConsolidationError:
-        if store.place.local is None:
-            raise
-        before = store.compact
-        # Waits until the indices are there as well.
-        with suppress(ConsolidationError), store.exclusive():
-            store.look_again()
-        if store.compact == before:
-            raise
-        return run()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,104 +45,14 @@ class Answers:
     """What may answer a question.
 
     Attributes:
+        question: against which more rows can be measured; None where only a vector was asked.
         table: rows with the columns of ``RANKED``.
-        similar: id -> relevance, 0..1.
+        similar: id -> relevance, or cosine similarity, 0..1.
     """
 
-    question: Question
+    question: Question | None
     table: pa.Table
     similar: dict[str, float]
-
-
-def related(
-    store: MemoryStore, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
-) -> Answers:
-    """Return the memories that answer ``text`` best: near it, with its words, or beside those."""
-    return _again(store, lambda: _related(store, query, text, where=where, top_k=top_k))
-
-
-def _related(
-    store: MemoryStore, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
-) -> Answers:
-    question = Question(store, text, query)
-    conditions = condition_columns(where)
-    columns = list(dict.fromkeys([*RANKED, *question.columns, *conditions]))
-    asked = min(MAX_TOP_K, max(_LEAST, SPARE * top_k))
-    asks = [_by_vector(store, query, asked, columns)]
-    if question.asked:
-        asks.append(_by_words(store, text, min(MAX_TOP_K, max(_LEAST, 2 * top_k)), columns))
-    table = _once(pa.concat_tables([part.select(columns) for part in _living(store, asks, where)]))
-    if not table.num_rows:
-        return Answers(question, table, {})
-    own = question.scores(table)
-    ids = table["_rowid"].to_numpy()
-    first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 4, top_k)]]
-    beside = set(neighbours(question, first.tolist())) - set(ids.tolist())
-    if beside:
-        more = store.fetch(store.take(sorted(beside)).select(columns).with_row_id())
-        more = more.select(columns).filter(passing(more, where, utc(store.clock())))
-        # A row that moved since is there already, under its new row id.
-        new = pc.invert(pc.is_in(more["memory_id"], table["memory_id"].combine_chunks()))
-        more = more.filter(new)
-        table = pa.concat_tables([table, more])
-        own = np.concatenate([own, question.scores(more)])
-    values = question.relevance(table, own)
-    similar = dict(zip(table["memory_id"].to_pylist(), values.tolist(), strict=True))
-    return Answers(question, table.select(RANKED), similar)
-
-
-def condition_columns(where: Filter) -> list[str]:
-    """Return the columns a filter looks at, beside the id."""
-    conditions = {
-        "timestamp": where.since or where.until,
-        "category": where.categories,
-        "tier": where.tiers,
-        f"has_{where.modality}": where.modality,
-    }
-    return [name for name, condition in conditions.items() if condition]
-
-
-def passing(table: pa.Table, where: Filter, now: datetime) -> pa.Array:
-    """Say which rows pass the filter and have not expired, bool (n,).
-
-    Args:
-        table: with ``memory_id``, ``expires_at`` and :func:`condition_columns`.
-    """
-    names = ["memory_id", "expires_at", *condition_columns(where)]
-    kept = [
-        (row["expires_at"] is None or row["expires_at"] > now)
-        and (not where.ids or row["memory_id"] in where.ids)
-        and (where.since is None or row["timestamp"] >= utc(where.since))
-        and (where.until is None or row["timestamp"] < utc(where.until))
-        and (not where.categories or row["category"] in where.categories)
-        and (not where.tiers or row["tier"] in where.tiers)
-        and (where.modality is None or row[f"has_{where.modality}"])
-        for row in table.select(names).to_pylist()
-    ]
-    return pa.array(kept, pa.bool_())
-
-
-def _once(table: pa.Table) -> pa.Table:
-    """Return the first row of each memory."""
-    ids = table["memory_id"].to_pylist()
-    first = {key: at for at, key in reversed(list(enumerate(ids)))}
-    return table.take(pa.array(sorted(first.values()), pa.int64()))
-
-
-def query_vector(store: MemoryStore, vector: NDArray[Any] | Sequence[float]) -> NDArray[np.float32]:
-    """Return a query of length 1, float32 (dim,).
-
-    Raises:
-        InputError: another shape, NaN, infinity or all zeros.
-    """
-    try:
-        array = np.asarray(vector)
-    except ValueError as error:
-        raise InputError(f"the query vector is no vector: {error}") from error
-    if array.ndim != 1:
-        raise InputError(f"the query vector has shape {array.shape}, not ({store.dim},)")
-    query: NDArray[np.float32] = rows.unit(array[None, :], store.dim, "query vector")[0]
-    return query
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,107 +70,302 @@ class _Ask:
     rank: Callable[[pa.Table], pa.Table] = lambda found: found
 
 
-def _by_vector(
-    store: MemoryStore,
-    query: NDArray[np.float32],
-    top_k: int,
-    columns: Sequence[str] | None = None,
-) -> _Ask:
-    if store.compact:
-        return _by_signs(store, query, top_k, columns)
-    # Who asks for more than it needs, with their vectors, compares them itself.
-    spare = SPARE if columns and "joint_embedding" in columns else 1
+class Searcher:
+    """Searches the memories of one database.
 
-    def build(count: int) -> list[Any]:
-        search = store.query().nearest_to(query).column("joint_embedding").distance_type("cosine")
-        return [store.index.tune(search, count, spare)]
-
-    return _Ask(build, top_k, "_distance", columns)
-
-
-def _by_signs(
-    store: MemoryStore, query: NDArray[np.float32], top_k: int, columns: Sequence[str] | None
-) -> _Ask:
-    """Search the vectors of a compact store: by their signs, then the nearest by all their bits."""
-    if columns is not None:
-        columns = list(dict.fromkeys([*columns, "joint_embedding"]))
-
-    def build(count: int) -> list[Any]:
-        bits = compact.signs(query[None])[0]
-        return [store.query().nearest_to(bits).column(BITS).distance_type("hamming")]
-
-    def rank(found: pa.Table) -> pa.Table:
-        distances = 1 - rows.vectors_array(found["joint_embedding"], store.dim) @ query
-        order = np.argsort(distances, kind="stable")
-        at = found.column_names.index("_distance")
-        found = found.set_column(at, "_distance", pa.array(distances.astype(np.float32)))
-        return found.take(pa.array(order))
-
-    return _Ask(build, top_k, "_distance", columns, compact.candidates, rank)
-
-
-def _by_words(
-    store: MemoryStore, text: str, top_k: int, columns: Sequence[str] | None = None
-) -> _Ask:
-    from lancedb.query import MatchQuery
-
-    asked = " ".join(query_words(text))
-
-    def build(count: int) -> list[Any]:
-        # A match query takes the words as they are: there is no query language to break out of.
-        # One query per column, since Lance stops early only in those: 2 ms instead of 15 ms.
-        return [
-            store.query().nearest_to_text(
-                MatchQuery(asked if column == WORDS.name else text, column)
-            )
-            for column in store.word_columns
-        ]
-
-    return _Ask(build, top_k, "_score", columns)
-
-
-def _living(store: MemoryStore, asks: Sequence[_Ask], where: Filter) -> list[pa.Table]:
-    """Run searches at the same time, and leave out what has expired and is not erased yet.
-
-    Done after the search: expired rows are few, and a filter would cost every query a scan. Without
-    ``columns`` all that hold something in the rows found are read.
+    Attributes:
+        columns: what is read of rows that are found.
     """
-    now = utc(store.clock())
-    condition = expression(where)
-    counts = [ask.top_k for ask in asks]
-    done: dict[int, pa.Table] = {}
-    while len(done) < len(asks):
-        queries: list[Any] = []
-        parts: dict[int, slice] = {}
-        for at, (ask, count) in enumerate(zip(asks, counts, strict=True)):
-            if at in done:
-                continue
-            names = [*(ask.columns or [*ALWAYS, *sorted(store.wanted_columns)]), ask.score]
-            built = ask.build(count)
-            parts[at] = slice(len(queries), len(queries) + len(built))
-            queries += [
-                (search if condition is None else search.where(condition))
-                .select(names)
-                .limit(ask.deep(count))
-                for search in built
+
+    def __init__(
+        self,
+        database: Database,
+        cells: Cells,
+        embedding: Embedding,
+        reader: Reader,
+        index: VectorIndex,
+    ) -> None:
+        self._database, self._cells = database, cells
+        self._embedding, self._reader, self._index = embedding, reader, index
+        self._surroundings = SurroundingsCache(database, cells)
+        self.columns = UsedColumns()
+
+    # --- what is asked ----------------------------------------------------------------------
+
+    def search(
+        self,
+        vector: NDArray[Any] | Sequence[float] | None,
+        *,
+        text: str | None,
+        where: Filter,
+        top_k: int,
+    ) -> list[Hit]:
+        """Find memories; see :meth:`MemoryStore.search`. The accesses are not counted."""
+        check_top_k(top_k)
+        if text is not None:
+            check_text(text, "query")
+            text = text if text.strip() else None
+        if vector is None and text is None:
+            raise InputError("the query is empty", fix="give a vector or some words")
+        query = None if vector is None else self._embedding.query(vector)
+        if text is not None and self._database.cipher is not None:
+            if query is None:
+                raise ConsolidationError(
+                    "an encrypted store has no word index", fix="search by meaning, with a vector"
+                )
+            text = None
+        if query is None:
+            return self._again(lambda: self._by_words_alone(text or "", where, top_k))
+        if text is None:
+            return self._again(lambda: self._by_vector_alone(query, where, top_k))
+        return self._again(lambda: self._by_both(query, text, where, top_k))
+
+    def candidates(
+        self,
+        vectors: Sequence[NDArray[Any] | Sequence[float]],
+        *,
+        where: Filter,
+        top_k: int,
+    ) -> list[list[tuple[str, float]]]:
+        """Do what :meth:`MemoryStore.candidates` says, for several vectors at the same time."""
+        check_top_k(top_k)
+        return self._again(lambda: self._candidates(vectors, where, top_k))
+
+    def nearest(self, query: NDArray[np.float32], *, where: Filter, top_k: int) -> Answers:
+        """Return rows near the query, the ``top_k`` nearest among them, by their vectors.
+
+        Args:
+            query: float32 (dim,), of length 1.
+        """
+
+        def run() -> pa.Table:
+            # By rough distances; the best are found by their vectors.
+            (found,) = self._living([self._vector_ask(query, SPARE * top_k, RANKED)], where)
+            return found.select(RANKED)
+
+        table = self._again(run)
+        return Answers(None, table, cosines(table, query))
+
+    def related(
+        self, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
+    ) -> Answers:
+        """Return the memories that answer ``text`` best: near, with its words, or beside those."""
+        return self._again(lambda: self._related(query, text, where, top_k))
+
+    # --- rows that were found ---------------------------------------------------------------
+
+    def _whole(self, ranked: pa.Table, ids: Sequence[str]) -> pa.Table:
+        """Return what holds something of rows just ranked, from where they were seen."""
+        at = dict(zip(ranked["memory_id"].to_pylist(), ranked["_rowid"].to_pylist(), strict=True))
+        row_ids = {key: at[key] for key in ids}
+        found = self._reader.by_row_id(row_ids, self.columns.names()) if ids else None
+        return self._reader.rows(ids) if found is None or self.columns.lacks(found) else found
+
+    def _hits(self, found: pa.Table, scores: Mapping[str, float], top_k: int) -> list[Hit]:
+        hits = [Hit(one, scores[one.memory_id]) for one in self._reader.records(found)]
+        hits.sort(key=lambda hit: (-hit.score, hit.memory.memory_id))
+        return hits[:top_k]
+
+    # --- the kinds of search ----------------------------------------------------------------
+
+    def _by_vector_alone(self, query: NDArray[np.float32], where: Filter, top_k: int) -> list[Hit]:
+        # Of a compact store many more rows are compared than found: these are read afterwards.
+        compact = self._database.compact
+        ask = self._vector_ask(query, top_k, _ID_ONLY if compact else None)
+        (found,) = self._living([ask], where)
+        near = _scores(found, 1 - found["_distance"].to_numpy())
+        return self._hits(self._reader.rows(list(near)) if compact else found, near, top_k)
+
+    def _by_words_alone(self, text: str, where: Filter, top_k: int) -> list[Hit]:
+        (found,) = self._living([self._words_ask(text, top_k)], where)
+        scores = found["_score"].to_numpy()
+        best = max(scores.max(initial=0), 1e-9)
+        return self._hits(found, _scores(found, scores / best), top_k)
+
+    def _by_both(
+        self, query: NDArray[np.float32], text: str, where: Filter, top_k: int
+    ) -> list[Hit]:
+        answers = self._related(query, text, where, top_k)
+        best = sorted(answers.similar, key=lambda key: (-answers.similar[key], key))[:top_k]
+        return self._hits(self._whole(answers.table, best), answers.similar, top_k)
+
+    def _candidates(
+        self, vectors: Sequence[NDArray[Any] | Sequence[float]], where: Filter, top_k: int
+    ) -> list[list[tuple[str, float]]]:
+        found: list[list[tuple[str, float]]] = []
+        for part in rows.chunks(vectors, _AT_ONCE):
+            queries = [self._embedding.query(vector) for vector in part]
+            asks = [self._vector_ask(query, top_k, _ID_ONLY) for query in queries]
+            for table in self._living(asks, where):
+                found.append(list(_scores(table, 1 - table["_distance"].to_numpy()).items()))
+        return found
+
+    def _related(self, query: NDArray[np.float32], text: str, where: Filter, top_k: int) -> Answers:
+        question = Question(
+            self._surroundings.current(),
+            text,
+            query,
+            plain=self._database.cipher is None,
+            worded=self._cells.has_word_index,
+        )
+        columns = list(dict.fromkeys([*RANKED, *question.columns, *columns_of(where)]))
+        asks = [self._vector_ask(query, min(MAX_TOP_K, max(_LEAST, SPARE * top_k)), columns)]
+        if question.asked:
+            most = min(MAX_TOP_K, max(_LEAST, 2 * top_k))
+            asks.append(self._words_ask(text, most, columns))
+        parts = [part.select(columns) for part in self._living(asks, where)]
+        table = _first_of_each(pa.concat_tables(parts))
+        if not table.num_rows:
+            return Answers(question, table, {})
+        own = question.scores(table)
+        ids = table["_rowid"].to_numpy()
+        first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 4, top_k)]]
+        beside = set(neighbours(question, first.tolist())) - set(ids.tolist())
+        if beside:
+            database = self._database
+            more = database.fetch(database.take(sorted(beside)).select(columns).with_row_id())
+            more = more.select(columns).filter(passing(more, where, database.now()))
+            # A row that moved since is there already, under its new row id.
+            new = pc.invert(pc.is_in(more["memory_id"], table["memory_id"].combine_chunks()))
+            more = more.filter(new)
+            table = pa.concat_tables([table, more])
+            own = np.concatenate([own, question.scores(more)])
+        similar = _scores(table, question.relevance(table, own))
+        return Answers(question, table.select(RANKED), similar)
+
+    # --- queries ----------------------------------------------------------------------------
+
+    def _vector_ask(
+        self, query: NDArray[np.float32], top_k: int, columns: Sequence[str] | None
+    ) -> _Ask:
+        if self._database.compact:
+            return self._signs_ask(query, top_k, columns)
+        # Who asks for more than it needs, with their vectors, compares them itself.
+        spare = SPARE if columns and "joint_embedding" in columns else 1
+
+        def build(count: int) -> list[Any]:
+            search = self._database.query().nearest_to(query).column("joint_embedding")
+            return [self._index.tune(search.distance_type("cosine"), count, spare)]
+
+        return _Ask(build, top_k, "_distance", columns)
+
+    def _signs_ask(
+        self, query: NDArray[np.float32], top_k: int, columns: Sequence[str] | None
+    ) -> _Ask:
+        """Search the vectors of a compact store: by their signs, then the nearest by all bits."""
+        if columns is not None:
+            columns = list(dict.fromkeys([*columns, "joint_embedding"]))
+
+        def build(count: int) -> list[Any]:
+            bits = signs.signs(query[None])[0]
+            return [self._database.query().nearest_to(bits).column(BITS).distance_type("hamming")]
+
+        def rank(found: pa.Table) -> pa.Table:
+            distances = 1 - rows.vectors_array(found["joint_embedding"], len(query)) @ query
+            at = found.column_names.index("_distance")
+            found = found.set_column(at, "_distance", pa.array(distances.astype(np.float32)))
+            return found.take(pa.array(np.argsort(distances, kind="stable")))
+
+        return _Ask(build, top_k, "_distance", columns, signs.candidates, rank)
+
+    def _words_ask(self, text: str, top_k: int, columns: Sequence[str] | None = None) -> _Ask:
+        from lancedb.query import MatchQuery
+
+        asked = " ".join(query_words(text))
+
+        def build(count: int) -> list[Any]:
+            # A match query takes the words as they are: there is no query language to break out of.
+            # One query per column, since Lance stops early only in those: 2 ms instead of 15 ms.
+            return [
+                self._database.query().nearest_to_text(
+                    MatchQuery(asked if column == WORDS.name else text, column)
+                )
+                for column in self._cells.word_columns
             ]
-        tables = store.fetch_all(queries)
-        for at, part in parts.items():
-            ask = asks[at]
-            found = ask.rank(_best(tables[part], ask.score, ask.deep(counts[at])))
-            found = found.slice(0, counts[at])
-            missing = set() if ask.columns else needed_columns(found) - store.wanted_columns
-            if missing:
-                # The first row that uses a column is met: it is read from now on. One query sees
-                # one version, so the search is repeated rather than completed.
-                store.wanted_columns |= missing
-                continue
-            alive = [moment is None or moment > now for moment in found["expires_at"].to_pylist()]
-            if sum(alive) >= ask.top_k or found.num_rows < counts[at]:
-                done[at] = found.filter(pa.array(alive, pa.bool_())).slice(0, ask.top_k)
-            else:
-                counts[at] *= 2
-    return [done[at] for at in range(len(asks))]
+
+        return _Ask(build, top_k, "_score", columns)
+
+    def _living(self, asks: Sequence[_Ask], where: Filter) -> list[pa.Table]:
+        """Run searches at the same time, and leave out what has expired and is not erased yet.
+
+        Done after the search: expired rows are few, and a filter would cost every query a scan.
+        Without ``columns`` all that hold something in the rows found are read.
+        """
+        now, condition = self._database.now(), expression(where)
+        counts = [ask.top_k for ask in asks]
+        done: dict[int, pa.Table] = {}
+        while len(done) < len(asks):
+            queries: list[Any] = []
+            parts: dict[int, slice] = {}
+            for at, (ask, count) in enumerate(zip(asks, counts, strict=True)):
+                if at in done:
+                    continue
+                names = [*(ask.columns or self.columns.names()), ask.score]
+                built = ask.build(count)
+                parts[at] = slice(len(queries), len(queries) + len(built))
+                queries += [
+                    (search if condition is None else search.where(condition))
+                    .select(names)
+                    .limit(ask.deep(count))
+                    for search in built
+                ]
+            tables = self._database.fetch_all(queries)
+            for at, part in parts.items():
+                ask = asks[at]
+                found = ask.rank(_best(tables[part], ask.score, ask.deep(counts[at])))
+                found = found.slice(0, counts[at])
+                if not ask.columns and self.columns.lacks(found):
+                    # The first row that uses a column is met: it is read from now on. One query
+                    # sees one version, so the search is repeated rather than completed.
+                    continue
+                alive = found.filter(unexpired(found["expires_at"], now))
+                if alive.num_rows >= ask.top_k or found.num_rows < counts[at]:
+                    done[at] = alive.slice(0, ask.top_k)
+                else:
+                    counts[at] *= 2
+        return [done[at] for at in range(len(asks))]
+
+    def _again(self, run: Callable[[], _T]) -> _T:
+        """Search once more where the vectors were made compact, or plain again, meanwhile."""
+        database = self._database
+        try:
+            return run()
+        except ConsolidationError:
+            if database.place.local is None:
+                raise
+            before = database.compact
+            # Waits until the indices are there as well.
+            with suppress(ConsolidationError), database.exclusive():
+                database.look_again()
+            if database.compact == before:
+                raise
+            return run()
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse a number of results that makes no sense.
+
+    Raises:
+        InputError: it is not between 1 and MAX_TOP_K.
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+        raise InputError(f"top_k is {top_k!r}", fix=f"give a whole number from 1 to {MAX_TOP_K}")
+
+
+def cosines(table: pa.Table, query: NDArray[np.float32]) -> dict[str, float]:
+    """Return id -> cosine similarity of rows to a query, 0..1."""
+    return _scores(table, rows.vectors_array(table["joint_embedding"], len(query)) @ query)
+
+
+def _scores(table: pa.Table, values: NDArray[Any]) -> dict[str, float]:
+    return dict(zip(table["memory_id"].to_pylist(), np.clip(values, 0, 1).tolist(), strict=True))
+
+
+def _first_of_each(table: pa.Table) -> pa.Table:
+    """Return the first row of each memory."""
+    ids = table["memory_id"].to_pylist()
+    first = {key: at for at, key in reversed(list(enumerate(ids)))}
+    return table.take(pa.array(sorted(first.values()), pa.int64()))
 
 
 def _best(tables: list[pa.Table], score: str, count: int) -> pa.Table:
@@ -446,31 +373,4 @@ def _best(tables: list[pa.Table], score: str, count: int) -> pa.Table:
     if len(tables) == 1:
         return tables[0]
     joined = pa.concat_tables(tables).sort_by([(score, "descending"), ("memory_id", "ascending")])
-    ids = joined["memory_id"].to_pylist()
-    first = {key: at for at, key in reversed(list(enumerate(ids)))}
-    return joined.take(pa.array(sorted(first.values())[:count], pa.int64()))
-
-
-def needed_columns(found: pa.Table) -> set[str]:
-    """Return the seldom used columns that hold something in these rows.
-
-    Every column read costs a search about 0.3 ms, and most stores use only some of them.
-    """
-    needed = set()
-    if pc.any(found["has_vision"]).as_py():
-        needed.add("vision_data")
-    if pc.any(found["has_audio"]).as_py():
-        needed.add("audio_data")
-    if any(found["codec"].to_pylist()):
-        needed |= {"packed", "vision_data", "audio_data", "summary"}
-    if any(tier != SHORT_TERM for tier in found["tier"].to_pylist()):
-        needed |= {"summary", "source_memory_ids", "source_count", "consolidated_at"}
-    return needed
-
-
-def _hits(store: MemoryStore, found: pa.Table, scores: NDArray[Any], top_k: int) -> list[Hit]:
-    opened = store.unpack(found)
-    memories = rows.memories(opened, store.dim, extra_accesses=store.pending_touches())
-    hits = [Hit(memory, float(score)) for memory, score in zip(memories, scores, strict=True)]
-    hits.sort(key=lambda hit: (-hit.score, hit.memory.memory_id))
-    return hits[:top_k]
+    return _first_of_each(joined).slice(0, count)

@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from memopt.memory.model.schema import LONG_TERM
 from memopt.memory.model.words import words
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.database import Database
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 # Memories further apart do not belong to one conversation: the window of the association graph.
 APART_S = 300
@@ -77,21 +77,21 @@ class Surroundings:
         return found
 
 
-class Looks:
+class SurroundingsCache:
     """Gives the surroundings as they are, or were a moment ago."""
 
-    def __init__(self, store: MemoryStore) -> None:
-        self._store = store
+    def __init__(self, database: Database, cells: Cells) -> None:
+        self._database, self._cells = database, cells
         self._last: Surroundings | None = None
         self._version = -1
         self._rest_until = 0.0
 
     def current(self) -> Surroundings:
         """Return what the store looks like."""
-        version = self._store.version("memories")
+        version = self._database.version("memories")
         begin = time.monotonic()
         if self._last is None or (version != self._version and begin >= self._rest_until):
-            self._last, self._version = _look(self._store), version
+            self._last, self._version = _look(self._database, self._cells), version
             now = time.monotonic()
             self._rest_until = now + _REST * (now - begin)
         return self._last
@@ -102,17 +102,17 @@ def nowhere(row_ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return np.asarray(row_ids == _NOWHERE, np.bool_)
 
 
-def _look(store: MemoryStore) -> Surroundings:
+def _look(database: Database, cells: Cells) -> Surroundings:
     from lancedb.expr import col, lit
 
     # A summary has the time of its last source: it is no moment, and would part that from others.
-    moments_only = store.query().where(col("tier") != lit(LONG_TERM))
+    moments_only = database.query().where(col("tier") != lit(LONG_TERM))
     queries = [moments_only.select(["timestamp"]).with_row_id()]
-    plain = store.cipher is None
+    plain = database.cipher is None
     if plain:
-        name = "words" if "words" in store.word_columns else "text"
-        queries.append(store.query().select([name]).limit(_SAMPLE))
-    found = store.fetch_all(queries)
+        name = "words" if cells.has_word_index else "text"
+        queries.append(database.query().select([name]).limit(_SAMPLE))
+    found = database.fetch_all(queries)
     moments = found[0]["timestamp"].cast(pa.int64()).to_numpy()
     row_ids = found[0]["_rowid"].to_numpy()
     by_time = np.lexsort((row_ids, moments))

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.background import Task
 from memopt.errors import ConsolidationError
 from memopt.memory.model.schema import BITS
+from memopt.memory.store.database import Database
+from memopt.memory.store.events import Events
 from memopt.memory.store.founding import named_errors
-from memopt.memory.store.upkeep import merge
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.store.observers import StoreObserver
+from memopt.memory.store.reader import Reader
+from memopt.memory.store.stats import sampled_vectors
 
 # Exact search of 5,000 x 768 takes 4 ms: below that an index costs more than it saves.
 MIN_ROWS = 5_000
@@ -59,19 +61,29 @@ class IndexState:
     recall: float
 
 
-class VectorIndex:
+class VectorIndex(StoreObserver):
     """Keeps an inverted file with 8-bit vectors (IVF_SQ) over the memories of a store.
 
     Every store has one, ``store.index``. What another process built is used too, as soon as it is
     noticed; an index nobody checked is passed by.
 
     Args:
-        store: its searches use the index.
+        events: where it is written down how the index is used.
+        merge: merges the files of a table and brings its index up to date.
         background: build in a thread when additions call for it; else only :meth:`ensure` builds.
     """
 
-    def __init__(self, store: MemoryStore, *, background: bool = True) -> None:
-        self.store = store
+    def __init__(
+        self,
+        database: Database,
+        reader: Reader,
+        events: Events,
+        merge: Callable[[str], None],
+        *,
+        background: bool = True,
+    ) -> None:
+        self._database, self._reader, self._events = database, reader, events
+        self._merge = merge
         self.background = background
         self._state: IndexState | None = None
         self._looked = -_LOOK_S
@@ -86,21 +98,23 @@ class VectorIndex:
         now = time.monotonic()
         if now - self._looked >= _LOOK_S:
             self._looked = now
-            version = self.store.version("events")
+            version = self._database.version("events")
             if version != self._seen_version:
-                self._state, self._seen_version = last_state(self.store), version
+                self._state, self._seen_version = self.last_state(), version
         return self._state
 
-    def close(self) -> None:
+    def closing(self) -> None:
         """Wait for a build in progress; take in what a short-lived writer added."""
         self._task.close()
         if self.background and self._counted:
             self._counted = 0
             self._task.run()
 
-    def added(self, count: int) -> None:
+    def added(
+        self, ids: Sequence[str], vectors: NDArray[np.float32], timestamps: Sequence[datetime]
+    ) -> None:
         """Take new rows in, in the background, when there are enough of them."""
-        self._counted += count
+        self._counted += len(ids)
         if not self.background or self._counted < MOST_FRESH * MIN_ROWS:
             return
         known = self.state.rows if self.state else 0
@@ -120,12 +134,12 @@ class VectorIndex:
             ConsolidationError: the disk takes no more, or there is no memory for it; searches go on
                 without the index.
         """
-        memories = self.store.table("memories")
-        with self._one_at_a_time, named_errors(self.store.place, "indexed"):
+        memories = self._database.memories
+        with self._one_at_a_time, named_errors(self._database.place, "indexed"):
             if BITS in memories.schema.names:
                 return None
             rows = memories.count_rows()
-            state = last_state(self.store)
+            state = self.last_state()
             if rows < MIN_ROWS:
                 if state is not None and state.cells:
                     self._drop(memories)
@@ -133,7 +147,7 @@ class VectorIndex:
             if rebuild or state is None or _outgrown(state, rows):
                 self._build(memories, rows)
             elif state.cells and _unindexed(memories) > MOST_FRESH * rows:
-                merge(self.store, "memories")
+                self._merge("memories")
             else:
                 self._state = state
                 return state
@@ -151,7 +165,7 @@ class VectorIndex:
         state = self.state
         if state is None or not state.cells:
             return
-        rows = self.store.table("memories").count_rows()
+        rows = self._database.memories.count_rows()
         if rows < MIN_ROWS or _outgrown(state, rows):
             self.ensure()
 
@@ -175,6 +189,18 @@ class VectorIndex:
             query.nprobes(nprobes).refine_factor(refine) if refine > 1 else query.nprobes(nprobes)
         )
 
+    def last_state(self) -> IndexState | None:
+        """Return how the index was used when it was last checked.
+
+        None where nobody checked it, or it was made or dropped since.
+        """
+        events = self._events.read(_EVENT)
+        if not events:
+            return None
+        state = IndexState(**json.loads(events[-1].detail))
+        there = _name(self._database.memories) is not None
+        return state if there == bool(state.cells) else None
+
     def _build(self, memories: Any, rows: int) -> None:
         from lancedb.index import IvfSq
 
@@ -188,7 +214,7 @@ class VectorIndex:
 
     def _checked(self, memories: Any, rows: int) -> IndexState:
         cells = int(rows**0.5)
-        queries = sample(self.store)
+        queries = sample(self._database, self._reader)
         exact = [self._nearest(query, None) for query in queries]
         for nprobes, refine in _SETTINGS:
             found = [self._nearest(query, (nprobes, refine)) for query in queries]
@@ -207,35 +233,22 @@ class VectorIndex:
         self._use(_exact(0))
 
     def _use(self, state: IndexState) -> IndexState:
-        self.store.event(_EVENT, json.dumps(asdict(state)))
+        self._events.record(_EVENT, json.dumps(asdict(state)))
         self._state, self._looked = state, time.monotonic()
         return state
 
     def _nearest(self, query: NDArray[np.float32], setting: tuple[int, int] | None) -> set[str]:
-        search = self.store.query().nearest_to(query).column(_COLUMN).distance_type("cosine")
+        search = self._database.query().nearest_to(query).column(_COLUMN).distance_type("cosine")
         if setting is None:
             search = search.bypass_vector_index()
         else:
             search = search.nprobes(setting[0]).refine_factor(setting[1])
-        table = self.store.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
+        table = self._database.fetch(search.select(["memory_id", "_distance"]).limit(_AT))
         return set(table["memory_id"].to_pylist())
 
     def _failed(self, error: Exception) -> None:
         # A search without an index is slower, not wrong.
-        self.store.event("index-failed", f"{type(error).__name__}: {error}"[:500])
-
-
-def last_state(store: MemoryStore) -> IndexState | None:
-    """Return how the index was used when it was last checked.
-
-    None where nobody checked it, or it was made or dropped since.
-    """
-    events = store.events(_EVENT)
-    if not events:
-        return None
-    state = IndexState(**json.loads(events[-1].detail))
-    there = _name(store.table("memories")) is not None
-    return state if there == bool(state.cells) else None
+        self._events.record("index-failed", f"{type(error).__name__}: {error}"[:500])
 
 
 def _exact(rows: int) -> IndexState:
@@ -256,19 +269,12 @@ def _name(memories: Any) -> str | None:
     return found[0] if found else None
 
 
-def sample(store: MemoryStore) -> NDArray[np.float32]:
+def sample(database: Database, reader: Reader) -> NDArray[np.float32]:
     """Return queries near stored vectors, float32 (64, dim), the same for the same store."""
     generator = np.random.default_rng(0)
-    rows = store.table("memories").count_rows()
-    wanted = np.sort(generator.choice(rows, min(_QUERIES, rows), replace=False))
-    vectors, start = [], 0
-    for batch in store.scan(columns=[_COLUMN], batch_size=8192):
-        here = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
-        if len(here):
-            part = batch[_COLUMN].take(here).flatten().to_numpy(zero_copy_only=False)
-            vectors.append(part.reshape(-1, store.dim))
-        start += batch.num_rows
-    found = np.concatenate(vectors)
+    rows = database.memories.count_rows()
+    chosen = np.sort(generator.choice(rows, min(_QUERIES, rows), replace=False))
+    found = sampled_vectors(reader, database.dim, chosen)
     noise = generator.normal(size=found.shape).astype(np.float32)
     noise *= 0.3 / np.linalg.norm(noise, axis=1, keepdims=True)
     moved = found + noise

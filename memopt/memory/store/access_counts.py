@@ -11,23 +11,20 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from memopt.background import Task
-from memopt.memory.model.filters import utc
+from memopt.memory.model.filters import id_list
 from memopt.memory.model.schema import TIMESTAMP
+from memopt.memory.store.database import Database
 from memopt.memory.store.locking import ReadOnlyError
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.store.observers import StoreObserver
 
 _LOG = logging.getLogger(__name__)
 # What a crash may forget: this many accesses, or those of this many seconds of steady reading.
 MOST_PENDING = 2048
 LONGEST_PENDING = 30.0
-_ID = "memory_id"
 _SCHEMA = pa.schema(
     [
         pa.field("memory_id", pa.string(), nullable=False),
@@ -37,30 +34,33 @@ _SCHEMA = pa.schema(
 )
 
 
-class Touches:
+class AccessCounts(StoreObserver):
     """The accesses of one open store that are not in the table yet."""
 
-    def __init__(self, store: MemoryStore) -> None:
-        self._store = store
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._guard = threading.Lock()
         self._pending: dict[str, tuple[int, datetime]] = {}
         self._since = time.monotonic()
         self._task = Task(
-            self._write_or_keep, "memopt-touches", on_error=self._failed, daemon=False
+            lambda: database.keep_book(self._write_or_drop),
+            "memopt-access-counts",
+            # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
+            on_error=lambda error: _LOG.warning("access counts are not written yet: %s", error),
+            daemon=False,
         )
 
-    def count(self, ids: Sequence[str], now: datetime) -> None:
+    def count(self, ids: Sequence[str]) -> None:
         """Count one access of each id; starts a background write when enough are waiting."""
+        self._database.check_process()
+        ids, now = id_list(ids), self._database.now()
         with self._guard:
             if not self._pending:
                 self._since = time.monotonic()
             for memory_id in ids:
                 self._pending[memory_id] = (self._pending.get(memory_id, (0, now))[0] + 1, now)
-            due = (
-                len(self._pending) >= MOST_PENDING
-                or time.monotonic() - self._since > LONGEST_PENDING
-            )
-            if due:
+            waited = time.monotonic() - self._since
+            if len(self._pending) >= MOST_PENDING or waited > LONGEST_PENDING:
                 self._task.start()
 
     def pending(self) -> dict[str, tuple[int, datetime]]:
@@ -73,6 +73,10 @@ class Touches:
         self._task.close()
         self._write_or_drop()
 
+    def closing(self) -> None:
+        """Write what waits, where the store can be written."""
+        self._database.keep_book(self.flush)
+
     def _write_or_drop(self) -> None:
         try:
             self._write()
@@ -81,36 +85,22 @@ class Touches:
                 self._pending.clear()
             raise
 
-    def _write_or_keep(self) -> None:
-        self._store.keep_book(self._write_or_drop)
-
-    def _failed(self, error: Exception) -> None:
-        # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.
-        _LOG.warning("access counts could not be written yet: %s", error)
-
     def _write(self) -> None:
-        store = self._store
+        database = self._database
         if not self._pending:
             return
-        with store.changing():
-            taken, now = self.pending(), utc(store.clock())
-            current = store.light(list(taken), _SCHEMA.names).to_pylist()
+        with database.changing():
+            waiting, now = self.pending(), database.now()
+            current = database.light(list(waiting), _SCHEMA.names).to_pylist()
+            for row in current:
+                count, last = waiting[row["memory_id"]]
+                row["access_count"] += count
+                row["last_access"] = later(row["last_access"], last, now)
             if current:
-                source = [
-                    {
-                        "memory_id": row["memory_id"],
-                        "access_count": row["access_count"] + taken[row["memory_id"]][0],
-                        "last_access": later(row["last_access"], taken[row["memory_id"]][1], now),
-                    }
-                    for row in current
-                ]
-                cover_ids(store.memories)
-                merge = store.memories.merge_insert(_ID).when_matched_update_all()
-                merge.execute(pa.Table.from_pylist(source, schema=_SCHEMA))
-                cover_ids(store.memories)
+                database.replace(pa.Table.from_pylist(current, schema=_SCHEMA))
         with self._guard:
             # A failed write leaves everything pending; what came in meanwhile stays pending too.
-            for memory_id, (count, _) in taken.items():
+            for memory_id, (count, _) in waiting.items():
                 left, last = self._pending[memory_id]
                 if left == count:
                     del self._pending[memory_id]
@@ -130,17 +120,3 @@ def later(one: datetime | None, other: datetime | None, now: datetime) -> dateti
     known = [moment for moment in (one, other) if moment is not None]
     past = [moment for moment in known if moment <= now]
     return max(past or known, default=None)
-
-
-def cover_ids(memories: Any) -> None:
-    """Rebuild the id index where it does not cover every row; 50 ms for 100k rows.
-
-    Only with a covering index does a merge of two columns replace just these columns, otherwise
-    it scans the table and writes the rows anew, media and all. And afterwards the index has
-    forgotten the fragments that were touched, since their key counts as written.
-    """
-    from lancedb.index import BTree
-
-    stats = memories.index_stats(f"{_ID}_idx")
-    if stats is None or stats.num_unindexed_rows:
-        memories.create_index(_ID, config=BTree(), replace=True)

@@ -1,8 +1,9 @@
-"""An open database: its tables, its lock, its meta, and queries on it."""
+"""An open database: its tables, its lock, its meta, its key, and queries on it."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,23 +17,32 @@ import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.extras import require
-from memopt.memory.model import payload
-from memopt.memory.model.filters import utc
-from memopt.memory.model.schema import BITS, Embedder
-from memopt.memory.store import founding as opening
-from memopt.memory.store.locking import lock_of
+from memopt.memory.model.filters import id_list, one_of, present, utc
+from memopt.memory.model.payload import Cipher
+from memopt.memory.model.rows import chunks
+from memopt.memory.model.schema import BITS, WORDS, Embedder, memories_schema
+from memopt.memory.store import founding
+from memopt.memory.store.locking import ReadOnlyError, lock_of
 from memopt.memory.store.meta import Meta, Place
+from memopt.memory.store.observers import Observers
 
+_LOG = logging.getLogger(__name__)
 # Lance caches what it read of each version, 7 GB of it unless told otherwise: a store that is
 # written all day would fill that. The least holds the index of 150,000 memories.
 _LEAST_INDEX_CACHE, _METADATA_CACHE = 128 << 20, 64 << 20
+# How many ids go into one IN list: Lance takes 10k in under 0.1 s, parsing grows with it.
+_IDS_PER_QUERY = 10_000
 
 
-class Connection:
-    """What :class:`memopt.memory.MemoryStore` stands on; its arguments are described there.
+class Database:
+    """A LanceDB database that is a store; :class:`memopt.memory.MemoryStore` has the arguments.
 
     Attributes:
         place: where the store lies.
+        connection: LanceDB's own.
+        cipher: seals content; None in a plain store.
+        clock: the current time, UTC.
+        observers: who is told what happens to the memories.
     """
 
     def __init__(
@@ -40,7 +50,7 @@ class Connection:
         path: str | Path,
         dim: int | None,
         embedder: Embedder | None,
-        cipher: payload.Cipher | None,
+        cipher: Cipher | None,
         clock: Callable[[], datetime],
         *,
         create: bool,
@@ -48,12 +58,13 @@ class Connection:
         # Read when lancedb is imported: a line per empty cell of an index tells nobody anything.
         os.environ.setdefault("LANCEDB_LOG", "error")
         lancedb = require("lancedb", extra="memory", why="keep memories")
-        opening.check_forked(lancedb)
+        founding.check_forked(lancedb)
         self._process = os.getpid()
         if dim is not None and dim < 1:
             raise InputError(f"dim is {dim}", fix="give the length of a vector, 1 or more")
         self.place = Place(path)
-        self.embedder, self.cipher, self.clock = embedder, cipher, clock
+        self.cipher, self.clock = cipher, clock
+        self.observers = Observers()
         self._tables: dict[str, Any] = {}
         self._readers: dict[str, Any] = {}
         # Zero: a read sees every commit that was acknowledged before it, of other processes too.
@@ -70,11 +81,11 @@ class Connection:
         if meta is None:
             self.place.check_free(create=create)
         self._lock = lock_of(self.place.local) if self.place.local else None
-        self.database = self.place.database or lancedb.connect(self.place.uri, **self._options)
+        self.connection = self.place.database or lancedb.connect(self.place.uri, **self._options)
         if meta is None:
             with self.exclusive():
-                meta = self.place.read() or opening.make(
-                    self.place, self.database, dim, embedder, cipher, utc(clock())
+                meta = self.place.read() or founding.make(
+                    self.place, self.connection, dim, embedder, cipher, self.now()
                 )
         self._meta: Meta = meta
         if dim is not None and dim != meta.dim:
@@ -84,12 +95,71 @@ class Connection:
             )
         self.table("memories")
         self._compact: bool | None = None
-        self._tight = False
+        self._tight = self._told_read_only = False
+        self._id_key = founding.IdKey()
+        self._id_key_of: str | None = ""
+        self.id_key()
+
+    # --- what it is -------------------------------------------------------------------------
+
+    def now(self) -> datetime:
+        """Return the time of the clock in UTC."""
+        return utc(self.clock())
 
     @property
     def memories(self) -> Any:
         """The LanceDB table; raw, with rows that a commit deleted and did not sweep yet."""
         return self.table("memories")
+
+    @property
+    def meta(self) -> Meta:
+        """Dimension, model and format, as they are now: another process may reembed the store."""
+        stamp = self.place.stamp()
+        if stamp != self._stamp:
+            self._meta = self.place.read() or self._meta
+            self._stamp = stamp
+        return self._meta
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.meta.dim
+
+    def write_meta(self, **changes: Any) -> None:
+        """Change fields of ``memory.json``, atomically."""
+        with self.exclusive():
+            self._meta = replace(self.place.read() or self._meta, **changes)
+            self.place.write(self._meta)
+
+    def id_key(self) -> founding.IdKey:
+        """Return the secret of an encrypted store, as it is now: another process may rotate keys.
+
+        Raises:
+            ConsolidationError: the key does not open it, any longer.
+        """
+        meta = self.meta
+        if meta.id_key != self._id_key_of:
+            self._id_key = founding.id_key(self.place, meta, self.cipher)
+            self._id_key_of = meta.id_key
+        return self._id_key
+
+    def use_key(self, cipher: Cipher) -> None:
+        """Seal with another key from now on, which opens the store too."""
+        self.cipher = cipher
+
+    @property
+    def compact(self) -> bool:
+        """Whether the vectors were compact when :meth:`look_again` looked last."""
+        if self._compact is None:
+            with founding.named_errors(self.place, "read"):
+                self._compact = BITS in self.memories.schema.names
+        return self._compact
+
+    def look_again(self) -> None:
+        """Notice whether another process made the vectors compact, or plain again."""
+        self._compact = None
+
+    # --- who may change it ------------------------------------------------------------------
 
     @property
     def forked(self) -> bool:
@@ -108,32 +178,6 @@ class Connection:
                 fix="start processes by 'spawn' or 'forkserver', and open the store in each",
             )
 
-    @property
-    def compact(self) -> bool:
-        """Whether the vectors were compact when :meth:`look_again` looked last."""
-        if self._compact is None:
-            with opening.named_errors(self.place, "read"):
-                self._compact = BITS in self.memories.schema.names
-        return self._compact
-
-    def look_again(self) -> None:
-        """Notice whether another process made the vectors compact, or plain again."""
-        self._compact = None
-
-    @property
-    def meta(self) -> Meta:
-        """Dimension, model and format, as they are now: another process may reembed the store."""
-        stamp = self.place.stamp()
-        if stamp != self._stamp:
-            self._meta = self.place.read() or self._meta
-            self._stamp = stamp
-        return self._meta
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self.meta.dim
-
     def exclusive(self) -> AbstractContextManager[None]:
         """Hold the writer lock of a local store; re-entrant. Keep it short; readers never wait.
 
@@ -148,23 +192,54 @@ class Connection:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the writer lock and give failures of the disk their name.
+        """Hold the writer lock, give failures of the disk their name, and tell the observers.
 
         Raises:
-            ConsolidationError: the disk is full, the folder is read-only, a file is damaged.
+            ConsolidationError: the disk is full, the folder is read-only, a file is damaged, or the
+                key was replaced.
         """
-        with self.exclusive(), opening.named_errors(self.place, "changed"):
+        with self.exclusive(), founding.named_errors(self.place, "changed"):
             if not self._tight:
                 self.place.tighten()
                 self._tight = True
+            # What is sealed under a key that was replaced meanwhile would open for nobody.
+            self.id_key()
             yield
+        self.observers.changed()
+
+    def keep_book(self, write: Callable[[], None]) -> None:
+        """Write down what reading leaves behind, where the store can be written.
+
+        Whoever may only read finds what is there; that is said in the log once. What a forked
+        process finds buffered is written by the other.
+        """
+        if self.forked:
+            return
+        try:
+            write()
+        except ReadOnlyError as error:
+            if not self._told_read_only:
+                self._told_read_only = True
+                _LOG.warning(
+                    "%s may only be read: accesses are neither counted nor logged (%s)",
+                    self.place,
+                    error,
+                )
+
+    # --- tables and queries -----------------------------------------------------------------
 
     def table(self, name: str) -> Any:
         """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
         self.check_process()
         if name not in self._tables:
-            self._tables[name] = opening.table(self.place, self.database, name)
+            self._tables[name] = founding.table(self.place, self.connection, name)
         return self._tables[name]
+
+    def schema(self, names: Sequence[str]) -> pa.Schema:
+        """Return the schema of some columns of ``memories``, row ids among them."""
+        row_id = pa.field("_rowid", pa.uint64())
+        known = memories_schema(self.dim).append(WORDS).append(row_id)
+        return pa.schema([known.field(name) for name in names])
 
     def query(self, name: str = "memories") -> Any:
         """Return a new asynchronous query of a table, to be run by :meth:`fetch`.
@@ -177,7 +252,7 @@ class Connection:
         """Return the version a table has now; other processes' commits count."""
         from lancedb.background_loop import LOOP
 
-        with opening.named_errors(self.place, "read"):
+        with founding.named_errors(self.place, "read"):
             return int(LOOP.run(self._reader(name).version()))
 
     def take(self, row_ids: Sequence[int]) -> Any:
@@ -200,7 +275,7 @@ class Connection:
             return await asyncio.gather(*(query.to_arrow() for query in queries))
 
         self.check_process()
-        with opening.named_errors(self.place, "read"):
+        with founding.named_errors(self.place, "read"):
             try:
                 found: list[pa.Table] = LOOP.run(run())
             except (RuntimeError, OSError, ValueError) as error:
@@ -210,17 +285,54 @@ class Connection:
                 found = LOOP.run(run())
         return found
 
+    def light(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """Return small columns of those ``ids`` that exist, in any order, by one filtered scan."""
+        tables = [
+            self.fetch(self.query().where(present(one_of("memory_id", part))).select(list(columns)))
+            for part in chunks(id_list(ids), _IDS_PER_QUERY)
+        ]
+        return pa.concat_tables(tables) if tables else self.schema(columns).empty_table()
+
+    def existing(self, ids: Sequence[str]) -> set[str]:
+        """Return those of ``ids`` that exist, expired ones too."""
+        return set(self.light(ids, ("memory_id",))["memory_id"].to_pylist())
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def replace(self, values: pa.Table) -> None:
+        """Replace, under the lock, columns of rows that are there, found by ``memory_id``.
+
+        Only with an id index that covers every row does a merge of a few columns replace just
+        these, otherwise it scans the table and writes the rows anew, media and all. And afterwards
+        the index has forgotten the fragments that were touched, since their key counts as written.
+        """
+        self._cover_ids()
+        self.memories.merge_insert("memory_id").when_matched_update_all().execute(values)
+        self._cover_ids()
+
+    def overwrite_memories(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
+        """Write all memories anew in one commit, under the lock, and their indices after it."""
+        self.memories.add(pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")
+        self.remake_indices()
+
+    def remake_indices(self) -> None:
+        """Make the indices that a table written anew lacks, and look how it keeps vectors."""
+        founding.create_indices(self.connection)
+        self.look_again()
+
+    def _cover_ids(self) -> None:
+        """Rebuild the id index where it does not cover every row; 50 ms for 100k rows."""
+        from lancedb.index import BTree
+
+        stats = self.memories.index_stats("memory_id_idx")
+        if stats is None or stats.num_unindexed_rows:
+            self.memories.create_index("memory_id", config=BTree(), replace=True)
+
     def _reader(self, name: str) -> Any:
         self.check_process()
         if name not in self._readers:
-            self._readers[name] = opening.reader(self.place, name, self._options)
+            self._readers[name] = founding.reader(self.place, name, self._options)
         return self._readers[name]
-
-    def write_meta(self, **changes: Any) -> None:
-        """Change fields of ``memory.json``, atomically."""
-        with self.exclusive():
-            self._meta = replace(self.place.read() or self._meta, **changes)
-            self.place.write(self._meta)
 
 
 def _cache_bytes(place: Place) -> tuple[int, int]:
@@ -228,7 +340,7 @@ def _cache_bytes(place: Place) -> tuple[int, int]:
 
     The indices that there are, twice, for a version and the next; an eighth of the machine at most.
     """
-    found = place.local.glob("*.lance/_indices/*/*") if place.local is not None else ()
-    wanted = max(_LEAST_INDEX_CACHE, 2 * sum(file.stat().st_size for file in found))
+    files = place.local.glob("*.lance/_indices/*/*") if place.local is not None else ()
+    size = max(_LEAST_INDEX_CACHE, 2 * sum(file.stat().st_size for file in files))
     memory = psutil.virtual_memory().total
-    return min(wanted, memory // 8), min(_METADATA_CACHE, memory // 32)
+    return min(size, memory // 8), min(_METADATA_CACHE, memory // 32)

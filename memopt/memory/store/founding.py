@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memopt.errors import ConsolidationError, MemoptError
-from memopt.memory.io.models import MODELS_FILE
 from memopt.memory.model import payload
 from memopt.memory.model.schema import (
     ACCESS_LOG,
@@ -27,9 +26,8 @@ from memopt.memory.model.schema import (
     Embedder,
     memories_schema,
 )
-from memopt.memory.search import searcher as searching
 from memopt.memory.store.locking import LOCK_FILE, READ_FILE, ReadOnlyError, lock_of
-from memopt.memory.store.meta import META_FILE, TABLES, Meta, Place
+from memopt.memory.store.meta import META_FILE, MODELS_FILE, TABLES, Meta, Place
 
 _ID_KEY_BYTES = 32
 # This process and those it comes from that were forked after LanceDB began its threads.
@@ -75,7 +73,7 @@ def make(
         database.create_table(name, schema=schema, mode="create" if count is None else "overwrite")
     # With a key, two merges at once that insert the same id are a conflict, and one is repeated.
     database.open_table("memories").set_unenforced_primary_key("memory_id")
-    searching.create_indices(database)
+    create_indices(database)
     meta = Meta(
         format=FORMAT_VERSION if cipher else PLAIN_FORMAT,
         dim=dim,
@@ -86,6 +84,31 @@ def make(
     )
     place.write(meta)
     return meta
+
+
+def create_indices(database: Any) -> None:
+    """Give a store its id and word indices where it has none; they grow with optimize()."""
+    from lancedb.index import FTS, BTree
+
+    memories = database.open_table("memories")
+    present = {column for index in memories.list_indices() for column in index.columns}
+    configs: dict[str, Any] = {"memory_id": BTree()}
+    if WORDS.name in memories.schema.names:
+        # memopt.memory.model.words made them: nothing is left to split, fold or leave out.
+        configs[WORDS.name] = FTS(
+            base_tokenizer="whitespace",
+            lower_case=False,
+            stem=False,
+            remove_stop_words=False,
+            ascii_folding=False,
+        )
+    for column, config in configs.items():
+        if column not in present:
+            memories.create_index(column, config=config)
+    edges = database.open_table("edges")
+    if not edges.list_indices():
+        edges.create_index("source", config=BTree())
+        edges.create_index("target", config=BTree())
 
 
 @contextmanager

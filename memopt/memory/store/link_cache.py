@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ import pyarrow.compute as pc
 
 from memopt.background import Task
 from memopt.memory.model.filters import one_of
-from memopt.memory.store.links import Leaving, Network, numbered, seconds
+from memopt.memory.model.schema import EDGES
+from memopt.memory.store.database import Database
+from memopt.memory.store.events import Events
+from memopt.memory.store.links import Asked, Leaving, Network, numbered, seconds
+from memopt.memory.store.observers import StoreObserver
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 # Directed links held at most: 16 bytes each and the ids once, some 200 MB. A larger graph is asked
 # link by link.
@@ -57,27 +60,32 @@ class _Links:
     gone: set[int] = field(default_factory=set)
 
 
-class Adjacency:
+class LinkCache(StoreObserver):
     """Answers who is linked to whom from memory while that is what the table says.
 
     Links this process writes are followed. When another process wrote, the answer is None until
     a thread has read the table anew; the caller then asks the table.
 
     Args:
-        store: the store whose ``edges`` are held.
+        database: whose ``edges`` are held.
+        events: told where they cannot be read.
     """
 
-    def __init__(self, store: MemoryStore) -> None:
-        self.store = store
+    def __init__(self, database: Database, events: Events) -> None:
+        self._database, self._events = database, events
         self._guard = threading.Lock()
         self._links: _Links | None = None
         self._count = 0
         self._task = Task(self.read, "memopt-links", on_error=self._failed)
         self._rest_until = 0.0
 
+    def network(self) -> Network:
+        """Return all links for several steps in a row, from memory where it is up to date."""
+        return self.current() or Asked(self._database)
+
     def current(self) -> Held | None:
         """Return the links as they are now; None where the table has to be asked."""
-        version = self.store.version("edges")
+        version = self._database.version("edges")
         with self._guard:
             links = self._links
             if links is None or links.version != version:
@@ -85,14 +93,19 @@ class Adjacency:
                 return None
             return Held(links, self._guard)
 
-    def follow(self, before: int, after: int, added: pa.Table) -> None:
-        """Take in links this process wrote under the writer lock.
+    @contextmanager
+    def following(self, added: pa.Table | None = None) -> Iterator[None]:
+        """Take in links that the block writes under the writer lock.
 
         Args:
-            before: version of the table before the write.
-            after: version after it.
-            added: new links, or links as they are now.
+            added: new links, or links as they are now; none where the block only moves them.
         """
+        before = self._database.version("edges")
+        yield
+        after = self._database.version("edges")
+        self._follow(before, after, EDGES.empty_table() if added is None else added)
+
+    def _follow(self, before: int, after: int, added: pa.Table) -> None:
         with self._guard:
             links = self._followed(before)
             if links is None:
@@ -111,15 +124,15 @@ class Adjacency:
             if self._count > max(MOST_NEW, len(links.targets) // 10):
                 self._start_reading()
 
-    def drop(self, ids: Sequence[str]) -> None:
+    def deleting(self, ids: Sequence[str]) -> None:
         """Delete every link of memories about to be deleted; under the writer lock."""
-        edges = self.store.table("edges")
-        before = self.store.version("edges")
+        database = self._database
+        before = database.version("edges")
         linked = one_of("source", ids) | one_of("target", ids)
-        if not self.store.fetch(self.store.query("edges").where(linked).limit(1)).num_rows:
+        if not database.fetch(database.query("edges").where(linked).limit(1)).num_rows:
             return
-        edges.delete(linked)
-        after = self.store.version("edges")
+        database.table("edges").delete(linked)
+        after = database.version("edges")
         with self._guard:
             links = self._followed(before)
             if links is None:
@@ -133,16 +146,16 @@ class Adjacency:
                     links.new[other] = kept
             self._links = replace(links, version=after)
 
-    def close(self) -> None:
+    def closing(self) -> None:
         """Wait for a reading in progress."""
         self._task.close()
 
     def read(self) -> None:
         """Read the table; without effect when it is too large or changes meanwhile."""
         begin = time.monotonic()
-        version = self.store.version("edges")
-        links = _read(self.store, version)
-        if links is not None and self.store.version("edges") == version:
+        version = self._database.version("edges")
+        links = _read(self._database, version)
+        if links is not None and self._database.version("edges") == version:
             with self._guard:
                 self._links, self._count = links, 0
         self._rest_until = time.monotonic() + _REST * (time.monotonic() - begin)
@@ -155,7 +168,7 @@ class Adjacency:
     def _followed(self, before: int) -> _Links | None:
         links = self._links
         # Only under a writer lock is it sure that nobody else wrote in between.
-        local = self.store.place.local is not None
+        local = self._database.place.local is not None
         return links if links is not None and links.version == before and local else None
 
     def _start_reading(self) -> None:
@@ -164,7 +177,7 @@ class Adjacency:
 
     def _failed(self, error: Exception) -> None:
         # The table still answers, only slower.
-        self.store.event("links-not-read", f"{type(error).__name__}: {error}"[:500])
+        self._events.record("links-not-read", f"{type(error).__name__}: {error}"[:500])
         self._rest_until = time.monotonic() + 60
 
 
@@ -223,8 +236,8 @@ class Held(Network):
         )
 
 
-def _read(store: MemoryStore, version: int) -> _Links | None:
-    edges = store.table("edges")
+def _read(database: Database, version: int) -> _Links | None:
+    edges = database.table("edges")
     if edges.count_rows() > MOST_LINKS:
         return None
     at: dict[str, int] = {}
@@ -249,7 +262,7 @@ def _read(store: MemoryStore, version: int) -> _Links | None:
         version=version,
         at=at,
         names=list(at),
-        row_ids=_row_ids(store, list(at)),
+        row_ids=_row_ids(database, list(at)),
         starts=starts,
         targets=targets[order],
         weights=weights[order],
@@ -257,9 +270,9 @@ def _read(store: MemoryStore, version: int) -> _Links | None:
     )
 
 
-def _row_ids(store: MemoryStore, names: list[str]) -> NDArray[np.uint64]:
+def _row_ids(database: Database, names: list[str]) -> NDArray[np.uint64]:
     """Return Lance's row id of each memory; looked for by Arrow, which holds no other thread up."""
-    seen = store.fetch(store.query().select(["memory_id"]).with_row_id())
+    seen = database.fetch(database.query().select(["memory_id"]).with_row_id())
     found = np.full(len(names), _NOWHERE, np.uint64)
     if names and seen.num_rows:
         places = pc.index_in(seen["memory_id"], value_set=pa.array(names, pa.string()))

@@ -1,4 +1,4 @@
-"""Links followed node by node: here by asking the table, in ``adjacency`` from memory."""
+"""Links followed node by node: here by asking the table, in ``link_cache`` from memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.memory.model.filters import one_of
+from memopt.memory.store.database import Database
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memopt.memory.memory_store import MemoryStore
 
 # Sources, targets, weights as written, and when (s).
 Around = tuple[list[str], list[str], "NDArray[np.float64]", "NDArray[np.float64]"]
@@ -52,8 +52,8 @@ class Network(ABC):
 class Asked(Network):
     """Links of the ``edges`` table, by a query each time; nodes are numbered as they come."""
 
-    def __init__(self, store: MemoryStore) -> None:
-        self._store = store
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._at: dict[str, int] = {}
         self._names: list[str] = []
 
@@ -71,8 +71,8 @@ class Asked(Network):
         if not ids:
             nothing = np.zeros(0, np.int64)
             return nothing, nothing, np.zeros(0), np.zeros(0)
-        query = self._store.query("edges").where(one_of("source", ids))
-        table = self._store.fetch(query.select(["source", "target", "weight", "updated_at"]))
+        query = self._database.query("edges").where(one_of("source", ids))
+        table = self._database.fetch(query.select(["source", "target", "weight", "updated_at"]))
         at = {key: place for place, key in enumerate(ids)}
         places = np.array([at[key] for key in table["source"].to_pylist()], np.int64)
         targets = self.nodes(table["target"].to_pylist())

@@ -15,7 +15,7 @@ from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
 from memopt.memory.model.schema import FORMAT_VERSION, PLAIN_FORMAT
 
-META_FILE = "memory.json"
+META_FILE, MODELS_FILE = "memory.json", "models.json"
 META_TABLE = "meta"
 TABLES = ("memories", "edges", "access_log", "events")
 
@@ -112,7 +112,7 @@ class Place:
         """
         if self.local is None:
             return
-        for path in (self.local, self.local / META_FILE, self.local / "models.json"):
+        for path in (self.local, self.local / META_FILE, self.local / MODELS_FILE):
             with suppress(OSError):
                 mode = path.stat().st_mode
                 if mode & 0o077 and not path.is_symlink():

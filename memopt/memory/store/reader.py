@@ -18,214 +18,202 @@ from memopt.memory.model.filters import (
     id_list,
     one_of,
     present,
-    utc,
+    unexpired,
 )
-from memopt.memory.model.schema import WORDS, Filter, Link, Memory, memories_schema
+from memopt.memory.model.schema import Filter, Link, Memory, memories_schema
+from memopt.memory.store.access_counts import AccessCounts
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.database import Database
 from memopt.memory.store.founding import named_errors
-from memopt.memory.store.locking import reading as keeping
+from memopt.memory.store.locking import reading
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memopt.memory.memory_store import MemoryStore
-
-# How many ids go into one IN list: Lance takes 10k in under 0.1 s, parsing grows with it.
 _IDS_PER_QUERY = 10_000
 
 
-def get_many(store: MemoryStore, ids: Sequence[str], *, links: bool) -> list[Memory]:
-    """Do what :meth:`MemoryStore.get_many` says."""
-    ids = id_list(ids)
-    found = store.unpack(raw_rows(store, ids, None))
-    linked = links_of(store, ids) if links else {}
-    now = utc(store.clock())
-    by_id = {
-        memory.memory_id: memory
-        for memory in rows.memories(found, store.dim, linked, store.pending_touches())
-        if memory.expires_at is None or memory.expires_at > now
-    }
-    _all_known(store, ids, by_id)
-    store.observe("read", ids)
-    return [by_id[memory_id] for memory_id in ids]
+class Reader:
+    """Reads memories and links of one database."""
 
+    def __init__(self, database: Database, cells: Cells, counts: AccessCounts) -> None:
+        self._database, self._cells, self._counts = database, cells, counts
 
-def raw_rows(store: MemoryStore, ids: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
-    """Do what :meth:`MemoryStore.rows` says."""
-    names = list(columns or memories_schema(store.dim).names)
-    tables = [_take(store, part, names) for part in _parts(list(dict.fromkeys(id_list(ids))))]
-    tables = [table for table in tables if table.num_rows]
-    return pa.concat_tables(tables) if tables else _schema(store, names).empty_table()
+    def get_many(self, ids: Sequence[str], *, links: bool = True) -> list[Memory]:
+        """Return memories in the order of ``ids``; see :meth:`MemoryStore.get_many`."""
+        ids = id_list(ids)
+        table = self.rows(ids)
+        table = table.filter(unexpired(table["expires_at"], self._database.now()))
+        known = {memory.memory_id: memory for memory in self.records(table, links=links)}
+        self._all_known(ids, known)
+        self._database.observers.accessed("read", ids)
+        return [known[memory_id] for memory_id in ids]
 
+    def records(self, table: pa.Table, *, links: bool = False) -> list[Memory]:
+        """Turn stored rows into memories, with the accesses that are not written yet."""
+        linked = self.links(table["memory_id"].to_pylist()) if links else {}
+        opened = self._cells.unpack(table)
+        return rows.memories(opened, self._database.dim, linked, self._counts.pending())
 
-def light(store: MemoryStore, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-    """Do what :meth:`MemoryStore.light` says."""
-    tables = [
-        store.fetch(_where(store.query(), present(one_of("memory_id", part)), columns))
-        for part in _parts(id_list(ids))
-    ]
-    if tables:
-        return pa.concat_tables(tables)
-    row_id = pa.field("_rowid", pa.uint64())
-    names = [name for name in columns if name != "_rowid"]
-    empty = pa.schema([*_schema(store, names), *([row_id] if "_rowid" in columns else [])])
-    return empty.empty_table().select(columns)
+    def rows(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the raw rows (packed content stays packed) of those ``ids`` that exist.
 
+        Any order; all columns by default. Only the rows asked for are read from disk.
+        """
+        names = list(columns or memories_schema(self._database.dim).names)
+        unique = list(dict.fromkeys(id_list(ids)))
+        parts = [self._take(part, names) for part in rows.chunks(unique, _IDS_PER_QUERY)]
+        parts = [part for part in parts if part.num_rows]
+        return pa.concat_tables(parts) if parts else self._database.schema(names).empty_table()
 
-def links_of(store: MemoryStore, ids: Sequence[str]) -> dict[str, list[Link]]:
-    """Do what :meth:`MemoryStore.links` says."""
-    found: dict[str, list[Link]] = {}
-    for part in _parts(id_list(ids)):
-        query = store.query("edges").where(one_of("source", part))
-        for edge in store.fetch(query.select(["source", "target", "weight"])).to_pylist():
-            found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
-    for links in found.values():
-        links.sort(key=lambda link: (-link.weight, link.linked_id))
-    return found
+    def by_row_id(self, row_ids: Mapping[str, int], names: Sequence[str]) -> pa.Table | None:
+        """Return columns of the rows (id -> row id) just found, in any order.
 
+        None where the rows moved meanwhile: a row id is good until the next update or compaction.
+        """
+        try:
+            return _unmoved(self._database.fetch(self._rows_query(row_ids, names)), row_ids)
+        except ConsolidationError:
+            return None
 
-def scan(
-    store: MemoryStore, where: Filter, columns: Sequence[str] | None, batch_size: int
-) -> Iterator[pa.RecordBatch]:
-    """Do what :meth:`MemoryStore.scan` says."""
-    if columns is None or "access_count" in columns or "last_access" in columns:
-        store.flush()
-    names = list(columns or memories_schema(store.dim).names)
-    local = store.place.local
-    with keeping(local) if local is not None else nullcontext():
-        query = _where(store.memories.search(), present(expression(where)), names)
-        with named_errors(store.place, "read"):
-            batches = query.limit(None).to_batches(batch_size)
-        while True:
-            with named_errors(store.place, "read"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+    def light_and_rows(
+        self,
+        ids: Sequence[str],
+        seen: Mapping[str, int],
+        columns: Sequence[str],
+        row_ids: Mapping[str, int],
+        names: Sequence[str],
+    ) -> tuple[pa.Table, pa.Table | None, int]:
+        """Do :meth:`Database.light` of a few ids and :meth:`by_row_id` at the same time.
 
+        Args:
+            ids: with the ``columns`` to read, ``memory_id`` and ``_rowid`` among them.
+            seen: id -> row id that some of them had once: where the row is still there, that saves
+                the look-up by id, and a row that is not is looked up after all.
+            row_ids: id -> row id, with the ``names`` to read.
 
-def vectors(
-    store: MemoryStore, ids: Sequence[str] | None, where: Filter
-) -> tuple[list[str], NDArray[np.float32]]:
-    """Do what :meth:`MemoryStore.vectors` says."""
-    names = ["memory_id", "joint_embedding"]
-    if ids is None:
-        batches = scan(store, where, names, 4096)
-        parts = list(batches)
-        empty = _schema(store, names) if not parts else None
-        table = pa.Table.from_batches(parts, schema=empty)
-        found = table["memory_id"].to_pylist()
-        return found, rows.vectors_array(table["joint_embedding"], store.dim)
-    table = raw_rows(store, ids, names)
-    at = {memory_id: row for row, memory_id in enumerate(table["memory_id"].to_pylist())}
-    _all_known(store, ids, at)
-    array = rows.vectors_array(table["joint_embedding"], store.dim)
-    return list(ids), array[[at[memory_id] for memory_id in ids]]
+        Returns:
+            Both tables, and how many rows had moved from where they were seen.
+        """
+        database = self._database
+        at = {key: seen[key] for key in ids if key in seen}
+        rest = [key for key in ids if key not in seen]
+        queries: dict[str, Any] = {}
+        if at:
+            queries["seen"] = self._rows_query(at, columns)
+        if rest:
+            where = present(one_of("memory_id", rest))
+            queries["rest"] = database.query().where(where).select(list(columns))
+        if row_ids:
+            queries["rows"] = self._rows_query(row_ids, names)
+        try:
+            found = dict(zip(queries, database.fetch_all(list(queries.values())), strict=True))
+        except ConsolidationError:
+            return database.light(ids, columns), None, len(at)
+        # A place may be empty by now, never another memory's: Lance gives no row id twice.
+        moved = sorted(set(at) - set(found["seen"]["memory_id"].to_pylist())) if at else []
+        parts = [found[name].select(columns) for name in ("seen", "rest") if name in found]
+        if moved or not parts:
+            parts.append(database.light(moved, columns))
+        table = pa.concat_tables(parts)
+        return table, _unmoved(found["rows"], row_ids) if row_ids else None, len(moved)
 
+    def links(self, ids: Sequence[str]) -> dict[str, list[Link]]:
+        """Return the associations of each memory that has any, strongest first."""
+        found: dict[str, list[Link]] = {}
+        for part in rows.chunks(id_list(ids), _IDS_PER_QUERY):
+            query = self._database.query("edges").where(one_of("source", part))
+            edges = self._database.fetch(query.select(["source", "target", "weight"]))
+            for edge in edges.to_pylist():
+                found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
+        for links in found.values():
+            links.sort(key=lambda link: (-link.weight, link.linked_id))
+        return found
 
-def count(store: MemoryStore, where: Filter) -> int:
-    """Do what :meth:`MemoryStore.count` says."""
-    if where == EVERYTHING:
-        return int(store.memories.count_rows(f"tier != '{DELETED}'"))
-    return sum(batch.num_rows for batch in scan(store, where, ["memory_id"], 8192))
+    def scan(
+        self,
+        where: Filter = EVERYTHING,
+        columns: Sequence[str] | None = None,
+        batch_size: int = 4096,
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield raw rows (packed content stays packed) in batches, from one consistent version.
 
+        Args:
+            where: expired rows count too.
+            columns: by default all; name few, media are large.
+        """
+        if columns is None or "access_count" in columns or "last_access" in columns:
+            self._counts.flush()
+        place = self._database.place
+        with reading(place.local) if place.local is not None else nullcontext():
+            query = self._database.memories.search().where(present(expression(where)))
+            query = query.select(list(columns or memories_schema(self._database.dim).names))
+            with named_errors(place, "read"):
+                batches = query.limit(None).to_batches(batch_size)
+            while True:
+                with named_errors(place, "read"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
 
-def _take(store: MemoryStore, ids: Sequence[str], names: list[str]) -> pa.Table:
-    where = present(one_of("memory_id", ids))
-    found = store.fetch(_where(store.query(), where, ["memory_id"]).with_row_id())
-    if not found.num_rows:
-        return _schema(store, names).empty_table()
-    at = dict(zip(found["memory_id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
-    taken = by_row_id(store, at, names)
-    if taken is None:
-        # Rows moved (update, compaction) between the two reads; one query sees one version.
-        taken = store.fetch(
-            _where(store.query(), where, list(dict.fromkeys(["memory_id", *names])))
+    def table(self, where: Filter, columns: Sequence[str], batch_size: int = 65_536) -> pa.Table:
+        """Return what :meth:`scan` yields as one table."""
+        batches = list(self.scan(where, columns, batch_size))
+        return pa.Table.from_batches(
+            batches, schema=None if batches else self._database.schema(columns)
         )
-    return taken.select(names)
 
+    def vectors(
+        self, ids: Sequence[str] | None = None, where: Filter = EVERYTHING
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        """Return ids and vectors, float32 (n, dim), of given ids (in their order) or of a filter.
 
-def by_row_id(
-    store: MemoryStore, row_ids: Mapping[str, int], names: Sequence[str]
-) -> pa.Table | None:
-    """Return columns of the rows (id -> row id) just found, in any order.
+        Raises:
+            InputError: one of ``ids`` is unknown.
+        """
+        names = ["memory_id", "joint_embedding"]
+        table = self.table(where, names, 4096) if ids is None else self.rows(ids, names)
+        array = rows.vectors_array(table["joint_embedding"], self._database.dim)
+        found: list[str] = table["memory_id"].to_pylist()
+        if ids is None:
+            return found, array
+        at = {memory_id: row for row, memory_id in enumerate(found)}
+        self._all_known(ids, at)
+        return list(ids), array[[at[memory_id] for memory_id in ids]]
 
-    None where the rows moved meanwhile: a row id is good until the next update or compaction.
-    """
-    try:
-        return _unmoved(store.fetch(_rows_query(store, row_ids, names)), row_ids)
-    except ConsolidationError:
-        return None
+    def count(self, where: Filter = EVERYTHING) -> int:
+        """Return how many memories pass the filter."""
+        if where == EVERYTHING:
+            return int(self._database.memories.count_rows(f"tier != '{DELETED}'"))
+        return sum(batch.num_rows for batch in self.scan(where, ["memory_id"], 8192))
 
+    def _take(self, ids: Sequence[str], names: list[str]) -> pa.Table:
+        database = self._database
+        where = present(one_of("memory_id", ids))
+        found = database.fetch(database.query().where(where).select(["memory_id"]).with_row_id())
+        if not found.num_rows:
+            return database.schema(names).empty_table()
+        at = dict(zip(found["memory_id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+        taken = self.by_row_id(at, names)
+        if taken is None:
+            # Rows moved (update, compaction) between the two reads; one query sees one version.
+            columns = list(dict.fromkeys(["memory_id", *names]))
+            taken = database.fetch(database.query().where(where).select(columns))
+        return taken.select(names)
 
-def light_and_rows(
-    store: MemoryStore,
-    ids: Sequence[str],
-    seen: Mapping[str, int],
-    columns: Sequence[str],
-    row_ids: Mapping[str, int],
-    names: Sequence[str],
-) -> tuple[pa.Table, pa.Table | None, int]:
-    """Do :func:`light` of a few ids and :func:`by_row_id` at the same time.
+    def _rows_query(self, row_ids: Mapping[str, int], names: Sequence[str]) -> Any:
+        columns = list(dict.fromkeys(["memory_id", *names]))
+        return self._database.take(list(row_ids.values())).select(columns)
 
-    Args:
-        ids: with the ``columns`` to read, ``memory_id`` and ``_rowid`` among them.
-        seen: id -> row id that some of them had once: where the row is still there, that saves the
-            look-up by id, and a row that is not is looked up after all.
-        row_ids: id -> row id, with the ``names`` to read.
-
-    Returns:
-        Both tables, and how many rows had moved from where they were seen.
-    """
-    at = {key: seen[key] for key in ids if key in seen}
-    rest = [key for key in ids if key not in seen]
-    asked = {
-        "seen": _rows_query(store, at, columns) if at else None,
-        "rest": _where(store.query(), present(one_of("memory_id", rest)), columns)
-        if rest
-        else None,
-        "rows": _rows_query(store, row_ids, names) if row_ids else None,
-    }
-    wanted = {name: query for name, query in asked.items() if query is not None}
-    try:
-        found = dict(zip(wanted, store.fetch_all(list(wanted.values())), strict=True))
-    except ConsolidationError:
-        return light(store, ids, columns), None, len(at)
-    # A place may be empty by now, never another memory's: Lance gives no row id twice.
-    moved = sorted(set(at) - set(found["seen"]["memory_id"].to_pylist())) if at else []
-    parts = [found[name].select(columns) for name in ("seen", "rest") if name in found]
-    if moved or not parts:
-        parts.append(light(store, moved, columns))
-    table = pa.concat_tables(parts)
-    taken = _unmoved(found["rows"], row_ids) if row_ids else None
-    return table, taken, len(moved)
-
-
-def _rows_query(store: MemoryStore, row_ids: Mapping[str, int], names: Sequence[str]) -> Any:
-    wanted = list(dict.fromkeys(["memory_id", *names]))
-    return store.take(list(row_ids.values())).select(wanted)
+    def _all_known(self, ids: Sequence[str], known: Any) -> None:
+        missing = [memory_id for memory_id in ids if memory_id not in known]
+        if missing:
+            raise InputError(
+                f"{self._database.place} has no memory {missing[0]!r}",
+                fix="search for it, ids are exact",
+            )
 
 
 def _unmoved(taken: pa.Table, row_ids: Mapping[str, int]) -> pa.Table | None:
     return taken if set(taken["memory_id"].to_pylist()) == set(row_ids) else None
-
-
-def _where(query: Any, condition: Any, columns: Sequence[str]) -> Any:
-    return query.where(condition).select(list(columns))
-
-
-def _all_known(store: MemoryStore, ids: Sequence[str], known: Any) -> None:
-    missing = [memory_id for memory_id in ids if memory_id not in known]
-    if missing:
-        raise InputError(
-            f"{store.place} has no memory {missing[0]!r}", fix="search for it, ids are exact"
-        )
-
-
-def _schema(store: MemoryStore, names: Sequence[str]) -> pa.Schema:
-    schema = memories_schema(store.dim).append(WORDS)
-    return pa.schema([schema.field(name) for name in names])
-
-
-def _parts(ids: Sequence[str]) -> Iterator[list[str]]:
-    for start in range(0, len(ids), _IDS_PER_QUERY):
-        yield list(ids[start : start + _IDS_PER_QUERY])

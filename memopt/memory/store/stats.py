@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.rows import vectors_array
@@ -19,12 +19,10 @@ from memopt.memory.model.schema import (
     SHORT_TERM,
     TIERS,
     Filter,
-    memories_schema,
 )
+from memopt.memory.store.database import Database
 from memopt.memory.store.meta import TABLES
-
-if TYPE_CHECKING:
-    from memopt.memory.memory_store import MemoryStore
+from memopt.memory.store.reader import Reader
 
 # Sentences that differ by a word or two; a product of 512 x 100,000 x 384 takes half a second.
 _NEAR, _SAMPLE, _BATCH = 0.9, 512, 8192
@@ -64,69 +62,73 @@ class Stats:
     duplicate_rate: float | None
 
 
-def stats(store: MemoryStore) -> Stats:
+def stats(database: Database, reader: Reader) -> Stats:
     """Do what :meth:`MemoryStore.stats` says."""
     flags = {name: f"has_{name}" for name in MODALITIES}
     names = ["tier", "category", "timestamp", "access_count", "consolidated_at", *flags.values()]
-    schema = pa.schema([memories_schema(store.dim).field(name) for name in names])
-    table = pa.Table.from_batches(list(store.scan(EVERYTHING, names, 65536)), schema=schema)
+    table = reader.table(EVERYTHING, names)
     tiers = _value_counts(table["tier"])
-    categories = _value_counts(table["category"])
     times = pc.min_max(table["timestamp"]).as_py()
-    folder = store.place.local
-    table_bytes = {name: _size(folder / f"{name}.lance") for name in TABLES} if folder else {}
+    folder = database.place.local
     return Stats(
         memories=table.num_rows,
         tiers={tier: tiers.get(tier, 0) for tier in TIERS},
         modalities={name: pc.sum(table[flag]).as_py() or 0 for name, flag in flags.items()},
-        categories=categories,
-        links=store.table("edges").count_rows() // 2,
-        events=store.table("events").count_rows(),
+        categories=_value_counts(table["category"]),
+        links=database.table("edges").count_rows() // 2,
+        events=database.table("events").count_rows(),
         accesses=pc.sum(table["access_count"]).as_py() or 0,
         oldest=times["min"],
         newest=times["max"],
         last_consolidation=pc.max(table["consolidated_at"]).as_py(),
-        dim=store.dim,
-        model_id=store.meta.model_id,
-        encrypted=store.cipher is not None,
-        bytes_on_disk=_size(folder) if folder else None,
-        table_bytes=table_bytes,
-        duplicate_rate=duplicate_rate(store),
+        dim=database.dim,
+        model_id=database.meta.model_id,
+        encrypted=database.cipher is not None,
+        bytes_on_disk=folder_bytes(folder) if folder else None,
+        table_bytes={name: folder_bytes(folder / f"{name}.lance") for name in TABLES}
+        if folder
+        else {},
+        duplicate_rate=duplicate_rate(reader, database.dim),
     )
 
 
-def duplicate_rate(store: MemoryStore) -> float | None:
+def duplicate_rate(reader: Reader, dim: int) -> float | None:
     """Return the share of the memories at hand that say nearly what another one says.
 
     >>> import tempfile
-    >>> from memopt.memory.model.schema import Content, NewMemory
-    >>> from memopt.memory.memory_store import MemoryStore
+    >>> from memopt.memory import Content, MemoryStore, NewMemory
     >>> store = MemoryStore(tempfile.mkdtemp(), dim=2)
     >>> rows = [("a", [1, 0]), ("b", [1, 0.1]), ("c", [0, 1]), ("d", [-1, 0])]
     >>> _ = store.add([NewMemory(content=Content(text=text), embedding=np.array(vector))
     ...                for text, vector in rows])
-    >>> duplicate_rate(store)
+    >>> store.stats().duplicate_rate
     0.5
     """
     at_hand = Filter(tiers=(SHORT_TERM, LONG_TERM))
-    count = store.count(at_hand)
+    count = reader.count(at_hand)
     if count < 2:
         return None
     chosen = np.random.default_rng(0).choice(count, min(count, _SAMPLE), replace=False)
-    chosen.sort()
-    names = ["joint_embedding"]
-    start, taken = 0, []
-    for batch in store.scan(at_hand, names, _BATCH):
-        here = chosen[(chosen >= start) & (chosen < start + batch.num_rows)] - start
-        taken.append(vectors_array(batch["joint_embedding"].take(pa.array(here)), store.dim))
-        start += batch.num_rows
-    sample = np.concatenate(taken)
+    sample = sampled_vectors(reader, dim, np.sort(chosen), at_hand)
     near = np.zeros(len(sample), np.int64)
-    for batch in store.scan(at_hand, names, _BATCH):
-        vectors = vectors_array(batch["joint_embedding"], store.dim)
+    for batch in reader.scan(at_hand, ["joint_embedding"], _BATCH):
+        vectors = vectors_array(batch["joint_embedding"], dim)
         near += (sample @ vectors.T >= _NEAR).sum(axis=1)
     # Each finds itself.
     return float(np.mean(near > 1))
+
+
+def sampled_vectors(
+    reader: Reader, dim: int, places: NDArray[np.int64], where: Filter = EVERYTHING
+) -> NDArray[np.float32]:
+    """Return the vectors at ascending places of a scan, float32 (n, dim)."""
+    start, found = 0, [np.empty((0, dim), np.float32)]
+    for batch in reader.scan(where, ["joint_embedding"], _BATCH):
+        here = places[(places >= start) & (places < start + batch.num_rows)] - start
+        if len(here):
+            found.append(vectors_array(batch["joint_embedding"].take(pa.array(here)), dim))
+        start += batch.num_rows
+    return np.concatenate(found)
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
@@ -134,7 +136,8 @@ def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
     return dict(sorted(counted, key=lambda pair: (-pair[1], pair[0])))
 
 
-def _size(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
     total = 0
     for path in folder.rglob("*"):
         try:

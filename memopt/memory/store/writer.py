@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -11,387 +11,346 @@ import numpy as np
 import pyarrow as pa
 
 from memopt.errors import ConsolidationError, InputError
-from memopt.memory.lifecycle.retention import set_ends
-from memopt.memory.model import content as incoming
+from memopt.memory.model import content as contents
 from memopt.memory.model import rows
 from memopt.memory.model.filters import DELETED, id_list, one_of, utc
 from memopt.memory.model.schema import (
+    ARCHIVED,
+    CONTENT_COLUMNS,
     SHORT_TERM,
     AddResult,
     Content,
     NewMemory,
     memories_schema,
 )
-from memopt.memory.store import signs as compact
-from memopt.memory.store import sources as derived
-from memopt.memory.store import word_column as lexicon
-from memopt.memory.store.existing import Standing, standing
+from memopt.memory.store import sources
+from memopt.memory.store.cells import Cells
+from memopt.memory.store.comparison import Comparison, Existing, has_expired
+from memopt.memory.store.database import Database
+from memopt.memory.store.embedding import Embedding
+from memopt.memory.store.ends import set_ends
+from memopt.memory.store.reader import Reader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from memopt.memory.memory_store import MemoryStore
 
 # Rows of one commit of a long stream: each commit costs milliseconds and a version, and a crash
 # loses at most one unacknowledged chunk.
 ROWS_PER_COMMIT = 8192
 BYTES_PER_COMMIT = 256 << 20
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_CONTENT = {"text": "text", "vision_data": "vision", "audio_data": "audio"}
 _OTHERS = ("joint_embedding", "category", "timestamp", "expires_at", "summary")
-_UPDATABLE = (*_CONTENT, *_OTHERS)
+_UPDATABLE = (*CONTENT_COLUMNS, *_OTHERS)
+_Vectors = dict[int, "NDArray[np.float32]"]
 
 
-def add(store: MemoryStore, memories: NewMemory | Iterable[NewMemory]) -> AddResult:
-    """Do what :meth:`MemoryStore.add` says."""
-    if isinstance(memories, NewMemory):
-        memories = [memories]
-    checked = isinstance(memories, Sequence)
-    if isinstance(memories, Sequence):
-        memories = _checked(store, memories, 0)
-    ids: list[str] = []
-    differing: list[str] = []
-    added = 0
-    for chunk in _chunks(memories):
-        if not checked:
-            chunk = _checked(store, chunk, len(ids))
-        found, new = _add_chunk(store, chunk)
-        ids += found.ids
-        differing += found.differing
-        added += new
-    return AddResult(tuple(ids), added, len(ids) - added, tuple(differing))
+class Writer:
+    """Writes the memories of one database.
 
+    Attributes:
+        redact: text -> text, before it is stored, hashed or embedded.
+    """
 
-def commit(
-    store: MemoryStore,
-    inserts: pa.Table | None,
-    updates: pa.Table | None,
-    deletes: Sequence[str],
-) -> None:
-    """Do what :meth:`MemoryStore.commit` says."""
-    empty = memories_schema(store.dim).empty_table()
-    inserts = sealed(store, empty if inserts is None else inserts)
-    updates = sealed(store, empty if updates is None else updates)
-    old, new, gone = _ids(updates), _ids(inserts), id_list(deletes)
-    if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
-        raise InputError("one commit names a memory twice")
-    with store.changing():
-        sweep(store)
-        current = store.light(old + gone, ("memory_id", "access_count", "last_access"))
-        missing = sorted({*old, *gone} - set(_ids(current)))
-        if missing:
-            raise ConsolidationError(
-                f"{len(missing)} memories of this commit are gone, first {missing[0]}",
-                fix="read them again and repeat",
-            )
-        clash = sorted(_ids(store.light(new, ("memory_id",))))
-        if clash:
-            raise ConsolidationError(
-                f"{len(clash)} memories to insert exist already, first {clash[0]}",
-                fix="read them again and repeat",
-            )
-        if gone:
-            _deleting(store, gone)
-        if inserts.num_rows or updates.num_rows:
-            source = [inserts, _keep_counts(updates, current), _tombstones(store, gone)]
-            merge = store.memories.merge_insert("memory_id")
-            merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(compact.fitted(store.memories.schema, pa.concat_tables(source)))
+    def __init__(
+        self,
+        database: Database,
+        cells: Cells,
+        embedding: Embedding,
+        reader: Reader,
+        redact: Callable[[str], str] | None,
+    ) -> None:
+        self._database, self._cells = database, cells
+        self._embedding, self._reader, self.redact = embedding, reader, redact
+        self.existing = Existing(database, reader, cells)
+
+    # --- adding -----------------------------------------------------------------------------
+
+    def add(self, memories: NewMemory | Iterable[NewMemory]) -> AddResult:
+        """Store memories, in chunks; see :meth:`MemoryStore.add`."""
+        if isinstance(memories, NewMemory):
+            memories = [memories]
+        checked = isinstance(memories, Sequence)
+        if isinstance(memories, Sequence):
+            memories = self._checked(memories, 0)
+        ids: list[str] = []
+        differing: list[str] = []
+        added = 0
+        for chunk in _chunks(memories):
+            if not checked:
+                chunk = self._checked(chunk, len(ids))
+            found, new = self._add_chunk(chunk)
+            ids += found.ids
+            differing += found.differing
+            added += new
+        return AddResult(tuple(ids), added, len(ids) - added, tuple(differing))
+
+    def _add_chunk(self, chunk: Sequence[NewMemory]) -> tuple[Comparison, int]:
+        """Store what of a chunk is not there, in one commit; return how many were new too."""
+        now = self._database.now()
+        vectors: _Vectors = {}
+        absent = any(memory.embedding is None for memory in chunk)
+        embedder = self._embedding.embedder if absent else None
+        while True:
+            if embedder:
+                # An embedding costs a hundred times the look-up: what is there is not embedded.
+                self._embed(chunk, self.existing.compare(chunk, now).new.values(), vectors)
+            with self._database.changing():
+                if embedder:
+                    # While the vectors were made, another process may have moved the store.
+                    self._embedding.check_model(embedder.model_id)
+                found = self.existing.compare(chunk, now)
+                if embedder and not vectors.keys() >= set(found.new.values()):
+                    continue  # what was there is gone meanwhile
+                self._embed(chunk, found.new.values(), vectors)
+                table, added = self._insert_new(chunk, found, vectors, now)
+            break
+        observers = self._database.observers
+        observers.accessed("delete", found.expired)
+        observers.accessed("write", [*_ids(table), *found.renewed])
+        self.announce(table)
+        return found, added
+
+    def _embed(self, chunk: Sequence[NewMemory], places: Iterable[int], vectors: _Vectors) -> None:
+        """Add the vectors of memories that have none in ``vectors`` yet."""
+        missing = [at for at in places if at not in vectors]
+        given = [at for at in missing if chunk[at].embedding is not None]
+        absent = [at for at in missing if chunk[at].embedding is None]
+        if given:
+            stacked = np.stack([np.asarray(chunk[at].embedding) for at in given])
+            vectors.update(zip(given, rows.unit(stacked, self._database.dim), strict=True))
+        if absent:
+            made = self._embedding.embed([chunk[at].content for at in absent])
+            vectors.update(zip(absent, made, strict=True))
+
+    def _insert_new(
+        self, chunk: Sequence[NewMemory], found: Comparison, vectors: _Vectors, now: datetime
+    ) -> tuple[pa.Table, int]:
+        """Write, under the lock, what was compared; return the rows and how many were new."""
+        database = self._database
+        set_ends(database, found.renewed)
+        if not found.new:
+            return memories_schema(database.dim).empty_table(), 0
+        new = [chunk[at] for at in found.new.values()]
+        columns = contents.columns(list(found.new), new, now, database.meta.model_id)
+        columns["expires_at"] = list(found.ends.values())
+        stacked = np.stack([vectors[at] for at in found.new.values()])
+        table = self._cells.stored(rows.new_rows(stacked, columns))
+        if found.expired:
+            self.clear(found.expired)
+        return table, self.insert([table])
+
+    def insert(self, tables: Iterable[pa.Table]) -> int:
+        """Write, under the lock, stored rows of ids that are free, in one commit.
+
+        Returns:
+            How many were new: on an object store another process may have been first.
+        """
+        memories = self._database.memories
+        schema, count = memories.schema, 0
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            nonlocal count
+            for table in tables:
+                count += table.num_rows
+                yield from self._cells.fitted(table).cast(schema).to_batches()
+
+        stream = pa.RecordBatchReader.from_batches(schema, batches())
+        if self._database.place.local is not None:
+            # Under the writer lock a look-up and an append are as safe as a merge, and twice as
+            # fast.
+            memories.add(stream)
+            return count
+        self.sweep()  # a merge would take a row that is marked as deleted for the memory
+        merge = memories.merge_insert("memory_id").when_not_matched_insert_all()
+        return int(merge.execute(stream.read_all()).num_inserted_rows)
+
+    def announce(self, table: pa.Table) -> None:
+        """Tell the observers of new rows."""
+        if table.num_rows:
+            vectors = rows.vectors_array(table["joint_embedding"], self._database.dim)
+            self._database.observers.added(_ids(table), vectors, table["timestamp"].to_pylist())
+
+    # --- changing ---------------------------------------------------------------------------
+
+    def commit(
+        self,
+        inserts: pa.Table | None = None,
+        updates: pa.Table | None = None,
+        deletes: Sequence[str] = (),
+    ) -> None:
+        """Change ``memories`` in one atomic commit: all of it happens or none.
+
+        Args:
+            inserts: whole rows with new ids (see :func:`memopt.memory.model.rows.new_rows`).
+            updates: whole rows with ids that exist; access counts never go back.
+            deletes: ids that exist.
+
+        Raises:
+            ConsolidationError: an id to update or delete is gone, or one to insert is there: what
+                the change was computed from is no longer true. Nothing was changed.
+        """
+        database, cells = self._database, self._cells
+        empty = memories_schema(database.dim).empty_table()
+        inserts = cells.stored(empty if inserts is None else inserts)
+        updates = cells.stored(empty if updates is None else updates)
+        old, new, gone = _ids(updates), _ids(inserts), id_list(deletes)
+        if len({*old, *new, *gone}) != len(old) + len(new) + len(gone):
+            raise InputError("one commit names a memory twice")
+        with database.changing():
+            self.sweep()
+            current = database.light(old + gone, ("memory_id", "access_count", "last_access"))
+            _refuse("of this commit are gone", {*old, *gone} - set(_ids(current)))
+            _refuse("to insert exist already", database.existing(new))
             if gone:
-                sweep(store)
-        elif gone:
-            store.memories.delete(one_of("memory_id", gone))
-    store.observe("write", new + old)
-    store.observe("delete", gone)
-    announce(store, inserts)
+                database.observers.deleting(gone)
+            if inserts.num_rows or updates.num_rows:
+                source = [inserts, _keep_counts(updates, current), self._tombstones(gone)]
+                merge = database.memories.merge_insert("memory_id")
+                merge = merge.when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(cells.fitted(pa.concat_tables(source)))
+                if gone:
+                    self.sweep()
+            elif gone:
+                database.memories.delete(one_of("memory_id", gone))
+        database.observers.accessed("write", new + old)
+        database.observers.accessed("delete", gone)
+        self.announce(inserts)
 
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete memories with what was made of them; see :meth:`MemoryStore.delete`."""
+        database, reader = self._database, self._reader
+        named = list(dict.fromkeys(id_list(ids)))
+        with database.changing():
+            # Of dropped originals only the summary is left, which names them.
+            made = sources.summaries_of(reader, named)
+            present = sorted({*database.existing(named), *made})
+            others = sources.released(reader, self._cells, made, present)
+            if others.num_rows:
+                self.commit(None, others, present)
+                return len(present)
+            if present:
+                self.clear(present)
+        database.observers.accessed("delete", present)
+        return len(present)
 
-def sweep(store: MemoryStore) -> int:
-    """Delete the rows that a commit marked as deleted; return how many there were.
+    def clear(self, ids: Sequence[str]) -> None:
+        """Delete, under the lock, the rows of ids with their links.
 
-    A merge that deletes as well joins the whole table, seconds at 100k rows. So a commit marks
-    rows as deleted, which makes them unseen at once and atomically, and sweeps afterwards; where
-    it was killed in between, the next commit or verify sweeps.
-    """
-    from lancedb.expr import col, lit
+        Links go first: a crash in between leaves a memory without links, never a link to nothing.
+        """
+        self._database.observers.deleting(ids)
+        self._database.memories.delete(one_of("memory_id", list(ids)))
 
-    marked = col("tier") == lit(DELETED)
-    if not store.fetch(store.query().where(marked).select(["tier"]).limit(1)).num_rows:
-        return 0
-    return int(store.memories.delete(marked).num_deleted_rows)
+    def sweep(self) -> int:
+        """Delete the rows that a commit marked as deleted; return how many there were.
 
+        A merge that deletes as well joins the whole table, seconds at 100k rows. So a commit marks
+        rows as deleted, which makes them unseen at once and atomically, and sweeps afterwards;
+        where it was killed in between, the next commit or verify sweeps.
+        """
+        database, marked = self._database, one_of("tier", [DELETED])
+        if not database.fetch(database.query().where(marked).select(["tier"]).limit(1)).num_rows:
+            return 0
+        return int(database.memories.delete(marked).num_deleted_rows)
 
-def clear(store: MemoryStore, expired: Sequence[str]) -> None:
-    """Make room, under the lock, for new rows of ids whose rows have expired.
+    def update(self, memory_id: str, fields: dict[str, Any]) -> None:
+        """Change fields of one memory; see :meth:`MemoryStore.update`."""
+        fields = self._checked_fields(memory_id, fields)
+        vector = fields.pop("joint_embedding", None)
+        new_content = any(name in fields for name in CONTENT_COLUMNS)
+        moved = vector is not None or new_content
+        with self._database.exclusive():
+            stored = self._cells.unpack(self._reader.rows([memory_id]))
+            row = self._updated_row(memory_id, stored, fields)
+            content = Content(**{short: row[name] for name, short in CONTENT_COLUMNS.items()})
+            # A summary may stand alone; everything else needs content, as when it was added.
+            if new_content or not row["summary"]:
+                names = ("category", "timestamp", "expires_at")
+                given = {name: row[name] for name in names}
+                new = NewMemory(content=content, embedding=vector, **given)
+                content = self._checked([new], 0)[0].content
+            if vector is not None:
+                vectors = rows.unit(np.asarray(vector)[None, :], self._database.dim)
+            elif new_content:
+                vectors = self._embedding.embed([content])
+            else:
+                vectors = rows.vectors_array(stored["joint_embedding"], self._database.dim)
+            row["text"] = content.text
+            shorts = CONTENT_COLUMNS.values()
+            row.update({f"has_{name}": name in content.modalities for name in shorts})
+            row["has_text"] |= row["summary"] is not None
+            changed = rows.new_rows(vectors, {name: [value] for name, value in row.items()})
+            if moved:
+                self._database.observers.deleting([memory_id])
+            self._commit_update(memory_id, row["tier"], changed)
+        if moved:
+            self.announce(changed)
 
-    Nobody sees those any more: a crash in between loses nothing.
-    """
-    _deleting(store, expired)
-    store.memories.delete(one_of("memory_id", list(expired)))
-
-
-def delete(store: MemoryStore, ids: Sequence[str]) -> int:
-    """Do what :meth:`MemoryStore.delete` says."""
-    named = list(dict.fromkeys(id_list(ids)))
-    with store.changing():
-        # Of dropped originals only the summary is left, which names them.
-        made = derived.summaries(store, named)
-        present = sorted({*_ids(store.light(named, ("memory_id",))), *made})
-        others = derived.released(store, made, present)
-        if others.num_rows:
-            commit(store, None, others, present)
-            return len(present)
-        if present:
-            _deleting(store, present)
-            store.memories.delete(one_of("memory_id", present))
-    store.observe("delete", present)
-    return len(present)
-
-
-def update(store: MemoryStore, memory_id: str, fields: dict[str, Any]) -> None:
-    """Do what :meth:`MemoryStore.update` says."""
-    unknown = sorted(set(fields) - set(_UPDATABLE))
-    if unknown:
-        raise InputError(f"{unknown[0]!r} cannot be updated", fix=f"one of {', '.join(_UPDATABLE)}")
-    if not fields:
-        raise InputError(f"nothing to update in {memory_id!r}", fix="give at least one field")
-    for name in ("timestamp", "expires_at"):
-        if fields.get(name) is not None:
-            fields[name] = utc(fields[name])
-    if store.redact and isinstance(fields.get("summary"), str):
-        fields["summary"] = store.redact(fields["summary"])
-    with store.exclusive():
-        table = store.unpack(store.rows([memory_id]))
-        if not table.num_rows:
+    def _checked_fields(self, memory_id: str, fields: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(set(fields) - set(_UPDATABLE))
+        if unknown:
             raise InputError(
-                f"{store.place} has no memory {memory_id!r}", fix="search for it, ids are exact"
+                f"{unknown[0]!r} cannot be updated", fix=f"one of {', '.join(_UPDATABLE)}"
             )
-        row = table.to_pylist()[0]
-        if row["expires_at"] is not None and row["expires_at"] <= utc(store.clock()):
+        if not fields:
+            raise InputError(f"nothing to update in {memory_id!r}", fix="give at least one field")
+        for name in ("timestamp", "expires_at"):
+            if fields.get(name) is not None:
+                fields[name] = utc(fields[name])
+        if self.redact and isinstance(fields.get("summary"), str):
+            fields["summary"] = self.redact(fields["summary"])
+        return fields
+
+    def _updated_row(
+        self, memory_id: str, stored: pa.Table, fields: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not stored.num_rows:
+            raise InputError(
+                f"{self._database.place} has no memory {memory_id!r}",
+                fix="search for it, ids are exact",
+            )
+        row: dict[str, Any] = stored.drop_columns(["joint_embedding"]).to_pylist()[0]
+        if has_expired(row, self._database.now()):
             raise InputError(f"memory {memory_id!r} has expired", fix="add it again")
-        new_content = any(name in fields for name in _CONTENT)
         if "summary" in fields and row["tier"] == SHORT_TERM:
             raise InputError(f"{memory_id!r} is a short-term memory, it has no summary")
-        vector = fields.get("joint_embedding")
-        row.update({name: value for name, value in fields.items() if name != "joint_embedding"})
-        content = Content(**{short: row[name] for name, short in _CONTENT.items()})
-        # A summary may stand alone; everything else needs content, as it did when it was added.
-        if new_content or not row["summary"]:
-            new = _checked(
-                store,
-                [
-                    NewMemory(
-                        content=content,
-                        category=row["category"],
-                        timestamp=row["timestamp"],
-                        expires_at=row["expires_at"],
-                        embedding=vector,
-                    )
-                ],
-                0,
-            )[0]
-            content = new.content
-        if vector is None and new_content:
-            vectors = store.embed([content])
-        elif vector is None:
-            vectors = rows.vectors_array(table["joint_embedding"], store.dim)
-        else:
-            vectors = rows.unit(np.asarray(vector)[None, :], store.dim)
-        del row["joint_embedding"]
-        row["text"] = content.text
-        row.update({f"has_{name}": name in content.modalities for name in _CONTENT.values()})
-        row["has_text"] |= row["summary"] is not None
-        changed = rows.new_rows(vectors, {name: [value] for name, value in row.items()})
+        return {**row, **fields}
+
+    def _commit_update(self, memory_id: str, tier: str, changed: pa.Table) -> None:
         # A summary would go on saying what this memory no longer says.
-        made = derived.summaries(store, [memory_id])
+        made = sources.summaries_of(self._reader, [memory_id])
         if made:
-            others = derived.released(store, made, [memory_id])
-            changed = pa.concat_tables(
-                [sealed(store, derived.free(changed)), sealed(store, others)]
-            )
-        elif row["tier"] == "archived":
-            changed = store.pack(changed)
-        moved = vector is not None or new_content
-        if moved:
-            _deleting(store, [memory_id])
-        commit(store, None, changed, sorted(made))
-    if moved:
-        announce(store, changed)
+            others = sources.released(self._reader, self._cells, made, [memory_id])
+            parts = [sources.free(changed), others]
+            changed = pa.concat_tables([self._cells.stored(part) for part in parts])
+        elif tier == ARCHIVED:
+            changed = self._cells.pack(changed)
+        self.commit(None, changed, sorted(made))
+
+    # --- parts ------------------------------------------------------------------------------
+
+    def _checked(self, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:
+        memories = [contents.redacted(memory, self.redact) for memory in memories]
+        dim = self._database.dim  # once: it looks at a file
+        for at, memory in enumerate(memories, start=start):
+            contents.check(memory, at, dim)
+        return memories
+
+    def _tombstones(self, ids: Sequence[str]) -> pa.Table:
+        """Return rows that mark ``ids`` as deleted: no content, and expired for every search."""
+        vectors = np.zeros((len(ids), self._database.dim), np.float32)
+        # A vector of length 0 has no cosine, which an index built in between would trip over.
+        vectors[:, 0] = 1
+        times = {"timestamp": _EPOCH, "expires_at": _EPOCH}
+        columns = {"memory_id": list(ids), "tier": DELETED, **times}
+        return self._cells.with_words(rows.new_rows(vectors, columns))
 
 
-def arrow_memories(store: MemoryStore, batches: Iterable[pa.RecordBatch]) -> Iterator[NewMemory]:
-    """Turn Arrow batches into memories; see :meth:`MemoryStore.add_arrow`.
-
-    Raises:
-        InputError: an unknown column, or one of a type that does not fit.
-    """
-    known = ("memory_id", *_CONTENT, "joint_embedding", "timestamp", "category", "expires_at")
-    schema = memories_schema(store.dim)
-    for batch in batches:
-        unknown = sorted(set(batch.schema.names) - set(known))
-        if unknown:
-            raise InputError(f"unknown column {unknown[0]!r}", fix=f"use {', '.join(known)}")
-        columns: dict[str, list[Any]] = {}
-        for name in batch.schema.names:
-            if name == "joint_embedding":
-                columns[name] = _embeddings(batch[name], store.dim)
-                continue
-            try:
-                # Nanoseconds and float dates lose what the table cannot hold.
-                columns[name] = batch[name].cast(schema.field(name).type, safe=False).to_pylist()
-            except pa.ArrowInvalid as error:
-                raise InputError(f"column {name!r} does not fit: {error}") from error
-            except pa.ArrowNotImplementedError as error:
-                raise InputError(
-                    f"column {name!r} is {batch[name].type}, not {schema.field(name).type}"
-                ) from error
-        nothing = [None] * batch.num_rows
-        get = columns.get
-        for at in range(batch.num_rows):
-            yield NewMemory(
-                content=Content(
-                    **{short: get(name, nothing)[at] for name, short in _CONTENT.items()}
-                ),
-                category=get("category", nothing)[at] or "",
-                timestamp=get("timestamp", nothing)[at],
-                embedding=get("joint_embedding", nothing)[at],
-                expires_at=get("expires_at", nothing)[at],
-                memory_id=get("memory_id", nothing)[at],
-            )
-
-
-def sealed(store: MemoryStore, table: pa.Table) -> pa.Table:
-    """Return whole rows as the table has them: with their words, or encrypted."""
-    schema = memories_schema(store.dim)
-    table = lexicon.with_words(store, table.select(schema.names).cast(schema))
-    if store.cipher is None or not table.num_rows:
-        return table
-    plain = np.array([not codec for codec in table["codec"].to_pylist()])
-    return pa.concat_tables(
-        [
-            table.filter(pa.array(~plain)),
-            store.pack(table.filter(pa.array(plain)), compress=False),
-        ]
-    )
-
-
-def announce(store: MemoryStore, table: pa.Table) -> None:
-    """Tell the index and the listeners of new rows."""
-    store.index.added(table.num_rows)
-    if not table.num_rows or not store.listeners:
-        return
-    ids = _ids(table)
-    vectors = rows.vectors_array(table["joint_embedding"], store.dim)
-    timestamps: list[datetime] = table["timestamp"].to_pylist()
-    for listener in store.listeners:
-        listener.added(ids, vectors, timestamps)
-
-
-def _add_chunk(store: MemoryStore, chunk: Sequence[NewMemory]) -> tuple[Standing, int]:
-    """Store what of a chunk is not there, in one commit; return how many were new too."""
-    now = utc(store.clock())
-    vectors: dict[int, NDArray[np.float32]] = {}
-    embedder = store.embedder if any(memory.embedding is None for memory in chunk) else None
-    while True:
-        if embedder:
-            # An embedding costs a hundred times the look-up: what is there is not embedded again.
-            _embed(store, chunk, standing(store, chunk, now).new.values(), vectors)
-        with store.changing():
-            if embedder:
-                # While the vectors were made, another process may have moved the store.
-                store.check_model(embedder.model_id)
-            found = standing(store, chunk, now)
-            if embedder and not vectors.keys() >= set(found.new.values()):
-                continue  # what was there is gone meanwhile
-            _embed(store, chunk, found.new.values(), vectors)
-            table, added = _write(store, chunk, found, vectors, now)
-        break
-    store.observe("delete", found.expired)
-    store.observe("write", [*_ids(table), *found.renewed])
-    announce(store, table)
-    return found, added
-
-
-def _embed(
-    store: MemoryStore,
-    chunk: Sequence[NewMemory],
-    positions: Iterable[int],
-    vectors: dict[int, NDArray[np.float32]],
-) -> None:
-    """Add the vectors of memories that have none in ``vectors`` yet."""
-    missing = [at for at in positions if at not in vectors]
-    if missing:
-        rows_of = _vectors_of(store, [chunk[at] for at in missing])
-        vectors.update(zip(missing, rows_of, strict=True))
-
-
-def _write(
-    store: MemoryStore,
-    chunk: Sequence[NewMemory],
-    found: Standing,
-    vectors: dict[int, NDArray[np.float32]],
-    now: datetime,
-) -> tuple[pa.Table, int]:
-    """Write, under the lock, what ``found`` says; return the rows and how many were new."""
-    if found.renewed:
-        set_ends(store, found.renewed)
-    if not found.new:
-        return memories_schema(store.dim).empty_table(), 0
-    new = [chunk[at] for at in found.new.values()]
-    columns = incoming.columns(list(found.new), new, now, store.meta.model_id)
-    columns["expires_at"] = list(found.ends.values())
-    stacked = np.stack([vectors[at] for at in found.new.values()])
-    table = sealed(store, rows.new_rows(stacked, columns))
-    if found.expired:
-        clear(store, found.expired)
-    if store.place.local is not None:
-        # Under the writer lock a look-up and an append are as safe as a merge, and twice as fast.
-        store.memories.add(compact.fitted(store.memories.schema, table))
-        return table, table.num_rows
-    sweep(store)  # a merge would take a row that is marked as deleted for the memory
-    merge = store.memories.merge_insert("memory_id").when_not_matched_insert_all()
-    # Another process may have been first with some of them: those were there already.
-    return table, int(merge.execute(table).num_inserted_rows)
-
-
-def _checked(store: MemoryStore, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:
-    memories = [incoming.redacted(memory, store.redact) for memory in memories]
-    dim = store.dim  # once: it looks at a file
-    for at, memory in enumerate(memories, start=start):
-        incoming.check(memory, at, dim)
-    return memories
-
-
-def _vectors_of(store: MemoryStore, memories: Sequence[NewMemory]) -> NDArray[np.float32]:
-    given = [at for at, memory in enumerate(memories) if memory.embedding is not None]
-    absent = [at for at, memory in enumerate(memories) if memory.embedding is None]
-    parts = []
-    if given:
-        stacked = np.stack([np.asarray(memories[at].embedding) for at in given])
-        parts.append(rows.unit(stacked, store.dim))
-    if absent:
-        parts.append(store.embed([memories[at].content for at in absent]))
-    if len(parts) == 1:
-        return parts[0]
-    vectors = np.empty((len(memories), store.dim), np.float32)
-    vectors[given], vectors[absent] = parts
-    return vectors
-
-
-def _deleting(store: MemoryStore, ids: Sequence[str]) -> None:
-    # Links go first: a crash in between leaves a memory without links, never a link to nothing.
-    store.adjacency.drop(ids)
-    for listener in store.listeners:
-        listener.deleting(ids)
-
-
-def _tombstones(store: MemoryStore, ids: Sequence[str]) -> pa.Table:
-    """Return rows that mark ``ids`` as deleted: no content, and expired for every search."""
-    columns = {"memory_id": list(ids), "timestamp": _EPOCH, "expires_at": _EPOCH, "tier": DELETED}
-    vectors = np.zeros((len(ids), store.dim), np.float32)
-    # A vector of length 0 has no cosine, which an index built in between would trip over.
-    vectors[:, 0] = 1
-    return lexicon.with_words(store, rows.new_rows(vectors, columns))
+def _refuse(what: str, ids: set[str]) -> None:
+    if ids:
+        raise ConsolidationError(
+            f"{len(ids)} memories {what}, first {min(ids)}", fix="read them again and repeat"
+        )
 
 
 def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:
@@ -402,11 +361,7 @@ def _keep_counts(updates: pa.Table, current: pa.Table) -> pa.Table:
         now = known[row["memory_id"]]
         counts.append(max(row["access_count"], now["access_count"]))
         lasts.append(max(filter(None, (row["last_access"], now["last_access"])), default=None))
-    for name, values in (("access_count", counts), ("last_access", lasts)):
-        field = updates.schema.field(name)
-        at = updates.column_names.index(name)
-        updates = updates.set_column(at, field, pa.array(values, field.type))
-    return updates
+    return rows.with_columns(updates, access_count=counts, last_access=lasts)
 
 
 def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
@@ -417,7 +372,7 @@ def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
         size = 0
         for memory in part:
             content = getattr(memory, "content", Content())
-            values = [getattr(content, name) for name in _CONTENT.values()]
+            values = [getattr(content, name) for name in CONTENT_COLUMNS.values()]
             # What is neither text nor bytes is refused when the chunk is checked.
             new = sum(len(value) for value in values if isinstance(value, str | bytes))
             if chunk and size + new > BYTES_PER_COMMIT:
@@ -426,25 +381,6 @@ def _chunks(memories: Iterable[NewMemory]) -> Iterator[list[NewMemory]]:
             chunk.append(memory)
             size += new
         yield chunk
-
-
-def _embeddings(column: pa.Array, dim: int) -> list[Any]:
-    """Return one float array per row, None for null."""
-    kind = column.type
-    if not (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    ) or not pa.types.is_floating(kind.value_type):
-        raise InputError(f"joint_embedding is {kind}, not a list of floats")
-    present = column.drop_null()
-    lengths = set(present.value_lengths().to_pylist()) if len(present) else set()
-    wrong = sorted(lengths - {dim})
-    if wrong:
-        raise InputError(
-            f"joint_embedding has {wrong[0]} dimensions, this store has {dim}",
-            fix="use the model the store was made with, or reembed the store",
-        )
-    values = iter(present.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim))
-    return [next(values) if there else None for there in column.is_valid().to_pylist()]
 
 
 def _ids(table: pa.Table) -> list[str]:

@@ -46,9 +46,9 @@ def linked(store: MemoryStore, name: str) -> set[str]:
 
 def orphans(store: MemoryStore) -> set[str]:
     """Ends of links that are no memories."""
-    edges = store.table("edges").to_arrow()
+    edges = store.database.table("edges").to_arrow()
     ends = set(edges["source"].to_pylist()) | set(edges["target"].to_pylist())
-    return ends - set(store.memories.to_arrow()["memory_id"].to_pylist())
+    return ends - set(store.database.memories.to_arrow()["memory_id"].to_pylist())
 
 
 def test_new_memories_are_linked_by_time_and_by_meaning(store: MemoryStore) -> None:
@@ -85,7 +85,7 @@ def test_recall_together_strengthens_a_link(store: MemoryStore) -> None:
     graph.flush()
     (link,) = store.get("a").association_links
     assert link.weight == pytest.approx(0.6)
-    edges = store.table("edges").to_arrow()
+    edges = store.database.table("edges").to_arrow()
     assert edges.num_rows == 2
     assert set(edges["kind"].to_pylist()) == {CO_RETRIEVAL}
 
@@ -101,7 +101,7 @@ def test_links_fade_and_weak_ones_go(tmp_path: Path) -> None:
         assert graph.decay() == 0
         now[0] += timedelta(days=10)
         assert graph.decay() == 1
-        assert store.table("edges").count_rows() == 0
+        assert store.database.table("edges").count_rows() == 0
 
 
 def test_building_anew_gives_the_incremental_graph(store: MemoryStore) -> None:
@@ -117,7 +117,7 @@ def test_building_anew_gives_the_incremental_graph(store: MemoryStore) -> None:
     for name, links in incremental.items():
         assert links <= linked(store, name)
     assert "m29" in linked(store, "m0")
-    edges = store.table("edges").to_arrow().select(["source", "target"]).to_pylist()
+    edges = store.database.table("edges").to_arrow().select(["source", "target"]).to_pylist()
     assert len(edges) == len({(edge["source"], edge["target"]) for edge in edges})
 
 
@@ -188,5 +188,5 @@ def test_links_go_with_their_memories_without_a_graph(tmp_path: Path) -> None:
         graph.close()
     with MemoryStore(tmp_path / "s") as store:
         assert store.delete(["a"]) == 1
-        ends = store.table("edges").to_arrow()
+        ends = store.database.table("edges").to_arrow()
         assert set(ends["source"].to_pylist()) == set(ends["target"].to_pylist()) == {"b", "c"}

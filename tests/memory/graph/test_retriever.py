@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from memopt.errors import InputError
 from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.retriever import MultimodalRetriever
-from memopt.memory.lifecycle.condense import ConsolidationRecipe, consolidate
+from memopt.memory.lifecycle.consolidation import consolidate
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, Filter, NewMemory
 
@@ -52,11 +53,12 @@ def add(store: MemoryStore, text: str, hours: float, **fields: object) -> str:
 
 def test_association_brings_in_what_is_not_near(store: MemoryStore) -> None:
     """The key was put away a minute after the door was painted."""
-    retriever = MultimodalRetriever(store, AssociationGraph(store))
+    graph = AssociationGraph(store)
+    retriever = MultimodalRetriever(store, graph)
     door = add(store, "door painted red", 0)
     key = add(store, "locksmith came by", 0.01)
     words = [NewMemory(content=Content(text=f"word{at}"), timestamp=NOW) for at in range(60)]
-    store.listeners.clear()
+    store.observers.remove(graph)
     store.add(words)
     plain = retriever.retrieve("door painted", top_k=2, enable_association=False, touch=False)
     assert key not in {result.memory.memory_id for result in plain}
@@ -109,11 +111,11 @@ def test_results_are_counted_as_recalled_together(store: MemoryStore) -> None:
     graph = AssociationGraph(store)
     retriever = MultimodalRetriever(store, graph)
     ids = [add(store, "door one", 0), add(store, "door two", 500)]
-    version = store.table("edges").version
+    version = store.database.table("edges").version
     retriever.retrieve("door one", top_k=2)
-    assert store.table("edges").version == version
+    assert store.database.table("edges").version == version
     graph.flush()
-    assert store.table("edges").version > version
+    assert store.database.table("edges").version > version
     assert [memory.access_count for memory in store.get_many(ids)] == [1, 1]
 
 

@@ -201,7 +201,7 @@ def test_ends_travel_and_the_expired_stay_behind(tmp_path: Path) -> None:
         ]
     )
     source.touch(["stays"])
-    source.commit(updates=source.pack(source.rows(["visitor"])))
+    source.commit(updates=source.cells.pack(source.rows(["visitor"])))
     now[0] += timedelta(hours=2)
     done = source.export_parquet(tmp_path / "out")
     assert (done.memories, done.expired) == (2, 1)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from memopt.errors import InputError
 from memopt.memory.graph.association import AssociationGraph
-from memopt.memory.io.parquet import export_parquet, import_parquet
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model import rows
@@ -41,7 +40,7 @@ def test_the_three_files_have_the_promised_schemas(tmp_path: Path) -> None:
             "model_id": "hashing",
         }
         store.commit(inserts=rows.new_rows(store.embed([Content(text="x")]), columns))
-        done = export_parquet(store, tmp_path / "out")
+        done = store.export_parquet(tmp_path / "out")
         assert (done.memories, done.long_term) == (3, 1)
     for name, schema in (
         ("memories", MEMORIES_FILE),
@@ -51,7 +50,7 @@ def test_the_three_files_have_the_promised_schemas(tmp_path: Path) -> None:
         found = pq.read_schema(tmp_path / "out" / f"{name}.parquet")
         assert found.remove_metadata().equals(schema)
     with MemoryStore(tmp_path / "t", embedder=Hashing()) as other:
-        import_parquet(other, tmp_path / "out")
+        other.import_parquet(tmp_path / "out")
         summary = other.get("sum")
         assert (summary.tier, summary.summary) == ("long_term", "a and b")
         assert (summary.source_memory_ids, summary.consolidated_at) == (("a", "b"), NOW)
@@ -85,11 +84,11 @@ def test_everything_comes_back(tmp_path: Path, items: list[tuple[str, bool, bool
     with MemoryStore(base / "a", embedder=Hashing()) as store:
         AssociationGraph(store)
         ids = sorted(set(store.add(new).ids))
-        export_parquet(store, base / "out")
+        store.export_parquet(base / "out")
         before = store.get_many(ids)
     with MemoryStore(base / "b", embedder=Hashing()) as other:
-        assert import_parquet(other, base / "out").memories == len(ids)
-        assert import_parquet(other, base / "out").memories == 0
+        assert other.import_parquet(base / "out").memories == len(ids)
+        assert other.import_parquet(base / "out").memories == 0
         after = other.get_many(ids)
         assert verify(other, ids).problems == {}
     for one, two in zip(before, after, strict=True):
@@ -109,19 +108,19 @@ def test_bad_files_are_named_and_add_nothing(tmp_path: Path) -> None:
     with MemoryStore(tmp_path / "s", embedder=Hashing()) as store:
         store.add(note("first"))
         with pytest.raises(InputError, match=r"memories\.parquet is missing"):
-            import_parquet(store, folder)
+            store.import_parquet(folder)
         path.write_bytes(b"PAR1 no")
         with pytest.raises(InputError, match="not a readable Parquet file"):
-            import_parquet(store, folder)
+            store.import_parquet(folder)
         pq.write_table(pa.table({"memory_id": ["a"]}), path)
         with pytest.raises(InputError, match="no column 'text'"):
-            import_parquet(store, folder)
+            store.import_parquet(folder)
         for model, dim, named in (("other", DIM, "other"), ("hashing", 3, "3 numbers")):
             with MemoryStore(tmp_path / model, embedder=Hashing(model, dim)) as source:
                 source.add(note("x"))
-                export_parquet(source, folder)
+                source.export_parquet(folder)
             with pytest.raises(InputError, match=named):
-                import_parquet(store, folder)
+                store.import_parquet(folder)
         assert store.count() == 1
 
 

@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 
 from memopt.errors import ConfigurationError
-from memopt.memory.lifecycle.condense import (
-    FAILED,
-    FALLBACK,
-    ConsolidationRecipe,
-    consolidate,
-    plan,
-)
+from memopt.memory.lifecycle.consolidation import consolidate, plan
 from memopt.memory.lifecycle.llm import Limits, language_model
+from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
 from memopt.memory.lifecycle.schedule import due
+from memopt.memory.lifecycle.summary_writer import FALLBACK
 from memopt.memory.lifecycle.worker import ConsolidationWorker, Triggers
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
-from memopt.memory.privacy.reclaim import reclaim
+from memopt.memory.privacy.erase import reclaim
 from tests.memory.llm_server import serve
 
 DIM = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memopt.memory.lifecycle.condense import STEPS, ConsolidationRecipe, consolidate
+from memopt.memory.lifecycle.consolidation import consolidate
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
-from tests.memory.consolidation_worker import NOW
+from tests.memory.consolidation_worker import NOW, STEPS
 
 DIM = 8
 
@@ -65,12 +65,8 @@ def test_a_kill_at_any_step_loses_and_repeats_nothing(tmp_path: Path, step: str)
     originals = "drop" if STEPS.index(step) % 2 else "archive"
     texts = filled(tmp_path / "store")
     run = [sys.executable, str(Path(__file__).parents[1] / "consolidation_worker.py")]
-    killed = subprocess.run(
-        [*run, str(tmp_path / "store"), originals],
-        env={**os.environ, "MEMOPT_FAULT": f"consolidation:{step}"},
-        timeout=60,
-        check=False,
-    )
+    command = [*run, str(tmp_path / "store"), originals, step]
+    killed = subprocess.run(command, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
     covered(tmp_path / "store", texts)
     with MemoryStore(tmp_path / "store", clock=lambda: NOW) as store:

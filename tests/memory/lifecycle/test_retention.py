@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from memopt.cli import app
 from memopt.errors import InputError
-from memopt.memory.lifecycle.condense import consolidate
+from memopt.memory.lifecycle.consolidation import consolidate
 from memopt.memory.lifecycle.retention import retain
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory

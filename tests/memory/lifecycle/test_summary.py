@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.memory.lifecycle import summary as summarise
-from memopt.memory.lifecycle.condense import ConsolidationRecipe, consolidate
+from memopt.memory.lifecycle.consolidation import consolidate
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from tests.memory.kit import png

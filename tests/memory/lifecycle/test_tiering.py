@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.memory.graph.association import AssociationGraph
+from memopt.memory.lifecycle.consolidation import consolidate, plan
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.lifecycle.tiering import HotColdTiering
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
@@ -63,6 +65,19 @@ def test_rebalance_archives_the_rest_and_recalls_what_is_wanted(store: MemorySto
     assert "green hill" in tiers.rebalance(2, "green hill").recalled
     assert (store.get("green hill").tier, store.count()) == ("short_term", 4)
     assert store.rows(["green hill"])["text"].to_pylist() == ["green hill"]
+
+
+def test_consolidation_keeps_at_hand_what_is_worth_most(store: MemoryStore) -> None:
+    """What was used last and what is like it stays; what is hot is no surplus."""
+    store.touch(["green hill"] * 10)
+    store.touch(["blue lake"])
+    recipe = ConsolidationRecipe(at_hand=3, duty=1)
+    assert plan(store, recipe).archived == 1
+    assert consolidate(store, recipe).plan.archive == ("lake shore",)
+    assert consolidate(store, recipe).archived == 0
+    assert store.get("lake shore").text == "lake shore"
+    with pytest.raises(ConfigurationError, match="at_hand -1 is below 0"):
+        ConsolidationRecipe(at_hand=-1)
 
 
 def test_bad_requests_are_refused(store: MemoryStore) -> None:

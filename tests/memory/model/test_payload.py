@@ -84,11 +84,11 @@ def test_nothing_readable_reaches_the_disk(tmp_path: Path) -> None:
     """Text, summary and archived copies of an encrypted store are in no file, yet come back."""
     with MemoryStore(tmp_path, dim=4, cipher=Key("k1", 1)) as store:
         (memory_id,) = store.add(secret()).ids
-        row = store.unpack(store.rows([memory_id])).to_pylist()[0]
+        row = store.cells.unpack(store.rows([memory_id])).to_pylist()[0]
         del row["joint_embedding"]
         row.update(summary=SECRET, tier="archived")
         columns = {name: [value] for name, value in row.items()}
-        store.commit(updates=store.pack(new_rows(store.vectors([memory_id])[1], columns)))
+        store.commit(updates=store.cells.pack(new_rows(store.vectors([memory_id])[1], columns)))
         store.update(memory_id, category="c")
         assert store.rows([memory_id])["codec"].to_pylist() == ["zstd+aesgcm2:k1"]
         back = store.get(memory_id)

@@ -12,7 +12,6 @@ import pytest
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.model.words import query_words, words
-from memopt.memory.store.word_column import has_words
 
 OLD = Path(__file__).parents[2] / "data" / "v0.1" / "store.tar.xz"
 
@@ -85,7 +84,7 @@ def test_a_store_of_before_gets_its_words(tmp_path: Path) -> None:
         archive.extractall(tmp_path, filter="data")
     for _ in range(2):
         with MemoryStore(tmp_path / "store", background=False) as store:
-            assert has_words(store)
-            assert store.word_columns == ("words",)
+            assert store.cells.has_words
+            assert store.cells.word_columns == ("words",)
             texts = [hit.memory.text for hit in store.search(text="bicycles")]
             assert texts == ["the blue bicycle belongs to Omar"]

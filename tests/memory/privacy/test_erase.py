@@ -13,7 +13,6 @@ from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.privacy.erase import erase, expire, forget
-from memopt.memory.store.reembed import reembed
 from tests.memory.kit import DIM, Hashing, files_with, note, png, wav
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -62,7 +61,7 @@ def test_indices_half_moved_vectors_and_events_are_erased_too(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            reembed(store, moved, on_step=stop)
+            store.reembed(moved, on_step=stop)
         store.event("refused", f"the answer was: {SECRET}", [key])
         old = store.get(key).joint_embedding
         assert old is not None
@@ -74,7 +73,7 @@ def test_indices_half_moved_vectors_and_events_are_erased_too(
         assert store.events("refused")[0].detail == ""
         assert store.index.state is not None
         assert store.index.state.rows == 300
-        assert reembed(store, moved) == 300
+        assert store.reembed(moved) == 300
 
 
 def test_expired_memories_go_the_same_way(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_an_encrypted_store_holds_no_plain_bytes_and_rotates(tmp_path: Path) -> 
     with MemoryStore(path, embedder=Hashing(), cipher=AesGcm((OLD,))) as store:
         content = Content(text=text, vision=png(3))
         store.add([NewMemory(content=content, memory_id="m"), note("other")])
-        archived = store.pack(store.rows(["other"]))
+        archived = store.cells.pack(store.rows(["other"]))
         store.commit(updates=archived)
     assert files_with(path, text.encode()) == files_with(path, png(3)) == []
     for cipher, named in ((None, "no key"), (AesGcm((NEW,)), "does not open")):

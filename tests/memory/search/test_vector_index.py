@@ -10,7 +10,6 @@ import pytest
 
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.search import vector_index as module
-from memopt.memory.search.vector_index import last_state
 from tests.memory.kit import DIM
 
 
@@ -37,7 +36,7 @@ def test_recall_is_measured_and_fresh_rows_are_found(
         assert state is not None
         assert state.cells > 0
         assert state.recall >= 0.95
-        assert last_state(store) == state
+        assert store.index.last_state() == state
         right = 0
         for query in vectors[:50]:
             exact = {f"m{at}" for at in np.argsort(-(vectors @ query))[:10]}
@@ -70,8 +69,8 @@ def test_additions_start_a_build_in_the_background(
     monkeypatch.setattr(module, "MIN_ROWS", 1000)
     with MemoryStore(tmp_path / "s", dim=DIM) as store:
         fill(store, 1500)
-        store.index.close()
-        state = last_state(store)
+        store.index.closing()
+        state = store.index.last_state()
         assert state is not None
         assert state.rows == 1500
 
@@ -101,6 +100,6 @@ def test_short_lived_writers_keep_the_index_fresh(
     for start in range(0, 1200, 60):
         with MemoryStore(tmp_path / "s", dim=DIM) as store:
             fill(store, 60, start=start)
-    state = last_state(store)
+    state = store.index.last_state()
     assert state is not None
     assert state.rows >= 1000

@@ -36,7 +36,7 @@ def add(store: MemoryStore, names: list[str], seed: int = 0) -> None:
 
 
 def in_table(store: MemoryStore) -> dict[tuple[str, str], float]:
-    table = store.table("edges").to_arrow()
+    table = store.database.table("edges").to_arrow()
     pairs = zip(table["source"].to_pylist(), table["target"].to_pylist(), strict=True)
     return dict(zip(pairs, table["weight"].to_pylist(), strict=True))
 
@@ -93,10 +93,10 @@ def test_retrieval_is_the_same_from_memory_and_from_the_table(store: MemoryStore
         found = retriever.retrieve(vector=query, top_k=5, touch=False)
         return [(result.memory.memory_id, result.final_score) for result in found]
 
-    graph.links.close()
+    graph.links.closing()
     graph.links._links = None
     from_table = answers()
-    graph.links.close()
+    graph.links.closing()
     graph.links.read()
     assert graph.links.current() is not None
     assert answers() == from_table
@@ -133,7 +133,7 @@ def test_rows_that_moved_are_found_all_the_same(store: MemoryStore) -> None:
     expected = answers()
     store.optimize()
     assert answers() == expected
-    graph.links.close()
+    graph.links.closing()
     graph.links.read()
     held = graph.links.current()
     assert held is not None

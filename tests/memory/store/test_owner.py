@@ -20,7 +20,7 @@ def test_a_store_is_its_owners(tmp_path: Path) -> None:
     try:
         folder = tmp_path / "s"
         with MemoryStore(folder, dim=2) as store:
-            remember(store, Models(text="m"))
+            remember(store.place.local, Models(text="m"))
         for path in (folder, folder / "memory.json", folder / "models.json"):
             assert path.stat().st_mode & 0o077 == 0, path
         folder.chmod(0o755)
@@ -38,7 +38,7 @@ def test_no_file_of_a_store_is_read_through_a_link(name: str, tmp_path: Path) ->
     """Whoever put it there could have another file read."""
     folder = tmp_path / "s"
     with MemoryStore(folder, dim=2) as store:
-        remember(store, Models(text="m"))
+        remember(store.place.local, Models(text="m"))
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(ConfigurationError, match="is a link"):

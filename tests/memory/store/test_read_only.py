@@ -46,8 +46,8 @@ with open_memory(sys.argv[1], embed=False, create=False) as memory:
             assert "write as a user who may change the store" in str(error), error
         else:
             raise AssertionError("changed")
-    memory.store.check_model(None)
-assert not memory.store.pending_touches()
+    memory.store.embedding.check_model(None)
+assert not memory.store.counts.pending()
 print("done")
 """
 

@@ -13,7 +13,7 @@ from memopt.errors import InputError
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content
-from memopt.memory.store.reembed import TABLE, reembed
+from memopt.memory.store.reembed import TABLE
 from tests.memory.kit import Hashing, note
 
 ROOT = Path(__file__).parents[3]
@@ -35,11 +35,11 @@ class Dying(Hashing):
 
 module._CHUNK = 50
 if {calls} > 90:
-    def replace(store, embedder, table):
+    def replace(move, table):
         os.kill(os.getpid(), signal.SIGKILL)
-    module._replace = replace
+    module.Move._replace = replace
 with MemoryStore({path!r}, embedder=Hashing("old")) as store:
-    module.reembed(store, Dying("new", 24))
+    store.reembed(Dying("new", 24))
 """
 
 
@@ -62,11 +62,11 @@ def test_a_kill_loses_nothing_and_the_next_run_completes(tmp_path: Path, calls: 
         ):
             store.find(Content(text="text 7"))
     with MemoryStore(path) as store:
-        assert reembed(store, Hashing("new", 24)) == 200
+        assert store.reembed(Hashing("new", 24)) == 200
     with MemoryStore(path, embedder=Hashing("new", 24)) as store:
         assert store.find(Content(text="text 7"))[0].memory.text == "text 7"
         assert verify(store, ids).problems == {}
-        assert TABLE not in store.database.list_tables().tables
+        assert TABLE not in store.database.connection.list_tables().tables
     with (
         MemoryStore(path, embedder=Hashing("old")) as store,
         pytest.raises(InputError, match="holds vectors of 'new'"),
@@ -91,7 +91,7 @@ def test_what_is_added_meanwhile_is_moved_too(tmp_path: Path) -> None:
 
     with MemoryStore(path, embedder=Hashing("old")) as store:
         store.add([note("text 0"), note("text 1")])
-        assert reembed(store, Meanwhile("new")) == 3
+        assert store.reembed(Meanwhile("new")) == 3
     with MemoryStore(path, embedder=Hashing("new")) as store:
         for text in ("late", "changed", "text 0"):
             hit = store.find(Content(text=text), top_k=1)[0]

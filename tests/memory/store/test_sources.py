@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from memopt.memory.graph.association import AssociationGraph
-from memopt.memory.lifecycle.condense import FAILED, ConsolidationRecipe, consolidate, plan
+from memopt.memory.lifecycle.consolidation import consolidate, plan
+from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
 from memopt.memory.lifecycle.retention import retain
 from memopt.memory.lifecycle.schedule import RUN, Triggers, due
 from memopt.memory.lifecycle.tiering import HotColdTiering

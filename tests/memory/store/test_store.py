@@ -17,6 +17,7 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model import rows
 from memopt.memory.model.schema import Content, Filter, NewMemory, memories_schema
 from memopt.memory.store import writer as writing
+from memopt.memory.store.observers import StoreObserver
 
 DIM = 8
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -278,7 +279,9 @@ def test_hits_are_whole_whatever_they_hold(store: MemoryStore) -> None:
     assert store.search(vector(1))[0].memory.text == "a"
     store.add(NewMemory(content=Content(vision=png(7)), embedding=vector(0, 1), memory_id="v"))
     store.add(NewMemory(content=Content(audio=wav()), embedding=vector(0, 0, 1), memory_id="s"))
-    store.commit(summary_row("sum", ["a"]), with_tier(store.pack(store.rows(["v"])), "archived"))
+    store.commit(
+        summary_row("sum", ["a"]), with_tier(store.cells.pack(store.rows(["v"])), "archived")
+    )
     hits = {hit.memory.memory_id: hit.memory for hit in store.search(vector(1, 1, 1))}
     assert (hits["v"].vision_data, hits["s"].audio_data) == (png(7), wav())
     assert (hits["sum"].summary, hits["sum"].source_memory_ids) == ("in short", ("a",))
@@ -343,7 +346,7 @@ def test_counting_accesses_never_rewrites_media(store: MemoryStore) -> None:
     written = [path.stat().st_size for path in folder.iterdir() if path.name not in before]
     assert written
     assert max(written) < 50_000
-    assert store.memories.index_stats("memory_id_idx").num_unindexed_rows == 0
+    assert store.database.memories.index_stats("memory_id_idx").num_unindexed_rows == 0
     assert [memory.access_count for memory in store.get_many(ids)] == [3, 3]
 
 
@@ -357,7 +360,7 @@ def test_many_touches_are_written_in_the_background(
     ids = store.add([new(f"text {n}", 1, n) for n in range(4)]).ids
     store.touch(ids)
     store.flush()
-    assert store.pending_touches() == {}
+    assert store.counts.pending() == {}
     assert [memory.access_count for memory in store.get_many(ids)] == [1] * 4
 
 
@@ -398,13 +401,11 @@ def test_delete_counts_what_was_there(store: MemoryStore) -> None:
     ids = store.add([new("a", 1), new("b", 2)]).ids
     heard: list[str] = []
 
-    class Listener:
-        def added(self, *_: object) -> None: ...
-
+    class Listener(StoreObserver):
         def deleting(self, ids: Sequence[str]) -> None:
             heard.extend(memory_id for memory_id in ids if store.count(Filter(ids=(memory_id,))))
 
-    store.listeners.append(Listener())
+    store.observers.add(Listener())
     assert store.delete([ids[0], ids[0], "nobody"]) == 1
     assert (heard, store.count(), store.delete([])) == ([ids[0]], 1, 0)
 
@@ -429,7 +430,7 @@ def with_tier(table: pa.Table, tier: str) -> pa.Table:
 def test_one_commit_inserts_updates_and_deletes(store: MemoryStore) -> None:
     """A lifecycle step is one version of the table, whatever it does."""
     ids = store.add([new(f"text {n}", 1, n, memory_id=str(n)) for n in range(5)]).ids
-    packed = with_tier(store.pack(store.rows(["0"])), "archived")
+    packed = with_tier(store.cells.pack(store.rows(["0"])), "archived")
     store.touch(["0"])
     store.flush()
     store.commit(summary_row("s", ids[1:3]), packed, ids[1:3])
@@ -446,21 +447,21 @@ def test_a_commit_is_whole_when_it_is_cut_short(
 ) -> None:
     """Killed after its one merge, a commit shows the summary and none of the dropped originals."""
     store.add([new(f"text {n}", 1, n, memory_id=str(n)) for n in range(4)])
-    version = store.memories.version
-    sweep = writing.sweep
+    version = store.database.memories.version
+    sweep = writing.Writer.sweep
     calls: list[int] = []
 
-    def killed(store: MemoryStore) -> int:
+    def killed(writer: writing.Writer) -> int:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return sweep(store)
+        return sweep(writer)
 
-    monkeypatch.setattr(writing, "sweep", killed)
+    monkeypatch.setattr(writing.Writer, "sweep", killed)
     with pytest.raises(KeyboardInterrupt):
         store.commit(summary_row("s", "01"), None, ["0", "1"])
     monkeypatch.undo()
-    assert store.memories.version == version + 1
+    assert store.database.memories.version == version + 1
     fresh = MemoryStore(store.place.uri)
     assert sorted(fresh.vectors()[0]) == ["2", "3", "s"]
     assert (fresh.count(), fresh.stats().memories) == (3, 3)
@@ -470,7 +471,10 @@ def test_a_commit_is_whole_when_it_is_cut_short(
     assert fresh.add(new("text 0", 1, memory_id="0")).added == 1
     assert fresh.get("0").text == "text 0"
     fresh.commit(deletes=["3"])
-    assert (fresh.memories.count_rows(), sorted(fresh.vectors()[0])) == (3, ["0", "2", "s"])
+    assert (fresh.database.memories.count_rows(), sorted(fresh.vectors()[0])) == (
+        3,
+        ["0", "2", "s"],
+    )
 
 
 def test_a_commit_on_stale_knowledge_changes_nothing(store: MemoryStore) -> None:
@@ -493,15 +497,13 @@ def test_listeners_hear_only_of_new_rows(store: MemoryStore) -> None:
     """A repeat is not announced; vectors come normalised, with the times."""
     heard: list[tuple[list[str], NDArray[np.float32], list[datetime]]] = []
 
-    class Listener:
+    class Listener(StoreObserver):
         def added(
             self, ids: Sequence[str], vectors: NDArray[np.float32], times: Sequence[datetime]
         ) -> None:
             heard.append((list(ids), vectors, list(times)))
 
-        def deleting(self, ids: Sequence[str]) -> None: ...
-
-    store.listeners.append(Listener())
+    store.observers.add(Listener())
     store.add(new("a", 2, memory_id="a"))
     store.add([new("a", 2, memory_id="a"), new("b", 0, 2, memory_id="b")])
     assert [ids for ids, _, _ in heard] == [["a"], ["b"]]
@@ -512,7 +514,12 @@ def test_listeners_hear_only_of_new_rows(store: MemoryStore) -> None:
 def test_observers_see_reads_writes_and_deletes(store: MemoryStore) -> None:
     """What an access log needs passes by, with the ids."""
     seen: list[tuple[str, list[str]]] = []
-    store.observers.append(lambda action, ids: seen.append((action, list(ids))))
+
+    class Observer(StoreObserver):
+        def accessed(self, action: str, ids: Sequence[str]) -> None:
+            seen.append((action, list(ids)))
+
+    store.observers.add(Observer())
     store.add(new("a", 1, memory_id="a"))
     store.add(new("a", 1, memory_id="a"))
     store.get("a")
@@ -585,8 +592,8 @@ def test_rows_are_found_after_compaction(store: MemoryStore) -> None:
     """Looking up by id, word and vector works the same once the indices cover the rows."""
     ids = [store.add(new(f"word{n} text", 1, n)).ids[0] for n in range(5)]
     store.optimize()
-    for index in store.memories.list_indices():
-        assert store.memories.index_stats(index.name).num_unindexed_rows == 0
+    for index in store.database.memories.list_indices():
+        assert store.database.memories.index_stats(index.name).num_unindexed_rows == 0
     assert store.get(ids[3]).text == "word3 text"
     assert store.search(text="word4")[0].memory.memory_id == ids[4]
     assert store.search(vector(1, 2), top_k=1)[0].memory.memory_id == ids[2]

@@ -155,7 +155,7 @@ def test_an_open_store_notices_that_the_model_changed(tmp_path: Path) -> None:
     """After another process moved the store, an old query vector is refused, not compared."""
     store = MemoryStore(tmp_path, embedder=Named("old"))
     store.add(NewMemory(content=Content(text="a")))
-    MemoryStore(tmp_path).write_meta(model_id="new")
+    MemoryStore(tmp_path).database.write_meta(model_id="new")
     with pytest.raises(InputError, match="holds vectors of 'new', not of 'old'"):
         store.find(Content(text="a"))
     with pytest.raises(InputError, match="holds vectors of 'new', not of 'old'"):
@@ -262,7 +262,7 @@ def test_a_damaged_data_file_is_one_error(tmp_path: Path) -> None:
 def test_two_open_stores_of_one_thread_can_nest(tmp_path: Path) -> None:
     """Writing through one store inside the lock of another of the same folder does not block."""
     first, second = MemoryStore(tmp_path, dim=4), MemoryStore(f"{tmp_path}/.")
-    with first.exclusive():
+    with first.database.exclusive():
         second.add(memory())
     assert first.count() == 1
 

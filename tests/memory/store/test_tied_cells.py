@@ -56,7 +56,7 @@ def tampered(path: Path, change: Change) -> None:
 
 def cells(store: MemoryStore) -> dict[str, str]:
     """Id -> codec."""
-    found = store.memories.search().select(["memory_id", "codec"]).limit(None).to_list()
+    found = store.database.memories.search().select(["memory_id", "codec"]).limit(None).to_list()
     return {row["memory_id"]: row["codec"] for row in found}
 
 
@@ -130,7 +130,7 @@ def test_a_moved_cell_is_refused_by_name(tmp_path: Path, cipher: Cipher, change:
             lambda: (HotColdTiering(store).recall(["b"]), HotColdTiering(store).archive(["b"])),
             lambda: HotColdTiering(store).rank(),
             lambda: store.export_parquet(tmp_path / "out"),
-            lambda: store.pack(store.rows(["b"])) if change is not _plain else store.get("b"),
+            lambda: store.cells.pack(store.rows(["b"])) if change is not _plain else store.get("b"),
             lambda: store.reembed(Hashing("another")),
         ):
             with pytest.raises(ConsolidationError, match=CHANGED):
@@ -194,7 +194,7 @@ def test_a_loose_cell_gets_into_no_tied_store(tmp_path: Path) -> None:
         assert verify(store).unreadable == ("a",)
         for ask in (
             lambda: store.get("a"),
-            lambda: store.pack(store.rows(["a"])),
+            lambda: store.cells.pack(store.rows(["a"])),
             lambda: rotate(store, AesGcm((NEW, OLD))),
         ):
             with pytest.raises(ConsolidationError, match=f"memory a {CHANGED}"):

@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from memopt.memory.graph.association import AssociationGraph
-from memopt.memory.lifecycle import condense
-from memopt.memory.lifecycle.condense import ConsolidationRecipe, consolidate
+from memopt.memory.lifecycle import consolidation as condense
+from memopt.memory.lifecycle.consolidation import consolidate
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
@@ -36,13 +37,15 @@ def one(at: int) -> NewMemory:
 
 def files(store: MemoryStore, name: str = "memories") -> list[int]:
     """Rows of each file of a table."""
-    found = store.fetch(store.query(name).select([]).with_row_id())["_rowid"].to_numpy()
+    found = store.database.fetch(store.database.query(name).select([]).with_row_id())[
+        "_rowid"
+    ].to_numpy()
     return sorted(np.unique(found >> 32, return_counts=True)[1].tolist())
 
 
 def content(store: MemoryStore) -> list[dict[str, object]]:
     """Every row, in the order of the ids."""
-    table = store.unpack(store.rows([f"n{at:04}" for at in range(200)]))
+    table = store.cells.unpack(store.rows([f"n{at:04}" for at in range(200)]))
     return sorted(table.to_pylist(), key=lambda row: str(row["memory_id"]))
 
 
@@ -111,7 +114,7 @@ def test_of_a_large_table_only_small_files_are_written_anew(
         store.delete(["n0007"])
         before, links = content(store), store.links(["n0003"])
         monkeypatch.setattr(upkeep, "_PART_ROWS", 16)
-        upkeep.tidy(store)
+        store.upkeep.tidy()
         assert files(store) == [7, 16, 16, 100]
         assert content(store) == before
         assert store.links(["n0003"]) == links
@@ -133,13 +136,13 @@ def test_a_killed_look_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "from memopt.memory.memory_store import MemoryStore\n"
         "upkeep._WHOLE_BYTES, upkeep._PART_ROWS = 0, 16\n"
         "store, left = MemoryStore(sys.argv[1], dim=DIM, background=False), 2\n"
-        "take = store.take\n"
+        "take = store.database.take\n"
         "def counted(ids):\n"
         "    global left\n"
         "    left -= 1\n"
         "    return take(ids) if left else os.kill(os.getpid(), signal.SIGKILL)\n"
-        "store.take = counted\n"
-        "upkeep.tidy(store)"
+        "store.database.take = counted\n"
+        "store.upkeep.tidy()"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "s")], check=False)
     assert done.returncode == -9
@@ -182,9 +185,9 @@ def test_a_search_whose_version_went_is_repeated(tmp_path: Path) -> None:
             self.tries += 1
             if self.tries == 1:
                 raise RuntimeError("lance error: Not found: data/0101.lance")
-            return await store.query().to_arrow()
+            return await store.database.query().to_arrow()
 
-    assert store.fetch(Once()).num_rows == 1
+    assert store.database.fetch(Once()).num_rows == 1
 
 
 def test_consolidation_takes_little_room_while_it_runs(
@@ -241,7 +244,9 @@ def test_the_index_is_made_anew_for_what_is_left(
         store.index.fit()
         assert store.index.state is not None
         assert store.index.state.cells == 0
-        assert not [i for i in store.memories.list_indices() if "joint_embedding" in i.columns]
+        assert not [
+            i for i in store.database.memories.list_indices() if "joint_embedding" in i.columns
+        ]
         fill(store, 400, start=5000)
         again = store.index.ensure()
         assert again is not None

@@ -78,7 +78,7 @@ def test_a_picture_or_category_that_was_changed_too(store: MemoryStore) -> None:
 def test_what_is_archived_or_condensed_is_there(store: MemoryStore) -> None:
     """Packed content is compared as it was."""
     key = store.add(new("an old door")).ids[0]
-    store.commit(updates=store.pack(store.rows([key])))
+    store.commit(updates=store.cells.pack(store.rows([key])))
     assert store.add(new("an old door")).already == 1
 
 
@@ -180,7 +180,7 @@ def test_one_text_in_two_normalisations_is_one_memory(store: MemoryStore, first:
 
 def test_what_was_stored_under_its_own_spelling_is_found(store: MemoryStore) -> None:
     """A store of before has a decomposed text under the hash of its own bytes."""
-    old = incoming.content_id(Content(text=DECOMPOSED), "c", store.id_key().value)
+    old = incoming.content_id(Content(text=DECOMPOSED), "c", store.database.id_key().value)
     store.add(new(DECOMPOSED, category="c", memory_id=old))
     for text in (COMPOSED, DECOMPOSED):
         result = store.add(new(text, category="c"))

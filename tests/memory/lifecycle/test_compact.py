@@ -10,14 +10,13 @@ import pytest
 
 from memopt.bundle import Bundle
 from memopt.memory.graph.retriever import MultimodalRetriever
-from memopt.memory.lifecycle.condense import ConsolidationRecipe, consolidate
+from memopt.memory.lifecycle import compact
+from memopt.memory.lifecycle.consolidation import consolidate
+from memopt.memory.lifecycle.plan import ConsolidationRecipe
 from memopt.memory.lifecycle.verify import verify
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, Filter, NewMemory
-from memopt.memory.privacy.erase import forget
-from memopt.memory.privacy.reclaim import reclaim
-from memopt.memory.store import signs as compact
-from memopt.memory.store.reembed import reembed
+from memopt.memory.privacy.erase import forget, reclaim
 from memopt.runtimes.engine import ArrowEngine
 from tests.memory.kit import Hashing, note
 from tests.memory.paraphrases import facts
@@ -86,9 +85,9 @@ def test_a_compact_store_goes_on(store: MemoryStore) -> None:
     forget(store, ["note-number-7"])
     assert store.vectors()[1].shape == (400, DIM)
     assert verify(store).problems == {}
-    store.embedder = Hashing("next", 24)
-    assert reembed(store, store.embedder) == 400
-    assert not store.compact
+    store.embedding.use(Hashing("next", 24))
+    assert store.reembed(store.embedder) == 400
+    assert not store.database.compact
     assert store.find(Content(text="another one"), top_k=1)[0].memory.text == "another one"
 
 
@@ -113,7 +112,7 @@ def test_what_signs_cannot_tell_apart_stays_as_it_is(tmp_path: Path) -> None:
     base = 1 + 1e-4 * random.normal(size=(600, DIM))
     store.add([NewMemory(content=Content(text=str(n)), embedding=v) for n, v in enumerate(base)])
     assert compact.compact(store) is None
-    assert not store.compact
+    assert not store.database.compact
     small = MemoryStore(tmp_path / "small", dim=compact.LEAST_DIM - 1, background=False)
     small.add(NewMemory(content=Content(text="a"), embedding=np.ones(compact.LEAST_DIM - 1)))
     assert compact.compact(small) is None
