@@ -127,7 +127,7 @@ class Searcher:
         where: Filter,
         top_k: int,
     ) -> list[list[tuple[str, float]]]:
-        """Do what :meth:`MemoryStore.candidates` says, for several vectors at the same time."""
+        """Return (id, cosine similarity) for each of several vectors, best first."""
         check_top_k(top_k)
         return self._again(lambda: self._candidates(vectors, where, top_k))
 

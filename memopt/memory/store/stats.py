@@ -63,7 +63,7 @@ class Stats:
 
 
 def stats(database: Database, reader: Reader) -> Stats:
-    """Do what :meth:`MemoryStore.stats` says."""
+    """Count what is there, by tier, modality and category, and measure the folder."""
     flags = {name: f"has_{name}" for name in MODALITIES}
     names = ["tier", "category", "timestamp", "access_count", "consolidated_at", *flags.values()]
     table = reader.table(EVERYTHING, names)
