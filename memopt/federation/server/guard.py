@@ -46,19 +46,17 @@ class StreamGuard:
         self._open: set[int] = set()
         self._newest = 0
         self._preface = _PREFACE
-        self._replies = _Heads()
-        self._head = bytearray()
-        self._left = 0  # bytes of the current frame still to come
-        self._data_left = 0  # of those, bytes that are not padding
+        self._frames, self._replies = _Frames(), _Frames()
+        self._data_left = 0  # bytes of the current frame still to come that are not padding
         self._pad_unknown = False
-        self._type = self._flags = self._stream = 0
         self._messages: dict[int, _Message] = {}
 
     def sent(self, data: bytes | memoryview) -> None:
         """Look at the server's next bytes, for the calls that they end."""
-        for kind, flags, stream in self._replies.feed(data):
-            if kind == _RST_STREAM or (kind in (_DATA, _HEADERS) and flags & _END_STREAM):
-                self._open.discard(stream)
+        frames = self._replies
+        for part in frames.feed(memoryview(data)):
+            if part is None and frames.closes:
+                self._open.discard(frames.stream)
 
     def feed(self, data: bytes | memoryview) -> None:
         """Check the client's next bytes.
@@ -66,43 +64,31 @@ class StreamGuard:
         Raises:
             SyncFailure: they may not be passed on; the connection must be closed.
         """
-        view, at, end = memoryview(data), 0, len(data)
+        view, at, frames = memoryview(data), 0, self._frames
         if self._preface:
-            at = min(len(self._preface), end)
+            at = min(len(self._preface), len(view))
             if bytes(view[:at]) != self._preface[:at]:
                 raise SyncFailure("malformed", "the connection does not speak HTTP/2")
             self._preface = self._preface[at:]
-        while at < end:
-            if self._left == 0:
-                take = min(9 - len(self._head), end - at)
-                self._head += view[at : at + take]
-                at += take
-                if len(self._head) < 9:
-                    return
+        for part in frames.feed(view[at:]):
+            if part is None:
                 self._begin()
-                continue
-            take = min(self._left, end - at)
-            if self._type == _DATA:
-                self._payload(view[at : at + take])
-            at += take
-            self._left -= take
-            if self._left == 0:
-                self._end()
+            elif frames.kind == _DATA:
+                self._payload(part)
+            if frames.left == 0 and frames.closes:
+                self._messages.pop(frames.stream, None)
+                if frames.kind == _RST_STREAM:
+                    self._open.discard(frames.stream)
 
     def _begin(self) -> None:
-        head = self._head
-        self._left = self._data_left = int.from_bytes(head[:3], "big")
-        self._type, self._flags = head[3], head[4]
-        self._stream = int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
-        self._pad_unknown = self._type == _DATA and bool(self._flags & _PADDED)
-        self._head = bytearray()
-        if self._type == _HEADERS and self._stream > self._newest:
-            self._newest = self._stream
-            self._open.add(self._stream)
+        frames = self._frames
+        self._data_left = frames.left
+        self._pad_unknown = frames.kind == _DATA and bool(frames.flags & _PADDED)
+        if frames.kind == _HEADERS and frames.stream > self._newest:
+            self._newest = frames.stream
+            self._open.add(frames.stream)
             if len(self._open) > self._streams:
                 raise SyncFailure("too-large", f"more than {self._streams} calls are open")
-        if self._left == 0:
-            self._end()
 
     def _payload(self, part: memoryview) -> None:
         if self._pad_unknown and len(part):
@@ -111,47 +97,56 @@ class StreamGuard:
             part = part[1:]
         part = part[: max(self._data_left, 0)]
         self._data_left -= len(part)
-        message = self._messages.get(self._stream)
+        message = self._messages.get(self._frames.stream)
         if message is None:
-            message = self._messages[self._stream] = _Message(self._limit)
+            message = self._messages[self._frames.stream] = _Message(self._limit)
         before = message.claimed
         message.feed(part)
         claimed = sum(m.claimed for m in self._messages.values()) if message.claimed > before else 0
         if claimed > _PARTIAL_SHARE * self._limit or len(self._messages) > self._streams:
             raise SyncFailure("too-large", "too much is in messages that are half sent")
         if message.idle:
-            del self._messages[self._stream]
-
-    def _end(self) -> None:
-        closing = self._type in (_DATA, _HEADERS) and self._flags & _END_STREAM
-        if closing or self._type == _RST_STREAM:
-            self._messages.pop(self._stream, None)
-        if self._type == _RST_STREAM:
-            self._open.discard(self._stream)
+            del self._messages[self._frames.stream]
 
 
-class _Heads:
-    """Finds the frame heads in one direction of an HTTP/2 connection."""
+class _Frames:
+    """Cuts one direction of an HTTP/2 connection into its frames (RFC 9113, section 4.1).
+
+    Attributes:
+        kind, flags, stream: of the current frame.
+        left: bytes of it still to come.
+    """
 
     def __init__(self) -> None:
         self._head = bytearray()
-        self._left = 0
+        self.kind = self.flags = self.stream = self.left = 0
 
-    def feed(self, data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-        """Yield type, flags and stream of each frame that begins in the next bytes."""
-        view, at, end = memoryview(data), 0, len(data)
+    @property
+    def closes(self) -> bool:
+        """Whether the frame is the last one of its stream in this direction, or of both."""
+        ends = self.kind in (_DATA, _HEADERS) and bool(self.flags & _END_STREAM)
+        return ends or self.kind == _RST_STREAM
+
+    def feed(self, view: memoryview) -> Iterator[memoryview | None]:
+        """Yield None when a frame's head is there, then each part of what is in the frame."""
+        at, end = 0, len(view)
         while at < end:
-            if self._left:
-                take = min(self._left, end - at)
-                self._left -= take
+            part: memoryview | None = None
+            if self.left:
+                part = view[at : at + self.left]
+                at += len(part)
+                self.left -= len(part)
             else:
-                take = min(9 - len(self._head), end - at)
-                self._head += view[at : at + take]
-                if len(self._head) == 9:
-                    head, self._head = self._head, bytearray()
-                    self._left = int.from_bytes(head[:3], "big")
-                    yield head[3], head[4], int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
-            at += take
+                missing = view[at : at + 9 - len(self._head)]
+                self._head += missing
+                at += len(missing)
+                if len(self._head) < 9:
+                    return
+                head, self._head = self._head, bytearray()
+                self.left = int.from_bytes(head[:3], "big")
+                self.kind, self.flags = head[3], head[4]
+                self.stream = int.from_bytes(head[5:9], "big") & 0x7FFFFFFF
+            yield part
 
 
 class _Message:
