@@ -26,7 +26,7 @@ test: .venv/.dev
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Processes that tests start are measured too (patch), and threads that pyarrow or gRPC start. Slow
+# Processes that tests start are measured too (patch), and gRPC's threads (tests/conftest.py). Slow
 # tests are left out: torch's exporter, traced, takes three to five times as long.
 coverage: .venv/.dev
 	rm -f .coverage .coverage.*

@@ -7,9 +7,12 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -47,6 +50,24 @@ def log_is_left_alone() -> Iterator[None]:
     before = state()
     yield
     assert state() == before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def flight_threads_are_traced() -> None:
+    """Under coverage: gRPC's threads begin outside Python, where nobody gives them the tracer."""
+    if threading.gettrace() is None:
+        return
+    from memopt.federation.server.service import FlightService
+
+    def traced(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            sys.settrace(threading.gettrace())
+            return method(*arguments)
+
+        return call
+
+    for name in ("do_exchange", "do_action", "do_get", "list_flights", "get_flight_info"):
+        setattr(FlightService, name, traced(getattr(FlightService, name)))
 
 
 @pytest.fixture
