@@ -138,13 +138,13 @@ def _export(
             cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
-            made = _onnx(job, graph, fused=fused and task not in _FAMILIES)
+            variants = _onnx(job, graph, fused=fused and task not in _FAMILIES)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
                 onnx.save_onnx(graph, known, limit=limit)
-            made = _openvino(job, known)
-        return _publish(job, made, format, opset)
+            variants = _openvino(job, known)
+        return _publish(job, variants, format, opset)
 
 
 @contextmanager
@@ -244,10 +244,10 @@ def _onnx(job: _Job, graph: Any, *, fused: bool) -> list[Variant]:
     if job.precision == "fp16":
         graph = to_half(graph)
     name = job.name("onnx", job.precision)
-    made = [_save(job, graph, f"{job.stem}{suffix}.onnx", name)]
+    variants = [_save(job, graph, f"{job.stem}{suffix}.onnx", name)]
     if fused and job.precision == "fp32":
-        made += _fused(job, graph, name)
-    return made
+        variants += _fused(job, graph, name)
+    return variants
 
 
 def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
@@ -293,13 +293,13 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
     file = job.folder / "openvino" / f"openvino_{job.stem}{suffix}.xml"
     job.say(f"write and check {file.name}")
     beside = openvino.to_openvino(source, file, half=job.precision == "fp16")
-    made = []
+    variants = []
     for precision in _sharing(job):
         name = job.name("openvino", precision)
         # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
         options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
         run = openvino.runner(file, job.signature.outputs, options)
-        made.append(
+        variants.append(
             Variant(
                 name=name,
                 format="openvino",
@@ -312,7 +312,7 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
                 check=check.compare(run, job.cases, check.TOLERANCES[precision], name=name),
             )
         )
-    return made
+    return variants
 
 
 def _sharing(job: _Job) -> list[str]:
@@ -344,29 +344,29 @@ def _portable(bundle: Bundle, task: str, opset: int) -> Path | None:
     return bundle.file(variant)
 
 
-def _publish(job: _Job, made: list[Variant], format: str, opset: int) -> tuple[Variant, ...]:
+def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tuple[Variant, ...]:
     bundle = job.bundle
     weights = bundle.manifest.files["weights.parquet"]["sha256"]
     made_of = {"weights": weights, "opset": opset}
-    made = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in made]
+    variants = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in variants]
     # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
-    names = dict.fromkeys(n for v in made for n in (*v.companions, v.file))
+    names = dict.fromkeys(n for v in variants for n in (*v.companions, v.file))
     versions = {package: _version(package) for package in PACKAGES}
     bundle.add_variants(
-        *made,
+        *variants,
         event={
             "event": "export",
             "format": format,
             "task": job.task,
             "precision": job.precision,
             "opset": opset,
-            "variants": [variant.name for variant in made],
+            "variants": [variant.name for variant in variants],
             "versions": {name: version for name, version in versions.items() if version},
         },
         staged={name: job.folder / name for name in names},
         dimension=_dimension(job),
     )
-    return tuple(made)
+    return tuple(variants)
 
 
 def _dimension(job: _Job) -> int | None:

@@ -78,14 +78,14 @@ def compare(
 
 
 def _differences(
-    found: Mapping[str, Any], feeds: Mapping[str, Any], expected: Mapping[str, Any], name: str
+    outputs: Mapping[str, Any], feeds: Mapping[str, Any], expected: Mapping[str, Any], name: str
 ) -> tuple[float, float, float]:
     """Return the largest error, absolute and relative, and the least cosine over all outputs."""
     error, relative, cosine = 0.0, 0.0, 1.0
     for output, wanted in expected.items():
-        if output not in found:
+        if output not in outputs:
             raise ExportError(f"{name}: the graph has no output {output!r}")
-        got = np.asarray(found[output], dtype=np.float32)
+        got = np.asarray(outputs[output], dtype=np.float32)
         if got.shape != wanted.shape:
             raise ExportError(
                 f"{name}: output {output!r} has shape {got.shape}, not {wanted.shape}"
@@ -153,12 +153,12 @@ def _fully_padded(
 
     Servers fill a batch up with such rows; a softmax over nothing would turn them into NaN.
     """
-    found = [
+    batches = [
         feeds for feeds, _ in cases if "attention_mask" in feeds and len(feeds["input_ids"]) > 1
     ]
-    if not found:
+    if not batches:
         return []
-    whole = {name: value[:2].copy() for name, value in found[0].items()}
+    whole = {name: value[:2].copy() for name, value in batches[0].items()}
     empty = {name: value.copy() for name, value in whole.items()}
     empty["attention_mask"][1] = 0
     problems = []
@@ -194,10 +194,10 @@ def _min_cosine(got: np.ndarray, wanted: np.ndarray) -> float:
 
 def _shape(feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     shape = next(iter(feeds.values())).shape
-    found: dict[str, Any] = {"batch": shape[0], "size": list(shape[1:])}
+    record: dict[str, Any] = {"batch": shape[0], "size": list(shape[1:])}
     if "attention_mask" in feeds:
         hidden = feeds["attention_mask"] == 0
-        found["padded"] = bool(hidden.any())
+        record["padded"] = bool(hidden.any())
         if hidden.any():
-            found["side"] = "left" if hidden[:, 0].any() else "right"
-    return found
+            record["side"] = "left" if hidden[:, 0].any() else "right"
+    return record

@@ -233,10 +233,10 @@ class _Editor:
 
     def _put(self, kind: str, inputs: list[Any], node: Any, options: dict[str, int]) -> None:
         label = {"domain": MICROSOFT, "name": node.name}
-        made = new_node(kind, inputs, node.outputs[0].name, **label, **options)
+        replacement = new_node(kind, inputs, node.outputs[0].name, **label, **options)
         if node is self._first:
-            self._first = made
-        replace_node(self._graph, node, [made])
+            self._first = replacement
+        replace_node(self._graph, node, [replacement])
         self.counts[kind] += 1
 
 

@@ -52,13 +52,13 @@ class AttentionFusion:
             self._kinds[bias.name] = self._probe.mask(bias)
         return self._kinds[bias.name]
 
-    def _rewrite(self, found: Match, softmax: Any) -> None:
-        layers = [projection(h.source) for h in (found.query, found.key, found.value)]
+    def _rewrite(self, pattern: Match, softmax: Any) -> None:
+        layers = [projection(h.source) for h in (pattern.query, pattern.key, pattern.value)]
         if len({layer.source for layer in layers}) != 1:
             raise NoMatch("query, key and value have different inputs")
         kept: list[Any] = []
         padding, causal, fill = False, False, float(np.finfo(np.float32).min)
-        for bias in found.biases:
+        for bias in pattern.biases:
             kind = self._kind(bias)
             if kind.general:
                 kept.append(bias)
@@ -70,11 +70,11 @@ class AttentionFusion:
                 raise NoMatch(f"the bias {bias.name} of shape {shape} is not (.., .., query, key)")
         if padding and self._mask_input is None:
             raise NoMatch("a padding mask without an attention_mask input")
-        self._emit(found, layers, softmax, kept, padding, causal, fill)
+        self._emit(pattern, layers, softmax, kept, padding, causal, fill)
 
     def _emit(
         self,
-        found: Match,
+        pattern: Match,
         layers: list[Projection],
         softmax: Any,
         kept: list[Any],
@@ -85,7 +85,7 @@ class AttentionFusion:
         graph = self._graph
         names = [weight_name(layer) for layer in layers]
         parent = shared_parent(names) or names[0].rsplit(".", 1)[0]
-        before = found.output.producer()
+        before = pattern.output.producer()
         weights = [np.asarray(constant(layer.weight)) for layer in layers]
         biases = [
             np.zeros(w.shape[1], w.dtype)
@@ -95,17 +95,17 @@ class AttentionFusion:
         ]
         weight = add_initializer(graph, f"{parent}.qkv.weight", np.concatenate(weights, axis=1))
         bias = add_initializer(graph, f"{parent}.qkv.bias", np.concatenate(biases))
-        heads, size = found.query.heads, found.query.size
+        heads, size = pattern.query.heads, pattern.query.size
         attributes: dict[str, Any] = {"num_heads": heads}
-        if found.value.size != size or found.key.size != size:
-            widths = [h.heads * h.size for h in (found.query, found.key, found.value)]
+        if pattern.value.size != size or pattern.key.size != size:
+            widths = [h.heads * h.size for h in (pattern.query, pattern.key, pattern.value)]
             attributes["qkv_hidden_sizes"] = widths
         if causal:
             attributes["unidirectional"] = 1
         if padding or causal:
             attributes["mask_filter_value"] = fill
-        if not np.isclose(found.scale, size**-0.5, rtol=1e-6):
-            attributes["scale"] = float(found.scale)
+        if not np.isclose(pattern.scale, size**-0.5, rtol=1e-6):
+            attributes["scale"] = float(pattern.scale)
         inputs = [layers[0].source, weight, bias]
         extra = self._sum(kept, before, parent)
         if padding or extra is not None:
@@ -122,7 +122,7 @@ class AttentionFusion:
             **attributes,
         )
         node.metadata_props["memopt.weights"] = ",".join(names)
-        replace(found.output, node.outputs[0])
+        replace(pattern.output, node.outputs[0])
         self.fused += 1
 
     def _sum(self, biases: list[Any], before: Any, parent: str) -> Any:

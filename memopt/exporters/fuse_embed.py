@@ -54,11 +54,11 @@ def fuse_embeddings(graph: Any, probe: Probe, inputs: dict[str, Any], problems: 
         if not any(t is not None and t[1] is ids for t in map(_table, leaves)):
             continue
         tables = [t for t in map(_table, leaves) if t is not None]
-        found = _roles(tables, ids, types, probe)
-        if found is None or len(tables) != len(leaves) or len(norm.inputs) < 3:
+        roles = _roles(tables, ids, types, probe)
+        if roles is None or len(tables) != len(leaves) or len(norm.inputs) < 3:
             problems.append(f"embedding {norm.name}: not a sum of word, position and type rows")
             return 0
-        _emit_embeddings(graph, probe, norm, ids, types, found)
+        _emit_embeddings(graph, probe, norm, ids, types, roles)
         return 1
     return 0
 
@@ -80,40 +80,40 @@ class EmbeddingTables:
 def _roles(
     tables: list[tuple[Any, Any]], ids: Any, types: Any, probe: Probe
 ) -> EmbeddingTables | None:
-    found = EmbeddingTables()
+    roles = EmbeddingTables()
     for table, index in tables:
-        if index is ids and found.word is None:
-            found.word = table
-        elif types is not None and index is types and found.segment is None:
-            found.segment = table
-        elif found.fixed is None and probe.is_zero(index):
-            found.fixed = table
-        elif found.position is None:
-            found.position, found.where = table, index
+        if index is ids and roles.word is None:
+            roles.word = table
+        elif types is not None and index is types and roles.segment is None:
+            roles.segment = table
+        elif roles.fixed is None and probe.is_zero(index):
+            roles.fixed = table
+        elif roles.position is None:
+            roles.position, roles.where = table, index
         else:
             return None
-    return found if found.word is not None and found.position is not None else None
+    return roles if roles.word is not None and roles.position is not None else None
 
 
 def _emit_embeddings(
-    graph: Any, probe: Probe, norm: Any, ids: Any, types: Any, found: EmbeddingTables
+    graph: Any, probe: Probe, norm: Any, ids: Any, types: Any, roles: EmbeddingTables
 ) -> None:
-    position, segment = found.position, found.segment
-    rows, fixed = constant(position), constant(found.fixed)
+    position, segment = roles.position, roles.segment
+    rows, fixed = constant(position), constant(roles.fixed)
     if rows is not None and fixed is not None:
-        name = f"{found.position.name}.with_type_0"
+        name = f"{roles.position.name}.with_type_0"
         position = add_initializer(graph, name, rows + fixed[0])
     args = [
         _int32(graph, norm, ids),
         _int32(graph, norm, types) if segment is not None else None,
-        found.word,
+        roles.word,
         position,
         segment,
         norm.inputs[1],
         norm.inputs[2],
     ]
-    if not probe.is_range(found.where):
-        args += [None, _int32(graph, norm, found.where)]
+    if not probe.is_range(roles.where):
+        args += [None, _int32(graph, norm, roles.where)]
     node = insert(
         graph,
         norm,

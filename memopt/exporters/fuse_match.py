@@ -123,9 +123,9 @@ def _heads(value: Any, what: str) -> Heads:
 
 def _split_shape(reshape: Any) -> tuple[int, int]:
     """``(heads, size)`` that a Reshape to (batch, sequence, heads, size) makes."""
-    found = dims(reshape.outputs[0])
-    if found is not None and len(found) == 4:
-        heads, size = found[2:]
+    shape = dims(reshape.outputs[0])
+    if shape is not None and len(shape) == 4:
+        heads, size = shape[2:]
         if isinstance(heads, int) and isinstance(size, int):
             return heads, size
     width = dims(reshape.inputs[0])

@@ -191,7 +191,7 @@ def fuse_gelu(graph: Any) -> dict[str, int]:
     Returns:
         how many of each operator were made.
     """
-    made: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for node in list(graph):
         if node.domain or node.graph is None:
             continue
@@ -201,14 +201,14 @@ def fuse_gelu(graph: Any) -> dict[str, int]:
             tanh = kind is not None and kind.as_string() == "tanh"
             op = _emit_gelu(graph, node.inputs[0], node.outputs[0], tanh)
         elif node.op_type == "Erf":
-            found = _erf_gelu(node)
-            if found is not None:
-                op = _emit_gelu(graph, *found, False)
+            gelu = _erf_gelu(node)
+            if gelu is not None:
+                op = _emit_gelu(graph, *gelu, False)
         elif node.op_type == "Sigmoid":
             op = _quick_gelu(graph, node)
         if op is not None:
-            made[op] = made.get(op, 0) + 1
-    return made
+            counts[op] = counts.get(op, 0) + 1
+    return counts
 
 
 def _quick_gelu(graph: Any, sigmoid: Any) -> str | None:

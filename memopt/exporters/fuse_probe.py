@@ -177,15 +177,15 @@ class Probe:
             results = self.run(bias, list(feeds))
         except ProbeError as error:
             return MaskKind(general=True, reason=f"cannot be tried out ({error})")
-        kinds = [_classify(found, mask) for found, mask in zip(results, masks, strict=True)]
+        kinds = [_classify(result, mask) for result, mask in zip(results, masks, strict=True)]
         first = max(kinds, key=lambda k: (k.general, k.causal, k.padding))
         if first.general:
             return next(k for k in kinds if k.general)
         fill = min(k.fill for k in kinds)
-        for found, mask in zip(results, masks, strict=True):
-            if not _agrees(found, mask, first.padding, first.causal):
+        for result, mask in zip(results, masks, strict=True):
+            if not _agrees(result, mask, first.padding, first.causal):
                 return MaskKind(
-                    general=True, shape=found.shape, reason="not one mask at all shapes"
+                    general=True, shape=result.shape, reason="not one mask at all shapes"
                 )
         return MaskKind(padding=first.padding, causal=first.causal, fill=fill)
 
@@ -205,12 +205,12 @@ class Probe:
             results = self.run(value, list(feeds))
         except ProbeError:
             return False
-        for feed, found in zip(feeds, results, strict=True):
+        for feed, result in zip(feeds, results, strict=True):
             shape = feed["input_ids"].shape
-            if found.shape not in {shape, (1, shape[1]), (shape[1],)}:
+            if result.shape not in {shape, (1, shape[1]), (shape[1],)}:
                 return False
             if not np.array_equal(
-                np.broadcast_to(found, shape), np.broadcast_to(row(shape[1]), shape)
+                np.broadcast_to(result, shape), np.broadcast_to(row(shape[1]), shape)
             ):
                 return False
         return True

@@ -144,19 +144,19 @@ def _with_weights_beside(model: Any, data: Path, onnx: Any) -> Any:
             _copy_field(light.graph, field, value)
     with data.open("wb") as file:
         for tensor in model.graph.initializer:
-            made = light.graph.initializer.add()
+            copy = light.graph.initializer.add()
             if len(tensor.raw_data) < INLINE_BYTES:
-                made.CopyFrom(tensor)
+                copy.CopyFrom(tensor)
                 continue
             # Whole pages, so that a runtime can map a weight instead of reading it.
             file.write(bytes(-file.tell() % PAGE))
             place = {"location": data.name, "offset": file.tell(), "length": len(tensor.raw_data)}
             file.write(tensor.raw_data)
-            made.name, made.data_type = tensor.name, tensor.data_type
-            made.dims.extend(tensor.dims)
-            made.data_location = onnx.TensorProto.EXTERNAL
+            copy.name, copy.data_type = tensor.name, tensor.data_type
+            copy.dims.extend(tensor.dims)
+            copy.data_location = onnx.TensorProto.EXTERNAL
             for key, entry in place.items():
-                made.external_data.add(key=key, value=str(entry))
+                copy.external_data.add(key=key, value=str(entry))
     return light
 
 
@@ -193,7 +193,7 @@ def runner(path: Path, outputs: tuple[str, ...], *, exact: bool = False) -> Any:
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found = observe(feeds)
+            values = observe(feeds)
         except Exception as error:
             _log.info("onnxruntime on %s: %s", path, error)
             shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
@@ -202,7 +202,7 @@ def runner(path: Path, outputs: tuple[str, ...], *, exact: bool = False) -> Any:
                 "that the model is",
                 fix="nothing was written; memopt --debug shows what it says",
             ) from error
-        return dict(zip(outputs, found, strict=True))
+        return dict(zip(outputs, values, strict=True))
 
     return run
 

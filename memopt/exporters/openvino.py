@@ -54,11 +54,11 @@ def runner(path: Path, outputs: tuple[str, ...], options: Mapping[str, str]) -> 
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            found = observe(feeds)
+            values = observe(feeds)
         except Exception as error:
             shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
             raise _refusal(f"run the graph on {shape}", error) from error
-        return dict(zip(outputs, found, strict=True))
+        return dict(zip(outputs, values, strict=True))
 
     return run
 

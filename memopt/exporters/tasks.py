@@ -62,28 +62,28 @@ def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
     Raises:
         ExportError: the model must be given something that memopt does not make.
     """
-    made = _signature(loaded, task)
+    own = _signature(loaded, task)
     takes = inspect.signature(loaded.call).parameters
     needed = [
         name
         for name, parameter in takes.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name not in made.inputs
+        and name not in own.inputs
     ]
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     # A mask that gets lost in **kwargs is a mask that is not used: padding would change vectors.
     foreign = [
-        name for name in made.inputs if name not in takes and (not free or name == "attention_mask")
+        name for name in own.inputs if name not in takes and (not free or name == "attention_mask")
     ]
     if needed or foreign:
         what = [f"needs {name}" for name in needed] + [f"takes no {name}" for name in foreign]
         raise ExportError(
             f"{loaded.config.model_type} cannot be run as {task}, which gives a model "
-            f"{' and '.join(made.inputs)}: it {' and '.join(what)}",
+            f"{' and '.join(own.inputs)}: it {' and '.join(what)}",
             fix="choose another --task, or an encoder of text, pictures or sound alone",
         )
-    return made
+    return own
 
 
 def _signature(loaded: LoadedModel, task: str) -> Signature:
@@ -151,8 +151,8 @@ def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
     if pooling == "none":
         pooling = "mean"
     names = signature(loaded, manifest, task).inputs
-    made = _module_classes()(loaded, names, pooling, manifest.normalize)
-    return made.eval()
+    module = _module_classes()(loaded, names, pooling, manifest.normalize)
+    return module.eval()
 
 
 def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[str, Any]) -> Any:

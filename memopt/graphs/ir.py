@@ -21,10 +21,10 @@ def read_onnx(path: Path) -> Any:
 
 def from_proto(model: Any) -> Any:
     """Return the ``onnx_ir.Model`` of an ``onnx.ModelProto``, every node named."""
-    made = require("onnx_ir", extra="export", why="edit ONNX graphs").from_proto(model)
-    for number, node in enumerate(made.graph):
+    result = require("onnx_ir", extra="export", why="edit ONNX graphs").from_proto(model)
+    for number, node in enumerate(result.graph):
         node.name = node.name or f"{node.op_type}_{number}"
-    return made
+    return result
 
 
 def to_proto(model: Any) -> Any:

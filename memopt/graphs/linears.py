@@ -65,8 +65,8 @@ def onnx_linears(model: Any) -> list[Linear]:
     A weight behind a Transpose counts under its own name. Gemm counts when it is a plain product:
     alpha and beta 1, left side not transposed.
     """
-    found = [_onnx_linear(node) for node in model.graph if node.op_type in ("MatMul", "Gemm")]
-    return [item for item in found if item is not None]
+    layers = [_onnx_linear(node) for node in model.graph if node.op_type in ("MatMul", "Gemm")]
+    return [item for item in layers if item is not None]
 
 
 def _onnx_linear(node: Any) -> Linear | None:
@@ -107,8 +107,8 @@ def openvino_linears(model: Any, name_of: Callable[[Array], str | None]) -> list
     A layer is named after its weight in the checkpoint where ``name_of`` knows it, else after its
     node.
     """
-    found = [_openvino_linear(node, name_of) for node in nodes_of(model, "MatMul")]
-    return [item for item in found if item is not None]
+    layers = [_openvino_linear(node, name_of) for node in nodes_of(model, "MatMul")]
+    return [item for item in layers if item is not None]
 
 
 def _openvino_linear(node: Any, name_of: Callable[[Array], str | None]) -> Linear | None:

@@ -118,5 +118,5 @@ def feeds(
             number, reason = next(iter(error.reasons.items()))
             where = str(items[int(chunk[number])])[:120]
             raise InputError(f"calibration input {where!r} {reason}") from error
-        for made in batches:
-            yield [int(chunk[row]) for row in made.rows], made.feed
+        for group in batches:
+            yield [int(chunk[row]) for row in group.rows], group.feed

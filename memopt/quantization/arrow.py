@@ -143,12 +143,12 @@ class ArrowQuantizer:
                     if name in kept or weight.ndim < 2 or not is_float(weight.dtype):
                         _refuse_nan(name, weight)
                         yield name, weight
-                        made: QuantizedWeight | None = None
+                        quantized: QuantizedWeight | None = None
                     else:
                         seen = calibration(name) if calibration else None
-                        made = self.quantize_one(name, weight.astype(np.float32), seen)
-                        yield name, made
-                    layers.append(_report(name, weight, made, seen, self.algorithm))
+                        quantized = self.quantize_one(name, weight.astype(np.float32), seen)
+                        yield name, quantized
+                    layers.append(_report(name, weight, quantized, seen, self.algorithm))
                     if on_step:
                         on_step(name, len(layers), len(names))
 
@@ -169,7 +169,7 @@ class ArrowQuantizer:
     ) -> QuantizedWeight:
         """Quantize one weight; with ``seen`` and algorithm gptq by GPTQ, else to nearest."""
         if self.algorithm == "gptq" and seen is not None:
-            made = gptq_quantize(
+            quantized = gptq_quantize(
                 weight if seen.input_axis == 1 else weight.T,
                 seen.hessian,
                 bits=self.bits,
@@ -179,7 +179,7 @@ class ArrowQuantizer:
                 damping=self.damping,
                 name=name,
             )
-            return made if seen.input_axis == 1 else made.transposed()
+            return quantized if seen.input_axis == 1 else quantized.transposed()
         axis = self.axis if self.axis is not None else int(self.group_size > 0)
         return rtn_quantize(
             weight,
@@ -194,8 +194,8 @@ class ArrowQuantizer:
 def _kept(patterns: tuple[str, ...], names: list[str]) -> set[str]:
     """Return the weights whose own name or whose layer's name a pattern matches."""
     layers = {name: split_name(name)[0] for name in names}
-    found = match_layers(patterns, {*names, *layers.values()} - {""})
-    return {name for name in names if name in found or layers[name] in found}
+    matches = match_layers(patterns, {*names, *layers.values()} - {""})
+    return {name for name in names if name in matches or layers[name] in matches}
 
 
 def _refuse_nan(name: str, weight: np.ndarray) -> None:
@@ -208,37 +208,29 @@ def _refuse_nan(name: str, weight: np.ndarray) -> None:
 def _report(
     name: str,
     weight: np.ndarray,
-    made: QuantizedWeight | None,
+    quantized: QuantizedWeight | None,
     seen: Calibrated | None,
     algorithm: str,
 ) -> LayerReport:
     matrix = weight.ndim >= 2 and is_float(weight.dtype)
-    if made is None:
-        bytes_ = weight.size * 2
-        return LayerReport(
-            name=name,
-            kind="kept",
-            bits=16,
-            bytes=bytes_,
-            error=0.0,
-            size=weight.size,
-            matrix=matrix,
-        )
-    back, exact = made.dequantize(), weight.astype(np.float32)
-    power = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64)))) if exact.size else 0.0
-    noise = float(np.sqrt(np.mean(np.square(exact - back, dtype=np.float64)))) if exact.size else 0
+    about: dict[str, Any] = {"name": name, "size": weight.size, "matrix": matrix}
+    if quantized is None:
+        return LayerReport(kind="kept", bits=16, bytes=weight.size * 2, error=0.0, **about)
+    back, exact = quantized.dequantize(), weight.astype(np.float32)
+    power, noise = (
+        float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if exact.size else 0.0
+        for values in (exact, exact - back)
+    )
     output = None
     if seen is not None:
         turned = (exact, back) if seen.input_axis == 1 else (exact.T, back.T)
         output = output_error(*turned, seen.hessian)
-    size = -(-made.integers.size * made.bits // 8) + made.scales.nbytes + made.zero_points.nbytes
+    packed = -(-quantized.integers.size * quantized.bits // 8)
     return LayerReport(
-        name=name,
         kind="gptq" if algorithm == "gptq" and seen is not None else "rtn",
-        bits=made.bits,
-        bytes=size,
+        bits=quantized.bits,
+        bytes=packed + quantized.scales.nbytes + quantized.zero_points.nbytes,
         error=noise / power if power else 0.0,
         output_error=output,
-        size=weight.size,
-        matrix=matrix,
+        **about,
     )

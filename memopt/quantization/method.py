@@ -54,9 +54,9 @@ class MethodRecipe:
                     f"{cls.__name__} has unknown key {key!r}", fix=nearest(str(key), known)
                 )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        made = cls(**values)
-        cls.check(cls.__name__, {"algorithm": "rtn"} | {k: getattr(made, k) for k in known})
-        return made
+        settings = cls(**values)
+        cls.check(cls.__name__, {"algorithm": "rtn"} | {k: getattr(settings, k) for k in known})
+        return settings
 
     @property
     def runtime(self) -> str:
@@ -181,7 +181,7 @@ def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
     ['layer.0.query']
     """
     known = sorted(set(names))
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         hits = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
@@ -190,8 +190,8 @@ def match_layers(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
                 f"no layer matches {pattern!r}",
                 fix="nearest: " + ", ".join(close) if close else "this graph has no such layers",
             )
-        found |= hits
-    return found
+        matches |= hits
+    return matches
 
 
 def _nearest_layers(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:

@@ -129,6 +129,16 @@ class _Proof:
     gate: Gate
     failures: tuple[str, ...]
 
+    def result(self, **of: Any) -> Result:
+        """Return the result of what is recorded now."""
+        return Result(
+            passed=not self.failures,
+            failures=self.failures,
+            validation=self.validation,
+            gate=self.gate,
+            **of,
+        )
+
 
 def _prove(
     quantized: Quantized,
@@ -202,20 +212,16 @@ def _record_variant(
     # The graph, which is the first, after what it needs.
     staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
     bundle.add_variants(variant, event=event, staged=staged, proof=of)
-    return Result(
+    return proof.result(
         name=variant.name,
         file=variant.file,
-        passed=variant.passed,
-        failures=proof.failures,
-        validation=proof.validation,
-        gate=proof.gate,
         layers=layers,
         recipe=recipe.to_dict(),
         data=data,
         bytes=size_of(bundle, variant),
         float_bytes=size_of(bundle, base),
         work={"int8_macs": work.get("int8_macs"), "kernels": work.get("kernels", {})},
-        made=variant,
+        entry=variant,
     )
 
 
@@ -234,13 +240,9 @@ def _record_weights(
     event |= {"passed": passed, "validation": proof.validation.record(proof.gate)}
     event |= {**data, **proof.quantized.notes}
     bundle.add_files({file.name: file}, event=event)
-    return Result(
+    return proof.result(
         name=file.name,
         file=file.name,
-        passed=passed,
-        failures=proof.failures,
-        validation=proof.validation,
-        gate=proof.gate,
         layers=proof.quantized.layers,
         recipe=recipe.to_dict(),
         data=data,

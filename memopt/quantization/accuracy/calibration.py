@@ -24,7 +24,7 @@ _SCORES = ("score", "similarity_score", "similarity", "label", "labels")
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Example:
     """One row of a file: its texts (or one path) and the similarity score, when it has one."""
 
     items: tuple[Any, ...]
@@ -167,7 +167,7 @@ def stratified(lengths: Sequence[int], count: int, seed: int) -> list[int]:
     return chosen
 
 
-def read(path: Path, *, modality: str = "text", column: str | None = None) -> Iterator[Record]:
+def read(path: Path, *, modality: str = "text", column: str | None = None) -> Iterator[Example]:
     """Yield the records of a file (text) or folder (images, audio), one at a time.
 
     Raises:
@@ -189,14 +189,14 @@ def read(path: Path, *, modality: str = "text", column: str | None = None) -> It
             f"{path} is not a folder, and this is an {modality} model",
             fix=f"give a folder of {', '.join(suffixes)}",
         )
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
-    if not found:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+    if not files:
         raise InputError(f"no {modality} files in {path}", fix="it needs " + ", ".join(suffixes))
-    for file in found:
-        yield Record((file,))
+    for file in files:
+        yield Example((file,))
 
 
-def _read_text(path: Path, column: str | None) -> Iterator[Record]:
+def _read_text(path: Path, column: str | None) -> Iterator[Example]:
     records = open_records(path, column)
     if column is not None:
         if path.suffix.lower() == ".txt":
@@ -210,7 +210,7 @@ def _read_text(path: Path, column: str | None) -> Iterator[Record]:
             yield record
 
 
-def _record(row: dict[str, Any], column: str | None, path: Path) -> Record:
+def _record(row: dict[str, Any], column: str | None, path: Path) -> Example:
     if column is not None:
         if column not in row:
             raise _no_column(column, list(row), path)
@@ -220,9 +220,9 @@ def _record(row: dict[str, Any], column: str | None, path: Path) -> Record:
                 f"column {column!r} of {path} holds {value!r}, not text",
                 fix="columns with text: " + ", ".join(_texts(row)),
             )
-        return Record((value.strip(),) if value.strip() else ())
+        return Example((value.strip(),) if value.strip() else ())
     texts = tuple(str(row[name]).strip() for name in _texts(row))
-    return Record(texts, _score(row))
+    return Example(texts, _score(row))
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
@@ -265,13 +265,13 @@ def _length(item: Any) -> int:
     return len(item) if isinstance(item, str) else 1
 
 
-def _enough(path: Path, found: int, modality: str) -> None:
+def _enough(path: Path, count: int, modality: str) -> None:
     what = "texts" if modality == "text" else "files"
-    if found == 0:
+    if count == 0:
         raise InputError(f"{path} is empty: no {what} in it", fix="give data to calibrate with")
-    if found < FEWEST:
+    if count < FEWEST:
         raise InputError(
-            f"{path} holds {found} distinct {what}; calibrating and validating need {FEWEST}",
+            f"{path} holds {count} distinct {what}; calibrating and validating need {FEWEST}",
             fix="give more data, 800 or so",
         )
 

@@ -67,17 +67,17 @@ class Validation:
 
     def failures(self, gate: Gate) -> list[str]:
         """Return one line per number that misses the gate; empty means it passes."""
-        found = []
+        misses = []
         if self.cosine_min is not None and not self.cosine_min >= gate.min_cosine:
-            found.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
+            misses.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
         elif self.cosine_low is not None and not self.cosine_low >= gate.min_cosine:
-            found.append(near(self.cosine_min, self.cosine_low, gate.min_cosine))
+            misses.append(near(self.cosine_min, self.cosine_low, gate.min_cosine))
         rise = self.perplexity_increase
         if rise is not None and not rise <= gate.max_perplexity_increase:
-            found.append(
+            misses.append(
                 f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
             )
-        return found
+        return misses
 
     def record(self, gate: Gate) -> dict[str, Any]:
         """Return what the manifest keeps: the numbers, the gate, no list of every cosine."""

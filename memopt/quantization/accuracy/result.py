@@ -61,7 +61,7 @@ class Result:
         trail: how the search went, None without one.
         work: of a graph, ``int8_macs``, the share of multiply-adds in int8 (None where nobody
             looked), and ``kernels``, how often each ran.
-        made: the variant, None for a weight file.
+        entry: the variant, None for a weight file.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Result:
     float_bytes: int
     trail: Trail | None = None
     work: Mapping[str, Any] = field(default_factory=dict)
-    made: Variant | None = None
+    entry: Variant | None = None
 
     @property
     def variant(self) -> Variant:
@@ -86,9 +86,9 @@ class Result:
         Raises:
             AttributeError: method ``arrow`` writes weights, which are none.
         """
-        if self.made is None:
+        if self.entry is None:
             raise AttributeError(f"{self.file} is a weight file, not a variant")
-        return self.made
+        return self.entry
 
     @property
     def int8_macs(self) -> float | None:

@@ -139,8 +139,8 @@ class PrecisionValidator:
             if not wanted:
                 continue
             output = run(feed)
-            made = _likelihood(output, feed) if self._generates else output
-            rows.update(zip(positions, made, strict=True))
+            values = _likelihood(output, feed) if self._generates else output
+            rows.update(zip(positions, values, strict=True))
         count = len(self._data) if limit is None else min(limit, len(self._data))
         return np.stack([rows[i] for i in range(count)])
 

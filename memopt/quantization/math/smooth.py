@@ -132,21 +132,21 @@ def _candidate(
         widest = float((half / divisor).max())
         shift = (center - widest * divisor).astype(np.float32)
         scale = 2 * widest / LEVELS
-    made = Smoothing(
+    smoothing = Smoothing(
         low=shift, divisor=divisor, scale=scale, alpha=-1 if alpha is None else alpha, error=0
     )
-    error = _error(made, seen.rows, weights, references)
-    return Smoothing(low=shift, divisor=divisor, scale=scale, alpha=made.alpha, error=error)
+    error = _error(smoothing, seen.rows, weights, references)
+    return Smoothing(low=shift, divisor=divisor, scale=scale, alpha=smoothing.alpha, error=error)
 
 
 def _error(
-    made: Smoothing, rows: Array, weights: Sequence[Array], references: Sequence[Array]
+    smoothing: Smoothing, rows: Array, weights: Sequence[Array], references: Sequence[Array]
 ) -> float:
-    x = made.quantized(rows)
+    x = smoothing.quantized(rows)
     total = 0.0
     for weight, reference in zip(weights, references, strict=True):
-        integers, scales = round_weight(weight * made.divisor)
-        difference = x @ (integers * scales[:, None]).T + weight @ made.low - reference
+        integers, scales = round_weight(weight * smoothing.divisor)
+        difference = x @ (integers * scales[:, None]).T + weight @ smoothing.low - reference
         # A constant offset is taken out by bias correction.
         difference -= difference.mean(axis=0)
         spread = float(((reference - reference.mean(axis=0)) ** 2).sum())

@@ -63,7 +63,7 @@ def prepare(context: Context[DynamicRecipe]) -> Make:
                 nodes_to_exclude=[products[name].name for name in sorted(kept & set(products))],
                 extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
             )
-            made = read_onnx(target)
+            quantized = read_onnx(target)
         layers = [
             Layer(
                 name=name,
@@ -74,9 +74,9 @@ def prepare(context: Context[DynamicRecipe]) -> Make:
             for name, node in products.items()
         ]
         if context.recipe.embeddings:
-            layers += quantize_tables(made, kept)
-        drop_unused(made)
-        return Quantized(model=to_proto(made), layers=tuple(layers))
+            layers += quantize_tables(quantized, kept)
+        drop_unused(quantized)
+        return Quantized(model=to_proto(quantized), layers=tuple(layers))
 
     return make
 

@@ -107,7 +107,7 @@ def _biased(value: Any) -> tuple[Any, int] | None:
 
 def _into_norm(graph: Any, node: Any, plan: Smoothing, others: list[Any]) -> bool:
     """Let a LayerNormalization make the smoothed activation; say whether that was possible."""
-    made = node.outputs[0]
+    value = node.outputs[0]
     if len(node.outputs) > 1 or len(node.inputs) < 2 or not all(map(_is_vector, node.inputs[1:])):
         return False
     partner = None
@@ -115,19 +115,19 @@ def _into_norm(graph: Any, node: Any, plan: Smoothing, others: list[Any]) -> boo
         # One residual connection can be served with a Mul; more readers would each cost something.
         if len(others) != 1 or others[0].op_type != "Add":
             return False
-        partner = _biased(others[0].inputs[1 - list(others[0].inputs).index(made)])
+        partner = _biased(others[0].inputs[1 - list(others[0].inputs).index(value)])
         if partner is None:
             return False
     if len(node.inputs) == 2:
         node.resize_inputs(3)
-        node.replace_input_with(2, store(graph, f"{made.name}/bias", np.zeros_like(plan.low)))
+        node.replace_input_with(2, store(graph, f"{value.name}/bias", np.zeros_like(plan.low)))
     _scale(graph, node, 1, 1 / plan.divisor)
     _scale(graph, node, 2, 1 / plan.divisor, -plan.low / plan.divisor)
     if partner is not None:
-        divisor = store(graph, f"{made.name}/divisor", plan.divisor)
-        restore = new_node("Mul", [made, divisor], f"{made.name}/restored")
+        divisor = store(graph, f"{value.name}/divisor", plan.divisor)
+        restore = new_node("Mul", [value, divisor], f"{value.name}/restored")
         graph.insert_after(node, restore)
-        place = list(others[0].inputs).index(made)
+        place = list(others[0].inputs).index(value)
         others[0].replace_input_with(place, restore.outputs[0])
         _scale(graph, *partner, np.ones_like(plan.low), plan.low)
     return True

@@ -91,9 +91,11 @@ def prepare(context: Context[NncfRecipe]) -> Make:
         dataset = nncf.Dataset(_Feeds(context))
         with _quiet():
             if recipe.max_drop:
-                made = _with_accuracy_control(context, model, dataset, ignored, advanced, options)
+                quantized = _with_accuracy_control(
+                    context, model, dataset, ignored, advanced, options
+                )
             else:
-                made = nncf.quantize(
+                quantized = nncf.quantize(
                     _copy(model),
                     dataset,
                     ignored_scope=ignored,
@@ -101,7 +103,7 @@ def prepare(context: Context[NncfRecipe]) -> Make:
                     **options,
                 )
         return Quantized(
-            model=made, layers=_layers(linears, kept, "int8"), options=_options(context)
+            model=quantized, layers=_layers(linears, kept, "int8"), options=_options(context)
         )
 
     return make
@@ -147,14 +149,14 @@ def prepare_weights(context: Context[NncfWeightsRecipe]) -> Make:
         if recipe.algorithm != "rtn":
             options |= {"dataset": nncf.Dataset(_Feeds(context)), "subset_size": context.samples}
         with _quiet():
-            made = nncf.compress_weights(
+            quantized = nncf.compress_weights(
                 _copy(model),
                 mode=getattr(nncf.CompressWeightsMode, mode),
                 ignored_scope=nncf.IgnoredScope(names=[linears[n].label for n in sorted(kept)]),
                 **options,
             )
         layers = _layers(linears, kept, recipe.weight_type)
-        return Quantized(model=made, layers=layers, options=_options(context))
+        return Quantized(model=quantized, layers=layers, options=_options(context))
 
     return make
 
@@ -227,13 +229,13 @@ def _read(context: Context[Any]) -> tuple[Any, dict[str, Linear]]:
     """Return the float model, and its layers by name."""
     if context.base.format == "openvino":
         model = read_openvino(context.graph)
-        found = openvino_linears(model, context.name_of)
+        linears = openvino_linears(model, context.name_of)
     else:
         graph = read_onnx(context.graph)
-        found, model = onnx_linears(graph), to_proto(graph)
-    if not found:
+        linears, model = onnx_linears(graph), to_proto(graph)
+    if not linears:
         raise QuantizationError("this graph has no matrix product with a constant weight")
-    return model, {item.name: item for item in found}
+    return model, {item.name: item for item in linears}
 
 
 def _layers(linears: Mapping[str, Linear], kept: Collection[str], kind: str) -> tuple[Layer, ...]:

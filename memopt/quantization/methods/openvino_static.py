@@ -74,10 +74,10 @@ def _build(
     rounded: Mapping[str, Rounded],
     kept: Collection[str],
 ) -> Quantized:
-    made = model.clone()
+    copy = model.clone()
     layers: list[Layer] = []
     activations: dict[str, Any] = {}
-    for linear in openvino_linears(made, context.name_of):
+    for linear in openvino_linears(copy, context.name_of):
         if linear.name in kept:
             layers.append(float_layer(linear))
             continue
@@ -88,17 +88,17 @@ def _build(
         _replace(linear.node, activations[linear.source], weight)
         layers.append(int8_layer(linear, weight, chosen))
     if context.recipe.embeddings:
-        layers += [_quantize_table(*table) for table in _tables(made) if table[0] not in kept]
-        layers += _store_constants(made, kept)
-    _fold_scalars(made)
-    made.validate_nodes_and_infer_types()
+        layers += [_quantize_table(*table) for table in _tables(copy) if table[0] not in kept]
+        layers += _store_constants(copy, kept)
+    _fold_scalars(copy)
+    copy.validate_nodes_and_infer_types()
     options = SHORT if context.bundle.manifest.modality == "text" else LONG
-    return Quantized(model=made, layers=tuple(layers), options=options)
+    return Quantized(model=copy, layers=tuple(layers), options=options)
 
 
 def _tables(model: Any) -> list[tuple[str, Any, Any]]:
     """Return (name, Gather, constant) of every large float embedding table."""
-    found = []
+    tables = []
     for node in nodes_of(model, "Gather"):
         constant = constant_of(node.input_value(0))
         if constant is None or len(constant.get_output_shape(0)) != 2:
@@ -107,8 +107,8 @@ def _tables(model: Any) -> list[tuple[str, Any, Any]]:
         is_float = constant.get_output_element_type(0).get_type_name() in ("f32", "f16", "bf16")
         if size >= SMALLEST_TABLE and is_float:
             label = constant.get_friendly_name()
-            found.append((label if "." in label else node.get_friendly_name(), node, constant))
-    return found
+            tables.append((label if "." in label else node.get_friendly_name(), node, constant))
+    return tables
 
 
 def _quantize_table(name: str, gather: Any, constant: Any) -> Layer:
@@ -174,9 +174,9 @@ def _fake_quantize(source: Any, chosen: Smoothing) -> Any:
         shift = (-chosen.low / chosen.divisor).astype(np.float32)
         value = op.add(value, op.constant(shift.reshape(shape))).output(0)
     edges = [op.constant(np.full([1] * rank, e * chosen.scale, np.float32)) for e in (0, 255)]
-    made = op.fake_quantize(value, edges[0], edges[1], edges[0], edges[1], 256)
-    made.set_friendly_name(f"{source.get_node().get_friendly_name()}/uint8")
-    return made
+    node = op.fake_quantize(value, edges[0], edges[1], edges[0], edges[1], 256)
+    node.set_friendly_name(f"{source.get_node().get_friendly_name()}/uint8")
+    return node
 
 
 def _replace(node: Any, activation: Any, rounded: Rounded) -> None:

@@ -118,18 +118,20 @@ def plan_activations(
     return {name: (plans[name], seen[name]) for name in names}
 
 
-def round_layer(weight: Array, made: Smoothing, seen: Observed, recipe: StaticRecipe) -> Rounded:
+def round_layer(
+    weight: Array, smoothing: Smoothing, seen: Observed, recipe: StaticRecipe
+) -> Rounded:
     """Round one weight (out, in) for a plan, with bias correction from the sample rows."""
-    smoothed = weight * made.divisor
+    smoothed = weight * smoothing.divisor
     if recipe.grain == "per-tensor":
         most = max(float(np.abs(smoothed).max(initial=0)) / 127, 1e-12)
         scales: Array = np.full(len(weight), most, np.float32)
         integers = np.clip(np.rint(smoothed / np.float32(most)), -127, 127).astype(np.int8)
     else:
         integers, scales = round_weight(smoothed)
-    bias: Array = weight @ made.low
+    bias: Array = weight @ smoothing.low
     reference = seen.rows @ weight.T
-    difference = reference - made.quantized(seen.rows) @ (integers * scales[:, None]).T - bias
+    difference = reference - smoothing.quantized(seen.rows) @ (integers * scales[:, None]).T - bias
     if recipe.bias_correction:
         # The mean error of a layer is a constant: the bias can carry it (Nagel et al. 2019).
         bias = bias + difference.mean(axis=0)
@@ -152,12 +154,12 @@ def round_table(table: Array) -> tuple[NDArray[np.int8], Array]:
 def _fit_ranges(
     plans: Mapping[str, Smoothing], run: Observe, feeds: Iterable[Feed], recipe: StaticRecipe
 ) -> dict[str, Smoothing]:
-    histograms = {name: Histogram(0.0, 255 * made.scale) for name, made in plans.items()}
+    histograms = {name: Histogram(0.0, 255 * smoothing.scale) for name, smoothing in plans.items()}
     for feed in feeds:
         for name, values in zip(plans, run(feed), strict=True):
             rows = valid_rows(values, feed)
             histograms[name].add((rows - plans[name].low) / plans[name].divisor)
     return {
-        name: with_range(made, histograms[name], recipe.ranges, recipe.percentile)
-        for name, made in plans.items()
+        name: with_range(smoothing, histograms[name], recipe.ranges, recipe.percentile)
+        for name, smoothing in plans.items()
     }

@@ -58,17 +58,17 @@ def _build(
 ) -> Quantized:
     model = read_onnx(context.graph)
     layers: list[Layer] = []
-    found = onnx_linears(model)
+    linears = onnx_linears(model)
     # A layer that stays in float reads its activation as it is: nothing is folded beside it.
-    float_sources = {linear.source for linear in found if linear.name in kept}
+    float_sources = {linear.source for linear in linears if linear.name in kept}
     free, rounded = fold_smoothing(
         model,
-        [item for item in found if item.name not in kept and item.source not in float_sources],
+        [item for item in linears if item.name not in kept and item.source not in float_sources],
         plans,
         rounded,
     )
     activations: dict[str, Any] = {}
-    for linear in found:
+    for linear in linears:
         if linear.name in kept:
             layers.append(float_layer(linear))
             continue

@@ -22,7 +22,7 @@ SMALLEST_TABLE = 1 << 18
 
 def find_tables(model: Any) -> list[tuple[str, Any]]:
     """Return (name, Gather node) of every large float embedding table used by one Gather only."""
-    found = []
+    tables = []
     for node in model.graph:
         if node.op_type != "Gather" or not node.inputs[0].is_initializer():
             continue
@@ -31,8 +31,8 @@ def find_tables(model: Any) -> list[tuple[str, Any]]:
         first = axis is None or axis.as_int() == 0
         big = len(table.shape) == 2 and int(np.prod(table.shape)) * 4 >= SMALLEST_TABLE
         if big and first and table.dtype.name == "FLOAT" and len(table.uses()) == 1:
-            found.append((table.name, node))
-    return found
+            tables.append((table.name, node))
+    return tables
 
 
 def quantize_tables(model: Any, kept: Collection[str]) -> list[Layer]:

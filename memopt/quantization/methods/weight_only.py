@@ -105,12 +105,12 @@ def _round(
         "name": linear.name,
     }
     if hessian is None:
-        made = rtn_quantize(weight, axis=1, **options)
+        quantized = rtn_quantize(weight, axis=1, **options)
         # With inputs that do not depend on each other the output's error is the weight's.
         hessian = np.eye(weight.shape[1])
     else:
-        made = gptq_quantize(weight, hessian, **options)
-    return made, output_error(weight, made.dequantize(), hessian) ** 2
+        quantized = gptq_quantize(weight, hessian, **options)
+    return quantized, output_error(weight, quantized.dequantize(), hessian) ** 2
 
 
 def _build(
@@ -146,9 +146,9 @@ def _product(graph: Any, linear: Linear, weight: QuantizedWeight) -> list[Any]:
     ]
     if blocks.points is not None:
         inputs.append(store(graph, f"{name}_zero", blocks.packed_points()))
-    made = f"{output}/product" if linear.bias is not None else output
+    label = f"{output}/product" if linear.bias is not None else output
     options = blocks.matmul_attributes(ACCURACY_LEVEL)
-    product = new_node("MatMulNBits", inputs, made, domain=MICROSOFT, **options)
+    product = new_node("MatMulNBits", inputs, label, domain=MICROSOFT, **options)
     if linear.bias is None:
         return [product]
     names = {"name": f"quantized/{output}/bias"}
