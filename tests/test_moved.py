@@ -48,7 +48,7 @@ def test_the_old_path_gives_the_same_module(old: str) -> None:
         ("memopt.federation.client", ["SyncClient"]),
         ("memopt.federation.server", ["SyncServer"]),
         ("memopt.federation.delta", ["compute_delta", "apply_delta"]),
-        ("memopt.federation.trust", ["SigningKey", "Trust", "Manifest", "add_trusted"]),
+        ("memopt.federation.trust", ["SigningKey", "Trust", "VersionManifest", "add_trusted"]),
     ],
 )
 def test_a_package_gives_the_names_of_the_module_before_it(module: str, names: list[str]) -> None:

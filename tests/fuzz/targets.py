@@ -404,10 +404,10 @@ def signed(data: bytes) -> None:
 
 
 def signed_seeds() -> list[bytes]:
-    from memopt.federation.trust.manifest import NO_HASH, Manifest
+    from memopt.federation.trust.manifest import NO_HASH, VersionManifest
     from memopt.federation.trust.signing import SigningKey
 
-    stated = Manifest(
+    stated = VersionManifest(
         adapter="a",
         node="n",
         kind="full",

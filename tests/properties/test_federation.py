@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memopt.federation.delta.arrays import DTYPES, FLOATS, weights_hash
 from memopt.federation.delta.compute import apply_delta, compute_delta
-from memopt.federation.delta.payload import Compressor, Row, Table, pack, read_table, unpack
+from memopt.federation.delta.payload import Compressor, Table, TensorRow, pack, read_table, unpack
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
@@ -249,7 +249,7 @@ def test_any_field_of_a_row_may_be_anything(place: int, value: object) -> None:
     row[place] = value
     compressor = Compressor()
 
-    table = Table(kind="delta", rows=(Row(name="a", operation="drop"),))
+    table = Table(kind="delta", rows=(TensorRow(name="a", operation="drop"),))
     honest = pack(table, [b""], compressor)
     assert read_table(honest, Limits())[0] == table
     text = canonical_json({"kind": "delta", "dictionary": "", "tensors": [row]})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.sync.options import Access, AsJson, grouped
+from memopt.commands.sync.options import AsJson, SyncAccess, grouped
 from memopt.commands.sync.output import print_report
 
 
@@ -14,7 +14,7 @@ from memopt.commands.sync.output import print_report
 def aggregate(
     adapter: Annotated[str, typer.Argument(help="The adapter that the average is a version of.")],
     inputs: Annotated[list[str], typer.Option("--input", help="One to average; repeatable.")],
-    access: Access,
+    access: SyncAccess,
     weight: Annotated[
         list[float] | None, typer.Option(help="Sample count of each input, in their order.")
     ] = None,

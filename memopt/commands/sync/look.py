@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.sync.options import Access, AsJson, grouped
+from memopt.commands.sync.options import AsJson, SyncAccess, grouped
 from memopt.commands.sync.output import kind, print_json, print_rows, when
 
 
 @grouped
 def status(
-    access: Access,
+    access: SyncAccess,
     adapter: Annotated[str | None, typer.Option(help="One adapter only.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +38,7 @@ def status(
 @grouped
 def history(
     adapter: Annotated[str, typer.Argument(help="The adapter's id.")],
-    access: Access,
+    access: SyncAccess,
     as_json: AsJson = False,
 ) -> None:
     """Print an adapter's versions and check each signature against trust.json."""
@@ -63,7 +63,7 @@ def history(
 def rollback(
     adapter: Annotated[str, typer.Argument(help="The adapter's id.")],
     to: Annotated[int, typer.Option(help="The version whose weights come back.")],
-    access: Access,
+    access: SyncAccess,
     as_json: AsJson = False,
 ) -> None:
     """Make an old version the newest again, under a new number (role admin)."""

@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from memopt.federation.client.manager import DeltaSyncManager
-    from memopt.federation.client.session import Session
+    from memopt.federation.client.session import NodeSession
     from memopt.federation.delta.settings import DeltaSettings
 
 Node = Annotated[str, typer.Option(help="This node's name.")]
@@ -31,7 +31,7 @@ DEFAULT_KEYS = Path("keys")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Access:
+class SyncAccess:
     """Which server, and as who."""
 
     node: Node
@@ -42,7 +42,7 @@ class Access:
     plain: Plain = False
     insecure: Insecure = False
 
-    def connect(self) -> Session:
+    def connect(self) -> NodeSession:
         """Return the client, the node's files and the settings in force."""
         from memopt.federation.client.session import connect
 
@@ -50,7 +50,7 @@ class Access:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfer:
+class SyncTransfer:
     """What a push and a pull take besides."""
 
     state: Annotated[Path, typer.Option(help="Folder of this node's sync state.")] = Path(
@@ -62,7 +62,7 @@ class Transfer:
         float | None, typer.Option(help="Seconds that all of it may take, retries included.")
     ] = None
 
-    def connect(self, access: Access) -> Session:
+    def connect(self, access: SyncAccess) -> NodeSession:
         """Return what :meth:`Access.connect` does, with the deadline."""
         from memopt.federation.client.session import connect
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.sync.options import Access, AsJson, Transfer, grouped
+from memopt.commands.sync.options import AsJson, SyncAccess, SyncTransfer, grouped
 from memopt.commands.sync.output import moving, print_report
 
 
@@ -15,8 +15,8 @@ from memopt.commands.sync.output import moving, print_report
 def pull(
     output: Annotated[Path, typer.Argument(help="PEFT folder, .safetensors or .parquet to write.")],
     adapter: Annotated[str, typer.Option(help="The adapter's id on the server.")],
-    access: Access,
-    transfer: Transfer,
+    access: SyncAccess,
+    transfer: SyncTransfer,
     as_json: AsJson = False,
 ) -> None:
     """Fetch the newest version, verify it and write it."""

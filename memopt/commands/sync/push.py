@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.sync.options import Access, AsJson, Coding, Transfer, grouped
+from memopt.commands.sync.options import AsJson, Coding, SyncAccess, SyncTransfer, grouped
 from memopt.commands.sync.output import moving, print_report
 
 
@@ -15,9 +15,9 @@ from memopt.commands.sync.output import moving, print_report
 def push(
     weights: Annotated[Path, typer.Argument(help="PEFT folder, .safetensors or .parquet.")],
     adapter: Annotated[str, typer.Option(help="The adapter's id on the server.")],
-    access: Access,
+    access: SyncAccess,
     coding: Coding,
-    transfer: Transfer,
+    transfer: SyncTransfer,
     full: Annotated[bool, typer.Option("--full", help="Send everything.")] = False,
     as_json: AsJson = False,
 ) -> None:

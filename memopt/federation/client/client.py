@@ -10,7 +10,7 @@ from typing import Any
 
 from memopt.errors import ConfigurationError
 from memopt.federation.client.jobs import Progress, PullJob, Push, PushJob, silent
-from memopt.federation.client.link import Link
+from memopt.federation.client.link import ServerLink
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.client.retries import Retries
 from memopt.federation.delta.arrays import Array, Weights, check_weights
@@ -29,8 +29,8 @@ from memopt.federation.trust.manifest import (
     KINDS,
     NO_HASH,
     Head,
-    Manifest,
     Signed,
+    VersionManifest,
     check_node,
     parse_signed,
 )
@@ -106,7 +106,7 @@ class SyncClient:
         if tls is None and not insecure:
             check_plain(host, f"a plain transport to {host} can be read and changed on the way")
         self.limits = limits or Limits()
-        self._link = Link(host, port, tls=tls, timeout=timeout, limits=self.limits)
+        self._link = ServerLink(host, port, tls=tls, timeout=timeout, limits=self.limits)
         if deadline is not None and not deadline > 0:
             raise ConfigurationError(f"deadline={deadline} is not positive")
         self._retries = Retries(most=max_retries, deadline=deadline, chance=random.Random(seed))
@@ -251,7 +251,7 @@ class SyncClient:
             trust.verify(versions[target], fresh=False)
             wanted = versions[target].manifest.new_hash
             head = versions[max(versions)].manifest.head()
-            manifest = Manifest.following(
+            manifest = VersionManifest.following(
                 head, adapter=adapter, node=node, kind="rollback", new_hash=wanted, target=target
             )
             return {"signed": key.sign(manifest).to_json()}
@@ -294,7 +294,7 @@ class SyncClient:
             versions = self.history(adapter)
             head = versions[-1].manifest.head() if versions else Head()
             body = canonical_json(request)
-            manifest = Manifest.following(
+            manifest = VersionManifest.following(
                 head, adapter=adapter, node=node, kind="aggregate", payload=body
             )
             return {"signed": key.sign(manifest).to_json(), "request": request}

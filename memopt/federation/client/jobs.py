@@ -18,8 +18,8 @@ from memopt.federation.trust.manifest import (
     MAX_SEQUENCE,
     NO_HASH,
     Head,
-    Manifest,
     Signed,
+    VersionManifest,
     parse_signed,
 )
 from memopt.federation.trust.nodes import Trust
@@ -116,7 +116,7 @@ class PushJob:
 
     def _sign(self, delta: Delta, head: Head) -> Signed:
         return self._push.key.sign(
-            Manifest.following(
+            VersionManifest.following(
                 head,
                 adapter=self._manager.adapter,
                 node=self._push.node,
@@ -147,7 +147,7 @@ class PushJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class PlanItem:
     """One version of a plan, and the file that brings it."""
 
     signed: Signed
@@ -211,7 +211,7 @@ class PullJob:
         for path in manager.folder.glob("*.incoming"):
             path.unlink(missing_ok=True)
 
-    def _check_plan(self, plan: dict[str, Any]) -> list[Item]:
+    def _check_plan(self, plan: dict[str, Any]) -> list[PlanItem]:
         """Verify the whole chain before a byte of it is fetched."""
         rows = plan.get("items")
         if not isinstance(rows, list) or len(rows) > _MAX_ITEMS:
@@ -224,7 +224,7 @@ class PullJob:
             head = items[-1].signed.manifest.head()
         return items
 
-    def _check_item(self, row: object, head: Head) -> Item:
+    def _check_item(self, row: object, head: Head) -> PlanItem:
         """Return a row of the plan, which must lead on from ``head``."""
         fields = check_keys("plan item", row, ("signed", "bytes", "sha256", "full"))
         signed, full = parse_signed(fields["signed"], self._limits), fields["full"] is True
@@ -250,7 +250,7 @@ class PullJob:
         same = (manifest.payload_bytes, manifest.payload_sha256) == (size, sha256)
         if not full and not (follows and same):
             raise SyncFailure("malformed", "the offered deltas do not form a chain")
-        return Item(signed, size, sha256, full)
+        return PlanItem(signed, size, sha256, full)
 
     def _verify(self, signed: Signed, *, full: bool) -> None:
         """Refuse a version that nobody trusted signed.
@@ -265,7 +265,9 @@ class PullJob:
                 raise
             raise SyncFailure("need-full", error.problem, fix=error.fix) from error
 
-    def _fetch(self, exchange: Exchange, number: int, item: Item, done: int, total: int) -> bytes:
+    def _fetch(
+        self, exchange: Exchange, number: int, item: PlanItem, done: int, total: int
+    ) -> bytes:
         """Return one item, going on from what an earlier attempt left."""
 
         def reached(there: int) -> None:

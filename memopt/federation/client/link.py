@@ -67,7 +67,7 @@ class _Watchdog:
                 self._wake.wait(None if left == float("inf") else left)
 
 
-class Link:
+class ServerLink:
     """Where a server is and how to reach it; each call is a connection of its own.
 
     Args:
@@ -244,7 +244,7 @@ class Exchange(Channel):
         with self._step(self._timeout):
             super().send(kind, fields, body)
 
-    def receive(self, *kinds: int, within: float | None = None) -> protocol.Frame:
+    def receive(self, *kinds: int, within: float | None = None) -> protocol.Message:
         """Read one message of these kinds, within so many seconds; an ERROR message is raised."""
         with self._step(within or self._timeout):
             return super().receive(*kinds)

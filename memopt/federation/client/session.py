@@ -71,7 +71,7 @@ class NodeFiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class NodeSession:
     """A client, its node's files and the settings in force."""
 
     client: SyncClient
@@ -109,7 +109,9 @@ class Session:
         return rows
 
 
-def connect(server: str, *, node: str, keys: str | Path, plain: bool, **options: Any) -> Session:
+def connect(
+    server: str, *, node: str, keys: str | Path, plain: bool, **options: Any
+) -> NodeSession:
     """Return a client for ``host:port``, with the retries and the timeout of the configuration.
 
     Args:
@@ -120,7 +122,7 @@ def connect(server: str, *, node: str, keys: str | Path, plain: bool, **options:
     config = load_config().federation
     files = NodeFiles(folder=Path(keys), node=node)
     client = client_of(server, config, tls=files.tls(plain=plain), **options)
-    return Session(client=client, files=files, config=config)
+    return NodeSession(client=client, files=files, config=config)
 
 
 def client_of(

@@ -35,7 +35,7 @@ from memopt.federation.delta.codecs import (
     difference,
     fp16_exponent,
 )
-from memopt.federation.delta.payload import Compressor, Row, Table, decode_row, pack, unpack
+from memopt.federation.delta.payload import Compressor, Table, TensorRow, decode_row, pack, unpack
 from memopt.federation.delta.settings import DeltaSettings, candidates
 from memopt.federation.limits import Limits
 
@@ -248,14 +248,14 @@ class _Draft:
         self._compressor = Compressor(
             settings.level, settings.dictionary, off=not settings.compress
         )
-        self._rows: list[Row] = []
+        self._rows: list[TensorRow] = []
         self._bodies: list[bytes] = []
         self._received = received
         self._reports: list[TensorReport] = []
 
     def drop(self, name: str) -> None:
         """Take a tensor away."""
-        self._rows.append(Row(name=name, operation="drop"))
+        self._rows.append(TensorRow(name=name, operation="drop"))
         self._bodies.append(b"")
         self.report(name, "removed", change=1.0)
 
@@ -310,11 +310,11 @@ class _Draft:
         base: Array | None,
         new: Array,
         levels: int = INT8_LEVELS,
-    ) -> tuple[Row, bytes, Array]:
+    ) -> tuple[TensorRow, bytes, Array]:
         number, how = BY_NAME[codec]
         plain = how.encode(new if base is None else base, new, param, levels)
         body, compressed = self._compressor.body(plain, noise=how.noise)
-        row = Row(
+        row = TensorRow(
             name=name,
             operation=operation,
             dtype=dtype_name(new),
@@ -327,7 +327,13 @@ class _Draft:
         return row, body, new if how.exact else decode_row(row, plain, base)
 
     def _add(
-        self, row: Row, body: bytes, got: Array, action: str, change: float, error: float = 0.0
+        self,
+        row: TensorRow,
+        body: bytes,
+        got: Array,
+        action: str,
+        change: float,
+        error: float = 0.0,
     ) -> None:
         self._rows.append(row)
         self._bodies.append(body)

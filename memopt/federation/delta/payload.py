@@ -47,7 +47,7 @@ _MAX_WINDOW = 1 << 27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TensorRow:
     """One tensor of the table. ``operation``: put (all of it), change (against the base), drop."""
 
     name: str
@@ -80,7 +80,7 @@ class Table:
     """What a payload says it holds."""
 
     kind: str
-    rows: tuple[Row, ...]
+    rows: tuple[TensorRow, ...]
     dictionary: str = _NO_DICTIONARY  # SHA-256 of the zstd dictionary, or nothing
 
     @property
@@ -226,7 +226,7 @@ def _parse_table(raw: dict[str, Any], limits: Limits) -> Table:
     return table
 
 
-def _parse_row(row: object, limits: Limits) -> Row:
+def _parse_row(row: object, limits: Limits) -> TensorRow:
     if not isinstance(row, list) or len(row) not in (2, 8):
         raise SyncFailure("malformed", "a tensor's row has not 2 or 8 fields")
     name = check_tensor_name(row[0], limits)
@@ -234,7 +234,7 @@ def _parse_row(row: object, limits: Limits) -> Row:
     if (operation == "drop") != (len(row) == 2):
         raise SyncFailure("malformed", f"{name}: fields do not suit operation {operation}")
     if operation == "drop":
-        return Row(name=name, operation=operation)
+        return TensorRow(name=name, operation=operation)
     dtype = row[2]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise SyncFailure("malformed", f"{name}: unknown dtype")
@@ -244,7 +244,7 @@ def _parse_row(row: object, limits: Limits) -> Row:
     codec = CODECS[row[4]]
     if codec.needs_base != (operation == "change"):
         raise SyncFailure("malformed", f"{name}: codec {codec.name} does not suit {operation}")
-    whole = Row(
+    whole = TensorRow(
         name=name,
         operation=operation,
         dtype=dtype,
@@ -324,7 +324,7 @@ def unpack(
     return result
 
 
-def decode_row(row: Row, body: Bytes, base: Array | None) -> Array:
+def decode_row(row: TensorRow, body: Bytes, base: Array | None) -> Array:
     """Return the tensor of one row; the array owns its memory."""
     known = _NOTHING if base is None else base
     decoded = CODECS[row.codec].decode(known, body, row.dtype, row.param).reshape(row.shape)

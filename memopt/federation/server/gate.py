@@ -39,7 +39,7 @@ _HANDSHAKES, _BACKLOG = 256, 512
 _REFUSALS_AT_ONCE, _REFUSALS_PER_SECOND = 20, 1.0
 
 
-class Gate:
+class SyncGate:
     """Accepts connections and relays them to the Flight server on a private socket.
 
     Args:

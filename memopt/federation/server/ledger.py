@@ -10,7 +10,7 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.server.store import Store
 from memopt.federation.server.tickets import Identity
 from memopt.federation.trust.audit import AuditLog
-from memopt.federation.trust.manifest import Manifest, Signed, parse_signed
+from memopt.federation.trust.manifest import Signed, VersionManifest, parse_signed
 from memopt.federation.trust.nodes import Trust
 
 
@@ -41,7 +41,7 @@ class Ledger:
         self.trust.verify(signed, fresh=True)
         return signed
 
-    def has(self, manifest: Manifest) -> bool:
+    def has(self, manifest: VersionManifest) -> bool:
         """Return whether a manifest is the newest version already; False when it can be the next.
 
         Raises:
@@ -97,7 +97,7 @@ class Ledger:
             **more,
         )
 
-    def _was_here(self, manifest: Manifest) -> bool:
+    def _was_here(self, manifest: VersionManifest) -> bool:
         if manifest.sequence not in self.store.sequences(manifest.adapter):
             return False
         old = self.store.signed(manifest.adapter, manifest.sequence).manifest

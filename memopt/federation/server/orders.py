@@ -19,7 +19,7 @@ from memopt.federation.limits import canonical_json, check_adapter, check_keys
 from memopt.federation.server.ledger import Ledger
 from memopt.federation.server.tickets import Identity
 from memopt.federation.server.uploads import Uploads
-from memopt.federation.trust.manifest import Manifest, Signed
+from memopt.federation.trust.manifest import Signed, VersionManifest
 from memopt.federation.trust.signing import SigningKey
 
 _EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -98,7 +98,7 @@ def _check_request(value: object) -> dict[str, Any]:
     return request
 
 
-def _average(ledger: Ledger, order: Manifest, request: Mapping[str, Any]) -> Aggregate:
+def _average(ledger: Ledger, order: VersionManifest, request: Mapping[str, Any]) -> Aggregate:
     clients = []
     for name in request["inputs"]:
         # An average shows what it is made of: the admin must be allowed to read each input.
@@ -116,7 +116,7 @@ def _commit(
     uploads: Uploads,
     node: str,
     key: SigningKey,
-    order: Manifest,
+    order: VersionManifest,
     result: Aggregate,
     codec: str,
 ) -> Signed:
@@ -128,7 +128,7 @@ def _commit(
         chosen = DeltaSettings(codec=codec, levels=INT8_LEVELS, delta_threshold=0)
         delta = compute_delta(held, result.weights, chosen)
         signed = key.sign(
-            Manifest.following(
+            VersionManifest.following(
                 head,
                 adapter=order.adapter,
                 node=node,

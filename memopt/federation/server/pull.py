@@ -22,7 +22,7 @@ _MAX_CHAIN = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class VersionFile:
     """One thing to send: a version, and the file that brings it."""
 
     signed: Signed
@@ -40,7 +40,7 @@ class Item:
         }
 
 
-def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[Item]:
+def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[VersionFile]:
     """Return what brings a client at ``sequence`` up to date.
 
     Raises:
@@ -57,12 +57,12 @@ def plan(store: Store, adapter: str, sequence: int, weights_hash: str) -> list[I
             if size <= total_bytes(store.weights(adapter, head.sequence)) // 2:
                 return chain
         newest = store.signed(adapter, head.sequence)
-        return [Item(newest, store.snapshot(adapter, head.sequence), True)]
+        return [VersionFile(newest, store.snapshot(adapter, head.sequence), True)]
 
 
 def _chain(
     store: Store, adapter: str, sequence: int, weights_hash: str, newest: int
-) -> list[Item] | None:
+) -> list[VersionFile] | None:
     if not 0 < sequence < newest or newest - sequence > _MAX_CHAIN:
         return None
     if sequence not in store.sequences(adapter):
@@ -74,7 +74,7 @@ def _chain(
         signed, payload = store.signed(adapter, number), store.payload(adapter, number)
         if payload is None or signed.manifest.kind != "delta":
             return None
-        items.append(Item(signed, payload, False))
+        items.append(VersionFile(signed, payload, False))
     return items
 
 

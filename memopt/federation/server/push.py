@@ -11,7 +11,7 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.server.ledger import Ledger
 from memopt.federation.server.tickets import Busy, Identity
 from memopt.federation.server.uploads import Uploads
-from memopt.federation.trust.manifest import Manifest, Signed
+from memopt.federation.trust.manifest import Signed, VersionManifest
 from memopt.federation.wire import protocol
 from memopt.federation.wire.channel import Channel, receive_chunks
 from memopt.metrics import count
@@ -77,7 +77,7 @@ def _finish(ledger: Ledger, identity: Identity, signed: Signed, path: Path) -> b
 
 
 def _commit(ledger: Ledger, signed: Signed, path: Path, payload: bytes) -> None:
-    manifest: Manifest = signed.manifest
+    manifest: VersionManifest = signed.manifest
     try:
         base = ledger.store.weights(manifest.adapter, manifest.sequence - 1)
         weights = ledger.store.decode(payload, base, kind=manifest.kind)

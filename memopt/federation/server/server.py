@@ -13,7 +13,7 @@ from typing import Any
 
 from memopt.federation.limits import Limits
 from memopt.federation.server.desk import Desk
-from memopt.federation.server.gate import Gate
+from memopt.federation.server.gate import SyncGate
 from memopt.federation.server.ledger import Ledger
 from memopt.federation.server.orders import Signer
 from memopt.federation.server.service import FlightService
@@ -95,7 +95,7 @@ class SyncServer:
         signer = Signer(node=chosen.node, key=chosen.key)
         self._flight = FlightService(Desk(ledger, uploads, tickets, signer))
         try:
-            self._gate = Gate(
+            self._gate = SyncGate(
                 chosen.host,
                 chosen.port,
                 inner=self._flight.path,

@@ -14,7 +14,7 @@ from types import TracebackType
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
 from memopt.federation.server.store import storage
-from memopt.federation.trust.manifest import Manifest
+from memopt.federation.trust.manifest import VersionManifest
 from memopt.federation.trust.vault import Appending, Vault
 
 
@@ -84,7 +84,7 @@ class Uploads:
         self._expire()
 
     @contextmanager
-    def open(self, manifest: Manifest) -> Iterator[Upload]:
+    def open(self, manifest: VersionManifest) -> Iterator[Upload]:
         """Open the upload that ``manifest`` is about, where it was left."""
         name = (manifest.adapter, manifest.node, manifest.payload_sha256, manifest.payload_bytes)
         key = hashlib.sha256("\0".join(map(str, name)).encode()).hexdigest()[:32]

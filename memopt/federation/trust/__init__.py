@@ -3,7 +3,7 @@
 from memopt.onuse import names_on_use
 
 _MODULES = {
-    "manifest": ("KINDS", "NO_HASH", "Manifest", "Signed", "check_node", "parse_signed"),
+    "manifest": ("KINDS", "NO_HASH", "VersionManifest", "Signed", "check_node", "parse_signed"),
     "nodes": ("Node", "ROLES", "Trust", "add_trusted"),
     "signing": ("SigningKey", "check_private", "signature_holds"),
 }

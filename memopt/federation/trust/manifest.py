@@ -35,7 +35,7 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class VersionManifest:
     """What the signer states about one version of one adapter."""
 
     adapter: str
@@ -62,7 +62,7 @@ class Manifest:
         new_hash: str = NO_HASH,
         payload: bytes = b"",
         target: int = 0,
-    ) -> Manifest:
+    ) -> VersionManifest:
         """Return what is stated, now, about the version after ``head``."""
         return cls(
             adapter=adapter,
@@ -95,7 +95,7 @@ class Manifest:
 class Signed:
     """A manifest, the public key (64 hex digits) and the signature (128 hex digits)."""
 
-    manifest: Manifest
+    manifest: VersionManifest
     key: str
     signature: str
 
@@ -112,7 +112,7 @@ def parse_signed(value: object, limits: Limits | None = None) -> Signed:
     """
     limits = limits or Limits()
     outer = check_keys("signed manifest", value, ("manifest", "key", "signature"))
-    raw = check_keys("manifest", outer["manifest"], [f.name for f in fields(Manifest)])
+    raw = check_keys("manifest", outer["manifest"], [f.name for f in fields(VersionManifest)])
     if raw["format"] != FORMAT or type(raw["format"]) is not int:
         raise SyncFailure("unknown-version", f"manifest format {raw['format']!r:.40} is not 1")
     check_adapter(raw["adapter"])
@@ -133,7 +133,7 @@ def parse_signed(value: object, limits: Limits | None = None) -> Signed:
         raise SyncFailure("malformed", "signature is not 128 hex digits")
     check_hash("signature", signature[:64])
     check_hash("signature", signature[64:])
-    return Signed(manifest=Manifest(**raw), key=key, signature=signature)
+    return Signed(manifest=VersionManifest(**raw), key=key, signature=signature)
 
 
 def check_node(name: object) -> str:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from memopt.errors import ConfigurationError
-from memopt.federation.trust.manifest import Manifest, Signed
+from memopt.federation.trust.manifest import Signed, VersionManifest
 from memopt.files import open_plain
 from memopt.sealing import check_private, write_private
 
@@ -68,7 +68,7 @@ class SigningKey:
         """Return the public key as 64 hex digits."""
         return self._private.public_key().public_bytes_raw().hex()
 
-    def sign(self, manifest: Manifest) -> Signed:
+    def sign(self, manifest: VersionManifest) -> Signed:
         """Return the manifest with this key's signature."""
         signature = self._private.sign(manifest.text())
         return Signed(manifest=manifest, key=self.public(), signature=signature.hex())

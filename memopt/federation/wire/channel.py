@@ -32,7 +32,7 @@ class Channel:
         """Write one message; blocks while the peer does not read (backpressure)."""
         self._writer.write_metadata(pa.py_buffer(protocol.encode(kind, dict(fields or {}), body)))
 
-    def receive(self, *kinds: int) -> protocol.Frame:
+    def receive(self, *kinds: int) -> protocol.Message:
         """Read one message of these kinds; an ERROR message is raised.
 
         Raises:

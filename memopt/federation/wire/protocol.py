@@ -38,7 +38,7 @@ KINDS = (HELLO, STATE, OFFER, RESUME, CHUNK, ACK, DONE, PLAN, GET, BYE, ERROR)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Message:
     """One message."""
 
     kind: int
@@ -58,7 +58,7 @@ def encode(kind: int, fields: dict[str, Any] | None = None, body: Any = b"") -> 
     return b"".join((head, text, body, _CRC.pack(crc)))
 
 
-def decode(data: bytes | memoryview, limits: Limits) -> Frame:
+def decode(data: bytes | memoryview, limits: Limits) -> Message:
     """Return the message in ``data``; the body is a view of it.
 
     Raises:
@@ -88,7 +88,7 @@ def decode(data: bytes | memoryview, limits: Limits) -> Frame:
         raise SyncFailure("too-large", f"message fields have {text} bytes")
     start = _HEAD.size + text
     fields = strict_json(bytes(view[_HEAD.size : start]), what="message")
-    return Frame(kind, fields, view[start : start + body])
+    return Message(kind, fields, view[start : start + body])
 
 
 def encode_error(error: SyncFailure) -> dict[str, str]:

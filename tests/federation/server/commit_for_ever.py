@@ -11,7 +11,7 @@ import numpy as np
 from memopt.federation.delta.compute import compute_delta
 from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.server.store import Store
-from memopt.federation.trust.manifest import Manifest
+from memopt.federation.trust.manifest import VersionManifest
 from memopt.federation.trust.signing import SigningKey
 
 if __name__ == "__main__":
@@ -23,7 +23,7 @@ if __name__ == "__main__":
         rng = np.random.default_rng(head.sequence)
         weights = {"w": rng.normal(size=50_000).astype("float32")}
         delta = compute_delta(base, weights, DeltaSettings(codec="int8"))
-        manifest = Manifest(
+        manifest = VersionManifest(
             adapter="lora",
             node="x",
             kind=delta.kind,

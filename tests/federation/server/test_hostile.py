@@ -27,7 +27,7 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, canonical_json
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.authority import issue
-from memopt.federation.trust.manifest import NO_HASH, Manifest
+from memopt.federation.trust.manifest import NO_HASH, VersionManifest
 from memopt.federation.trust.nodes import Node, Trust, add_trusted
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire import protocol
@@ -58,7 +58,7 @@ def raw_client(fleet, port: int, node: str) -> flight.FlightClient:
     )
 
 
-def manifest(payload: bytes, **changes: Any) -> Manifest:
+def manifest(payload: bytes, **changes: Any) -> VersionManifest:
     values: dict[str, Any] = {
         "adapter": "lora",
         "node": "alice",
@@ -71,10 +71,10 @@ def manifest(payload: bytes, **changes: Any) -> Manifest:
         "payload_bytes": len(payload),
         "time": int(time.time()),
     }
-    return Manifest(**(values | changes))
+    return VersionManifest(**(values | changes))
 
 
-def offer(fleet, manifest: Manifest) -> bytes:
+def offer(fleet, manifest: VersionManifest) -> bytes:
     signed = fleet.keys["alice"].sign(manifest).to_json()
     return protocol.encode(protocol.OFFER, {"signed": signed})
 

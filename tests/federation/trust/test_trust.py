@@ -20,7 +20,7 @@ from memopt.federation.limits import strict_json
 from memopt.federation.server.server import SyncServer
 from memopt.federation.trust.audit import AuditLog, check_audit
 from memopt.federation.trust.authority import init_ca, issue, node_of
-from memopt.federation.trust.manifest import NO_HASH, Manifest, parse_signed
+from memopt.federation.trust.manifest import NO_HASH, VersionManifest, parse_signed
 from memopt.federation.trust.nodes import Node, Trust, add_trusted
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire.tls import TlsFiles
@@ -187,7 +187,7 @@ def test_plain_transport_stays_on_loopback(fleet, tmp_path: Path) -> None:
         assert fleet.client(server.port).status() == []
 
 
-def manifest(**changes: object) -> Manifest:
+def manifest(**changes: object) -> VersionManifest:
     values = {
         "adapter": "lora",
         "node": "alice",
@@ -200,7 +200,7 @@ def manifest(**changes: object) -> Manifest:
         "payload_bytes": 10,
         "time": 1_000_000,
     }
-    return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+    return VersionManifest(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_any_changed_field_breaks_the_signature() -> None:
