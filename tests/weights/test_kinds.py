@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,11 @@ def test_parts_of_one_model_are_not_several_models() -> None:
 
 def test_the_tables_name_model_types_of_transformers_and_each_once() -> None:
     """A misspelt name would be of no model."""
-    configurations = pytest.importorskip("transformers.models.auto.configuration_auto")
-    known = set(configurations.CONFIG_MAPPING_NAMES)
-    assert known >= IMAGE | AUDIO | DUAL
-    assert known >= set(OTHERS)
     assert not (IMAGE | AUDIO | DUAL) & set(OTHERS)
+    configurations = pytest.importorskip("transformers.models.auto.configuration_auto")
+    unknown = (IMAGE | AUDIO | DUAL | set(OTHERS)) - set(configurations.CONFIG_MAPPING_NAMES)
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    if f"transformers=={metadata.version('transformers')}\n" in pins:
+        assert not unknown
+    else:  # the tables are of the newest; an older one lacks a few
+        assert len(unknown) < 10
