@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +13,7 @@ from memopt.commands.console import echo, say
 from memopt.commands.memory.opened import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
-    from memopt.memory.lifecycle.consolidation import Consolidation
+    from memopt.memory.lifecycle.worker import Saving
 
 
 def consolidate(
@@ -46,18 +48,13 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Summarise memories that are read often, archive old ones, and show what came of it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from memopt.commands.console import stderr
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
     from memopt.memory.lifecycle import from_settings as configured
     from memopt.memory.lifecycle.consolidation import consolidate as run
     from memopt.memory.lifecycle.consolidation import plan
-    from memopt.memory.lifecycle.schedule import SAVED
-    from memopt.memory.privacy.erase import reclaim
+    from memopt.memory.lifecycle.worker import Saving, saving
 
-    console = stderr()
     settings = load_config().consolidation
     recipe = configured.recipe(
         settings,
@@ -78,43 +75,42 @@ def consolidate(
             where=origins(),
             say=say,
         )
-        before = opened.stats().bytes_on_disk
         if dry_run:
-            report, after = plan(opened, recipe), before
+            size = opened.stats().bytes_on_disk
+            saved = Saving(report=plan(opened, recipe), before=size, after=size)
         else:
-            with Progress(
-                TextColumn("consolidate"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                console=console,
-                disable=not console.is_terminal,
-            ) as bar:
-                task = bar.add_task("consolidate", total=None)
-                report = run(
+            with _progress() as step:
+                saved = saving(
                     opened,
-                    recipe,
-                    llm=writer,
-                    on_step=lambda done, total: bar.update(task, completed=done, total=total),
+                    lambda: run(opened, recipe, llm=writer, on_step=step),
+                    drop_versions=compact,
                 )
-            if compact:
-                reclaim(opened)
-            after = opened.stats().bytes_on_disk
-            if compact and before and after:
-                opened.event(SAVED, json.dumps({"before": before, "after": after}))
         events = [
             event.detail
             for event in opened.events("consolidation-failed")
             if event.retry_at and event.retry_at > opened.database.now()
         ]
     if as_json:
-        echo(json.dumps(document(report, before, after, events), indent=1))
+        echo(json.dumps(document(saved, events), indent=1))
     else:
-        tell(report, before, after, events)
+        tell(saved, events)
 
 
-def document(
-    report: Consolidation, before: int | None, after: int | None, events: list[str]
-) -> dict[str, object]:
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from memopt.commands.console import stderr
+
+    console = stderr()
+    columns = (TextColumn("consolidate"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("consolidate", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def document(saved: Saving, events: list[str]) -> dict[str, object]:
+    report = saved.report
     return {
         "dry_run": report.dry_run,
         "scanned": report.plan.scanned,
@@ -131,17 +127,18 @@ def document(
         "failed": report.failed,
         "stale": report.stale,
         "waiting": events,
-        "bytes_before": before,
-        "bytes_after": after,
+        "bytes_before": saved.before,
+        "bytes_after": saved.after,
         "seconds": round(report.seconds, 3),
     }
 
 
-def tell(report: Consolidation, before: int | None, after: int | None, events: list[str]) -> None:
+def tell(saved: Saving, events: list[str]) -> None:
     from rich.table import Table
 
     from memopt.commands.console import stdout
 
+    report, before, after = saved.report, saved.before, saved.after
     console = stdout(100)
     what = "would happen" if report.dry_run else "happened"
     table = Table("short-term memories", "count", f"what {what}", title="consolidation")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memopt.memory.lifecycle.consolidation import Consolidation
+    from memopt.memory.lifecycle.worker import ConsolidationWorker
 
 
 def worker(
@@ -39,16 +40,14 @@ def worker(
     end it after the batch at work.
     """
     import asyncio
-    import signal
 
     from memopt.commands.memory.consolidate import document, tell
     from memopt.commands.memory.opened import opened as open_store
     from memopt.config import load_config, origins
     from memopt.errors import ConfigurationError
     from memopt.memory.lifecycle import from_settings as configured
-    from memopt.memory.lifecycle.schedule import SAVED, due
-    from memopt.memory.lifecycle.worker import ConsolidationWorker
-    from memopt.memory.privacy.erase import reclaim
+    from memopt.memory.lifecycle.schedule import due
+    from memopt.memory.lifecycle.worker import ConsolidationWorker, saving
 
     settings = load_config().consolidation
     triggers = configured.triggers(settings)
@@ -70,19 +69,14 @@ def worker(
         )
 
         def around(why: str, run: Callable[[], Consolidation]) -> None:
-            before = opened.stats().bytes_on_disk
-            report = run()
-            # Old versions keep the room until they are dropped, and the pressure with it.
-            reclaim(opened)
-            after = opened.stats().bytes_on_disk
-            if before and after:
-                opened.event(SAVED, json.dumps({"before": before, "after": after}))
+            saved = saving(opened, run)
+            now = opened.database.now()
             if as_json:
-                line = {"why": why, "at": opened.database.now().isoformat()}
-                echo(json.dumps(line | document(report, before, after, [])))
+                line = {"why": why, "at": now.isoformat()}
+                echo(json.dumps(line | document(saved, [])))
             else:
-                echo(f"{opened.database.now():%Y-%m-%d %H:%M:%S} by {why}")
-                tell(report, before, after, [])
+                echo(f"{now:%Y-%m-%d %H:%M:%S} by {why}")
+                tell(saved, [])
 
         condenser = ConsolidationWorker(
             opened,
@@ -102,15 +96,19 @@ def worker(
         by = [f"schedule {triggers.cron!r} (UTC)"] if triggers.cron else []
         by += [f"more than {triggers.pressure_mb:g} MB"] if triggers.pressure_mb else []
         say(f"watching {opened.place}: {', '.join(by)}; Ctrl-C ends it")
-
-        async def watch() -> None:
-            stop = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stop.set)
-            await condenser.start()
-            await stop.wait()
-            await condenser.stop()
-
-        asyncio.run(watch())
+        asyncio.run(_watch(condenser))
         say("stopped")
+
+
+async def _watch(condenser: ConsolidationWorker) -> None:
+    """Let it work until Ctrl-C or SIGTERM."""
+    import asyncio
+    import signal
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await condenser.start()
+    await stop.wait()
+    await condenser.stop()

@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.memory.lifecycle.consolidation import Consolidation, Progress, consolidate, plan
 from memopt.memory.lifecycle.llm import Summariser
 from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
-from memopt.memory.lifecycle.schedule import Triggers, due
+from memopt.memory.lifecycle.schedule import SAVED, Triggers, due
 from memopt.memory.memory_store import MemoryStore
+from memopt.memory.privacy.erase import reclaim
 
 _LOG = logging.getLogger(__name__)
 
-__all__ = ["Consolidation", "ConsolidationRecipe", "ConsolidationWorker", "Triggers"]
+__all__ = [
+    "Consolidation",
+    "ConsolidationRecipe",
+    "ConsolidationWorker",
+    "Saving",
+    "Triggers",
+    "saving",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What a run did, and the bytes on disk before and after it; None where nobody can tell."""
+
+    report: Consolidation
+    before: int | None
+    after: int | None
+
+
+def saving(
+    store: MemoryStore, run: Callable[[], Consolidation], *, drop_versions: bool = True
+) -> Saving:
+    """Do a run, give its room back to the disk, and write down what it saved.
+
+    Args:
+        drop_versions: old versions keep the room, and the pressure with it, until they are dropped.
+    """
+    before = store.stats().bytes_on_disk
+    report = run()
+    if drop_versions:
+        reclaim(store)
+    after = store.stats().bytes_on_disk
+    if drop_versions and before and after:
+        store.event(SAVED, json.dumps({"before": before, "after": after}))
+    return Saving(report=report, before=before, after=after)
 
 
 class ConsolidationWorker:
