@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memopt.moved import find_moved
+from memopt.onuse import names_on_use
 
 # onnxruntime (since 1.32) and openvino report usage over the network. Nobody asked for that; and
 # the thread that does it, started by the import, leaves a child of fork() hanging when it exits.
@@ -25,20 +26,10 @@ if TYPE_CHECKING:
     from memopt.bundle import Bundle, open_bundle
     from memopt.runtimes.engine import ArrowEngine
 
-_HOMES = {
-    "ArrowEngine": "memopt.runtimes.engine",
-    "Bundle": "memopt.bundle",
-    "open_bundle": "memopt.bundle",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `import memopt` costs nothing (PEP 562).
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'memopt' has no attribute {name!r}")
+# Loaded on first use, so that `import memopt` costs nothing.
+__getattr__ = names_on_use(
+    __name__, {"runtimes.engine": ("ArrowEngine",), "bundle": ("Bundle", "open_bundle")}
+)
 
 
 def __dir__() -> list[str]:

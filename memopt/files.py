@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import BinaryIO
 
 from memopt.errors import ConfigurationError
 
@@ -49,9 +50,9 @@ def atomic_path(target: Path, mode: int = 0o666) -> Iterator[Path]:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
         yield path
-        _sync(path)
+        sync(path)
         path.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         path.unlink(missing_ok=True)
 
@@ -113,6 +114,27 @@ def open_plain(path: Path, flags: int = os.O_RDWR | os.O_CREAT, mode: int = 0o60
         os.close(descriptor)
         raise ConfigurationError(f"{path} is no plain file", fix="delete it")
     return descriptor
+
+
+def lock_plain(path: Path) -> BinaryIO | None:
+    """Open a file that is ours alone and lock it until it is closed; None where another has it.
+
+    Raises:
+        ConfigurationError, OSError: as :func:`open_plain`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "lock"
+    >>> with lock_plain(path) as first:
+    ...     lock_plain(path) is None
+    True
+    """
+    file = os.fdopen(open_plain(path), "r+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def read_plain(path: Path) -> bytes | None:
@@ -193,9 +215,9 @@ def _locked(folder: Path) -> Iterator[bool | None]:
 def publish(staged: Path, target: Path) -> None:
     """Flush ``staged`` (a file on the same file system) and rename it onto ``target``."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sync(staged)
+    sync(staged)
     staged.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 @contextmanager
@@ -222,7 +244,7 @@ def swapped_in(files: Mapping[Path, Path], committed: Callable[[], bool]) -> Ite
     """
     for target, file in files.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sync(file)
+        sync(file)
     kept = {
         target: file.with_name(f".{file.name}.old")
         for target, file in files.items()
@@ -236,7 +258,7 @@ def swapped_in(files: Mapping[Path, Path], committed: Callable[[], bool]) -> Ite
             begun.append(target)
             file.replace(target)
         for folder in {target.parent for target in files}:
-            _sync(folder)
+            sync(folder)
         yield
     except BaseException:
         if not committed():
@@ -268,7 +290,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,10 +12,8 @@ Each room uses those above it in this list. :class:`MemoryStore` joins the first
 :func:`open_memory` all of them. The names below are imported on use.
 """
 
-from importlib import import_module
-from typing import Any
-
 from memopt.extras import require
+from memopt.onuse import names_on_use
 
 require("pyarrow", extra="memory", why="keep a memory")
 
@@ -40,11 +38,6 @@ _PUBLIC = {
     "lifecycle.schedule": "Triggers",
     "lifecycle.worker": "ConsolidationWorker",
 }
-_WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+_MODULES = {module: names.split() for module, names in _PUBLIC.items()}
+__all__ = sorted(name for names in _MODULES.values() for name in names)
+__getattr__ = names_on_use(__name__, _MODULES)

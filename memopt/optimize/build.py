@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,10 @@ from memopt.exporters.base import export
 from memopt.optimize.plan import Candidate, Outcome
 from memopt.quantization.accuracy.calibration import CalibrationSet, split
 from memopt.quantization.accuracy.gate import Gate
-from memopt.quantization.quantize import Samples, quantize, size_of
+from memopt.quantization.quantize import Samples, Step, quantize, size_of
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes.providers import canonical, missing
 
-Step = Callable[[str], None]
 VALIDATION_SAMPLES = 512
 USED_UP = "the budget was used up"
 # The float graphs that quantization starts from and that quality is measured against.

@@ -14,13 +14,14 @@ from memopt.benchmark.record import hardware, versions
 from memopt.bundle import Bundle, Manifest, Variant, open_bundle, stamp
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file
-from memopt.optimize.build import USED_UP, Inputs, Step, build, build_bases
+from memopt.optimize.build import USED_UP, Inputs, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
 from memopt.optimize.report import write_html
 from memopt.quantization.accuracy.calibration import described
 from memopt.quantization.accuracy.gate import Gate
+from memopt.quantization.quantize import Step
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams

@@ -14,10 +14,8 @@ the two is true (:meth:`DeltaSyncManager.recover`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,7 +42,7 @@ from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.limits import Limits, check_adapter, check_hash, check_keys, strict_json
 from memopt.federation.trust.manifest import NO_HASH, Signed
 from memopt.federation.trust.vault import Vault
-from memopt.files import atomic_path, open_plain
+from memopt.files import atomic_path, lock_plain
 
 _STATE, _PENDING = "state.json", "pending.json"
 _KEPT = (".safetensors", ".residual", ".carry")
@@ -101,14 +99,12 @@ class DeltaSyncManager:
             self._dictionaries[key] = self.settings.dictionary
         self.folder = Path(folder) / adapter
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock_file = os.fdopen(open_plain(self.folder / "lock"), "r+b")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock_file.close()
+        lock = lock_plain(self.folder / "lock")
+        if lock is None:
             raise SyncError(
                 f"state {self.folder} is in use by another process", fix="wait for it to finish"
-            ) from error
+            )
+        self._lock_file = lock
         try:
             kept = (p for p in self.folder.iterdir() if p.suffix in _KEPT)
             self.vault.admit(self.folder, kept)

@@ -16,7 +16,6 @@ absent. Only the newest versions, and one in twenty, keep their weights; others 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits, check_adapter, strict_json
 from memopt.federation.trust.manifest import Head, Signed, parse_signed
 from memopt.federation.trust.vault import Vault
-from memopt.files import open_plain
+from memopt.files import lock_plain, sync
 
 MANIFEST, PAYLOAD, WEIGHTS, SNAPSHOT = (
     "manifest.json",
@@ -88,14 +87,12 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.incoming.mkdir(exist_ok=True)
         (self.folder / "adapters").mkdir(exist_ok=True)
-        self._lock_file = os.fdopen(open_plain(self.folder / "lock"), "r+b")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock_file.close()
+        lock = lock_plain(self.folder / "lock")
+        if lock is None:
             raise ConfigurationError(
                 f"store {self.folder} is in use by another server", fix="stop it first"
-            ) from error
+            )
+        self._lock_file = lock
         versions = self.folder / "adapters"
         for leftover in versions.glob("*/.*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -234,15 +231,15 @@ class Store:
                 # Manifests hold hashes and names only, and any reader may check them: never sealed.
                 Vault().write(staging / MANIFEST, [json.dumps(signed.to_json(), indent=1).encode()])
                 if payload is not None:
-                    _sync(payload)
+                    sync(payload)
                     os.link(payload, staging / PAYLOAD)
-                _sync(staging)
+                sync(staging)
                 staging.rename(target)
                 if payload is not None:
                     # The version's payload is this very file: under this name it could be written.
                     payload.unlink(missing_ok=True)
-                _sync(folder)
-                _sync(folder.parent)
+                sync(folder)
+                sync(folder.parent)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         self._remember(manifest.new_hash, weights)
@@ -341,11 +338,3 @@ def storage(what: str) -> Iterator[None]:
         raise SyncFailure(
             "storage", f"{what} cannot be stored: {reason}", fix="free space on the server"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,5 @@
 """What happened together, means the same or is recalled together; retrieval that follows it."""
 
-from typing import Any
+from memopt.onuse import names_on_use
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("AssociationGraph", "GraphRecipe"):
-        from memopt.memory.graph import association
-
-        return getattr(association, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_on_use(__name__, {"association": ("AssociationGraph", "GraphRecipe")})
