@@ -49,6 +49,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/make_rooms.py --check
 
 # A shell in which `memopt` and `python` are those of .venv.
 shell: .venv/.demo
