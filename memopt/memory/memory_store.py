@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.memory.io.arrow_rows import arrow_memories
 from memopt.memory.io.export import Transfer, export
@@ -19,15 +20,7 @@ from memopt.memory.io.imports import Import
 from memopt.memory.model.content import check_content
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.payload import Cipher
-from memopt.memory.model.schema import (
-    AddResult,
-    Content,
-    Embedder,
-    Filter,
-    Hit,
-    Memory,
-    NewMemory,
-)
+from memopt.memory.model.schema import AddResult, Content, Embedder, Filter, Hit, Memory, NewMemory
 from memopt.memory.search.searcher import Searcher, check_top_k
 from memopt.memory.search.vector_index import VectorIndex
 from memopt.memory.store.access_counts import AccessCounts
@@ -42,9 +35,6 @@ from memopt.memory.store.reembed import Move
 from memopt.memory.store.stats import Stats, stats
 from memopt.memory.store.upkeep import Upkeep
 from memopt.memory.store.writer import Writer
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class MemoryStore:
@@ -300,11 +290,7 @@ class MemoryStore:
         return found
 
     def candidates(
-        self,
-        vector: NDArray[Any] | Sequence[float],
-        *,
-        where: Filter = EVERYTHING,
-        top_k: int = 10,
+        self, vector: NDArray[Any] | Sequence[float], *, where: Filter = EVERYTHING, top_k: int = 10
     ) -> list[tuple[str, float]]:
         """Return (id, cosine similarity), best first, without reading the memories.
 
@@ -316,12 +302,7 @@ class MemoryStore:
         return self.searcher.candidates([vector], where=where, top_k=top_k)[0]
 
     def find(
-        self,
-        content: Content,
-        *,
-        where: Filter = EVERYTHING,
-        top_k: int = 10,
-        touch: bool = True,
+        self, content: Content, *, where: Filter = EVERYTHING, top_k: int = 10, touch: bool = True
     ) -> list[Hit]:
         """Embed ``content`` and search by its vector.
 

@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.retriever import MultimodalRetriever
 from memopt.memory.io.models import Models, remember, remembered
 from memopt.memory.memory_store import MemoryStore
+from memopt.memory.model.schema import Embedder
 from memopt.memory.privacy.access_log import AccessLog
 from memopt.memory.privacy.keys import read_cipher
 from memopt.memory.privacy.redaction import redactor
-
-if TYPE_CHECKING:
-    from memopt.memory.model.schema import Embedder
 
 
 @dataclass(frozen=True, slots=True)

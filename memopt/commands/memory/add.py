@@ -194,8 +194,7 @@ def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, An
     unknown = sorted(set(entry) - set(_FIELDS))
     if unknown:
         raise InputError(
-            f"{where} has the unknown field {unknown[0]!r}",
-            fix=f"use {', '.join(_FIELDS)}",
+            f"{where} has the unknown field {unknown[0]!r}", fix=f"use {', '.join(_FIELDS)}"
         )
     media = {}
     for name in ("image", "audio"):

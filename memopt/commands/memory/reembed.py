@@ -44,8 +44,7 @@ def reembed(
     ):
         task = bar.add_task("reembed", total=None)
         count = here.store.reembed(
-            embedder,
-            on_step=lambda done, total: bar.update(task, completed=done, total=total),
+            embedder, on_step=lambda done, total: bar.update(task, completed=done, total=total)
         )
         remember(here.store.place.local, models)
     with opened(store, embed=False, key=key) as here:

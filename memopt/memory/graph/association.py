@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConfigurationError
 from memopt.memory.graph.neighbours import Pairs, close_in_meaning, close_in_time
@@ -20,9 +21,6 @@ from memopt.memory.model.rows import vectors_array, with_columns
 from memopt.memory.model.schema import EDGES, Filter
 from memopt.memory.store.links import Network, seconds
 from memopt.memory.store.observers import StoreObserver
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 TIME, SIMILARITY, CO_RETRIEVAL = "time", "similarity", "co_retrieval"
 # Up to here the nearest memories of each new one are searched by the index, milliseconds each; more
@@ -264,7 +262,7 @@ class AssociationGraph(StoreObserver):
         return {pair: link for pair, link in links.items() if set(pair) <= there}
 
 
-Around = tuple[list[str], list[str], "NDArray[np.float64]"]
+Around = tuple[list[str], list[str], NDArray[np.float64]]
 _Links = dict[tuple[str, str], tuple[float, str]]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory.graph.association import AssociationGraph
@@ -15,12 +18,6 @@ from memopt.memory.model.content import check_content
 from memopt.memory.model.filters import columns_of, passing
 from memopt.memory.model.schema import Content, Filter, Memory
 from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, cosines
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import numpy as np
-    from numpy.typing import NDArray
 
 # Weight of the association beside 0.7 of the similarity. That of a text knows what was said around
 # it already: on long conversations 0.3 costs recall there, 0.1 does not.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.memory.store.links import Network
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Activation passed on per link, and how far it goes: Collins & Loftus 1975; two hops and a decay of
 # 0.5 are in the range Crestani 1997 reports as useful, beyond it everything is lit.
@@ -20,7 +18,7 @@ PASSED_ON = 0.5
 # Memories whose links are followed per hop: the strongest, so that a query stays milliseconds.
 FRONTIER = 64
 
-Fade = Callable[["NDArray[Any]", "NDArray[np.float64]"], "NDArray[np.float64]"]
+Fade = Callable[[NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

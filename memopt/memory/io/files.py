@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from memopt.errors import InputError
 from memopt.memory.model import content as incoming
@@ -32,9 +33,6 @@ from memopt.memory.model.schema import (
     NewMemory,
 )
 from memopt.parquetfile import batches, one_line, open_parquet
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MEMORIES, GRAPH, LONG_TERMS = "memories.parquet", "associations.parquet", "long_term.parquet"
 MODEL_KEY = b"memopt.model_id"

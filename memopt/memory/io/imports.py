@@ -38,12 +38,7 @@ class Import:
     """
 
     def __init__(
-        self,
-        database: Database,
-        cells: Cells,
-        embedding: Embedding,
-        reader: Reader,
-        writer: Writer,
+        self, database: Database, cells: Cells, embedding: Embedding, reader: Reader, writer: Writer
     ) -> None:
         self._database, self._cells, self._embedding = database, cells, embedding
         self._reader, self._writer = reader, writer
@@ -135,10 +130,7 @@ class Import:
                 found.ends[row["memory_id"]] = row["expires_at"]
 
     def _add_links(
-        self,
-        links: list[tuple[str, str, float]],
-        linked: set[str],
-        dangling: set[tuple[str, str]],
+        self, links: list[tuple[str, str, float]], linked: set[str], dangling: set[tuple[str, str]]
     ) -> None:
         """Add links in both directions where both ends are there; those there already stay."""
         weights: dict[tuple[str, str], float] = {}

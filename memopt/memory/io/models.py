@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
+from memopt.memory.model.schema import Embedder
 from memopt.memory.store.meta import MODELS_FILE
-
-if TYPE_CHECKING:
-    from memopt.memory.model.schema import Embedder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

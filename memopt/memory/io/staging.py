@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from memopt.errors import InputError
 from memopt.files import staged_directory
@@ -33,9 +34,6 @@ from memopt.memory.store.database import Database
 from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.ends import end_of
 from memopt.memory.store.reader import Reader
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class Parts:

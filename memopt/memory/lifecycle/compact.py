@@ -19,6 +19,7 @@ from memopt.memory.search.vector_index import sample
 if TYPE_CHECKING:
     from memopt.memory.memory_store import MemoryStore
 
+
 EVENT = "compact"
 # Shorter vectors have too few signs to tell them apart, and are no great part of their rows.
 LEAST_DIM = 128

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from memopt.errors import MemoptError
 from memopt.memory.graph.association import AssociationGraph
@@ -40,9 +41,6 @@ from memopt.memory.model.rows import chunks, new_rows, vectors_array, with_colum
 from memopt.memory.model.schema import ARCHIVED, LONG_TERM, SHORT_TERM
 from memopt.memory.privacy.erase import erase, expire
 from memopt.metrics import ERRORS, count
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 STALE = "consolidation-stale"
 # A commit leaves files that every later search must look into, so several groups go into one: until

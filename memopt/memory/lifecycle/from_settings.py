@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memopt.memory.lifecycle.llm import LanguageModel
     from memopt.settings import ConsolidationSection
 
+
 _LOG = logging.getLogger(__name__)
 
 

@@ -180,10 +180,7 @@ def _redacted(text: str) -> str:
 
 
 def language_model(
-    spec: str,
-    *,
-    limits: Limits | None = None,
-    redact: Callable[[str], str] | None = _redacted,
+    spec: str, *, limits: Limits | None = None, redact: Callable[[str], str] | None = _redacted
 ) -> LanguageModel:
     """Open a language model by its name.
 

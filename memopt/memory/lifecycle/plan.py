@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConfigurationError
 from memopt.memory.graph.neighbours import close_in_meaning
@@ -17,9 +18,6 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import unexpired
 from memopt.memory.model.rows import vectors_array
 from memopt.memory.model.schema import SHORT_TERM, Filter
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # The event of a batch that failed.
 FAILED = "consolidation-failed"

@@ -11,16 +11,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.extras import require
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Embed = Callable[[Sequence[str]], "NDArray[np.float32]"]
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 # Relevance against novelty; Carbonell & Goldstein use 0.7 for a summary of many documents.
 MMR_LAMBDA = 0.7
@@ -228,8 +226,8 @@ def centroid(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     mean = vectors.mean(axis=0, dtype=np.float64)
     length = np.linalg.norm(mean)
     if length < 1e-6:
-        return cast("NDArray[np.float32]", vectors[0])
-    return cast("NDArray[np.float32]", (mean / length).astype(np.float32))
+        return cast(NDArray[np.float32], vectors[0])
+    return cast(NDArray[np.float32], (mean / length).astype(np.float32))
 
 
 def problem(summary: str, texts: Sequence[str], embed: Embed, bound: float) -> str | None:
@@ -274,7 +272,7 @@ def word_vectors(corpus: Sequence[str]) -> Embed:
 
     def embed(texts: Sequence[str]) -> NDArray[np.float32]:
         matrix: Any = vectorizer.transform(texts)
-        return cast("NDArray[np.float32]", matrix.toarray().astype(np.float32))
+        return cast(NDArray[np.float32], matrix.toarray().astype(np.float32))
 
     return embed
 
@@ -296,6 +294,6 @@ def with_words(embed: Embed, corpus: Sequence[str]) -> Embed:
     def both(texts: Sequence[str]) -> NDArray[np.float32]:
         joined = np.hstack([embed(texts), words(texts)]).astype(np.float32)
         length = np.maximum(np.linalg.norm(joined, axis=1, keepdims=True), 1e-9)
-        return cast("NDArray[np.float32]", joined / length)
+        return cast(NDArray[np.float32], joined / length)
 
     return both

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.extras import require
@@ -15,9 +16,6 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import id_list
 from memopt.memory.model.rows import chunks, with_columns
 from memopt.memory.model.schema import ARCHIVED, LONG_TERM, SHORT_TERM, Filter
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Memories whose words say what is being worked on: the most recently used ones.
 _FOCUS = 32

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,6 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import DELETED, one_of
 from memopt.memory.model.rows import vectors_array
 from memopt.memory.model.schema import LONG_TERM, TIERS, memories_schema
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _CHUNK = 256
 

@@ -186,10 +186,7 @@ def content_ids(content: Content, category: str, key: bytes = b"", turn: int = 0
 
 
 def columns(
-    ids: Sequence[str],
-    memories: Sequence[NewMemory],
-    now: datetime,
-    model_id: str,
+    ids: Sequence[str], memories: Sequence[NewMemory], now: datetime, model_id: str
 ) -> dict[str, Any]:
     """Return the columns of new rows, for :func:`memopt.memory.model.rows.new_rows`."""
     contents = [memory.content for memory in memories]

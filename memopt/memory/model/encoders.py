@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError
@@ -20,8 +21,6 @@ from memopt.memory.model.schema import Content
 from memopt.runtimes.engine import ArrowEngine
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from memopt.joint.layer import JointEmbeddingLayer
 
 

@@ -13,17 +13,14 @@ and beside them ``memory.json`` (format version, dimension, model, encryption ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 # What is read up to. Encrypted stores are written as 2, all cells tied to their rows; plain ones as
 # 1, which a memopt of before opens too.

@@ -12,16 +12,12 @@ another model makes it plain again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.memory.model.rows import vectors_array
 from memopt.memory.model.schema import BITS
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _PER_RESULT, _LEAST, _PER_MORE = 32, 320, 8
 _SCALE = 127

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,9 +16,6 @@ from memopt.memory.store.clocks import mend_times
 from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reembed import unfinished
 from memopt.memory.store.stats import folder_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _BATCH = 1024
 # What holds content or vectors; the others hold ids and are only compacted.

@@ -10,20 +10,16 @@ around what is chosen: chosen anew on two of them, they find 0.02 less in the th
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.memory.model import rows
 from memopt.memory.model.words import query_words, words
 from memopt.memory.search.periods import periods
 from memopt.memory.search.surroundings import Surroundings, nowhere
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 _K1, _B = 1.2, 0.3
 # Share of the meaning beside the words.

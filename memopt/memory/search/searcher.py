@@ -121,11 +121,7 @@ class Searcher:
         return self._again(lambda: self._by_both(query, text, where, top_k))
 
     def candidates(
-        self,
-        vectors: Sequence[NDArray[Any] | Sequence[float]],
-        *,
-        where: Filter,
-        top_k: int,
+        self, vectors: Sequence[NDArray[Any] | Sequence[float]], *, where: Filter, top_k: int
     ) -> list[list[tuple[str, float]]]:
         """Return (id, cosine similarity) for each of several vectors, best first."""
         check_top_k(top_k)

@@ -11,18 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.memory.model.schema import LONG_TERM
 from memopt.memory.model.words import words
 from memopt.memory.store.cells import Cells
 from memopt.memory.store.database import Database
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Memories further apart do not belong to one conversation: the window of the association graph.
 APART_S = 300

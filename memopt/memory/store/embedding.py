@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.errors import InputError
 from memopt.memory.model import rows
 from memopt.memory.model.schema import Content, Embedder
 from memopt.memory.store.database import Database
 from memopt.memory.store.locking import ReadOnlyError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 class Embedding:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from memopt.background import Task
 from memopt.memory.model.filters import one_of
@@ -20,9 +21,6 @@ from memopt.memory.store.database import Database
 from memopt.memory.store.events import Events
 from memopt.memory.store.links import Asked, Leaving, Network, numbered, seconds
 from memopt.memory.store.observers import StoreObserver
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # Directed links held at most: 16 bytes each and the ids once, some 200 MB. A larger graph is asked
 # link by link.

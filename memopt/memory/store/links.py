@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.memory.model.filters import one_of
 from memopt.memory.store.database import Database
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
 # Sources, targets, weights as written, and when (s).
-Around = tuple[list[str], list[str], "NDArray[np.float64]", "NDArray[np.float64]"]
+Around = tuple[list[str], list[str], NDArray[np.float64], NDArray[np.float64]]
 # The same with the sources as places in the nodes that were asked for, and the targets as nodes.
-Leaving = tuple[
-    "NDArray[np.int64]", "NDArray[np.int64]", "NDArray[np.float64]", "NDArray[np.float64]"
-]
+Leaving = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 
 
 class Network(ABC):

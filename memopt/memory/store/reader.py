@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory.model import rows
@@ -26,9 +27,6 @@ from memopt.memory.store.cells import Cells
 from memopt.memory.store.database import Database
 from memopt.memory.store.founding import named_errors
 from memopt.memory.store.locking import reading
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _IDS_PER_QUERY = 10_000
 

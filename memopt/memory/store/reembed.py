@@ -144,10 +144,7 @@ def _moved(old: Any, table: Any, schema: pa.Schema, model_id: str) -> Iterator[p
                 f"memory {missing[0]!r} has no new vector", fix="run the command again"
             )
         vectors = new["vector"].combine_chunks().take(pa.array([at[name] for name in names]))
-        made = {
-            "joint_embedding": vectors,
-            "model_id": pa.repeat(pa.scalar(model_id), len(names)),
-        }
+        made = {"joint_embedding": vectors, "model_id": pa.repeat(pa.scalar(model_id), len(names))}
         columns = [
             (made[field.name] if field.name in made else batch[field.name]).cast(field.type)
             for field in schema

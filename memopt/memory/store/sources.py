@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from datetime import datetime
 
 import pyarrow as pa
 
@@ -11,10 +12,6 @@ from memopt.memory.model.schema import LONG_TERM, SHORT_TERM, Filter
 from memopt.memory.store.cells import Cells
 from memopt.memory.store.database import Database
 from memopt.memory.store.reader import Reader
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from datetime import datetime
 
 
 def summaries_of(reader: Reader, ids: Collection[str]) -> dict[str, list[str]]:

@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.rows import vectors_array
-from memopt.memory.model.schema import (
-    LONG_TERM,
-    MODALITIES,
-    SHORT_TERM,
-    TIERS,
-    Filter,
-)
+from memopt.memory.model.schema import LONG_TERM, MODALITIES, SHORT_TERM, TIERS, Filter
 from memopt.memory.store.database import Database
 from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reader import Reader

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from memopt.errors import ConsolidationError, InputError
 from memopt.memory.model import content as contents
@@ -31,9 +32,6 @@ from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.ends import set_ends
 from memopt.memory.store.reader import Reader
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 # Rows of one commit of a long stream: each commit costs milliseconds and a version, and a crash
 # loses at most one unacknowledged chunk.
 ROWS_PER_COMMIT = 8192
@@ -41,7 +39,7 @@ BYTES_PER_COMMIT = 256 << 20
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _OTHERS = ("joint_embedding", "category", "timestamp", "expires_at", "summary")
 _UPDATABLE = (*CONTENT_COLUMNS, *_OTHERS)
-_Vectors = dict[int, "NDArray[np.float32]"]
+_Vectors = dict[int, NDArray[np.float32]]
 
 
 class Writer:
