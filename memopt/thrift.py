@@ -90,6 +90,8 @@ def _read_bytes(data: memoryview, at: int, length: int) -> tuple[bytes, int]:
 
 
 def _read_value(data: memoryview, at: int, kind: int, depth: int) -> tuple[Any, int]:
+    if depth > _DEEPEST:
+        raise ValueError("nested too deep")
     if kind in (I16, I32, I64):
         return _read_signed(data, at)
     if kind in (BYTE, TRUE, FALSE):
@@ -123,8 +125,6 @@ def read_struct(data: memoryview, at: int, depth: int = 0) -> tuple[dict[int, An
     Raises:
         ValueError, IndexError: it is damaged, cut short or nested deeper than Parquet's are.
     """
-    if depth > _DEEPEST:
-        raise ValueError("nested too deep")
     out: dict[int, Any] = {}
     number = 0
     while head := data[at]:

@@ -249,13 +249,14 @@ def test_what_is_not_usable_or_does_not_fit_the_budget_is_skipped_with_the_reaso
 
 
 def test_an_encrypted_bundle_is_optimized_under_its_key(
-    minilm_copy: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is built is put back encrypted, the choice is the bundle's, the page is readable."""
+    copied = open_bundle(shutil.copytree(tiny.path, tmp_path / "bundle"))
     monkeypatch.setenv(KEY_VARIABLE, "33" * 32)
-    encrypt_bundle(minilm_copy, load_key())
+    encrypt_bundle(copied, load_key())
     only = Plan(
-        source=str(minilm_copy.path),
+        source=str(copied.path),
         min_cosine=0.9,
         samples=40,
         seed=0,
@@ -274,10 +275,10 @@ def test_an_encrypted_bundle_is_optimized_under_its_key(
             ),
         ),
     )
-    result = run(minilm_copy, data, min_cosine=0.9, plan=only)
-    assert result.bundle == minilm_copy.path
+    result = run(copied, data, min_cosine=0.9, plan=only)
+    assert result.bundle == copied.path
     assert result.plan.chosen in ("openvino-fp32", "openvino-fp16")
-    bundle = open_bundle(minilm_copy.path)
+    bundle = open_bundle(copied.path)
     for variant in bundle.manifest.variants.values():
         for name in (variant.file, *variant.companions):
             assert (bundle.path / name).read_bytes().startswith(MAGIC)

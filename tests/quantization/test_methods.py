@@ -78,9 +78,14 @@ def test_dynamic(bundle: Bundle, samples: Samples) -> None:
     assert result.validation.cosine_min >= 0.95
 
 
-def test_weight_only(bundle: Bundle, samples: Samples) -> None:
+@pytest.fixture(scope="module")
+def eight(bundle: Bundle, samples: Samples) -> Result:
+    """What int8 weights alone give."""
+    return run(bundle, samples, method="weight-only")
+
+
+def test_weight_only(bundle: Bundle, samples: Samples, eight: Result) -> None:
     """int8 weights are nearly exact; at four bits GPTQ is clearly better than rounding."""
-    eight = run(bundle, samples, method="weight-only")
     nearest = run(bundle, samples, method="weight-only", weight_type="int4")
     gptq = run(bundle, samples, method="weight-only", weight_type="int4", algorithm="gptq")
     assert eight.validation.cosine_min >= 0.995
@@ -134,14 +139,14 @@ def test_what_nncf_can(tiny_copy: Bundle, texts: Path, recipe: Recipe, name: str
 
 
 def test_the_engine_opens_each_variant_and_skips_failed_ones(
-    bundle: Bundle, samples: Samples
+    bundle: Bundle, samples: Samples, eight: Result
 ) -> None:
     """The engine encodes with a named variant; one that failed its gate it never picks itself."""
     from memopt.runtimes.engine import ArrowEngine
 
-    run(bundle, samples, method="weight-only")
     run(bundle, samples, method="weight-only", weight_type="int2")
     opened = open_bundle(bundle.path)
+    assert opened.variant("onnx-int8-weight-only").file == eight.variant.file
     assert not opened.variant("onnx-int2-weight-only").passed
     with ArrowEngine(opened, variant="onnx-int8-weight-only") as engine:
         vectors = engine.encode(["a cat", "a dog on the street"])

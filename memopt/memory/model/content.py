@@ -50,14 +50,9 @@ def check(memory: NewMemory, position: int, dim: int) -> None:
         raise InputError(f"{name} is {type(memory).__name__}, not a NewMemory")
     name = memory.origin or name
     check_content(memory.content, name)
-    for label, value, limit in (
-        ("memory_id", memory.memory_id, MAX_ID_BYTES),
-        ("category", memory.category, MAX_ID_BYTES),
-    ):
-        if value is None and label == "memory_id":
-            continue
-        if len(encoded(value, f"{name}: {label}")) > limit:
-            raise InputError(f"{name}: {label} is longer than {limit} bytes")
+    if memory.memory_id is not None:
+        check_label(memory.memory_id, f"{name}: memory_id")
+    check_label(memory.category, f"{name}: category")
     if memory.memory_id == "":
         raise InputError(f"{name}: memory_id is empty", fix="leave it out to get a content hash")
     for label, moment in (("timestamp", memory.timestamp), ("expires_at", memory.expires_at)):
@@ -106,6 +101,12 @@ def check_text(text: str, name: str) -> None:
         )
 
 
+def check_label(label: str, name: str) -> None:
+    """Refuse an id or category that is no string, not Unicode, or above MAX_ID_BYTES."""
+    if len(encoded(label, name)) > MAX_ID_BYTES:
+        raise InputError(f"{name} is longer than {MAX_ID_BYTES} bytes")
+
+
 def encoded(text: object, name: str) -> bytes:
     """Return UTF-8 bytes, or say that it is no Unicode text."""
     if not isinstance(text, str):
@@ -116,11 +117,17 @@ def encoded(text: object, name: str) -> bytes:
         raise InputError(f"{name} is not valid Unicode: {error.reason}") from error
 
 
-def redacted(memory: NewMemory, redact: Callable[[str], str] | None) -> NewMemory:
-    """Return the memory with its text passed through ``redact``."""
+def redacted(
+    memory: NewMemory, redact: Callable[[str], str] | None, name: str = "memory"
+) -> NewMemory:
+    """Return the memory with its text passed through ``redact``, once it is none too large.
+
+    Redaction takes the better part of a second for a MiB.
+    """
     text = memory.content.text if isinstance(memory, NewMemory) else None
     if redact is None or not isinstance(text, str):
         return memory
+    check_text(text, f"{memory.origin or name}: text")
     return replace(memory, content=replace(memory.content, text=redact(text)))
 
 

@@ -22,10 +22,18 @@ DELETED = "deleted"
 def utc(moment: datetime) -> datetime:
     """Return ``moment`` in UTC; one without a zone is taken to be UTC already.
 
+    Raises:
+        InputError: no datetime, or one that in UTC lies outside the years 1 to 9999.
+
     >>> utc(datetime(2026, 1, 1)).tzinfo
     datetime.timezone.utc
     """
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    if not isinstance(moment, datetime):
+        raise InputError(f"{moment!r} is {type(moment).__name__}, not a datetime")
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InputError(f"{moment} in UTC lies outside the years 1 to 9999") from error
 
 
 def check_filter(where: Filter) -> None:

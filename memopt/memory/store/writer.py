@@ -295,8 +295,12 @@ class Writer:
         for name in ("timestamp", "expires_at"):
             if fields.get(name) is not None:
                 fields[name] = utc(fields[name])
-        if self.redact and isinstance(fields.get("summary"), str):
-            fields["summary"] = self.redact(fields["summary"])
+        if "category" in fields:
+            contents.check_label(fields["category"], f"{memory_id!r}: category")
+        if fields.get("summary") is not None:
+            contents.check_text(fields["summary"], f"{memory_id!r}: summary")
+            if self.redact:
+                fields["summary"] = self.redact(fields["summary"])
         return fields
 
     def _updated_row(
@@ -328,11 +332,13 @@ class Writer:
     # --- parts ------------------------------------------------------------------------------
 
     def _checked(self, memories: Sequence[NewMemory], start: int) -> list[NewMemory]:
-        memories = [contents.redacted(memory, self.redact) for memory in memories]
         dim = self._database.dim  # once: it looks at a file
+        checked = []
         for at, memory in enumerate(memories, start=start):
+            memory = contents.redacted(memory, self.redact, f"memory {at}")
             contents.check(memory, at, dim)
-        return memories
+            checked.append(memory)
+        return checked
 
     def _tombstones(self, ids: Sequence[str]) -> pa.Table:
         """Return rows that mark ``ids`` as deleted: no content, and expired for every search."""

@@ -389,11 +389,41 @@ def test_update_changes_fields_and_keeps_the_rest(store: MemoryStore) -> None:
         ({"vision_data": None, "joint_embedding": vector(1)}, "is empty"),
         ({"tier": "archived"}, "'tier' cannot be updated"),
         ({"summary": "short"}, "it has no summary"),
+        ({"summary": 5}, "summary is int, not a string"),
+        ({"category": 5}, "category is int, not a string"),
+        ({"category": "x" * 600}, "category is longer than 512 bytes"),
+        ({"timestamp": "2026-01-01"}, "'2026-01-01' is str, not a datetime"),
+        (
+            {"expires_at": datetime.max.replace(tzinfo=timezone(-timedelta(hours=1)))},
+            "outside the years 1 to 9999",
+        ),
     ):
         with pytest.raises(InputError, match=problem):
             store.update(memory_id, **fields)
     with pytest.raises(InputError, match="has no memory 'nobody'"):
         store.update("nobody", category="z")
+
+
+def test_a_text_that_is_too_large_is_refused_before_it_is_redacted(tmp_path: Path) -> None:
+    """Redaction takes the better part of a second for a MiB: nobody waits for it to be refused."""
+    redacted: list[str] = []
+
+    def redact(text: str) -> str:
+        redacted.append(text[:9])
+        return text
+
+    with MemoryStore(tmp_path / "s", dim=DIM, redact=redact) as store:
+        (key,) = store.add(new("small", 1)).ids
+        large = "x" * (9 << 20)
+        for change in (
+            lambda: store.add([new("fine", 2), new(large, 3)]),
+            lambda: store.update(key, text=large, joint_embedding=vector(1)),
+            lambda: store.update(key, summary=large),
+        ):
+            with pytest.raises(InputError, match=r"has 9\.0 MiB, the limit is 8\.0 MiB"):
+                change()
+        assert [memory.text for memory in store.get_many([key])] == ["small"]
+    assert redacted == ["small", "fine"]
 
 
 def test_delete_counts_what_was_there(store: MemoryStore) -> None:
