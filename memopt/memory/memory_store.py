@@ -95,15 +95,15 @@ class MemoryStore:
         self.counts = AccessCounts(self.database)
         self.event_log = Events(self.database)
         self.link_cache = LinkCache(self.database, self.event_log)
-        self.reader = Reader(self.database, self.cells, self.counts)
-        self.writer = Writer(self.database, self.cells, self.embedding, self.reader, redact)
+        self.reader = Reader(self.cells, self.counts)
+        self.writer = Writer(self.reader, self.embedding, redact)
         self.upkeep = Upkeep(
             self.database, self.link_cache, lambda: self.index.fit(), background=background
         )
         self.index = VectorIndex(
-            self.database, self.reader, self.event_log, self.upkeep.merge, background=background
+            self.reader, self.event_log, self.upkeep.merge, background=background
         )
-        self.searcher = Searcher(self.database, self.cells, self.embedding, self.reader, self.index)
+        self.searcher = Searcher(self.reader, self.embedding, self.index)
         self.place, self.observers = self.database.place, self.database.observers
         # Rows as they are stored, for what builds on a store.
         self.rows, self.scan, self.vectors = self.reader.rows, self.reader.scan, self.reader.vectors
@@ -316,13 +316,13 @@ class MemoryStore:
 
     def stats(self) -> Stats:
         """Count what is there, by tier, modality and category, and measure the folder."""
-        return stats(self.database, self.reader)
+        return stats(self.reader)
 
     # --- the whole store --------------------------------------------------------------------
 
     def export_parquet(self, folder: str | Path) -> Transfer:
         """Write the three files other tools read; see :func:`memopt.memory.io.export.export`."""
-        return export(self.database, self.reader, folder)
+        return export(self.reader, folder)
 
     def import_parquet(self, folder: str | Path) -> Transfer:
         """Add what :meth:`export_parquet` wrote; ids that are there are left alone.
@@ -330,8 +330,7 @@ class MemoryStore:
         Raises:
             InputError: a file is missing, damaged, or of another schema, dimension or model.
         """
-        parts = (self.database, self.cells, self.embedding, self.reader, self.writer)
-        return Import(*parts).run(folder)
+        return Import(self.writer).run(folder)
 
     def reembed(
         self, embedder: Embedder, *, on_step: Callable[[int, int], None] | None = None
@@ -349,7 +348,7 @@ class MemoryStore:
                 it; the store stays as it is.
         """
         if self.meta.model_id != embedder.model_id:
-            Move(self.database, self.reader, self.cells, embedder).run(on_step)
+            Move(self.reader, embedder).run(on_step)
             self.index.ensure(rebuild=True)
         self.embedding.use(embedder)
         return int(self.database.memories.count_rows())

@@ -25,7 +25,6 @@ from memopt.memory.model.schema import (
     Filter,
     Memory,
 )
-from memopt.memory.store.database import Database
 from memopt.memory.store.reader import Reader
 
 
@@ -52,7 +51,7 @@ class Transfer:
     dangling: int = 0
 
 
-def export(database: Database, reader: Reader, folder: str | Path) -> Transfer:
+def export(reader: Reader, folder: str | Path) -> Transfer:
     """Write ``memories.parquet``, ``associations.parquet`` and ``long_term.parquet``.
 
     Content is written plain, decrypted and unpacked; vectors as float16; what has expired is left
@@ -73,7 +72,7 @@ def export(database: Database, reader: Reader, folder: str | Path) -> Transfer:
     >>> MemoryStore(tempfile.mkdtemp(), dim=2).import_parquet(folder).memories
     1
     """
-    folder = Path(folder)
+    database, folder = reader.database, Path(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     table = reader.table(Filter(tiers=TIERS), ["memory_id", "expires_at"], 8192)
     alive = table.filter(unexpired(table["expires_at"], database.now()))

@@ -18,12 +18,8 @@ from memopt.memory.io.staging import Parts, Staging
 from memopt.memory.model.content import composed
 from memopt.memory.model.payload import CONTENT
 from memopt.memory.model.schema import EDGES, LONG_TERM
-from memopt.memory.store.cells import Cells
 from memopt.memory.store.comparison import has_expired
-from memopt.memory.store.database import Database
-from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.ends import later, set_ends
-from memopt.memory.store.reader import Reader
 from memopt.memory.store.writer import Writer
 
 
@@ -37,11 +33,9 @@ class Import:
     give no tier are archived, as consolidation does.
     """
 
-    def __init__(
-        self, database: Database, cells: Cells, embedding: Embedding, reader: Reader, writer: Writer
-    ) -> None:
-        self._database, self._cells, self._embedding = database, cells, embedding
-        self._reader, self._writer = reader, writer
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self._reader = writer, writer.reader
+        self._database, self._cells = writer.reader.database, writer.reader.cells
 
     def run(self, folder: str | Path) -> Transfer:
         """Add what a folder of files, as in :mod:`memopt.memory.io.files`, or one of them holds.
@@ -58,15 +52,7 @@ class Import:
                 fix="import into a new store, or reembed",
             )
         links = sum(len(part) for part in read_links(files))  # checked before anything is stored
-        staging = Staging(
-            self._database,
-            self._cells,
-            self._embedding,
-            self._reader,
-            self._writer.redact,
-            files,
-            model,
-        )
+        staging = Staging(self._writer, files, model)
         with staging.rows() as parts:
             found = self._commit(parts, model)
         linked: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
@@ -29,11 +29,8 @@ from memopt.memory.model.schema import (
     NewMemory,
     memories_schema,
 )
-from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
-from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.ends import end_of
-from memopt.memory.store.reader import Reader
+from memopt.memory.store.writer import Writer
 
 
 class Parts:
@@ -51,26 +48,17 @@ class Staging:
     """Turns what files hold into rows of a store.
 
     Args:
-        redact: what texts pass through.
+        writer: of the store; its ``redact`` is what texts pass through.
         model: what made the vectors of the files, '' for what made the store's.
 
     Attributes:
         expired: how many were left out since their time has come.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        cells: Cells,
-        embedding: Embedding,
-        reader: Reader,
-        redact: Callable[[str], str] | None,
-        files: Files,
-        model: str,
-    ) -> None:
-        self._database, self._cells = database, cells
-        self._embedding, self._reader = embedding, reader
-        self._redact, self._files = redact, files
+    def __init__(self, writer: Writer, files: Files, model: str) -> None:
+        self._reader, self._embedding = writer.reader, writer.embedding
+        self._database = database = writer.reader.database
+        self._redact, self._files = writer.redact, files
         self._model = model or database.meta.model_id
         self._now = database.now()
         self._retention = database.meta.retention
@@ -245,10 +233,12 @@ class Staging:
         ]
         table = rows.new_rows(rows.unit(vectors, dim), columns)
         archived = pa.array([tier == ARCHIVED for tier in columns["tier"]], pa.bool_())
-        packed = self._cells.pack(table.filter(archived))
+        packed = self._reader.cells.pack(table.filter(archived))
         # Words are made when the rows are stored: what a table has may change until then.
         rest = table.filter(pc.invert(archived))
-        return self._cells.stored(pa.concat_tables([rest, packed])).select(table.column_names)
+        return self._reader.cells.stored(pa.concat_tables([rest, packed])).select(
+            table.column_names
+        )
 
 
 def _accumulate(sums: dict[Any, NDArray[np.float32]], key: Any, vector: Any) -> None:

@@ -64,7 +64,7 @@ def compact(store: MemoryStore) -> float | None:
 
 def recall(store: MemoryStore) -> float:
     """Return the share of the ten nearest that a compact search would find, of sampled queries."""
-    queries = sample(store.database, store.reader)
+    queries = sample(store.reader)
     exact, rough = [], []
     bits = np.where(queries > 0, 1, -1).astype(np.float32)
     for batch in store.scan(columns=["joint_embedding"], batch_size=8192):

@@ -55,6 +55,6 @@ def retain(store: MemoryStore, category: str, days: float | None) -> int:
             set_ends(database, ends)
             changed += len(ends)
         # A summary happened when the latest of its sources did: it would outlive the others.
-        sooner = expiries(database, store.reader, category)
+        sooner = expiries(store.reader, category)
         set_ends(database, sooner)
     return changed + len(sooner)

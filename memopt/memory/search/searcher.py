@@ -22,8 +22,6 @@ from memopt.memory.search.relevance import Question, neighbours
 from memopt.memory.search.surroundings import SurroundingsCache
 from memopt.memory.search.used_columns import UsedColumns
 from memopt.memory.search.vector_index import VectorIndex
-from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
 from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.reader import Reader
 
@@ -77,17 +75,10 @@ class Searcher:
         columns: what is read of rows that are found.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        cells: Cells,
-        embedding: Embedding,
-        reader: Reader,
-        index: VectorIndex,
-    ) -> None:
-        self._database, self._cells = database, cells
-        self._embedding, self._reader, self._index = embedding, reader, index
-        self._surroundings = SurroundingsCache(database, cells)
+    def __init__(self, reader: Reader, embedding: Embedding, index: VectorIndex) -> None:
+        self._database, self._cells = reader.database, reader.cells
+        self._reader, self._embedding, self._index = reader, embedding, index
+        self._surroundings = SurroundingsCache(reader.cells)
         self.columns = UsedColumns()
 
     # --- what is asked ----------------------------------------------------------------------

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from memopt.memory.model.schema import LONG_TERM
 from memopt.memory.model.words import words
 from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
 
 # Memories further apart do not belong to one conversation: the window of the association graph.
 APART_S = 300
@@ -77,18 +76,18 @@ class Surroundings:
 class SurroundingsCache:
     """Gives the surroundings as they are, or were a moment ago."""
 
-    def __init__(self, database: Database, cells: Cells) -> None:
-        self._database, self._cells = database, cells
+    def __init__(self, cells: Cells) -> None:
+        self._cells = cells
         self._last: Surroundings | None = None
         self._version = -1
         self._rest_until = 0.0
 
     def current(self) -> Surroundings:
         """Return what the store looks like."""
-        version = self._database.version("memories")
+        version = self._cells.database.version("memories")
         begin = time.monotonic()
         if self._last is None or (version != self._version and begin >= self._rest_until):
-            self._last, self._version = _look(self._database, self._cells), version
+            self._last, self._version = _look(self._cells), version
             now = time.monotonic()
             self._rest_until = now + _REST * (now - begin)
         return self._last
@@ -99,9 +98,10 @@ def nowhere(row_ids: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return np.asarray(row_ids == _NOWHERE, np.bool_)
 
 
-def _look(database: Database, cells: Cells) -> Surroundings:
+def _look(cells: Cells) -> Surroundings:
     from lancedb.expr import col, lit
 
+    database = cells.database
     # A summary has the time of its last source: it is no moment, and would part that from others.
     moments_only = database.query().where(col("tier") != lit(LONG_TERM))
     queries = [moments_only.select(["timestamp"]).with_row_id()]
@@ -127,15 +127,9 @@ def _look(database: Database, cells: Cells) -> Surroundings:
     for held in _held(found[1], name) if plain else ():
         counts.update(set(held))
         total, counted = total + len(held), counted + 1
-    return Surroundings(
-        row_ids[by_row],
-        place[by_row],
-        row_ids[by_time],
-        follows,
-        counts,
-        counted,
-        total / max(1, counted),
-    )
+    mean = total / max(1, counted)
+    order = row_ids[by_time]
+    return Surroundings(row_ids[by_row], place[by_row], order, follows, counts, counted, mean)
 
 
 def _held(table: pa.Table, name: str) -> Iterable[list[str]]:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from memopt.background import Task
 from memopt.errors import ConsolidationError
 from memopt.memory.model.schema import BITS
-from memopt.memory.store.database import Database
 from memopt.memory.store.events import Events
 from memopt.memory.store.founding import named_errors
 from memopt.memory.store.observers import StoreObserver
@@ -75,15 +74,14 @@ class VectorIndex(StoreObserver):
 
     def __init__(
         self,
-        database: Database,
         reader: Reader,
         events: Events,
         merge: Callable[[str], None],
         *,
         background: bool = True,
     ) -> None:
-        self._database, self._reader, self._events = database, reader, events
-        self._merge = merge
+        self._database, self._reader = reader.database, reader
+        self._events, self._merge = events, merge
         self.background = background
         self._state: IndexState | None = None
         self._looked = -_LOOK_S
@@ -214,7 +212,7 @@ class VectorIndex(StoreObserver):
 
     def _checked(self, memories: Any, rows: int) -> IndexState:
         cells = int(rows**0.5)
-        queries = sample(self._database, self._reader)
+        queries = sample(self._reader)
         exact = [self._nearest(query, None) for query in queries]
         for nprobes, refine in _SETTINGS:
             found = [self._nearest(query, (nprobes, refine)) for query in queries]
@@ -269,12 +267,12 @@ def _name(memories: Any) -> str | None:
     return found[0] if found else None
 
 
-def sample(database: Database, reader: Reader) -> NDArray[np.float32]:
+def sample(reader: Reader) -> NDArray[np.float32]:
     """Return queries near stored vectors, float32 (64, dim), the same for the same store."""
     generator = np.random.default_rng(0)
-    rows = database.memories.count_rows()
+    rows = reader.database.memories.count_rows()
     chosen = np.sort(generator.choice(rows, min(_QUERIES, rows), replace=False))
-    found = sampled_vectors(reader, database.dim, chosen)
+    found = sampled_vectors(reader, chosen)
     noise = generator.normal(size=found.shape).astype(np.float32)
     noise *= 0.3 / np.linalg.norm(noise, axis=1, keepdims=True)
     moved = found + noise

@@ -1,11 +1,6 @@
 """One database of memories: its tables, lock and cells, reads, writes and upkeep."""
 
-from typing import Any
+from memopt.onuse import names_on_use
 
-
-def __getattr__(name: str) -> Any:
-    if name == "MemoryStore":
-        import memopt.memory
-
-        return memopt.memory.MemoryStore
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Its import path of before.
+__getattr__ = names_on_use("memopt.memory", {"memory_store": ("MemoryStore",)})

@@ -33,11 +33,12 @@ class Cells:
     """Packs and opens the content of rows of one database.
 
     Attributes:
+        database: the one.
         word_columns: the columns to search for words: the words, or the texts of a store of before.
     """
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
         self.word_columns = self._indexed()
         if database.place.local is not None and not self.has_word_index and not database.cipher:
             # One that was cut short is finished: the index is made last.
@@ -54,7 +55,7 @@ class Cells:
     @property
     def has_words(self) -> bool:
         """Whether the table has the column."""
-        return WORDS.name in self._database.memories.schema.names
+        return WORDS.name in self.database.memories.schema.names
 
     def content_id(self, what: Content, category: str = "", turn: int = 0) -> str:
         """Return the id this content gets when none is chosen (keyed in an encrypted store).
@@ -62,7 +63,7 @@ class Cells:
         Args:
             turn: 1 for the next id, where other content took the first, and so on.
         """
-        return content.content_ids(what, category, self._database.id_key().value, turn)[0]
+        return content.content_ids(what, category, self.database.id_key().value, turn)[0]
 
     def pack(self, table: pa.Table, *, compress: bool = True) -> pa.Table:
         """Return whole rows, as they are stored or all opened, with their content compressed.
@@ -70,7 +71,7 @@ class Cells:
         And encrypted where the store is.
         """
         opened = self.unpack(table) if any(table["codec"].to_pylist()) else table
-        database = self._database
+        database = self.database
         return payload.seal(
             opened, compress=compress, cipher=database.cipher, store_key=database.id_key().value
         )
@@ -81,14 +82,14 @@ class Cells:
         Raises:
             ConsolidationError: a row is damaged, or holds what was written for another.
         """
-        key, only_tied = self._database.id_key()
-        return payload.unseal(table, self._database.cipher, key, only_tied=only_tied)
+        key, only_tied = self.database.id_key()
+        return payload.unseal(table, self.database.cipher, key, only_tied=only_tied)
 
     def stored(self, table: pa.Table) -> pa.Table:
         """Return whole rows as the table has them: with their words, or encrypted."""
-        schema = memories_schema(self._database.dim)
+        schema = memories_schema(self.database.dim)
         table = self.with_words(table.select(schema.names).cast(schema))
-        if self._database.cipher is None or not table.num_rows:
+        if self.database.cipher is None or not table.num_rows:
             return table
         plain = np.array([not codec for codec in table["codec"].to_pylist()])
         sealed = self.pack(table.filter(pa.array(plain)), compress=False)
@@ -96,7 +97,7 @@ class Cells:
 
     def fitted(self, table: pa.Table) -> pa.Table:
         """Return stored rows in the table's own schema: compact where it is."""
-        return fitted(self._database.memories.schema, table)
+        return fitted(self.database.memories.schema, table)
 
     def with_words(self, table: pa.Table) -> pa.Table:
         """Return whole rows with their words, where the store has the column."""
@@ -108,7 +109,7 @@ class Cells:
         Raises:
             ConsolidationError: the store cannot be written.
         """
-        database = self._database
+        database = self.database
         if database.cipher is not None:
             self.word_columns = self._indexed()
             return
@@ -132,7 +133,7 @@ class Cells:
         self.word_columns = self._indexed()
 
     def _indexed(self) -> tuple[str, ...]:
-        indices = self._database.memories.list_indices()
+        indices = self.database.memories.list_indices()
         there = {column for index in indices for column in index.columns}
         if WORDS.name in there:
             return (WORDS.name,)
@@ -140,7 +141,7 @@ class Cells:
 
     def _words_of(self, table: pa.Table) -> pa.Array:
         """Return the words of whole rows; null in an encrypted store."""
-        if self._database.cipher is not None:
+        if self.database.cipher is not None:
             return pa.nulls(table.num_rows, WORDS.type)
         plain = payload.unseal(table, None)
         pairs = zip(plain["text"].to_pylist(), plain["summary"].to_pylist(), strict=True)

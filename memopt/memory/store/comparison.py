@@ -9,8 +9,6 @@ from typing import Any
 
 from memopt.memory.model.content import content_ids, spellings
 from memopt.memory.model.schema import CONTENT_COLUMNS, Content, NewMemory
-from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
 from memopt.memory.store.ends import end_of, later
 from memopt.memory.store.reader import Reader
 
@@ -39,8 +37,8 @@ class Comparison:
 class Existing:
     """What a store holds under ids that memories to be added may have."""
 
-    def __init__(self, database: Database, reader: Reader, cells: Cells) -> None:
-        self._database, self._reader, self._cells = database, reader, cells
+    def __init__(self, reader: Reader) -> None:
+        self._database, self._reader = reader.database, reader
 
     def rows(self, ids: list[str]) -> dict[str, dict[str, Any]]:
         """Return id -> end, category and content of those that are there, expired ones too."""
@@ -49,7 +47,7 @@ class Existing:
         if not rows:
             return rows
         columns = ["memory_id", *CONTENT_COLUMNS, "summary", "codec", "packed"]
-        for row in self._cells.unpack(self._reader.rows(list(rows), columns)).to_pylist():
+        for row in self._reader.cells.unpack(self._reader.rows(list(rows), columns)).to_pylist():
             rows[row["memory_id"]].update(row)
         return rows
 

@@ -181,8 +181,7 @@ def _notice_fork() -> None:
         _BEHIND.append(os.getpid())
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_notice_fork)
+os.register_at_fork(after_in_child=_notice_fork)
 
 
 def table(place: Place, database: Any, name: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +19,6 @@ READ_FILE = ".reading"
 # A commit takes milliseconds, compaction seconds; a minute of waiting is a stuck process.
 PATIENCE = 120.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02
-
-
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -144,69 +142,46 @@ def _forget_after_fork() -> None:
     _DESCRIPTORS.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-if sys.platform == "win32":
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Keep the files of the present version for the length of the block.
 
-    @contextmanager
-    def reading(folder: Path) -> Iterator[None]:
-        """Do nothing: a file that is open cannot be deleted there."""
+    Any number of threads and processes at once; given back by the kernel when one dies. In a folder
+    that cannot be written nobody deletes anything either.
+    """
+    try:
+        descriptor = open_plain(folder / READ_FILE)
+    except OSError:
+        yield
+        return
+    with _closing(descriptor):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
 
-    @contextmanager
-    def unless_read(folder: Path) -> Iterator[bool]:
-        """Yield False: nobody knows."""
-        yield False
 
-    def _try_lock(descriptor: int) -> bool:
-        import msvcrt
+@contextmanager
+def unless_read(folder: Path) -> Iterator[bool]:
+    """Yield whether no :func:`reading` block is under way; then none begins in this block.
 
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with reading(folder), unless_read(folder) as unread:
+    ...     unread
+    False
+    >>> with unless_read(folder) as unread:
+    ...     unread
+    True
+    """
+    with _closing(open_plain(folder / READ_FILE)) as descriptor:
+        yield _try_lock(descriptor)
 
-else:
-    import fcntl
 
-    @contextmanager
-    def reading(folder: Path) -> Iterator[None]:
-        """Keep the files of the present version for the length of the block.
-
-        Any number of threads and processes at once; given back by the kernel when one dies. In a
-        folder that cannot be written nobody deletes anything either.
-        """
-        try:
-            descriptor = open_plain(folder / READ_FILE)
-        except OSError:
-            yield
-            return
-        with _closing(descriptor):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            yield
-
-    @contextmanager
-    def unless_read(folder: Path) -> Iterator[bool]:
-        """Yield whether no :func:`reading` block is under way; then none begins in this block.
-
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with reading(folder), unless_read(folder) as unread:
-        ...     unread
-        False
-        >>> with unless_read(folder) as unread:
-        ...     unread
-        True
-        """
-        with _closing(open_plain(folder / READ_FILE)) as descriptor:
-            yield _try_lock(descriptor)
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

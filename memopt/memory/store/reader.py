@@ -24,7 +24,6 @@ from memopt.memory.model.filters import (
 from memopt.memory.model.schema import Filter, Link, Memory, memories_schema
 from memopt.memory.store.access_counts import AccessCounts
 from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
 from memopt.memory.store.founding import named_errors
 from memopt.memory.store.locking import reading
 
@@ -32,37 +31,37 @@ _IDS_PER_QUERY = 10_000
 
 
 class Reader:
-    """Reads memories and links of one database."""
+    """Reads memories and links of one database, through its ``cells``."""
 
-    def __init__(self, database: Database, cells: Cells, counts: AccessCounts) -> None:
-        self._database, self._cells, self._counts = database, cells, counts
+    def __init__(self, cells: Cells, counts: AccessCounts) -> None:
+        self.database, self.cells, self._counts = cells.database, cells, counts
 
     def get_many(self, ids: Sequence[str], *, links: bool = True) -> list[Memory]:
         """Return memories in the order of ``ids``; see :meth:`MemoryStore.get_many`."""
         ids = id_list(ids)
         table = self.rows(ids)
-        table = table.filter(unexpired(table["expires_at"], self._database.now()))
+        table = table.filter(unexpired(table["expires_at"], self.database.now()))
         known = {memory.memory_id: memory for memory in self.records(table, links=links)}
         self._all_known(ids, known)
-        self._database.observers.accessed("read", ids)
+        self.database.observers.accessed("read", ids)
         return [known[memory_id] for memory_id in ids]
 
     def records(self, table: pa.Table, *, links: bool = False) -> list[Memory]:
         """Turn stored rows into memories, with the accesses that are not written yet."""
         linked = self.links(table["memory_id"].to_pylist()) if links else {}
-        opened = self._cells.unpack(table)
-        return rows.memories(opened, self._database.dim, linked, self._counts.pending())
+        opened = self.cells.unpack(table)
+        return rows.memories(opened, self.database.dim, linked, self._counts.pending())
 
     def rows(self, ids: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
         """Return the raw rows (packed content stays packed) of those ``ids`` that exist.
 
         Any order; all columns by default. Only the rows asked for are read from disk.
         """
-        names = list(columns or memories_schema(self._database.dim).names)
+        names = list(columns or memories_schema(self.database.dim).names)
         unique = list(dict.fromkeys(id_list(ids)))
         parts = [self._take(part, names) for part in rows.chunks(unique, _IDS_PER_QUERY)]
         parts = [part for part in parts if part.num_rows]
-        return pa.concat_tables(parts) if parts else self._database.schema(names).empty_table()
+        return pa.concat_tables(parts) if parts else self.database.schema(names).empty_table()
 
     def by_row_id(self, row_ids: Mapping[str, int], names: Sequence[str]) -> pa.Table | None:
         """Return columns of the rows (id -> row id) just found, in any order.
@@ -70,7 +69,7 @@ class Reader:
         None where the rows moved meanwhile: a row id is good until the next update or compaction.
         """
         try:
-            return _unmoved(self._database.fetch(self._rows_query(row_ids, names)), row_ids)
+            return _unmoved(self.database.fetch(self._rows_query(row_ids, names)), row_ids)
         except ConsolidationError:
             return None
 
@@ -93,7 +92,7 @@ class Reader:
         Returns:
             Both tables, and how many rows had moved from where they were seen.
         """
-        database = self._database
+        database = self.database
         at = {key: seen[key] for key in ids if key in seen}
         rest = [key for key in ids if key not in seen]
         queries: dict[str, Any] = {}
@@ -120,8 +119,8 @@ class Reader:
         """Return the associations of each memory that has any, strongest first."""
         found: dict[str, list[Link]] = {}
         for part in rows.chunks(id_list(ids), _IDS_PER_QUERY):
-            query = self._database.query("edges").where(one_of("source", part))
-            edges = self._database.fetch(query.select(["source", "target", "weight"]))
+            query = self.database.query("edges").where(one_of("source", part))
+            edges = self.database.fetch(query.select(["source", "target", "weight"]))
             for edge in edges.to_pylist():
                 found.setdefault(edge["source"], []).append(Link(edge["target"], edge["weight"]))
         for links in found.values():
@@ -142,10 +141,10 @@ class Reader:
         """
         if columns is None or "access_count" in columns or "last_access" in columns:
             self._counts.flush()
-        place = self._database.place
+        place = self.database.place
         with reading(place.local) if place.local is not None else nullcontext():
-            query = self._database.memories.search().where(present(expression(where)))
-            query = query.select(list(columns or memories_schema(self._database.dim).names))
+            query = self.database.memories.search().where(present(expression(where)))
+            query = query.select(list(columns or memories_schema(self.database.dim).names))
             with named_errors(place, "read"):
                 batches = query.limit(None).to_batches(batch_size)
             while True:
@@ -159,7 +158,7 @@ class Reader:
         """Return what :meth:`scan` yields as one table."""
         batches = list(self.scan(where, columns, batch_size))
         return pa.Table.from_batches(
-            batches, schema=None if batches else self._database.schema(columns)
+            batches, schema=None if batches else self.database.schema(columns)
         )
 
     def vectors(
@@ -172,7 +171,7 @@ class Reader:
         """
         names = ["memory_id", "joint_embedding"]
         table = self.table(where, names, 4096) if ids is None else self.rows(ids, names)
-        array = rows.vectors_array(table["joint_embedding"], self._database.dim)
+        array = rows.vectors_array(table["joint_embedding"], self.database.dim)
         found: list[str] = table["memory_id"].to_pylist()
         if ids is None:
             return found, array
@@ -183,11 +182,11 @@ class Reader:
     def count(self, where: Filter = EVERYTHING) -> int:
         """Return how many memories pass the filter."""
         if where == EVERYTHING:
-            return int(self._database.memories.count_rows(f"tier != '{DELETED}'"))
+            return int(self.database.memories.count_rows(f"tier != '{DELETED}'"))
         return sum(batch.num_rows for batch in self.scan(where, ["memory_id"], 8192))
 
     def _take(self, ids: Sequence[str], names: list[str]) -> pa.Table:
-        database = self._database
+        database = self.database
         where = present(one_of("memory_id", ids))
         found = database.fetch(database.query().where(where).select(["memory_id"]).with_row_id())
         if not found.num_rows:
@@ -202,13 +201,13 @@ class Reader:
 
     def _rows_query(self, row_ids: Mapping[str, int], names: Sequence[str]) -> Any:
         columns = list(dict.fromkeys(["memory_id", *names]))
-        return self._database.take(list(row_ids.values())).select(columns)
+        return self.database.take(list(row_ids.values())).select(columns)
 
     def _all_known(self, ids: Sequence[str], known: Any) -> None:
         missing = [memory_id for memory_id in ids if memory_id not in known]
         if missing:
             raise InputError(
-                f"{self._database.place} has no memory {missing[0]!r}",
+                f"{self.database.place} has no memory {missing[0]!r}",
                 fix="search for it, ids are exact",
             )
 

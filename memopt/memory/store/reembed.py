@@ -14,7 +14,6 @@ from memopt.memory.model import rows
 from memopt.memory.model.content import content_id
 from memopt.memory.model.filters import EVERYTHING, one_of
 from memopt.memory.model.schema import CONTENT_COLUMNS, WORDS, Content, Embedder, memories_schema
-from memopt.memory.store.cells import Cells
 from memopt.memory.store.database import Database
 from memopt.memory.store.reader import Reader
 
@@ -37,11 +36,8 @@ class Move:
         embedder: the new model; its dimension may differ.
     """
 
-    def __init__(
-        self, database: Database, reader: Reader, cells: Cells, embedder: Embedder
-    ) -> None:
-        self._database, self._reader, self._cells = database, reader, cells
-        self._embedder = embedder
+    def __init__(self, reader: Reader, embedder: Embedder) -> None:
+        self._database, self._reader, self._embedder = reader.database, reader, embedder
         self._schema = pa.schema(
             [
                 pa.field("memory_id", pa.string()),
@@ -85,7 +81,7 @@ class Move:
                 on_step(done, len(ids))
 
     def _embed(self, table: Any, part: list[str], known: dict[str, str]) -> None:
-        found = self._cells.unpack(self._reader.rows(part))
+        found = self._reader.cells.unpack(self._reader.rows(part))
         contents = [_content(row) for row in found.to_pylist()]
         # By every byte: a text in another normalisation may have another vector.
         secret = self._database.id_key().value

@@ -9,8 +9,6 @@ import pyarrow as pa
 
 from memopt.memory.model.rows import with_columns
 from memopt.memory.model.schema import LONG_TERM, SHORT_TERM, Filter
-from memopt.memory.store.cells import Cells
-from memopt.memory.store.database import Database
 from memopt.memory.store.reader import Reader
 
 
@@ -27,9 +25,7 @@ def summaries_of(reader: Reader, ids: Collection[str]) -> dict[str, list[str]]:
     }
 
 
-def released(
-    reader: Reader, cells: Cells, summaries: dict[str, list[str]], but: Collection[str]
-) -> pa.Table:
+def released(reader: Reader, summaries: dict[str, list[str]], but: Collection[str]) -> pa.Table:
     """Return the originals of summaries that go, short-term again: the next run looks at them anew.
 
     Args:
@@ -37,7 +33,7 @@ def released(
         but: ids to leave out.
     """
     ids = {key for sources in summaries.values() for key in sources} - set(but) - set(summaries)
-    return free(cells.unpack(reader.rows(sorted(ids))))
+    return free(reader.cells.unpack(reader.rows(sorted(ids))))
 
 
 def free(opened: pa.Table) -> pa.Table:
@@ -45,12 +41,12 @@ def free(opened: pa.Table) -> pa.Table:
     return with_columns(opened, tier=SHORT_TERM, consolidated_at=None)
 
 
-def expiries(database: Database, reader: Reader, category: str) -> dict[str, datetime]:
+def expiries(reader: Reader, category: str) -> dict[str, datetime]:
     """Return the summaries of a category that would outlive a source: id -> when that one ends."""
     where = Filter(tiers=(LONG_TERM,), categories=(category,))
     rows = reader.table(where, ["memory_id", "expires_at", "source_memory_ids"], 8192).to_pylist()
     sources = sorted({key for row in rows for key in row["source_memory_ids"] or []})
-    there = database.light(sources, ["memory_id", "expires_at"]).to_pylist()
+    there = reader.database.light(sources, ["memory_id", "expires_at"]).to_pylist()
     ends = {row["memory_id"]: row["expires_at"] for row in there if row["expires_at"]}
     found = {}
     for row in rows:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.rows import vectors_array
 from memopt.memory.model.schema import LONG_TERM, MODALITIES, SHORT_TERM, TIERS, Filter
-from memopt.memory.store.database import Database
 from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reader import Reader
 
@@ -56,13 +55,14 @@ class Stats:
     duplicate_rate: float | None
 
 
-def stats(database: Database, reader: Reader) -> Stats:
+def stats(reader: Reader) -> Stats:
     """Count what is there, by tier, modality and category, and measure the folder."""
     flags = {name: f"has_{name}" for name in MODALITIES}
     names = ["tier", "category", "timestamp", "access_count", "consolidated_at", *flags.values()]
     table = reader.table(EVERYTHING, names)
     tiers = _value_counts(table["tier"])
     times = pc.min_max(table["timestamp"]).as_py()
+    database = reader.database
     folder = database.place.local
     return Stats(
         memories=table.num_rows,
@@ -82,11 +82,11 @@ def stats(database: Database, reader: Reader) -> Stats:
         table_bytes={name: folder_bytes(folder / f"{name}.lance") for name in TABLES}
         if folder
         else {},
-        duplicate_rate=duplicate_rate(reader, database.dim),
+        duplicate_rate=duplicate_rate(reader),
     )
 
 
-def duplicate_rate(reader: Reader, dim: int) -> float | None:
+def duplicate_rate(reader: Reader) -> float | None:
     """Return the share of the memories at hand that say nearly what another one says.
 
     >>> import tempfile
@@ -103,19 +103,20 @@ def duplicate_rate(reader: Reader, dim: int) -> float | None:
     if count < 2:
         return None
     chosen = np.random.default_rng(0).choice(count, min(count, _SAMPLE), replace=False)
-    sample = sampled_vectors(reader, dim, np.sort(chosen), at_hand)
+    sample = sampled_vectors(reader, np.sort(chosen), at_hand)
     near = np.zeros(len(sample), np.int64)
     for batch in reader.scan(at_hand, ["joint_embedding"], _BATCH):
-        vectors = vectors_array(batch["joint_embedding"], dim)
+        vectors = vectors_array(batch["joint_embedding"], sample.shape[1])
         near += (sample @ vectors.T >= _NEAR).sum(axis=1)
     # Each finds itself.
     return float(np.mean(near > 1))
 
 
 def sampled_vectors(
-    reader: Reader, dim: int, places: NDArray[np.int64], where: Filter = EVERYTHING
+    reader: Reader, places: NDArray[np.int64], where: Filter = EVERYTHING
 ) -> NDArray[np.float32]:
     """Return the vectors at ascending places of a scan, float32 (n, dim)."""
+    dim = reader.database.dim
     start, found = 0, [np.empty((0, dim), np.float32)]
     for batch in reader.scan(where, ["joint_embedding"], _BATCH):
         here = places[(places >= start) & (places < start + batch.num_rows)] - start

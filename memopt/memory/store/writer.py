@@ -25,9 +25,7 @@ from memopt.memory.model.schema import (
     memories_schema,
 )
 from memopt.memory.store import sources
-from memopt.memory.store.cells import Cells
 from memopt.memory.store.comparison import Comparison, Existing, has_expired
-from memopt.memory.store.database import Database
 from memopt.memory.store.embedding import Embedding
 from memopt.memory.store.ends import set_ends
 from memopt.memory.store.reader import Reader
@@ -46,20 +44,17 @@ class Writer:
     """Writes the memories of one database.
 
     Attributes:
+        reader: reads the same database.
+        embedding: makes the vectors of what comes without.
         redact: text -> text, before it is stored, hashed or embedded.
     """
 
     def __init__(
-        self,
-        database: Database,
-        cells: Cells,
-        embedding: Embedding,
-        reader: Reader,
-        redact: Callable[[str], str] | None,
+        self, reader: Reader, embedding: Embedding, redact: Callable[[str], str] | None
     ) -> None:
-        self._database, self._cells = database, cells
-        self._embedding, self._reader, self.redact = embedding, reader, redact
-        self.existing = Existing(database, reader, cells)
+        self.reader, self.embedding, self.redact = reader, embedding, redact
+        self._database, self._cells = reader.database, reader.cells
+        self.existing = Existing(reader)
 
     # --- adding -----------------------------------------------------------------------------
 
@@ -87,7 +82,7 @@ class Writer:
         now = self._database.now()
         vectors: _Vectors = {}
         absent = any(memory.embedding is None for memory in chunk)
-        embedder = self._embedding.embedder if absent else None
+        embedder = self.embedding.embedder if absent else None
         while True:
             if embedder:
                 # An embedding costs a hundred times the look-up: what is there is not embedded.
@@ -95,7 +90,7 @@ class Writer:
             with self._database.changing():
                 if embedder:
                     # While the vectors were made, another process may have moved the store.
-                    self._embedding.check_model(embedder.model_id)
+                    self.embedding.check_model(embedder.model_id)
                 found = self.existing.compare(chunk, now)
                 if embedder and not vectors.keys() >= set(found.new.values()):
                     continue  # what was there is gone meanwhile
@@ -117,7 +112,7 @@ class Writer:
             stacked = np.stack([np.asarray(chunk[at].embedding) for at in given])
             vectors.update(zip(given, rows.unit(stacked, self._database.dim), strict=True))
         if absent:
-            made = self._embedding.embed([chunk[at].content for at in absent])
+            made = self.embedding.embed([chunk[at].content for at in absent])
             vectors.update(zip(absent, made, strict=True))
 
     def _insert_new(
@@ -216,13 +211,13 @@ class Writer:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete memories with what was made of them; see :meth:`MemoryStore.delete`."""
-        database, reader = self._database, self._reader
+        database, reader = self._database, self.reader
         named = list(dict.fromkeys(id_list(ids)))
         with database.changing():
             # Of dropped originals only the summary is left, which names them.
             made = sources.summaries_of(reader, named)
             present = sorted({*database.existing(named), *made})
-            others = sources.released(reader, self._cells, made, present)
+            others = sources.released(reader, made, present)
             if others.num_rows:
                 self.commit(None, others, present)
                 return len(present)
@@ -258,7 +253,7 @@ class Writer:
         new_content = any(name in fields for name in CONTENT_COLUMNS)
         moved = vector is not None or new_content
         with self._database.exclusive():
-            stored = self._cells.unpack(self._reader.rows([memory_id]))
+            stored = self._cells.unpack(self.reader.rows([memory_id]))
             row = self._updated_row(memory_id, stored, fields)
             content = Content(**{short: row[name] for name, short in CONTENT_COLUMNS.items()})
             # A summary may stand alone; everything else needs content, as when it was added.
@@ -270,7 +265,7 @@ class Writer:
             if vector is not None:
                 vectors = rows.unit(np.asarray(vector)[None, :], self._database.dim)
             elif new_content:
-                vectors = self._embedding.embed([content])
+                vectors = self.embedding.embed([content])
             else:
                 vectors = rows.vectors_array(stored["joint_embedding"], self._database.dim)
             row["text"] = content.text
@@ -320,9 +315,9 @@ class Writer:
 
     def _commit_update(self, memory_id: str, tier: str, changed: pa.Table) -> None:
         # A summary would go on saying what this memory no longer says.
-        made = sources.summaries_of(self._reader, [memory_id])
+        made = sources.summaries_of(self.reader, [memory_id])
         if made:
-            others = sources.released(self._reader, self._cells, made, [memory_id])
+            others = sources.released(self.reader, made, [memory_id])
             parts = [sources.free(changed), others]
             changed = pa.concat_tables([self._cells.stored(part) for part in parts])
         elif tier == ARCHIVED:
