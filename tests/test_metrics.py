@@ -75,12 +75,13 @@ def test_a_fallback_is_told_with_its_fields(caplog: pytest.LogCaptureFixture) ->
 
 def test_consolidation_and_model_calls_are_counted(tmp_path: Path) -> None:
     """Runs, summaries, calls by outcome, the hand-over to extraction: as Prometheus reads them."""
+    from memopt.memory.lifecycle.backends import Refused
     from memopt.memory.lifecycle.consolidation import consolidate
-    from memopt.memory.lifecycle.llm import LanguageModel, Limits, Refused
+    from memopt.memory.lifecycle.llm import LanguageModel
     from memopt.memory.memory_store import MemoryStore
     from memopt.memory.model.schema import Content, NewMemory
 
-    def refuse(system: str, prompt: str, limits: Limits) -> str:
+    def refuse(system: str, prompt: str) -> str:
         raise Refused("no", passing=False)
 
     def number(name: str, **labels: str) -> float:

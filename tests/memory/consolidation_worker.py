@@ -34,7 +34,7 @@ def kill_after(owner: Any, name: str, when: Callable[..., bool] = lambda *_: Tru
 
 def kill_at(step: str) -> None:
     """Kill this process at one of STEPS of a consolidation."""
-    run = consolidation._Run
+    run = consolidation._ConsolidationRun
 
     def summaries(_: object, batches: list[Any]) -> bool:
         return any(batch.summaries is not None for batch in batches)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
+from memopt.commands.memory.shared import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
 
 if TYPE_CHECKING:
     from memopt.memory.model.schema import NewMemory
@@ -53,8 +53,8 @@ def add(
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.opened import moment, opened
-    from memopt.memory.store.founding import unmade_on_error
+    from memopt.commands.memory.shared import moment, open_store
+    from memopt.memory.store.creation import unmade_on_error
 
     for source in sources:
         _check(source)
@@ -63,7 +63,7 @@ def add(
     console = stderr()
     with (
         unmade_on_error(store),
-        opened(store, create=True, given=given, key=key, redaction=redaction) as here,
+        open_store(store, create=True, given=given, key=key, redaction=redaction) as here,
         Progress(
             TextColumn("{task.completed} memories"),
             TimeElapsedColumn(),
@@ -185,7 +185,7 @@ def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
 
 def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, Any]) -> NewMemory:
     """Return the memory of one row; media are paths or bytes."""
-    from memopt.commands.memory.opened import moment
+    from memopt.commands.memory.shared import moment
     from memopt.errors import InputError
     from memopt.memory.model.schema import Content, NewMemory
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memopt.commands.console import echo, say
-from memopt.commands.memory.opened import AsJson, Key, Store, Text
+from memopt.commands.memory.shared import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
     from memopt.memory.lifecycle.worker import Saving
@@ -48,7 +48,7 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Summarise memories that are read often, archive old ones, and show what came of it."""
-    from memopt.commands.memory.opened import opened as open_store
+    from memopt.commands.memory.shared import open_store
     from memopt.config import load_config, origins
     from memopt.memory.lifecycle import from_settings as configured
     from memopt.memory.lifecycle.consolidation import consolidate as run
@@ -67,28 +67,28 @@ def consolidate(
     )
     given = {"text": model}
     with open_store(store, given=given, key=key) as here:
-        opened = here.store
+        memories = here.store
         writer = configured.summariser(
             settings,
             "extractive" if dry_run else llm,
-            redact=None if send_unredacted else opened.redact,
+            redact=None if send_unredacted else memories.redact,
             where=origins(),
             say=say,
         )
         if dry_run:
-            size = opened.stats().bytes_on_disk
-            saved = Saving(report=plan(opened, recipe), before=size, after=size)
+            size = memories.stats().bytes_on_disk
+            saved = Saving(report=plan(memories, recipe), before=size, after=size)
         else:
             with _progress() as step:
                 saved = saving(
-                    opened,
-                    lambda: run(opened, recipe, llm=writer, on_step=step),
+                    memories,
+                    lambda: run(memories, recipe, llm=writer, on_step=step),
                     drop_versions=compact,
                 )
         events = [
             event.detail
-            for event in opened.events("consolidation-failed")
-            if event.retry_at and event.retry_at > opened.database.now()
+            for event in memories.events("consolidation-failed")
+            if event.retry_at and event.retry_at > memories.database.now()
         ]
     if as_json:
         echo(json.dumps(document(saved, events), indent=1))

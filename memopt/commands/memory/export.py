@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.shared import AsJson, Key, Store
 
 
 def export(
@@ -21,9 +21,9 @@ def export(
 ) -> None:
     """Write memories.parquet, associations.parquet and long_term.parquet, in plain."""
     from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
 
-    with stderr().status("export"), opened(store, embed=False, key=key) as here:
+    with stderr().status("export"), open_store(store, embed=False, key=key) as here:
         done = here.store.export_parquet(folder)
     if as_json:
         echo(json.dumps(asdict(done)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.memory.shared import AsJson, Category, Key, Since, Store, Until
 
 
 def forget(
@@ -32,7 +32,7 @@ def forget(
     Summaries made of them go too. Other processes may go on; a scan they began must be repeated.
     """
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import moment, opened
+    from memopt.commands.memory.shared import moment, open_store
     from memopt.errors import ConfigurationError
     from memopt.memory.model.schema import Filter
     from memopt.memory.privacy.erase import forget as run
@@ -44,7 +44,7 @@ def forget(
     if not (ids or filtered or expired):
         raise ConfigurationError("nothing to forget", fix="give ids, a filter, or --expired")
     times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         chosen = list(ids or [])
         if chosen:
             here.store.get_many(chosen, links=False)
@@ -73,13 +73,13 @@ def _retain(
     store: str, categories: list[str], days: float, *, key: Path | None, as_json: bool
 ) -> None:
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.errors import ConfigurationError
     from memopt.memory.lifecycle.retention import retain
 
     if not categories:
         raise ConfigurationError("--after-days needs a category", fix="add --category NAME")
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         changed = {name: retain(here.store, name, days) for name in categories}
     if as_json:
         echo(json.dumps({"days": days, "changed": changed}))

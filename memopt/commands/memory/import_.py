@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Redaction, Store
+from memopt.commands.memory.shared import AsJson, Key, Redaction, Store
 
 
 def import_(
@@ -22,17 +22,17 @@ def import_(
 ) -> None:
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
     from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.memory.io.imports import check_export
     from memopt.memory.memory_store import MemoryStore
     from memopt.memory.privacy.keys import read_cipher
-    from memopt.memory.store.founding import unmade_on_error
+    from memopt.memory.store.creation import unmade_on_error
 
     with unmade_on_error(store), stderr().status("import"):
         dim = check_export(folder)
         with MemoryStore(store, dim=dim, cipher=read_cipher(key)):
             pass  # made with the dimension of the export when it is new
-        with opened(store, embed=False, key=key, redaction=redaction) as here:
+        with open_store(store, embed=False, key=key, redaction=redaction) as here:
             with here.store.observers.without(here.graph):  # the links come from the file
                 done = here.store.import_parquet(folder)
             here.store.index.ensure()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Audio, Joint, Key, Store, Text, Vision
+from memopt.commands.memory.shared import AsJson, Audio, Joint, Key, Store, Text, Vision
 
 
 def reembed(
@@ -22,7 +22,7 @@ def reembed(
 
     from memopt.bundle import open_bundle
     from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.errors import ConfigurationError
     from memopt.memory.io.models import Models, remember
 
@@ -33,7 +33,7 @@ def reembed(
         raise ConfigurationError("no new model", fix="give --model, or --joint with its encoders")
     console = stderr()
     with (
-        opened(store, embed=False, key=key) as here,
+        open_store(store, embed=False, key=key) as here,
         Progress(
             TextColumn("reembed"),
             BarColumn(),
@@ -47,7 +47,7 @@ def reembed(
             embedder, on_step=lambda done, total: bar.update(task, completed=done, total=total)
         )
         remember(here.store.place.local, models)
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         here.graph.build()
     if as_json:
         echo(json.dumps({"memories": count, "model_id": embedder.model_id}))

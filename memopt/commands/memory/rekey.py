@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.shared import AsJson, Key, Store
 
 
 def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
@@ -15,7 +15,7 @@ def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     commas. Resumable. Afterwards only the new one is needed, and what the old one sealed is erased.
     """
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.errors import ConfigurationError
     from memopt.memory.privacy.erase import erase
     from memopt.memory.privacy.keys import read_cipher, rotate
@@ -25,7 +25,7 @@ def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
         raise ConfigurationError(
             "rekey needs two keys", fix="write the new key first and the present one after it"
         )
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         count = rotate(here.store, cipher)
         erase(here.store)
     if as_json:

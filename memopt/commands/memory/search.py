@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.memory.shared import AsJson, Category, Key, Since, Store, Until
 from memopt.visible import json_text
 
 
@@ -36,7 +36,7 @@ def search(
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import as_dict, moment, opened, shown
+    from memopt.commands.memory.shared import as_dict, moment, open_store, preview
     from memopt.memory.model.content import check_content
     from memopt.memory.model.schema import Content, Filter
 
@@ -50,7 +50,7 @@ def search(
         check_content(Content(vision=picture), str(image))
     if sound is not None:
         check_content(Content(audio=sound), str(audio))
-    with opened(store, key=key) as here:
+    with open_store(store, key=key) as here:
         found = here.retriever.retrieve(
             text,
             vision=picture,
@@ -80,7 +80,7 @@ def search(
             f"{result.final_score:.3f}",
             f"{result.similarity:.3f}",
             f"{result.association_score:.3f}",
-            shown(memory),
+            preview(memory),
             memory.category,
             f"{memory.timestamp:%Y-%m-%d %H:%M}",
             memory.memory_id,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.shared import AsJson, Key, Store
 from memopt.visible import json_text
 
 
@@ -26,11 +26,11 @@ def show(
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import as_dict, opened
+    from memopt.commands.memory.shared import as_dict, open_store
     from memopt.files import atomic_path
     from memopt.memory.privacy.access_log import read_log
 
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         memory = here.store.get(memory_id)
         lines = read_log(here.store, memory_id=memory_id) if log else []
     if save:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.shared import AsJson, Key, Store
 from memopt.visible import json_text
 
 
@@ -15,10 +15,10 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.memory.lifecycle.schedule import SAVED
 
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         found = here.store.stats()
         state = here.store.index.state
         condensed = sum(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo
-from memopt.commands.memory.opened import AsJson, Key, Store
+from memopt.commands.memory.shared import AsJson, Key, Store
 
 
 def verify(
@@ -26,7 +26,7 @@ def verify(
     from rich.table import Table
 
     from memopt.commands.console import stdout
-    from memopt.commands.memory.opened import opened
+    from memopt.commands.memory.shared import open_store
     from memopt.memory.lifecycle.verify import verify as run
     from memopt.records import decoded_lines
 
@@ -34,7 +34,7 @@ def verify(
     if expect:
         with expect.open("rb") as file:
             expected = [word for line in decoded_lines(file, str(expect)) for word in line.split()]
-    with opened(store, embed=False, key=key) as here:
+    with open_store(store, embed=False, key=key) as here:
         report = run(here.store, expected, repair=repair)
     if as_json:
         echo(json.dumps({**asdict(report), "problems": report.problems}, indent=1))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memopt.commands.console import echo, say
-from memopt.commands.memory.opened import AsJson, Key, Store, Text
+from memopt.commands.memory.shared import AsJson, Key, Store, Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def worker(
     import asyncio
 
     from memopt.commands.memory.consolidate import document, tell
-    from memopt.commands.memory.opened import opened as open_store
+    from memopt.commands.memory.shared import open_store
     from memopt.config import load_config, origins
     from memopt.errors import ConfigurationError
     from memopt.memory.lifecycle import from_settings as configured
@@ -59,18 +59,18 @@ def worker(
         )
 
     with open_store(store, given={"text": model}, key=key) as here:
-        opened = here.store
+        memories = here.store
         writer = configured.summariser(
             settings,
             llm,
-            redact=None if send_unredacted else opened.redact,
+            redact=None if send_unredacted else memories.redact,
             where=origins(),
             say=say,
         )
 
         def around(why: str, run: Callable[[], Consolidation]) -> None:
-            saved = saving(opened, run)
-            now = opened.database.now()
+            saved = saving(memories, run)
+            now = memories.database.now()
             if as_json:
                 line = {"why": why, "at": now.isoformat()}
                 echo(json.dumps(line | document(saved, [])))
@@ -79,7 +79,7 @@ def worker(
                 tell(saved, [])
 
         condenser = ConsolidationWorker(
-            opened,
+            memories,
             configured.recipe(settings),
             triggers=triggers,
             llm=writer,
@@ -87,7 +87,7 @@ def worker(
             around=around,
         )
         if once:
-            why = due(opened, triggers)
+            why = due(memories, triggers)
             if why is None:
                 say("nothing to do: neither the schedule nor the size starts a run now")
                 return
@@ -95,7 +95,7 @@ def worker(
             return
         by = [f"schedule {triggers.cron!r} (UTC)"] if triggers.cron else []
         by += [f"more than {triggers.pressure_mb:g} MB"] if triggers.pressure_mb else []
-        say(f"watching {opened.place}: {', '.join(by)}; Ctrl-C ends it")
+        say(f"watching {memories.place}: {', '.join(by)}; Ctrl-C ends it")
         asyncio.run(_watch(condenser))
         say("stopped")
 

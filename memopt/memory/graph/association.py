@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memopt.errors import ConfigurationError
-from memopt.memory.graph.neighbours import Pairs, close_in_meaning, close_in_time
+from memopt.memory.graph.neighbours import RowEdges, close_in_meaning, close_in_time
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.rows import vectors_array, with_columns
@@ -26,7 +26,7 @@ TIME, SIMILARITY, CO_RETRIEVAL = "time", "similarity", "co_retrieval"
 # Up to here the nearest memories of each new one are searched by the index, milliseconds each; more
 # at once are compared among themselves, by cells. build() links everything.
 _ONE_BY_ONE = 256
-# Pairs remembered before co-retrieval is written: a commit costs as much as some searches.
+# RowEdges remembered before co-retrieval is written: a commit costs as much as some searches.
 MOST_PENDING_PAIRS = 4096
 
 
@@ -270,7 +270,7 @@ def _ordered(left: str, right: str) -> tuple[str, str]:
     return (left, right) if left < right else (right, left)
 
 
-def _named(names: Sequence[str], pairs: Pairs, kind: str, known: _Links) -> _Links:
+def _named(names: Sequence[str], pairs: RowEdges, kind: str, known: _Links) -> _Links:
     """Return links by name; where one is known already the stronger stays."""
     links: _Links = {}
     for left, right, weight in zip(

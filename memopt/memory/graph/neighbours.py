@@ -19,7 +19,7 @@ _ITERATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Pairs:
+class RowEdges:
     """Edges between rows: ``left`` and ``right`` int64 (n,), ``weight`` float32 (n,) in (0, 1]."""
 
     left: NDArray[np.int64]
@@ -29,7 +29,7 @@ class Pairs:
 
 def close_in_time(
     seconds: NDArray[np.float64], window: float, most: int, *, after: int = 0
-) -> Pairs:
+) -> RowEdges:
     """Pair moments at most ``window`` seconds apart, each with the ``most`` next ones.
 
     Sorted once and walked along, n x most steps. The weight falls linearly to 1/2 at the edge of
@@ -59,12 +59,12 @@ def close_in_time(
     left, right, gap = _joined(lefts, np.int64), _joined(rights, np.int64), _joined(gaps, float)
     new = np.maximum(left, right) >= after
     weight = 1 - 0.5 * gap[new] / max(window, 1e-9)
-    return Pairs(left[new], right[new], weight.astype(np.float32))
+    return RowEdges(left[new], right[new], weight.astype(np.float32))
 
 
 def close_in_meaning(
     vectors: NDArray[np.float32], threshold: float, most: int, *, seed: int = 0
-) -> Pairs:
+) -> RowEdges:
     """Pair each vector with its ``most`` nearest of cosine similarity above ``threshold``.
 
     Vectors are cut into cells of some hundred by spherical k-means, and only those of the same and
@@ -85,7 +85,7 @@ def close_in_meaning(
     count = len(vectors)
     if count < 2:
         nothing = np.zeros(0, np.int64)
-        return Pairs(nothing, nothing, np.zeros(0, np.float32))
+        return RowEdges(nothing, nothing, np.zeros(0, np.float32))
     cells = max(1, count // _CELL_ROWS)
     looked = _nearest_cells(vectors, cells, seed)
     order = np.argsort(looked[:, 0], kind="stable")
@@ -110,7 +110,7 @@ def close_in_meaning(
             best[1].append(members[top[at, which]])
             scores.append(values[at, which])
     left, right = (_joined(part, np.int64) for part in best)
-    return _strongest(Pairs(left, right, _joined(scores, np.float32)), most)
+    return _strongest(RowEdges(left, right, _joined(scores, np.float32)), most)
 
 
 def _nearest_cells(vectors: NDArray[np.float32], cells: int, seed: int) -> NDArray[np.int64]:
@@ -139,13 +139,13 @@ def _assign(
     return np.concatenate(found)
 
 
-def _strongest(pairs: Pairs, most: int) -> Pairs:
+def _strongest(pairs: RowEdges, most: int) -> RowEdges:
     """Keep the ``most`` strongest of each left row."""
     order = np.lexsort((pairs.right, -pairs.weight, pairs.left))
     left = pairs.left[order]
     rank = np.arange(len(left)) - np.searchsorted(left, left)
     kept = order[rank < most]
-    return Pairs(pairs.left[kept], pairs.right[kept], pairs.weight[kept])
+    return RowEdges(pairs.left[kept], pairs.right[kept], pairs.weight[kept])
 
 
 def _joined(parts: Sequence[NDArray[Any]], kind: type) -> NDArray[Any]:

@@ -69,10 +69,10 @@ class Import:
             len(dangling),
         )
 
-    def _commit(self, parts: Parts, model: str) -> _Found:
+    def _commit(self, parts: Parts, model: str) -> _Outcome:
         """Store what of the staged rows is not there, in one commit."""
         database = self._database
-        found = _Found()
+        found = _Outcome()
 
         def rest() -> Iterator[pa.Table]:
             for part, new in zip(parts, found.new, strict=True):
@@ -98,7 +98,7 @@ class Import:
         found.added = len(ids)
         return found
 
-    def _compare(self, part: pa.Table, found: _Found) -> None:
+    def _compare(self, part: pa.Table, found: _Outcome) -> None:
         """Say which staged rows are new, and what of the others is to be done."""
         now, ids = self._database.now(), part["memory_id"].to_pylist()
         there = self._writer.existing.rows(ids)
@@ -146,7 +146,7 @@ class Import:
 
 
 @dataclass(slots=True)
-class _Found:
+class _Outcome:
     """What became of staged rows.
 
     Attributes:

@@ -28,9 +28,9 @@ from memopt.memory.lifecycle.llm import Summariser
 from memopt.memory.lifecycle.plan import (
     FAILED,
     LONGEST_BACKOFF,
+    ConsolidationPlan,
     ConsolidationRecipe,
     Group,
-    Plan,
     make_plan,
 )
 from memopt.memory.lifecycle.schedule import RUN
@@ -65,7 +65,7 @@ class Consolidation:
         stopped: the run was asked to stop before it was through.
     """
 
-    plan: Plan
+    plan: ConsolidationPlan
     dry_run: bool = False
     summaries: tuple[str, ...] = ()
     condensed: int = 0
@@ -124,7 +124,9 @@ def consolidate(
     >>> store.get(report.summaries[0]).summary
     'The door is red.'
     """
-    return _Run(store, recipe or ConsolidationRecipe(), llm, stop or threading.Event()).run(on_step)
+    return _ConsolidationRun(
+        store, recipe or ConsolidationRecipe(), llm, stop or threading.Event()
+    ).run(on_step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ class _Batch:
         return not own.select(names).sort_by(key).equals(self.before.select(names).sort_by(key))
 
 
-class _Run:
+class _ConsolidationRun:
     """One run; what it did is counted as it goes."""
 
     def __init__(
@@ -188,7 +190,7 @@ class _Run:
         self._tell(report)
         return report
 
-    def _work(self, found: Plan, on_step: Progress | None, begun: float) -> bool:
+    def _work(self, found: ConsolidationPlan, on_step: Progress | None, begun: float) -> bool:
         """Do the plan, batch by batch; return whether it was done to the end."""
         steps: list[Callable[[], _Batch | None]] = [
             partial(self.condense, group) for group in found.groups

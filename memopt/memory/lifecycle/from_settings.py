@@ -70,7 +70,7 @@ def summariser(
     Raises:
         ConfigurationError: an unknown backend or a URL that is none.
     """
-    from memopt.memory.lifecycle.llm import Limits, language_model
+    from memopt.memory.lifecycle.llm import language_model
 
     name = spec or settings.language_model() or "extractive"
     if name == "extractive":
@@ -80,7 +80,7 @@ def summariser(
         sources = [where[key] for part in keys if (key := f"consolidation.{part}") in where]
         told = ", ".join(dict.fromkeys(sources)) or "the settings"
         say(f"texts of memories go to {name}, as {told} says; --llm extractive keeps them here")
-    return language_model(name, limits=Limits(), redact=redact)
+    return language_model(name, redact=redact)
 
 
 def _given(chosen: Mapping[str, Any]) -> dict[str, Any]:

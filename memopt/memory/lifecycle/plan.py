@@ -101,7 +101,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ConsolidationPlan:
     """What a consolidation would do.
 
     Attributes:
@@ -122,13 +122,13 @@ class Plan:
     postponed: int = 0
 
 
-def make_plan(store: MemoryStore, recipe: ConsolidationRecipe) -> Plan:
+def make_plan(store: MemoryStore, recipe: ConsolidationRecipe) -> ConsolidationPlan:
     """Scan the short-term memories and say what is to be done."""
     now, cold_age = store.database.now(), timedelta(days=recipe.cold_age_days)
     postponed = _postponed(store, now)
     table = store.reader.table(Filter(tiers=(SHORT_TERM,)), _COLUMNS)
     if not table.num_rows:
-        return Plan()
+        return ConsolidationPlan()
     ids: list[str] = table["memory_id"].to_pylist()
     alive = unexpired(table["expires_at"], now).to_numpy()
     free = alive & np.array([memory_id not in postponed for memory_id in ids], bool)
@@ -149,7 +149,7 @@ def make_plan(store: MemoryStore, recipe: ConsolidationRecipe) -> Plan:
         surplus = int(alive.sum()) - len(archive) - condensed - recipe.at_hand
         others = {ids[row] for row in np.flatnonzero(~hot & ~cold & free)}
         archive += _worth_least(store, others)[: max(0, surplus)]
-    return Plan(
+    return ConsolidationPlan(
         scanned=int(alive.sum()),
         hot=int((hot & alive).sum()),
         cold=int((cold & alive).sum()),

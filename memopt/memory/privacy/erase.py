@@ -23,7 +23,7 @@ _REWRITTEN = ("memories", "edges")
 
 
 @dataclass(frozen=True, slots=True)
-class Erased:
+class Erasure:
     """What went: memories deleted, of which expired, and bytes given back to the disk."""
 
     memories: int
@@ -31,7 +31,7 @@ class Erased:
     bytes_freed: int
 
 
-def forget(store: MemoryStore, ids: Sequence[str]) -> Erased:
+def forget(store: MemoryStore, ids: Sequence[str]) -> Erasure:
     """Delete memories and everything expired, and erase their bytes from every file.
 
     Summaries made of a forgotten memory go with it: they repeat it in other words.
@@ -53,7 +53,7 @@ def forget(store: MemoryStore, ids: Sequence[str]) -> Erased:
     """
     gone = store.delete(sorted(set(ids))) if ids else 0
     expired = expire(store)
-    return Erased(gone + expired, expired, erase(store))
+    return Erasure(gone + expired, expired, erase(store))
 
 
 def expire(store: MemoryStore) -> int:

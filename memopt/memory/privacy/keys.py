@@ -16,7 +16,7 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model import payload
 from memopt.memory.model.rows import chunks
 from memopt.memory.model.schema import ARCHIVED, FORMAT_VERSION
-from memopt.memory.store import founding
+from memopt.memory.store import creation
 from memopt.sealing import KEY_BYTES, Envelope, WrongKey, parse_key, read_secret
 
 KEY_VARIABLE = "MEMOPT_MEMORY_KEY"
@@ -125,7 +125,7 @@ def rotate(store: MemoryStore, new: AesGcm, *, on_step: Callable[[int], None] | 
         raise ConsolidationError(
             f"{store.place} is not encrypted", fix="import its export into a new encrypted store"
         )
-    id_key = founding.id_key(store.place, store.meta, new).value
+    id_key = creation.id_key(store.place, store.meta, new).value
     database.use_key(new)
     done = 0
     while True:
@@ -136,7 +136,7 @@ def rotate(store: MemoryStore, new: AesGcm, *, on_step: Callable[[int], None] | 
                 database.write_meta(
                     format=FORMAT_VERSION,
                     key_id=new.key_id,
-                    id_key=founding.seal_id_key(id_key, new),
+                    id_key=creation.seal_id_key(id_key, new),
                 )
                 return done
         for part in chunks(ids, _CHUNK):

@@ -16,14 +16,14 @@ from memopt.memory.privacy.redaction_rules import RULES
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Redaction:
     """A text without its secrets, and how many of each kind were taken out."""
 
     text: str
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def redact(text: str) -> Found:
+def redact(text: str) -> Redaction:
     """Replace personal data and secrets by placeholders such as ``[EMAIL]``.
 
     Kinds: EMAIL, PHONE, CARD (issuer, length and Luhn's formula, ISO/IEC 7812-1), IBAN (country,
@@ -47,7 +47,7 @@ def redact(text: str) -> Found:
     for start, end, kind in sorted(found):
         parts += (text[at : copy.starts[start]], f"[{kind}]")
         at = copy.ends[end - 1]
-    return Found("".join([*parts, text[at:]]), dict(Counter(kind for *_, kind in found)))
+    return Redaction("".join([*parts, text[at:]]), dict(Counter(kind for *_, kind in found)))
 
 
 def _apart(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

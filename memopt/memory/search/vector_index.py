@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from memopt.background import Task
 from memopt.errors import ConsolidationError
 from memopt.memory.model.schema import BITS
+from memopt.memory.store.creation import named_errors
 from memopt.memory.store.events import Events
-from memopt.memory.store.founding import named_errors
 from memopt.memory.store.observers import StoreObserver
 from memopt.memory.store.reader import Reader
 from memopt.memory.store.stats import sampled_vectors

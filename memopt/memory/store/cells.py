@@ -19,8 +19,8 @@ from memopt.memory.model.filters import DELETED
 from memopt.memory.model.schema import WORDS, Content, memories_schema
 from memopt.memory.model.signs import fitted
 from memopt.memory.model.words import words
+from memopt.memory.store.creation import create_indices
 from memopt.memory.store.database import Database
-from memopt.memory.store.founding import create_indices
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 4096

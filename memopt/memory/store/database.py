@@ -21,9 +21,9 @@ from memopt.memory.model.filters import id_list, one_of, present, utc
 from memopt.memory.model.payload import Cipher
 from memopt.memory.model.rows import chunks
 from memopt.memory.model.schema import BITS, WORDS, Embedder, memories_schema
-from memopt.memory.store import founding
+from memopt.memory.store import creation
 from memopt.memory.store.locking import ReadOnlyError, lock_of
-from memopt.memory.store.meta import Meta, Place
+from memopt.memory.store.meta import Location, Meta
 from memopt.memory.store.observers import Observers
 
 _LOG = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ class Database:
         # Read when lancedb is imported: a line per empty cell of an index tells nobody anything.
         os.environ.setdefault("LANCEDB_LOG", "error")
         lancedb = require("lancedb", extra="memory", why="keep memories")
-        founding.check_forked(lancedb)
+        creation.check_forked(lancedb)
         self._process = os.getpid()
         if dim is not None and dim < 1:
             raise InputError(f"dim is {dim}", fix="give the length of a vector, 1 or more")
-        self.place = Place(path)
+        self.place = Location(path)
         self.cipher, self.clock = cipher, clock
         self.observers = Observers()
         self._tables: dict[str, Any] = {}
@@ -84,7 +84,7 @@ class Database:
         self.connection = self.place.database or lancedb.connect(self.place.uri, **self._options)
         if meta is None:
             with self.exclusive():
-                meta = self.place.read() or founding.make(
+                meta = self.place.read() or creation.make(
                     self.place, self.connection, dim, embedder, cipher, self.now()
                 )
         self._meta: Meta = meta
@@ -96,7 +96,7 @@ class Database:
         self.table("memories")
         self._compact: bool | None = None
         self._tight = self._told_read_only = False
-        self._id_key = founding.IdKey()
+        self._id_key = creation.IdKey()
         self._id_key_of: str | None = ""
         self.id_key()
 
@@ -131,7 +131,7 @@ class Database:
             self._meta = replace(self.place.read() or self._meta, **changes)
             self.place.write(self._meta)
 
-    def id_key(self) -> founding.IdKey:
+    def id_key(self) -> creation.IdKey:
         """Return the secret of an encrypted store, as it is now: another process may rotate keys.
 
         Raises:
@@ -139,7 +139,7 @@ class Database:
         """
         meta = self.meta
         if meta.id_key != self._id_key_of:
-            self._id_key = founding.id_key(self.place, meta, self.cipher)
+            self._id_key = creation.id_key(self.place, meta, self.cipher)
             self._id_key_of = meta.id_key
         return self._id_key
 
@@ -151,7 +151,7 @@ class Database:
     def compact(self) -> bool:
         """Whether the vectors were compact when :meth:`look_again` looked last."""
         if self._compact is None:
-            with founding.named_errors(self.place, "read"):
+            with creation.named_errors(self.place, "read"):
                 self._compact = BITS in self.memories.schema.names
         return self._compact
 
@@ -198,7 +198,7 @@ class Database:
             ConsolidationError: the disk is full, the folder is read-only, a file is damaged, or the
                 key was replaced.
         """
-        with self.exclusive(), founding.named_errors(self.place, "changed"):
+        with self.exclusive(), creation.named_errors(self.place, "changed"):
             if not self._tight:
                 self.place.tighten()
                 self._tight = True
@@ -232,7 +232,7 @@ class Database:
         """Return the LanceDB table ``memories``, ``edges``, ``access_log`` or ``events``."""
         self.check_process()
         if name not in self._tables:
-            self._tables[name] = founding.table(self.place, self.connection, name)
+            self._tables[name] = creation.table(self.place, self.connection, name)
         return self._tables[name]
 
     def schema(self, names: Sequence[str]) -> pa.Schema:
@@ -252,7 +252,7 @@ class Database:
         """Return the version a table has now; other processes' commits count."""
         from lancedb.background_loop import LOOP
 
-        with founding.named_errors(self.place, "read"):
+        with creation.named_errors(self.place, "read"):
             return int(LOOP.run(self._reader(name).version()))
 
     def take(self, row_ids: Sequence[int]) -> Any:
@@ -275,7 +275,7 @@ class Database:
             return await asyncio.gather(*(query.to_arrow() for query in queries))
 
         self.check_process()
-        with founding.named_errors(self.place, "read"):
+        with creation.named_errors(self.place, "read"):
             try:
                 found: list[pa.Table] = LOOP.run(run())
             except (RuntimeError, OSError, ValueError) as error:
@@ -317,7 +317,7 @@ class Database:
 
     def remake_indices(self) -> None:
         """Make the indices that a table written anew lacks, and look how it keeps vectors."""
-        founding.create_indices(self.connection)
+        creation.create_indices(self.connection)
         self.look_again()
 
     def _cover_ids(self) -> None:
@@ -331,11 +331,11 @@ class Database:
     def _reader(self, name: str) -> Any:
         self.check_process()
         if name not in self._readers:
-            self._readers[name] = founding.reader(self.place, name, self._options)
+            self._readers[name] = creation.reader(self.place, name, self._options)
         return self._readers[name]
 
 
-def _cache_bytes(place: Place) -> tuple[int, int]:
+def _cache_bytes(place: Location) -> tuple[int, int]:
     """Return the sizes of the index and the metadata cache.
 
     The indices that there are, twice, for a version and the next; an eighth of the machine at most.

@@ -19,7 +19,7 @@ from memopt.memory.model.filters import one_of
 from memopt.memory.model.schema import EDGES
 from memopt.memory.store.database import Database
 from memopt.memory.store.events import Events
-from memopt.memory.store.links import Asked, Leaving, Network, numbered, seconds
+from memopt.memory.store.links import Leaving, Network, QueriedLinks, numbered, seconds
 from memopt.memory.store.observers import StoreObserver
 
 # Directed links held at most: 16 bytes each and the ids once, some 200 MB. A larger graph is asked
@@ -79,9 +79,9 @@ class LinkCache(StoreObserver):
 
     def network(self) -> Network:
         """Return all links for several steps in a row, from memory where it is up to date."""
-        return self.current() or Asked(self._database)
+        return self.current() or QueriedLinks(self._database)
 
-    def current(self) -> Held | None:
+    def current(self) -> CachedLinks | None:
         """Return the links as they are now; None where the table has to be asked."""
         version = self._database.version("edges")
         with self._guard:
@@ -89,7 +89,7 @@ class LinkCache(StoreObserver):
             if links is None or links.version != version:
                 self._start_reading()
                 return None
-            return Held(links, self._guard)
+            return CachedLinks(links, self._guard)
 
     @contextmanager
     def following(self, added: pa.Table | None = None) -> Iterator[None]:
@@ -179,7 +179,7 @@ class LinkCache(StoreObserver):
         self._rest_until = time.monotonic() + 60
 
 
-class Held(Network):
+class CachedLinks(Network):
     """Links in memory."""
 
     def __init__(self, links: _Links, guard: threading.Lock) -> None:

@@ -43,7 +43,7 @@ class Network(ABC):
         return [ids[at] for at in places.tolist()], self.names(targets), weights, updated
 
 
-class Asked(Network):
+class QueriedLinks(Network):
     """Links of the ``edges`` table, by a query each time; nodes are numbered as they come."""
 
     def __init__(self, database: Database) -> None:

@@ -42,16 +42,16 @@ class Meta:
     retention: dict[str, float] = field(default_factory=dict)
 
 
-class Place:
+class Location:
     """Where a store lies: a local folder, or the URI of an object store.
 
     On an object store the meta is a table of one row, so that whoever can reach the tables (by
     whatever credentials) can reach it, and so that it is replaced in one commit; ``database`` must
     be set there before it is read.
 
-    >>> Place("notes").local
+    >>> Location("notes").local
     PosixPath('notes')
-    >>> Place("s3://bucket/notes").local is None
+    >>> Location("s3://bucket/notes").local is None
     True
     """
 
@@ -83,7 +83,7 @@ class Place:
     def stamp(self) -> object:
         """Return a value that changes whenever ``memory.json`` is written; None on object stores.
 
-        >>> Place("no/such/folder").stamp() is None
+        >>> Location("no/such/folder").stamp() is None
         True
         """
         if self.local is None:

@@ -24,7 +24,7 @@ from memopt.memory.model.filters import (
 from memopt.memory.model.schema import Filter, Link, Memory, memories_schema
 from memopt.memory.store.access_counts import AccessCounts
 from memopt.memory.store.cells import Cells
-from memopt.memory.store.founding import named_errors
+from memopt.memory.store.creation import named_errors
 from memopt.memory.store.locking import reading
 
 _IDS_PER_QUERY = 10_000

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from memopt.errors import ConfigurationError
+from memopt.memory.lifecycle.backends import CallLimits
 from memopt.memory.lifecycle.consolidation import consolidate, plan
-from memopt.memory.lifecycle.llm import Limits, language_model
+from memopt.memory.lifecycle.llm import language_model
 from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
 from memopt.memory.lifecycle.schedule import due
 from memopt.memory.lifecycle.summary_writer import FALLBACK
@@ -100,7 +101,7 @@ def test_an_unreachable_model_is_replaced_by_extraction(store: MemoryStore, step
     put(store, 0, "The door is red.", "The door is red!")
     with serve(step) as server:
         llm = language_model(
-            f"openai:m@{server.url('openai')}", limits=Limits(retries=0, timeout_s=0.3)
+            f"openai:m@{server.url('openai')}", limits=CallLimits(retries=0, timeout_s=0.3)
         )
         report = consolidate(store, FAST, llm=llm)
     assert (len(report.summaries), report.fallbacks, report.failed) == (1, 1, 0)

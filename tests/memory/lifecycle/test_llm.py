@@ -8,11 +8,12 @@ import socket
 import pytest
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.memory.lifecycle.llm import LanguageModel, Limits, Refused, _whole, language_model
+from memopt.memory.lifecycle.backends import CallLimits, Refused, _whole
+from memopt.memory.lifecycle.llm import LanguageModel, language_model
 from tests.memory.llm_server import Served, serve
 
 KINDS = ("ollama", "anthropic", "openai")
-QUICK = Limits(timeout_s=0.4, retries=1, per_minute=0, longest_wait_s=5)
+QUICK = CallLimits(timeout_s=0.4, retries=1, per_minute=0, longest_wait_s=5)
 
 
 @pytest.fixture(params=KINDS)
@@ -162,7 +163,9 @@ def test_nobody_listens(kind: str) -> None:
 def test_requests_are_paced() -> None:
     """At 60 a minute the third one starts two seconds after the first."""
     waits: list[float] = []
-    model = LanguageModel("m", lambda *_: "ok", limits=Limits(per_minute=60), sleep=waits.append)
+    model = LanguageModel(
+        "m", lambda *_: "ok", limits=CallLimits(per_minute=60), sleep=waits.append
+    )
     for _ in range(3):
         model.complete("", "")
     assert waits == pytest.approx([1, 2], abs=0.2)

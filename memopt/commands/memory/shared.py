@@ -31,7 +31,7 @@ Since = Annotated[str | None, typer.Option(help="ISO time, inclusive.")]
 Until = Annotated[str | None, typer.Option(help="ISO time, exclusive.")]
 
 
-def opened(
+def open_store(
     place: str,
     *,
     create: bool = False,
@@ -105,7 +105,7 @@ def as_dict(memory: object, *, links: bool = True) -> dict[str, object]:
     return document
 
 
-def shown(memory: object, width: int = 80) -> str:
+def preview(memory: object, width: int = 80) -> str:
     """Return what a table shows of a memory."""
     text = getattr(memory, "text", None) or getattr(memory, "summary", None)
     if text:

@@ -27,7 +27,7 @@ from memopt.memory.model.schema import (
     memories_schema,
 )
 from memopt.memory.store.locking import LOCK_FILE, READ_FILE, ReadOnlyError, lock_of
-from memopt.memory.store.meta import META_FILE, MODELS_FILE, TABLES, Meta, Place
+from memopt.memory.store.meta import META_FILE, MODELS_FILE, TABLES, Location, Meta
 
 _ID_KEY_BYTES = 32
 # This process and those it comes from that were forked after LanceDB began its threads.
@@ -50,7 +50,7 @@ class IdKey(NamedTuple):
 
 
 def make(
-    place: Place,
+    place: Location,
     database: Any,
     dim: int | None,
     embedder: Embedder | None,
@@ -128,7 +128,7 @@ def unmade_on_error(path: str | Path) -> Iterator[None]:
     >>> folder.exists()
     False
     """
-    folder = Place(path).local
+    folder = Location(path).local
     was_there = folder is not None and folder.is_dir()
     if folder is None or (folder.exists() and (not was_there or any(folder.iterdir()))):
         yield
@@ -184,7 +184,7 @@ def _notice_fork() -> None:
 os.register_at_fork(after_in_child=_notice_fork)
 
 
-def table(place: Place, database: Any, name: str) -> Any:
+def table(place: Location, database: Any, name: str) -> Any:
     """Open one table.
 
     Raises:
@@ -204,7 +204,7 @@ def seal_id_key(key: bytes, cipher: payload.Cipher) -> str:
     return base64.b64encode(cipher.encrypt(payload.tie(key, "", "id_key", "", b""))).decode()
 
 
-def reader(place: Place, name: str, options: dict[str, Any]) -> Any:
+def reader(place: Location, name: str, options: dict[str, Any]) -> Any:
     """Open one table for asynchronous queries.
 
     Raises:
@@ -223,7 +223,7 @@ def reader(place: Place, name: str, options: dict[str, Any]) -> Any:
         raise _unreadable(place, name, error) from error
 
 
-def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> IdKey:
+def id_key(place: Location, meta: Meta, cipher: payload.Cipher | None) -> IdKey:
     """Return the secret of a store; opening it proves the encryption key.
 
     Raises:
@@ -254,7 +254,7 @@ def id_key(place: Place, meta: Meta, cipher: payload.Cipher | None) -> IdKey:
 
 
 @contextmanager
-def named_errors(place: Place, what: str) -> Iterator[None]:
+def named_errors(place: Location, what: str) -> Iterator[None]:
     """Turn what Lance raises when a file cannot be written or read into one clear line.
 
     Raises:
@@ -286,7 +286,7 @@ def _row_count(database: Any, name: str) -> int | None:
         return None
 
 
-def _unreadable(place: Place, name: str, error: Exception) -> ConsolidationError:
+def _unreadable(place: Location, name: str, error: Exception) -> ConsolidationError:
     reason = str(error).partition("\n")[0]
     return ConsolidationError(
         f"{place} is damaged: its table {name!r} cannot be opened ({reason})",
