@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,25 @@ def steps(first: str) -> Iterator[Callable[[str], None]]:
     finally:
         ended.set()
         teller.join()
+
+
+@contextmanager
+def progress(
+    *columns: Any, total: float | None = None, **fields: Any
+) -> Iterator[Callable[..., None]]:
+    """Yield what takes how far the work is: ``completed=``, ``total=``, ``advance=`` or fields.
+
+    Args:
+        columns: of a bar of rich, shown on a terminal's standard error; a text is filled in with
+            ``{task}``.
+        total: how much there is to do, where that is known.
+        fields: what the columns show besides, at first.
+    """
+    from rich.progress import Progress
+
+    console = stderr()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield partial(bar.update, bar.add_task("", total=total, **fields))
 
 
 def check_target(path: Path, *, folder: bool = False) -> None:

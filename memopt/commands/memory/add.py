@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
+from memopt.commands.console import echo, progress, stderr, stdout
+from memopt.commands.memory.shared import (
+    AsJson,
+    Audio,
+    Joint,
+    Key,
+    Redaction,
+    Store,
+    Text,
+    Vision,
+    bundles,
+    moment,
+    open_store,
+)
+from memopt.errors import InputError
+from memopt.records import Record, open_records, read_lines
 
 if TYPE_CHECKING:
     from memopt.memory.model.schema import NewMemory
@@ -50,86 +66,61 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Add memories; what is there already is left as it is."""
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeElapsedColumn
 
-    from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.shared import moment, open_store
     from memopt.memory.store.creation import unmade_on_error
 
     for source in sources:
         _check(source)
     at, until = moment(time, "time"), moment(expires, "expires")
-    given = {"text": model, "vision": vision, "audio": audio, "joint": joint}
-    console = stderr()
+    models = bundles(text=model, vision=vision, audio=audio, joint=joint)
     with (
         unmade_on_error(store),
-        open_store(store, create=True, given=given, key=key, redaction=redaction) as here,
-        Progress(
-            TextColumn("{task.completed} memories"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        ) as bar,
+        open_store(store, create=True, models=models, key=key, redaction=redaction) as here,
+        progress("{task.completed} memories", TimeElapsedColumn()) as step,
     ):
-        task = bar.add_task("add", total=None)
 
         def watched() -> Iterator[NewMemory]:
             for memory in read(sources, category=category, timestamp=at, expires_at=until):
                 yield memory
-                bar.advance(task)
+                step(advance=1)
 
         result = here.store.add(watched())
         here.store.index.ensure()
     if as_json:
-        echo(
-            json.dumps(
-                {
-                    "ids": list(result.ids),
-                    "added": result.added,
-                    "already": result.already,
-                    "differing": list(result.differing),
-                },
-                indent=1,
-            )
-        )
+        echo(json.dumps(asdict(result), indent=1))
         return
     stdout().print(f"{result.added} added, {result.already} there already")
     if result.differing:
-        console.print(
+        stderr().print(
             f"warning: {len(result.differing)} ids hold other content, which stays; "
             f"first {result.differing[0]}"
         )
 
 
-def read(
-    sources: list[str], *, category: str, timestamp: Any = None, expires_at: Any = None
-) -> Iterator[NewMemory]:
+def read(sources: list[str], *, category: str, **times: datetime | None) -> Iterator[NewMemory]:
     """Yield the memories of texts and files, in order.
 
     Raises:
         InputError: a file that is missing or cannot be read, naming it and the line.
     """
-    from memopt.errors import InputError
     from memopt.memory.model.schema import Content, NewMemory
-    from memopt.records import read_lines
 
-    usual = {"category": category, "timestamp": timestamp, "expires_at": expires_at}
+    usual: dict[str, Any] = {"category": category, **times}
     for source in sources:
+        _check(source)
         path = Path(source)
         suffix = path.suffix.lower()
         if source == "-":
-            for record in read_lines(sys.stdin.buffer, "the input"):
-                if text := record.values["text"].strip():
-                    yield NewMemory(content=Content(text=text), origin=record.where, **usual)
+            yield from _lines(read_lines(sys.stdin.buffer, "the input"), usual)
         elif suffix not in _FILES or "\n" in source:
-            _check(source)
             yield NewMemory(content=Content(text=source), **usual)
-        elif not path.is_file():
-            raise InputError(f"{source} is no file", fix="check the path")
         elif suffix in _PICTURES:
             yield NewMemory(content=Content(vision=path.read_bytes()), origin=source, **usual)
         elif suffix in _SOUNDS:
             yield NewMemory(content=Content(audio=path.read_bytes()), origin=source, **usual)
+        elif suffix == ".txt":
+            yield from _lines(open_records(path), usual)
         else:
             yield from _rows(path, usual)
 
@@ -140,7 +131,6 @@ def _check(source: str) -> None:
     Raises:
         InputError: it is there, or is written as a path, and is of no kind that is read.
     """
-    from memopt.errors import InputError
 
     if source == "-" or "\n" in source:
         return
@@ -163,21 +153,20 @@ def _check(source: str) -> None:
             )
 
 
-def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
-    from memopt.errors import InputError
+def _lines(records: Iterable[Record], usual: dict[str, Any]) -> Iterator[NewMemory]:
     from memopt.memory.model.schema import Content, NewMemory
-    from memopt.records import open_records
 
-    suffix = path.suffix.lower()
+    for record in records:
+        if text := record.values["text"].strip():
+            yield NewMemory(content=Content(text=text), origin=record.where, **usual)
+
+
+def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
     for record in open_records(path):
         if record.problem:
             raise InputError(f"{record.where} {record.problem}")
-        if suffix == ".txt":
-            if text := record.values["text"].strip():
-                yield NewMemory(content=Content(text=text), origin=record.where, **usual)
-            continue
         values: dict[str, Any] = dict(record.values)
-        if suffix in _TABLES:
+        if path.suffix.lower() in _TABLES:
             # An empty cell of a table is nothing, not an empty text or time.
             values = {name: value for name, value in values.items() if value}
         yield _entry(values, path, record.where, usual)
@@ -185,8 +174,6 @@ def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
 
 def _entry(entry: Mapping[str, Any], path: Path, where: str, usual: dict[str, Any]) -> NewMemory:
     """Return the memory of one row; media are paths or bytes."""
-    from memopt.commands.memory.shared import moment
-    from memopt.errors import InputError
     from memopt.memory.model.schema import Content, NewMemory
 
     renamed = {"vision_data": "image", "audio_data": "audio"}

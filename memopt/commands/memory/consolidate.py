@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memopt.commands.console import echo, say
-from memopt.commands.memory.shared import AsJson, Key, Store, Text
+from memopt.commands.console import echo, say, stdout
+from memopt.commands.memory.shared import (
+    AsJson,
+    Key,
+    SendUnredacted,
+    Store,
+    Text,
+    bundles,
+    counted,
+    open_store,
+)
 
 if TYPE_CHECKING:
     from memopt.memory.lifecycle.worker import Saving
+    from memopt.memory.memory_store import MemoryStore
 
 
 def consolidate(
@@ -41,22 +50,16 @@ def consolidate(
     compact: Annotated[
         bool, typer.Option(help="Then drop old versions, which gives the room back.")
     ] = True,
-    send_unredacted: Annotated[
-        bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
-    ] = False,
+    send_unredacted: SendUnredacted = False,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Summarise memories that are read often, archive old ones, and show what came of it."""
-    from memopt.commands.memory.shared import open_store
     from memopt.config import load_config, origins
-    from memopt.memory.lifecycle import from_settings as configured
-    from memopt.memory.lifecycle.consolidation import consolidate as run
-    from memopt.memory.lifecycle.consolidation import plan
-    from memopt.memory.lifecycle.worker import Saving, saving
+    from memopt.memory.lifecycle import consolidation, from_settings, worker
 
     settings = load_config().consolidation
-    recipe = configured.recipe(
+    recipe = from_settings.recipe(
         settings,
         hot_accesses=hot,
         cold_age_days=cold_days,
@@ -65,67 +68,41 @@ def consolidate(
         originals=None if drop is None else "drop" if drop else "archive",
         duty=1.0,
     )
-    given = {"text": model}
-    with open_store(store, given=given, key=key) as here:
+    with open_store(store, models=bundles(text=model), key=key) as here:
         memories = here.store
-        writer = configured.summariser(
-            settings,
-            "extractive" if dry_run else llm,
-            redact=None if send_unredacted else memories.redact,
-            where=origins(),
-            say=say,
-        )
+        redact = None if send_unredacted else memories.redact
+        spec = "extractive" if dry_run else llm
+        writer = from_settings.summariser(settings, spec, redact=redact, where=origins(), say=say)
         if dry_run:
-            size = memories.stats().bytes_on_disk
-            saved = Saving(report=plan(memories, recipe), before=size, after=size)
+            report, size = consolidation.plan(memories, recipe), memories.stats().bytes_on_disk
+            saved = worker.Saving(report=report, before=size, after=size)
         else:
-            with _progress() as step:
-                saved = saving(
-                    memories,
-                    lambda: run(memories, recipe, llm=writer, on_step=step),
-                    drop_versions=compact,
-                )
-        events = [
-            event.detail
-            for event in memories.events("consolidation-failed")
-            if event.retry_at and event.retry_at > memories.database.now()
-        ]
+            run = partial(consolidation.consolidate, memories, recipe, llm=writer)
+            with counted("consolidate") as step:
+                saved = worker.saving(memories, partial(run, on_step=step), drop_versions=compact)
+        events = _waiting(memories)
     if as_json:
         echo(json.dumps(document(saved, events), indent=1))
     else:
         tell(saved, events)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    from memopt.commands.console import stderr
-
-    console = stderr()
-    columns = (TextColumn("consolidate"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("consolidate", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _waiting(store: MemoryStore) -> list[str]:
+    """Return what failed and is to be tried again."""
+    events, now = store.events("consolidation-failed"), store.database.now()
+    return [event.detail for event in events if event.retry_at and event.retry_at > now]
 
 
 def document(saved: Saving, events: list[str]) -> dict[str, object]:
     report = saved.report
+    found = ("scanned", "hot", "cold", "alone", "postponed")
+    done = ("condensed", "archived", "expired", "fallbacks", "failed", "stale")
     return {
         "dry_run": report.dry_run,
-        "scanned": report.plan.scanned,
-        "hot": report.plan.hot,
-        "cold": report.plan.cold,
+        **{name: getattr(report.plan, name) for name in found},
         "groups": [list(group.ids) for group in report.plan.groups],
-        "alone": report.plan.alone,
-        "postponed": report.plan.postponed,
         "summaries": list(report.summaries),
-        "condensed": report.condensed,
-        "archived": report.archived,
-        "expired": report.expired,
-        "fallbacks": report.fallbacks,
-        "failed": report.failed,
-        "stale": report.stale,
+        **{name: getattr(report, name) for name in done},
         "waiting": events,
         "bytes_before": saved.before,
         "bytes_after": saved.after,
@@ -136,24 +113,25 @@ def document(saved: Saving, events: list[str]) -> dict[str, object]:
 def tell(saved: Saving, events: list[str]) -> None:
     from rich.table import Table
 
-    from memopt.commands.console import stdout
-
     report, before, after = saved.report, saved.before, saved.after
     console = stdout(100)
     what = "would happen" if report.dry_run else "happened"
     table = Table("short-term memories", "count", f"what {what}", title="consolidation")
-    groups = len(report.plan.groups)
-    made = f"{groups} summaries" if report.dry_run else f"{len(report.summaries)} summaries"
-    table.add_row("scanned", str(report.plan.scanned), "")
-    table.add_row("hot", str(report.plan.hot), f"{report.condensed} condensed to {made}")
-    table.add_row("hot, like no other", str(report.plan.alone), "stay as they are")
-    table.add_row("cold", str(report.plan.cold), f"{report.archived} archived")
-    table.add_row("postponed", str(report.plan.postponed), "failed before, retried later")
-    if not report.dry_run:
-        table.add_row("expired", str(report.expired), "erased from the disk")
-        table.add_row("batches failed", str(report.failed), "originals untouched, retried later")
-        table.add_row("batches overtaken", str(report.stale), "changed meanwhile, next run")
-        table.add_row("summaries extracted", str(report.fallbacks), "the language model failed")
+    plan = report.plan
+    texts = len(plan.groups if report.dry_run else report.summaries)
+    rows = [
+        ("scanned", plan.scanned, ""),
+        ("hot", plan.hot, f"{report.condensed} condensed to {texts} summaries"),
+        ("hot, like no other", plan.alone, "stay as they are"),
+        ("cold", plan.cold, f"{report.archived} archived"),
+        ("postponed", plan.postponed, "failed before, retried later"),
+        ("expired", report.expired, "erased from the disk"),
+        ("batches failed", report.failed, "originals untouched, retried later"),
+        ("batches overtaken", report.stale, "changed meanwhile, next run"),
+        ("summaries extracted", report.fallbacks, "the language model failed"),
+    ]
+    for name, number, meaning in rows[: 5 if report.dry_run else None]:
+        table.add_row(name, str(number), meaning)
     console.print(table)
     if not report.dry_run and before and after is not None:
         console.print(

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Store
+from memopt.commands.console import echo, stderr, stdout
+from memopt.commands.memory.shared import AsJson, Key, Store, open_store
 
 
 def export(
@@ -20,8 +20,6 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write memories.parquet, associations.parquet and long_term.parquet, in plain."""
-    from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.shared import open_store
 
     with stderr().status("export"), open_store(store, embed=False, key=key) as here:
         done = here.store.export_parquet(folder)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import (
+    AsJson,
+    Category,
+    Key,
+    Since,
+    Store,
+    Until,
+    moment,
+    open_store,
+)
+from memopt.errors import ConfigurationError
 
 
 def forget(
@@ -31,9 +41,6 @@ def forget(
 
     Summaries made of them go too. Other processes may go on; a scan they began must be repeated.
     """
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import moment, open_store
-    from memopt.errors import ConfigurationError
     from memopt.memory.model.schema import Filter
     from memopt.memory.privacy.erase import forget as run
 
@@ -43,28 +50,21 @@ def forget(
     filtered = bool(category or since or until)
     if not (ids or filtered or expired):
         raise ConfigurationError("nothing to forget", fix="give ids, a filter, or --expired")
-    times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
+    begin, end = moment(since, "since"), moment(until, "until")
     with open_store(store, embed=False, key=key) as here:
         chosen = list(ids or [])
         if chosen:
             here.store.get_many(chosen, links=False)
         if filtered:
-            where = Filter(categories=tuple(category or ()), **times)
+            where = Filter(categories=tuple(category or ()), since=begin, until=end)
             for batch in here.store.scan(where, ["memory_id"], 8192):
                 chosen += batch["memory_id"].to_pylist()
         if not yes and not typer.confirm(f"Delete {len(set(chosen))} memories for ever?"):
             raise typer.Exit(1)
         result = run(here.store, chosen)
     if as_json:
-        echo(
-            json.dumps(
-                {
-                    "forgotten": result.memories,
-                    "expired": result.expired,
-                    "bytes_freed": result.bytes_freed,
-                }
-            )
-        )
+        counts = {"expired": result.expired, "bytes_freed": result.bytes_freed}
+        echo(json.dumps({"forgotten": result.memories} | counts))
         return
     stdout().print(f"{result.memories} forgotten, {result.bytes_freed:,} bytes freed")
 
@@ -72,9 +72,6 @@ def forget(
 def _retain(
     store: str, categories: list[str], days: float, *, key: Path | None, as_json: bool
 ) -> None:
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import open_store
-    from memopt.errors import ConfigurationError
     from memopt.memory.lifecycle.retention import retain
 
     if not categories:

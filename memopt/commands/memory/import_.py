@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Redaction, Store
+from memopt.commands.console import echo, stderr, stdout
+from memopt.commands.memory.shared import AsJson, Key, Redaction, Store, open_store
 
 
 def import_(
@@ -21,8 +21,6 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Add the memories, links and summaries of an export; those that are there stay as they are."""
-    from memopt.commands.console import stderr, stdout
-    from memopt.commands.memory.shared import open_store
     from memopt.memory.io.imports import check_export
     from memopt.memory.memory_store import MemoryStore
     from memopt.memory.privacy.keys import read_cipher

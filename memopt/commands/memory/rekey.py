@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Store
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import AsJson, Key, Store, open_store
+from memopt.errors import ConfigurationError
 
 
 def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
@@ -14,9 +15,6 @@ def rekey(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     The key file, or MEMOPT_MEMORY_KEY, holds both: the new one first, one a line or separated by
     commas. Resumable. Afterwards only the new one is needed, and what the old one sealed is erased.
     """
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import open_store
-    from memopt.errors import ConfigurationError
     from memopt.memory.privacy.erase import erase
     from memopt.memory.privacy.keys import read_cipher, rotate
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import (
+    AsJson,
+    Category,
+    Key,
+    Since,
+    Store,
+    Until,
+    as_dict,
+    moment,
+    open_store,
+    preview,
+)
+from memopt.errors import InputError
 from memopt.visible import json_text
+
+if TYPE_CHECKING:
+    from memopt.memory.graph.retriever import Retrieved
 
 
 def search(
@@ -33,16 +48,15 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find memories by meaning and by what they are associated with."""
-    from rich.table import Table
-
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import as_dict, moment, open_store, preview
     from memopt.memory.model.content import check_content
     from memopt.memory.model.schema import Content, Filter
 
-    times: dict[str, Any] = {"since": moment(since, "since"), "until": moment(until, "until")}
     where = Filter(
-        categories=tuple(category or ()), tiers=tuple(tier or ()), modality=modality, **times
+        categories=tuple(category or ()),
+        tiers=tuple(tier or ()),
+        modality=modality,
+        since=moment(since, "since"),
+        until=moment(until, "until"),
     )
     picture, sound = _bytes(image), _bytes(audio)
     # Here, where the names of the files are known.
@@ -62,34 +76,30 @@ def search(
             where=where,
         )
     if as_json:
+        scores = ("similarity", "association_score", "final_score")
         rows = [
-            {
-                "similarity": round(result.similarity, 6),
-                "association_score": round(result.association_score, 6),
-                "final_score": round(result.final_score, 6),
-                **as_dict(result.memory, links=False),
-            }
+            {name: round(getattr(result, name), 6) for name in scores}
+            | as_dict(result.memory, links=False)
             for result in found
         ]
         echo(json_text(rows))
         return
+    _print(found)
+
+
+def _print(found: list[Retrieved]) -> None:
+    from rich.table import Table
+
     table = Table("score", "similarity", "association", "memory", "category", "when", "id")
     for result in found:
         memory = result.memory
-        table.add_row(
-            f"{result.final_score:.3f}",
-            f"{result.similarity:.3f}",
-            f"{result.association_score:.3f}",
-            preview(memory),
-            memory.category,
-            f"{memory.timestamp:%Y-%m-%d %H:%M}",
-            memory.memory_id,
-        )
+        numbers = (result.final_score, result.similarity, result.association_score)
+        what = (preview(memory), memory.category, f"{memory.timestamp:%Y-%m-%d %H:%M}")
+        table.add_row(*(f"{number:.3f}" for number in numbers), *what, memory.memory_id)
     stdout(180).print(table if found else "nothing found")
 
 
 def _bytes(path: Path | None) -> bytes | None:
-    from memopt.errors import InputError
 
     if path is None:
         return None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memopt.commands.console import progress
+from memopt.errors import ConfigurationError
+
 if TYPE_CHECKING:
+    from memopt.memory.io.models import Models
+    from memopt.memory.model.schema import Memory
     from memopt.memory.session import Session
 
 Store = Annotated[str, typer.Argument(help="Folder or URI of the store.")]
@@ -23,6 +30,9 @@ Key = Annotated[
 Redaction = Annotated[
     str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
 ]
+SendUnredacted = Annotated[
+    bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Category = Annotated[
     list[str] | None, typer.Option("--category", help="Only these categories; repeatable.")
@@ -32,50 +42,37 @@ Until = Annotated[str | None, typer.Option(help="ISO time, exclusive.")]
 
 
 def open_store(
-    place: str,
-    *,
-    create: bool = False,
-    given: dict[str, str | None] | None = None,
-    embed: bool = True,
-    key: Path | None = None,
-    redaction: str = "auto",
+    place: str, *, create: bool = False, **options: Any
 ) -> AbstractContextManager[Session]:
-    """Open a store as :func:`memopt.memory.session.open_memory` does.
-
-    Args:
-        given: the bundles of text, vision, audio and joint, by name or folder.
-    """
-    from memopt.memory.io.models import Models
+    """Open a store as :func:`memopt.memory.open_memory` does, with its ``options``."""
     from memopt.memory.session import open_memory
 
-    named = {name: _absolute(value) for name, value in (given or {}).items() if value}
-    return open_memory(
-        place,
-        models=Models(**named),
-        embed=embed,
-        key=key,
-        redaction=redaction,
-        create=create,
-        background=False,
-    )
+    return open_memory(place, create=create, background=False, **options)
 
 
-def _absolute(path: str) -> str:
+def bundles(**names: str | None) -> Models:
+    """Return the bundles of text, vision, audio and joint, each by name or folder."""
     from memopt.bundle import open_bundle
+    from memopt.memory.io.models import Models
 
-    return str(open_bundle(path).path.resolve())
+    return Models(**{k: str(open_bundle(v).path.resolve()) for k, v in names.items() if v})
 
 
-def moment(text: str | None, name: str) -> object:
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what takes how much is done, of how much: a bar on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn
+
+    with progress(what, BarColumn(), MofNCompleteColumn()) as step:
+        yield lambda done, total: step(completed=done, total=total)
+
+
+def moment(text: str | None, name: str) -> datetime | None:
     """Return an ISO time in UTC.
 
     Raises:
         ConfigurationError: it is none.
     """
-    from datetime import UTC, datetime
-
-    from memopt.errors import ConfigurationError
-
     if text is None:
         return None
     try:
@@ -87,30 +84,29 @@ def moment(text: str | None, name: str) -> object:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
-def as_dict(memory: object, *, links: bool = True) -> dict[str, object]:
+def as_dict(memory: Memory, *, links: bool = True) -> dict[str, object]:
     """Return a memory as JSON takes it: media as their sizes, no vector."""
     document: dict[str, object] = {}
-    for entry in fields(memory):  # type: ignore[arg-type]
-        value = getattr(memory, entry.name)
-        if entry.name == "joint_embedding" or (entry.name == "association_links" and not links):
+    for entry in fields(memory):
+        name, value = entry.name, getattr(memory, entry.name)
+        if name == "joint_embedding" or (name == "association_links" and not links):
             continue
         if isinstance(value, bytes):
-            document[f"{entry.name}_bytes"] = len(value)
-        elif entry.name == "association_links":
-            document[entry.name] = [[link.linked_id, round(link.weight, 4)] for link in value]
-        elif hasattr(value, "isoformat"):
-            document[entry.name] = value.isoformat()
+            document[f"{name}_bytes"] = len(value)
+        elif name == "association_links":
+            document[name] = [[link.linked_id, round(link.weight, 4)] for link in value]
+        elif isinstance(value, datetime):
+            document[name] = value.isoformat()
         elif value is not None:
-            document[entry.name] = list(value) if isinstance(value, tuple) else value
+            document[name] = list(value) if isinstance(value, tuple) else value
     return document
 
 
-def preview(memory: object, width: int = 80) -> str:
+def preview(memory: Memory, width: int = 80) -> str:
     """Return what a table shows of a memory."""
-    text = getattr(memory, "text", None) or getattr(memory, "summary", None)
-    if text:
+    if text := memory.text or memory.summary:
         line = " ".join(text.split())
         return line if len(line) <= width else line[: width - 1] + "…"
-    kinds = [name for name in ("vision_data", "audio_data") if getattr(memory, name, None)]
-    sizes = [f"{name.removesuffix('_data')} {len(getattr(memory, name)):,} bytes" for name in kinds]
+    media = {"vision": memory.vision_data, "audio": memory.audio_data}
+    sizes = [f"{name} {len(data):,} bytes" for name, data in media.items() if data]
     return f"<{', '.join(sizes) or 'no content'}>"

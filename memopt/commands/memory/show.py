@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Store
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import AsJson, Key, Store, as_dict, open_store
 from memopt.visible import json_text
 
 
@@ -25,8 +25,6 @@ def show(
     """Show one memory."""
     from rich.table import Table
 
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import as_dict, open_store
     from memopt.files import atomic_path
     from memopt.memory.privacy.access_log import read_log
 

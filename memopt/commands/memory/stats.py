@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Store
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import AsJson, Key, Store, open_store
 from memopt.visible import json_text
 
 
@@ -14,8 +14,6 @@ def stats(store: Store, key: Key = None, as_json: AsJson = False) -> None:
     """Show tiers, sizes, savings, index recall and the last consolidation."""
     from rich.table import Table
 
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import open_store
     from memopt.memory.lifecycle.schedule import SAVED
 
     with open_store(store, embed=False, key=key) as here:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memopt.commands.console import echo
+from memopt.commands.console import echo, progress, stderr, stdout
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
@@ -37,46 +37,28 @@ def train_joint(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a joint layer, write it as a bundle, export it and check the graph against torch."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TimeElapsedColumn
 
-    from memopt.commands.console import stderr
     from memopt.joint.bundle import check_free, make_joint_bundle
     from memopt.joint.model import JointConfig
     from memopt.joint.pairs import read_pairs
     from memopt.joint.train import JointRecipe
-    from memopt.memory.model.encoders import AudioEncoder, TextEncoder, VisionEncoder
-    from memopt.runtimes.engine import ArrowEngine
 
     check_free(output)
     recipe = JointRecipe(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed
     )
-    encoders: dict[str, Encoder] = {}
-    for name, kind, bundle in (
-        ("vision", VisionEncoder, vision),
-        ("audio", AudioEncoder, audio),
-        ("text", TextEncoder, text),
-    ):
-        if bundle is not None:
-            engine = ArrowEngine(bundle)
-            encoders[name] = kind(engine, dim=engine.dimension)
-    console = stderr()
-    with console.status("read the pairs"):
+    encoders = _encoders(vision=vision, audio=audio, text=text)
+    with stderr().status("read the pairs"):
         rows = read_pairs(pairs, encoders)
     # Eight heads as in Vaswani et al., or the most that divide an unusual width.
     heads = next(heads for heads in range(8, 0, -1) if dim % heads == 0)
     config = JointConfig.from_dict(
         {**rows.dims, "joint": dim, "hidden": hidden, "attention": attention, "heads": heads}
     )
-    with Progress(
-        TextColumn("train"),
-        BarColumn(),
-        TextColumn("epoch {task.completed}, held-out loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("train", total=epochs, loss=float("nan"))
+    told = "epoch {task.completed}, held-out loss {task.fields[loss]:.4f}"
+    columns = ("train", BarColumn(), told, TimeElapsedColumn())
+    with progress(*columns, total=epochs, loss=float("nan")) as step:
         made = make_joint_bundle(
             rows,
             output,
@@ -84,7 +66,7 @@ def train_joint(
             recipe=recipe,
             encoders={name: encoder.model_id for name, encoder in encoders.items()},
             source=pairs,
-            on_epoch=lambda epoch, _, loss: bar.update(task, completed=epoch, loss=loss),
+            on_epoch=lambda epoch, _, loss: step(completed=epoch, loss=loss),
         )
     report = made.manifest.history[0]
     if as_json:
@@ -93,10 +75,17 @@ def train_joint(
         _print(made, report)
 
 
+def _encoders(**bundles: str | None) -> dict[str, Encoder]:
+    from memopt.memory.model.encoders import AudioEncoder, TextEncoder, VisionEncoder
+    from memopt.runtimes.engine import ArrowEngine
+
+    kinds = {"vision": VisionEncoder, "audio": AudioEncoder, "text": TextEncoder}
+    engines = {name: ArrowEngine(bundle) for name, bundle in bundles.items() if bundle is not None}
+    return {name: kinds[name](engine, engine.dimension) for name, engine in engines.items()}
+
+
 def _print(bundle: Bundle, report: Any) -> None:
     from rich.table import Table
-
-    from memopt.commands.console import stdout
 
     console = stdout(100)
     table = Table("direction", "rows", "recall@1", "chance", title="held-out rows")

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from memopt.commands.console import echo
-from memopt.commands.memory.shared import AsJson, Key, Store
+from memopt.commands.console import echo, stdout
+from memopt.commands.memory.shared import AsJson, Key, Store, open_store
 
 
 def verify(
@@ -25,8 +25,6 @@ def verify(
     """Read every memory and link; exit 1 when something is wrong."""
     from rich.table import Table
 
-    from memopt.commands.console import stdout
-    from memopt.commands.memory.shared import open_store
     from memopt.memory.lifecycle.verify import verify as run
     from memopt.records import decoded_lines
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memopt.commands.console import echo, say
-from memopt.commands.memory.shared import AsJson, Key, Store, Text
+from memopt.commands.memory.consolidate import document, tell
+from memopt.commands.memory.shared import (
+    AsJson,
+    Key,
+    SendUnredacted,
+    Store,
+    Text,
+    bundles,
+    open_store,
+)
+from memopt.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memopt.memory.lifecycle.consolidation import Consolidation
     from memopt.memory.lifecycle.worker import ConsolidationWorker
+    from memopt.memory.memory_store import MemoryStore
 
 
 def worker(
@@ -28,9 +40,7 @@ def worker(
         typer.Option(help="Who writes the summaries, as of consolidate [default: the settings]."),
     ] = None,
     model: Text = None,
-    send_unredacted: Annotated[
-        bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
-    ] = False,
+    send_unredacted: SendUnredacted = False,
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,13 +51,10 @@ def worker(
     """
     import asyncio
 
-    from memopt.commands.memory.consolidate import document, tell
-    from memopt.commands.memory.shared import open_store
     from memopt.config import load_config, origins
-    from memopt.errors import ConfigurationError
     from memopt.memory.lifecycle import from_settings as configured
     from memopt.memory.lifecycle.schedule import due
-    from memopt.memory.lifecycle.worker import ConsolidationWorker, saving
+    from memopt.memory.lifecycle.worker import ConsolidationWorker
 
     settings = load_config().consolidation
     triggers = configured.triggers(settings)
@@ -58,26 +65,12 @@ def worker(
             fix="switch one on, or run: memopt memory consolidate",
         )
 
-    with open_store(store, given={"text": model}, key=key) as here:
+    with open_store(store, models=bundles(text=model), key=key) as here:
         memories = here.store
-        writer = configured.summariser(
-            settings,
-            llm,
-            redact=None if send_unredacted else memories.redact,
-            where=origins(),
-            say=say,
-        )
+        redact = None if send_unredacted else memories.redact
+        writer = configured.summariser(settings, llm, redact=redact, where=origins(), say=say)
 
-        def around(why: str, run: Callable[[], Consolidation]) -> None:
-            saved = saving(memories, run)
-            now = memories.database.now()
-            if as_json:
-                line = {"why": why, "at": now.isoformat()}
-                echo(json.dumps(line | document(saved, [])))
-            else:
-                echo(f"{now:%Y-%m-%d %H:%M:%S} by {why}")
-                tell(saved, [])
-
+        around = partial(_run, memories, as_json=as_json)
         condenser = ConsolidationWorker(
             memories,
             configured.recipe(settings),
@@ -98,6 +91,20 @@ def worker(
         say(f"watching {memories.place}: {', '.join(by)}; Ctrl-C ends it")
         asyncio.run(_watch(condenser))
         say("stopped")
+
+
+def _run(store: MemoryStore, why: str, run: Callable[[], Consolidation], *, as_json: bool) -> None:
+    """Consolidate once and print what came of it."""
+    from memopt.memory.lifecycle.worker import saving
+
+    saved = saving(store, run)
+    now = store.database.now()
+    if as_json:
+        line = {"why": why, "at": now.isoformat()}
+        echo(json.dumps(line | document(saved, [])))
+    else:
+        echo(f"{now:%Y-%m-%d %H:%M:%S} by {why}")
+        tell(saved, [])
 
 
 async def _watch(condenser: ConsolidationWorker) -> None:
