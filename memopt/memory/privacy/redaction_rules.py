@@ -1,19 +1,16 @@
-"""What e-mails, numbers, addresses and keys look like, and what only looks like them."""
+"""What e-mails, numbers and addresses look like, and what only looks like them."""
 
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator
 
-from memopt.memory.model.unicode import FILLER
+from memopt.memory.privacy.secret_rules import Span, assigned, private_keys, tokens
 
 # Every rule is linear: what a pattern reads from one start is bounded, or is read once and
 # stepped over. Neighbours are told in ASCII, since scripts without spaces have no word boundary.
-Span = tuple[int, int]
 Rule = Callable[[str], Iterator[Span]]
 
 
@@ -28,151 +25,6 @@ def _accepted(
             at = match.start() + size
         else:
             at = match.start() + 1
-
-
-# --- private keys
-
-_MARK = re.compile(
-    r"(?i)-{4,5} ?(?P<edge>BEGIN|END) [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)? ?-{4,5}"
-    r"|(?P<putty>Private-Lines: ?\d{1,5})"
-)
-_BODY = re.compile(
-    r"(?P<gap>(?:\s|\\[nr]|[\"'>,])++)|(?P<head>[A-Za-z][A-Za-z0-9-]{1,30}: [^\n\\]{0,200})"
-    r"|(?P<chunk>[A-Za-z0-9+/=]++)"
-)
-_SHORTEST_LINE = 16
-
-
-def private_keys(text: str) -> Iterator[Span]:
-    """Yield private keys: PEM and PGP, encrypted or not, PuTTY's, and what is left of a cut one."""
-    marks = list(_MARK.finditer(text))
-    done = 0
-    for number, mark in enumerate(marks):
-        following = marks[number + 1] if number + 1 < len(marks) else None
-        limit = following.start() if following else len(text)
-        edge = (mark["edge"] or "BEGIN").upper()
-        if edge == "BEGIN":
-            if following and (following["edge"] or "").upper() == "END":
-                limit = end = following.end()
-            else:
-                end = _body_end(text, mark.end(), limit)
-            yield mark.start(), end
-            done = end
-        elif mark.start() >= done:
-            yield _body_start(text, done, mark.start()), mark.end()
-            done = mark.end()
-
-
-def _is_line(chunk: str) -> bool:
-    return len(chunk) >= _SHORTEST_LINE or bool(re.search(r"[0-9+/=]", chunk))
-
-
-def _body_end(text: str, at: int, limit: int) -> int:
-    end = at
-    while at < limit and (item := _BODY.match(text, at, limit)):
-        at = item.end()
-        if item["chunk"] and at < limit and not _is_line(item["chunk"]):
-            break
-        if not item["gap"]:
-            end = at
-    return end
-
-
-def _body_start(text: str, begin: int, end: int) -> int:
-    start = end
-    for item in reversed([*re.finditer(r"[^\s\\]+|\\[nr]?", text[begin:end])]):
-        word = item[0]
-        if word in ("\\n", "\\r"):
-            continue
-        # An escaped line break leaves its letter on the next line's first character.
-        if not re.fullmatch(r"[A-Za-z0-9+/=]+", word):
-            break
-        if start != end and len(word) < _SHORTEST_LINE:
-            break
-        start = begin + item.start()
-    return start
-
-
-# --- other keys
-
-# Formats their makers publish: AWS, GitHub, GitLab, Slack, Google, Stripe, OpenAI, Anthropic,
-# Hugging Face, npm, age, and JSON web tokens (RFC 7519).
-_TOKEN = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])"
-    r"|gh[pousr]_[A-Za-z0-9]{36,}+|github_pat_[A-Za-z0-9_]{22,}+"
-    r"|glpat-[A-Za-z0-9_-]{20,}+"
-    r"|xox[abposr]-[A-Za-z0-9-]{10,}+"
-    r"|AIza[0-9A-Za-z_-]{35}"
-    r"|[rs]k_(?:live|test)_[0-9A-Za-z]{16,}+"
-    r"|(?P<sk>sk-[A-Za-z0-9_-]{20,}+)"
-    r"|hf_[A-Za-z0-9]{30,}+|npm_[A-Za-z0-9]{36}|AGE-SECRET-KEY-1[A-Z0-9]{20,}+"
-    r"|(?P<jwt>eyJ[A-Za-z0-9_-]*+(?P<rest>\.eyJ[A-Za-z0-9_-]++\.[A-Za-z0-9_-]*+)?))"
-)
-_PASSWORD = (
-    r"passw(?:or)?[dt]|passphrase|passwd|pwd|kennwort|mot de passe|contrase[nñ]a|wachtwoord"
-    r"|senha|parola|пароль|密码|密碼|口令|パスワード"
-)
-_ASSIGNED = re.compile(
-    rf"(?i)(?<![A-Za-z0-9])(?:(?P<password>{_PASSWORD})"
-    r"|api[_-]?key|secret(?:[_-]?access)?(?:[_-]?key)?|access[_-]?key|token"
-    r"|auth(?:orization)?|bearer)(?:[_-][A-Za-z0-9_-]{1,20}+)?(?![A-Za-z0-9])"
-    r"[\"']?\s{0,3}(?P<sign>:=|=>|[:=]|\b(?:is|ist|est|es)\b|是)?\s{0,3}"
-    r"(?:\"(?P<quoted>[^\"\n]{4,200})\"|[\"']?(?P<value>[^\s\"',;]{4,64}))"
-)
-_LOGIN = re.compile(r"://[^/\s:@]{0,64}:(?P<value>[^/\s@]{1,128})@")
-_PLACEHOLDER = re.compile(
-    r"\[[A-Z_]{2,20}\]|[<{$*]|(?i:required|optional|string|none|null|true|false)\b"
-)
-# A word, perhaps with a year: the name of something.
-_WORD = re.compile(r"(?:[^\W\d_]?[^\W\d_A-Z]+|[A-Z]+)\d{0,4}[.!?:)]?")
-# Bits per character: English words have 2 to 3.2, random base64 of 20 characters about 4.
-_RANDOM_BITS = 3.3
-_VALUE_END = re.compile(r"[^\s\"',;]*+")
-
-
-def tokens(text: str) -> Iterator[Span]:
-    """Yield keys of a published format."""
-    for match in _TOKEN.finditer(text):
-        if (match["jwt"] and not match["rest"]) or (match["sk"] and not re.search(r"\d", match[0])):
-            continue
-        yield match.span()
-
-
-def assigned(text: str) -> Iterator[Span]:
-    """Yield the values of passwords, tokens and secrets that are named as such."""
-    for login in _LOGIN.finditer(text):
-        if not _PLACEHOLDER.match(login["value"]):
-            yield login.span("value")
-    at = 0
-    while match := _ASSIGNED.search(text, at):
-        kind = "quoted" if match["quoted"] else "value"
-        if _is_secret(match[kind], match["password"], match["sign"]):
-            end = match.end(kind)
-            if kind == "value" and (rest := _VALUE_END.match(text, end)):
-                end = rest.end()
-            yield match.start(kind), end
-            at = end
-        else:
-            at = match.start() + 1
-
-
-def _is_secret(value: str, password: str | None, sign: str | None) -> bool:
-    if FILLER in value or _PLACEHOLDER.match(value):
-        return False
-    if password and sign and not sign.isalpha():
-        return True
-    if password and (sign or re.search(r"[^\W\d_]", value)) and re.search(r"\d", value):
-        return True
-    return not _WORD.fullmatch(value) and _looks_random(value)
-
-
-def _looks_random(value: str) -> bool:
-    if len(value) < 8:
-        return False
-    shares = [count / len(value) for count in Counter(value).values()]
-    bits = -sum(share * math.log2(share) for share in shares)
-    kinds = sum(bool(re.search(kind, value)) for kind in ("[a-z]", "[A-Z]", "[0-9]", r"[^\w]"))
-    return (bits >= _RANDOM_BITS and kinds >= 2) or (kinds >= 3 and bits >= _RANDOM_BITS - 0.8)
 
 
 # --- e-mail
@@ -203,26 +55,14 @@ def emails(text: str) -> Iterator[Span]:
 # --- IBAN and cards
 
 # ISO 13616, the registry of 2024: characters by country.
-_IBAN_LENGTHS = {
-    **dict.fromkeys(("NO",), 15),
-    **dict.fromkeys(("BE",), 16),
-    **dict.fromkeys(("DK", "FI", "FK", "FO", "GL", "NL", "SD"), 18),
-    **dict.fromkeys(("MK", "SI"), 19),
-    **dict.fromkeys(("AT", "BA", "EE", "KZ", "LT", "LU", "MN", "XK"), 20),
-    **dict.fromkeys(("CH", "HR", "LI", "LV"), 21),
-    **dict.fromkeys(("BG", "BH", "CR", "DE", "GB", "GE", "IE", "ME", "RS", "VA"), 22),
-    **dict.fromkeys(("AE", "GI", "IL", "IQ", "OM", "SO", "TL"), 23),
-    **dict.fromkeys(("AD", "CZ", "ES", "MD", "PK", "RO", "SA", "SE", "SK", "TN", "VG"), 24),
-    **dict.fromkeys(("LY", "PT", "ST"), 25),
-    **dict.fromkeys(("IS", "TR"), 26),
-    **dict.fromkeys(("BI", "DJ", "FR", "GR", "IT", "MC", "MR", "SM"), 27),
-    **dict.fromkeys(("AL", "AZ", "BY", "CY", "DO", "GT", "HN", "HU", "LB", "NI", "PL", "SV"), 28),
-    **dict.fromkeys(("BR", "EG", "PS", "QA", "UA"), 29),
-    **dict.fromkeys(("JO", "KW", "MU", "YE"), 30),
-    **dict.fromkeys(("MT", "SC"), 31),
-    **dict.fromkeys(("LC",), 32),
-    **dict.fromkeys(("RU",), 33),
-}
+_REGISTRY = """
+AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18
+DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23
+IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27
+MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19
+SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30
+"""
+_IBAN_LENGTHS = {code: int(size) for code, size in re.findall(r"([A-Z]{2})(\d\d)", _REGISTRY)}
 _IBAN = re.compile(
     r"(?:(?<![A-Za-z0-9])|(?<=IBAN))[A-Za-z]{2}[ -]?\d[ -]?\d(?:[ .\n-]?[A-Za-z0-9]){11,30}"
 )
@@ -382,14 +222,11 @@ _COUNTED = re.compile(
 
 def phones(text: str) -> Iterator[Span]:
     """Yield telephone numbers; dates, pages and numbers of articles look alike."""
-    starts, ends = [], []
-    for date in _DATE.finditer(text):
-        starts.append(date.start())
-        ends.append(date.end())
+    dates = [date.span() for date in _DATE.finditer(text)]
 
     def dated(begin: int, end: int) -> bool:
-        place = bisect_left(ends, begin + 1)
-        return place < len(starts) and starts[place] < end
+        place = bisect_left(dates, begin + 1, key=lambda span: span[1])
+        return place < len(dates) and dates[place][0] < end
 
     def length(match: re.Match[str]) -> int:
         begin, end = match.span("value") if "value" in match.re.groupindex else match.span()
