@@ -165,6 +165,9 @@ class OpenFile:
                 table = self._parquet.read_row_group(group, columns=columns, use_threads=False)
             # Names and types that are no UTF-8 would be believed until they are used.
             table.validate(full=True)
+            rows = self._parquet.metadata.row_group(group).num_rows
+            if table.num_rows != rows:
+                raise pa.ArrowInvalid(f"{table.num_rows} rows are there of {rows} announced")
             return table
         except _DAMAGE as error:
             raise WeightsError(
