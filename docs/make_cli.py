@@ -12,6 +12,9 @@ from pathlib import Path
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"
 
+# The checkout that this file lies in, not what happens to be installed.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from typer.main import get_command
 from typer.testing import CliRunner
 

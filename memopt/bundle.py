@@ -18,6 +18,7 @@ from typing import Any
 
 from memopt.errors import BundleError, ConfigurationError
 from memopt.files import atomic_path, open_plain, sha256_file, stays_below, swapped_in
+from memopt.foreign import taken_by
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.verified import has_hash
@@ -38,39 +39,6 @@ FORMATS = ("onnx", "openvino")
 VERIFY = ("open", "always", "never")
 _HASHED_AT_OPEN = 10**9  # bytes; hashing more would take over a second
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "int2", "nf4")
-
-
-# Model types that count positions from pad_token_id + 1: so many rows of their table take no token.
-OFFSET_POSITIONS = frozenset(
-    {
-        *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "xmod"),
-        *("mpnet", "longformer", "luke", "mluke", "ibert", "esm", "data2vec-text", "lilt"),
-        *("layoutlmv3", "markuplm", "altclip_text_model", "clap_text_model"),
-        "bridgetower_text_model",
-    }
-)
-# Positions are relative in these: ``n_positions`` is what they were trained with, no limit.
-RELATIVE_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
-
-
-def position_limit(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the position table of a model's ``config.json`` takes, if it says.
-
-    >>> position_limit({"model_type": "bert", "max_position_embeddings": 512})
-    512
-    >>> position_limit({"model_type": "luke", "max_position_embeddings": 514})
-    512
-    """
-    text = {**config, **(config.get("text_config") or {})}
-    rows = text.get("max_position_embeddings")
-    if not rows and text.get("model_type") not in RELATIVE_POSITIONS:
-        rows = text.get("n_positions")
-    if not isinstance(rows, int) or rows < 1:
-        return None
-    if text.get("model_type") not in OFFSET_POSITIONS:
-        return rows
-    padding = text.get("pad_token_id", 1)  # save_pretrained leaves out what is the default
-    return max(1, rows - (padding if isinstance(padding, int) else 0) - 1)
 
 
 def _one_of(field_name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -207,6 +175,12 @@ class Bundle:
     def file(self, variant: Variant) -> Path:
         """Return the graph file of ``variant``."""
         return self.path / variant.file
+
+    def size(self, variant: Variant) -> int:
+        """Return the bytes of a variant's files, as the manifest records them."""
+        files = self.manifest.files
+        names = (variant.file, *variant.companions)
+        return sum(files.get(name, {}).get("bytes", 0) for name in names)
 
     def variant(self, name: str) -> Variant:
         """Return the variant called ``name``.
@@ -354,40 +328,6 @@ def open_bundle(path: str | Path) -> Bundle:
     except UnicodeDecodeError as error:
         raise BundleError(f"{origin} is not UTF-8 text ({error})") from error
     return Bundle(folder, Manifest.from_json(text, origin=str(origin)))
-
-
-def taken_by(
-    file: Path, otherwise: str = "give the folder that holds config.json and model.safetensors"
-) -> str:
-    """Return who takes a model file that memopt has no bundle or checkpoint in.
-
-    ``otherwise`` is what to do with a file that is no model's.
-
-    >>> taken_by(Path("model.gguf"))
-    "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder"
-    """
-    return _TAKERS.get(file.suffix.lower(), otherwise)
-
-
-def is_model_file(path: Path) -> bool:
-    """Say whether a name is that of a model file, of ours or of others.
-
-    >>> is_model_file(Path("a/model.gguf")), is_model_file(Path("a/model"))
-    (True, False)
-    """
-    return path.suffix.lower() in _TAKERS
-
-
-_MADE_FROM = "memopt convert takes the folder it was made from"
-_PICKLED = "a pickled checkpoint can run any code: save it as safetensors where you trust it"
-_TAKERS = {
-    ".gguf": "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder",
-    ".onnx": f"a finished ONNX graph runs in onnxruntime as it is; {_MADE_FROM}",
-    ".xml": f"a finished OpenVINO graph runs in OpenVINO as it is; {_MADE_FROM}",
-    ".safetensors": "give the folder that holds it and config.json",
-    ".parquet": "memopt convert takes it, with --config DIR where no config.json lies beside it",
-    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLED),
-}
 
 
 def find_bundle(path: str | Path) -> Path | None:

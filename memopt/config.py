@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -71,17 +72,11 @@ class OptimizationConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments over environment over the YAML file of :func:`load_config`."""
-        return (init_settings, env_settings, _FileSource(settings_cls))
-
-
-class _FileSource(PydanticBaseSettingsSource):
-    """Values of the YAML file that :func:`load_config` is reading."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return _file_values.get().get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return dict(_file_values.get())
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, dict(_file_values.get())),
+        )
 
 
 def load_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from memopt.benchmark.runner import run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
+from memopt.progress import Step, silent
 from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
-
-Step = Callable[[str], None]
 
 
 def bench(
@@ -31,7 +30,7 @@ def bench(
     rounds: int = 5,
     singles: int = 200,
     peers: Sequence[str] = (),
-    on_step: Step | None = None,
+    on_step: Step = silent,
 ) -> list[BenchmarkMetrics]:
     """Measure variants of a bundle, and peers, in one run; cosines are against its float graph.
 
@@ -49,15 +48,14 @@ def bench(
         InputError: inputs that cannot be read.
     """
     bundle = _encoder(path)
-    say = on_step or (lambda line: None)
-    names = list(variants) if variants else _passed_here(bundle, canonical(device), say)
+    names = list(variants) if variants else _passed_here(bundle, canonical(device), on_step)
     for name in names:
         if name != "auto":
             bundle.variant(name)
     items = _inputs(bundle, inputs, count)
     contenders = [_contender(bundle, name, device) for name in names]
     if peers:
-        contenders += _peers(bundle, list(peers), say)
+        contenders += _peers(bundle, list(peers), on_step)
     return run(
         contenders,
         items,
@@ -130,7 +128,7 @@ def compare(
     *,
     rounds: int = 5,
     singles: int = 200,
-    on_step: Step | None = None,
+    on_step: Step = silent,
 ) -> list[BenchmarkMetrics]:
     """Measure the contenders of two records again, in alternating rounds of one run.
 

@@ -18,6 +18,7 @@ import numpy as np
 from memopt.benchmark.peers import Contender
 from memopt.benchmark.record import PACKAGES
 from memopt.errors import MemoptError
+from memopt.progress import Step
 from memopt.runtimes.cpu import usable_cpus
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -95,13 +96,13 @@ class Race:
         self,
         inputs: Path,
         stack: ExitStack,
-        on_step: Callable[[str], None] | None,
+        on_step: Step,
         must: Sequence[Contender],
         failures: dict[str, str] | None,
     ) -> None:
         self.workers: list[Worker] = []
         self._inputs, self._stack, self._must, self._failures = inputs, stack, must, failures
-        self._say = on_step or (lambda line: None)
+        self._say = on_step
         self._threads = {"OMP_NUM_THREADS": str(usable_cpus()), "HF_HUB_OFFLINE": "1"}
 
     def start(self, contender: Contender) -> None:

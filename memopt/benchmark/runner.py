@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from memopt.benchmark.race import Race, Worker
 from memopt.benchmark.record import BenchmarkMetrics, hardware
 from memopt.bundle import stamp
 from memopt.errors import InputError
+from memopt.progress import Step, silent
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.runtimes.limits import process_vram_mb
 
@@ -34,7 +35,7 @@ def run(
     rounds: int = 5,
     singles: int = 200,
     round_seconds: float = 0.0,
-    on_step: Callable[[str], None] | None = None,
+    on_step: Step = silent,
     vectors: dict[str, np.ndarray[Any, Any]] | None = None,
     reference: Contender | None = None,
     failures: dict[str, str] | None = None,

@@ -13,6 +13,8 @@ from memopt.commands.console import echo
 if TYPE_CHECKING:
     from memopt.benchmark.record import BenchmarkMetrics
 
+_PEERS = "sentence-transformers,fastembed,optimum: in the same run (builds 2 GB in .peers)."
+
 
 def bench(
     bundle: Annotated[
@@ -31,12 +33,7 @@ def bench(
     count: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per contender.")] = 5,
     singles: Annotated[int, typer.Option(min=1, help="Inputs timed one by one.")] = 200,
-    peers: Annotated[
-        str,
-        typer.Option(
-            help="sentence-transformers,fastembed,optimum: in the same run (builds 2 GB in .peers)."
-        ),
-    ] = "",
+    peers: Annotated[str, typer.Option(help=_PEERS)] = "",
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Two records: measure both anew in turn, print the ratio."),
@@ -49,7 +46,6 @@ def bench(
 ) -> None:
     """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
     from memopt.benchmark import bench as measure
-    from memopt.benchmark import report as reports
     from memopt.commands.console import check_target, steps
     from memopt.errors import ConfigurationError
 
@@ -63,9 +59,7 @@ def bench(
         check_target(report)
     with steps("measuring") as say:
         if compare:
-            records = measure.compare(
-                compare[0], compare[1], rounds=rounds, singles=singles, on_step=say
-            )
+            records = measure.compare(*compare, rounds=rounds, singles=singles, on_step=say)
         elif bundle is None:
             raise ConfigurationError("no bundle given", fix="memopt bench BUNDLE")
         else:
@@ -80,12 +74,26 @@ def bench(
                 peers=[name.strip() for name in peers.split(",") if name.strip()],
                 on_step=say,
             )
-    saved = [record.save(output) for record in records]
+    _write(records, output, report, compared=compare is not None, as_json=as_json)
+
+
+def _write(
+    records: list[BenchmarkMetrics],
+    output: Path,
+    report: Path | None,
+    *,
+    compared: bool,
+    as_json: bool,
+) -> None:
+    from memopt.benchmark.report import write_html
+
+    written = [record.save(output) for record in records]
     if report:
-        reports.write_html(records, report)
-    _print(records, compared=compare is not None, as_json=as_json)
+        write_html(records, report)
+        written.append(report)
+    _print(records, compared=compared, as_json=as_json)
     if not as_json:
-        for path in (*saved, *([report] if report else [])):
+        for path in written:
             echo(f"wrote {path}")
 
 

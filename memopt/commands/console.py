@@ -21,6 +21,8 @@ from memopt.visible import visible
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memopt.progress import Step
+
 EVERY_SECONDS = 5.0
 
 
@@ -70,7 +72,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def steps(first: str) -> Iterator[Callable[[str], None]]:
+def steps(first: str) -> Iterator[Step]:
     """Yield ``say(line)``: a status on a terminal, else lines on standard error.
 
     A log shall show that work goes on, not each of a hundred rounds, and a command of a second
@@ -101,7 +103,7 @@ def steps(first: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(
-    *columns: Any, total: float | None = None, **fields: Any
+    *columns: Any, total: float | None = None, transient: bool = False, **fields: Any
 ) -> Iterator[Callable[..., None]]:
     """Yield what takes how far the work is: ``completed=``, ``total=``, ``advance=`` or fields.
 
@@ -109,12 +111,14 @@ def progress(
         columns: of a bar of rich, shown on a terminal's standard error; a text is filled in with
             ``{task}``.
         total: how much there is to do, where that is known.
+        transient: take it away at the end.
         fields: what the columns show besides, at first.
     """
     from rich.progress import Progress
 
     console = stderr()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=transient) as bar:
         yield partial(bar.update, bar.add_task("", total=total, **fields))
 
 

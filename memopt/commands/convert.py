@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memopt.commands.console import echo
 
+if TYPE_CHECKING:
+    from memopt.bundle import Bundle
+
+_SOURCE = (
+    "Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, "
+    "Parquet weights (V1 or V2), or (with --to) a bundle."
+)
+
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, "
-            "Parquet weights (V1 or V2), or (with --to) a bundle."
-        ),
-    ],
+    source: Annotated[str, typer.Argument(help=_SOURCE)],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -46,9 +48,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store a model's weights in Parquet with its config and tokenizer: a bundle."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
 
-    from memopt.commands.console import stderr
+    from memopt.commands.console import progress, stderr
     from memopt.errors import ConfigurationError
     from memopt.weights.convert import convert
 
@@ -60,9 +62,8 @@ def convert(
             f"--compression {compression!r} is not known", fix="use none or zstd"
         )
     errors = stderr()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        work = bar.add_task("convert", total=None)
+    name = TextColumn("{task.description}", markup=False)
+    with progress(name, BarColumn(), DownloadColumn(), transient=True) as update:
         bundle = convert(
             source,
             output,
@@ -70,11 +71,15 @@ def convert(
             compression=None if compression == "none" else compression,
             revision=revision,
             config=config,
-            on_step=lambda name, done, total: bar.update(
-                work, description=name[-40:], completed=done, total=total
+            on_step=lambda name, done, total: update(
+                description=name[-40:], completed=done, total=total
             ),
             on_warning=lambda line: errors.print(f"warning: {line}", markup=False),
         )
+    _print(bundle, as_json)
+
+
+def _print(bundle: Bundle, as_json: bool) -> None:
     m = bundle.manifest
     if as_json:
         echo(json.dumps({"path": str(bundle.path), **json.loads(m.to_json())}))

@@ -13,7 +13,7 @@ from memopt.commands.console import echo
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from memopt.bundle import Bundle, Manifest, Variant
+    from memopt.bundle import Bundle, Manifest
 
 
 def info(
@@ -62,7 +62,7 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
         variants.add_row(
             variant.name + (" *" if variant.name in chosen else ""),
             variant.file,
-            f"{_size(bundle, variant) / 1e6:.1f}",
+            f"{bundle.size(variant) / 1e6:.1f}",
             "yes" if variant.passed else "NO",
             _check(variant.check),
             _validation(variant.validation, m.validation),
@@ -91,11 +91,6 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
         details = ", ".join(f"{k}={_short(v)}" for k, v in rest.items())
         history.add_row(str(event.get("at", "")), str(event.get("event", "")), details)
     console.print(history)
-
-
-def _size(bundle: Bundle, variant: Variant) -> int:
-    files = bundle.manifest.files
-    return sum(files.get(n, {}).get("bytes", 0) for n in (variant.file, *variant.companions))
 
 
 def _check(check: Any) -> str:

@@ -11,7 +11,7 @@ import typer
 from memopt.commands.console import echo
 
 if TYPE_CHECKING:
-    from memopt.optimize.plan import Optimized
+    from memopt.optimize.plan import Optimized, Plan
 
 
 def optimize(
@@ -42,28 +42,19 @@ def optimize(
     Interrupted, it goes on where it stopped when called again.
     """
     from memopt.commands.console import stderr, steps
-    from memopt.errors import ConfigurationError
     from memopt.optimize.plan import Plan, check_targets
     from memopt.optimize.report import told
     from memopt.optimize.run import optimize as run
     from memopt.quantization.configured import seconds
 
     replayed = Plan.load(plan) if plan else None
-    source = source or (replayed.source if replayed else None)
-    if calibration is None and replayed and replayed.calibration:
-        calibration = Path(replayed.calibration)
-    if source is None or calibration is None:
-        missing = "SOURCE" if source is None else "--calibration"
-        raise ConfigurationError(
-            f"{missing} is missing", fix="memopt optimize SOURCE --calibration FILE"
-        )
+    source, calibration = _from(replayed, source, calibration)
 
     def pick(given: float | None, name: str, default: float) -> float:
         planned = getattr(replayed, name) if replayed else None
         return next(v for v in (given, planned, default) if v is not None)
 
     errors = stderr()
-
     with steps("optimize") as say:
         result = run(
             source,
@@ -84,6 +75,20 @@ def optimize(
         _print(result)
     if result.plan.chosen is None:
         raise typer.Exit(1)
+
+
+def _from(plan: Plan | None, source: str | None, calibration: Path | None) -> tuple[str, Path]:
+    from memopt.errors import ConfigurationError
+
+    source = source or (plan.source if plan else None)
+    if calibration is None and plan and plan.calibration:
+        calibration = Path(plan.calibration)
+    if source is None or calibration is None:
+        missing = "SOURCE" if source is None else "--calibration"
+        raise ConfigurationError(
+            f"{missing} is missing", fix="memopt optimize SOURCE --calibration FILE"
+        )
+    return source, calibration
 
 
 def _print(result: Optimized) -> None:

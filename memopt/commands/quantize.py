@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from memopt.commands.console import echo
+from memopt.commands.console import check_target, echo
 from memopt.quantization.recipe import Recipe, Samples
 
 if TYPE_CHECKING:
+    from memopt.progress import Progress, Step
     from memopt.quantization.accuracy.result import Result
 
 
@@ -63,7 +63,8 @@ def quantize(
     data = {item.name: given.pop(item.name) for item in fields(Samples) if item.name in given}
     samples = Samples(calibration=calibration, **data)
     chosen = choose_recipe(opened, settings, recipe, _flags(given))
-    _check_writable(report)
+    if report:
+        check_target(report)
     with unlocked(opened) as plain, _progress() as (step, progress):
         result = library.quantize(
             plain,
@@ -81,14 +82,6 @@ def quantize(
 def _flags(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given; of a repeatable one that was not, typer says []."""
     return {name: value for name, value in given.items() if value is not None and value != []}
-
-
-def _check_writable(report: Path | None) -> None:
-    # Minutes of work must not end at a path that cannot be written.
-    if report:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=report.parent):
-            pass
 
 
 def _add_options() -> None:
@@ -134,30 +127,29 @@ def _parameter(item: Field[Any], hint: Any, default: Any, option: Any) -> inspec
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+def _progress() -> Iterator[tuple[Step, Progress]]:
     """Show a bar on a terminal's standard error; yield (say a step, say how many of how many)."""
-    from rich import progress as bars
-
-    from memopt.commands.console import stderr, steps
-
-    console = stderr()
-    if not console.is_terminal:
-        with steps("quantizing") as say:
-            yield say, lambda done, whole: say(f"{done} of {whole} tries")
-        return
-    columns = (
-        bars.SpinnerColumn(),
-        bars.BarColumn(30),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("{task.description}", markup=False),
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
     )
-    with bars.Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("quantizing", total=None)
-        yield (
-            lambda line: shown.update(task, description=line),
-            lambda done, whole: shown.update(task, completed=done, total=whole),
-        )
+
+    from memopt.commands.console import progress, stderr, steps
+
+    if stderr().is_terminal:
+        text = TextColumn("{task.description}", markup=False)
+        columns = (SpinnerColumn(), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), text)
+        with progress(*columns, transient=True) as update:
+            yield (
+                lambda line: update(description=line),
+                lambda done, whole: update(completed=done, total=whole),
+            )
+        return
+    with steps("quantizing") as say:
+        yield say, lambda done, whole: say(f"{done} of {whole} tries")
 
 
 def _show(result: Result, report: Path | None, as_json: bool) -> None:
@@ -201,26 +193,8 @@ def _print(result: Result) -> None:
 
 
 def _rows(result: Result) -> list[tuple[str, str, str]]:
-    proof, gate = result.validation, result.gate
-    rows: list[tuple[str, str, str]] = []
-    if proof.cosine_min is not None:
-        rows += [
-            ("cosine min", f"{proof.cosine_min:.4f}", f">= {gate.min_cosine}"),
-            ("on other inputs", f"{proof.cosine_low:.4f}", f">= {gate.min_cosine}"),
-            ("cosine 1 %", f"{proof.cosine_p1:.4f}", ""),
-            ("cosine mean", f"{proof.cosine_mean:.4f}", ""),
-        ]
-    if proof.overlap_at_10 is not None:
-        rows.append(("overlap@10", f"{proof.overlap_at_10:.3f}", ""))
-    if proof.spearman is not None:
-        rows.append(("Spearman", f"{proof.spearman:.4f} (float {proof.spearman_float:.4f})", ""))
-    if proof.perplexity is not None:
-        most = f"<= {gate.max_perplexity_increase:.0%}"
-        rows += [
-            ("perplexity", f"{proof.perplexity:.3f} (float {proof.perplexity_float:.3f})", ""),
-            ("increase", f"{proof.perplexity_increase:+.2%}", most),
-        ]
-    share = result.bytes / result.float_bytes
+    proof, share = result.validation, result.bytes / result.float_bytes
+    rows = proof.rows(result.gate)
     rows.append(("size", f"{result.bytes / 1e6:.1f} MB, {share:.1%} of float", ""))
     if proof.speedup is not None:
         rows.append(("speed", f"{proof.speedup:.2f}x the float variant", ""))

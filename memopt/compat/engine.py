@@ -72,17 +72,20 @@ class AcceleratedProvider:
     """A torch model on a device, as the founding design's backends call it.
 
     Args:
-        device: auto, cuda, mps or cpu.
+        device: auto, cuda, mps or cpu; None takes the backend's own.
         dtype: of the weights; None keeps the model's.
         config: the options named in the subclasses.
     """
 
-    device_name = "cpu"
+    device_name = "auto"
 
     def __init__(
-        self, device: str = "auto", dtype: Any = None, config: dict[str, Any] | None = None
+        self,
+        device: str | None = None,
+        dtype: Any = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
-        self.device = self._resolve_device(device)
+        self.device = self._resolve_device(device or self.device_name)
         self.dtype = dtype
         self.config = config or {}
         self.model: Any = None
@@ -133,10 +136,7 @@ class CPUBackend(AcceleratedProvider):
     ('max-autotune', True)
     """
 
-    def __init__(
-        self, device: str = "cpu", dtype: Any = None, config: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(device, dtype, config)
+    device_name = "cpu"
 
     def _initialize_backend(self) -> None:
         import importlib.util
@@ -172,10 +172,7 @@ class GPUBackend(AcceleratedProvider):
         DeviceError: the GPU is not there.
     """
 
-    def __init__(
-        self, device: str = "cuda", dtype: Any = None, config: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(device, dtype, config)
+    device_name = "cuda"
 
     def _initialize_backend(self) -> None:
         from memopt.extras import require

@@ -73,19 +73,10 @@ class MultimodalRetriever:
             InputError: neither text nor data, which alone can be shown again; a vector of another
                 dimension, or text without an encoder of text.
         """
-        return self._add(vision_emb, audio_emb, text, vision_data, audio_data, category)
-
-    def _add(
-        self,
-        vision: NDArray[Any] | None,
-        audio: NDArray[Any] | None,
-        text: str | None,
-        vision_data: bytes | None,
-        audio_data: bytes | None,
-        category: str,
-    ) -> str:
         vector = self._joint(
-            vision_data if vision is None else vision, audio_data if audio is None else audio, text
+            vision_data if vision_emb is None else vision_emb,
+            audio_data if audio_emb is None else audio_emb,
+            text,
         )
         content = Content(text=text, vision=vision_data, audio=audio_data)
         new = NewMemory(content=content, category=category, embedding=vector)

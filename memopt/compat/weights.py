@@ -93,13 +93,13 @@ def _calibration(weights: Path, texts: list[str]) -> Any:
     from memopt.quantization.recipe import Recipe
 
     bundle = open_bundle(weights.parent)
-    inputs = float_variant(bundle, Recipe(method="weight-only")).inputs
+    base = float_variant(bundle, Recipe(method="weight-only"))
 
     def batches() -> Iterator[dict[str, Any]]:
-        for _, feed in feeds(bundle, texts, inputs):
+        for _, feed in feeds(bundle, texts, base.inputs):
             yield dict(feed)
 
-    return GraphCalibration(bundle, batches)
+    return GraphCalibration(bundle.weights, bundle.file(base), batches)
 
 
 class WeightLoaderV2:

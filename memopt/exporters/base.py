@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -16,13 +16,14 @@ from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingE
 from memopt.exporters import check, onnx, openvino, tasks
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
-from memopt.files import sha256_file, staged_directory
+from memopt.files import staged_directory
+from memopt.progress import Step, silent
 from memopt.registry import nearest
 from memopt.runtimes.torch_model import LoadedModel
+from memopt.verified import has_hash
 from memopt.weights.reader import WeightLoader
 
 _log = logging.getLogger(__name__)
-Step = Callable[[str], None]
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
@@ -65,7 +66,7 @@ def export(
     opset: int = onnx.DEFAULT_OPSET,
     fused: bool = True,
     external_data_bytes: int = onnx.EXTERNAL_DATA_BYTES,
-    on_step: Step | None = None,
+    on_step: Step = silent,
 ) -> tuple[Variant, ...]:
     """Export a bundle's weights to a graph, check it against torch, and record it.
 
@@ -101,10 +102,9 @@ def export(
     memopt.errors.ConfigurationError: opset 7 is not supported; choose 18 to 23
     """
     task = _checked(format, task, precision, opset, bundle.manifest)
-    say = on_step or (lambda line: None)
     _check_weights(bundle.weights)
     bundle.check(bundle.weights.name)
-    with _foreseen(bundle.manifest.model_type, say) as step:
+    with _foreseen(bundle.manifest.model_type, on_step) as step:
         return _export(bundle, format, task, precision, opset, fused, external_data_bytes, step)
 
 
@@ -124,7 +124,9 @@ def _export(
     with _refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
-        known = _portable(bundle, task, opset) if format == "openvino" else None
+        plain = _name("onnx", "fp32", task, bundle.manifest)
+        portable = current(bundle, plain, opset) if format == "openvino" else None
+        known = bundle.file(portable) if portable else None
         graph = None
         if known is None:
             with _refused(loaded, task):
@@ -328,20 +330,30 @@ def _name(format: str, precision: str, task: str, manifest: Manifest) -> str:
     return f"{format}-{precision}{tower}"
 
 
-def _portable(bundle: Bundle, task: str, opset: int) -> Path | None:
-    """Return the bundle's own portable graph if it is of these weights and still whole."""
+def current(bundle: Bundle, name: str, opset: int | None = None) -> Variant | None:
+    """Return a float variant if it is of the bundle's present weights, and still whole.
+
+    Args:
+        opset: which it must have, None for any.
+    """
     manifest = bundle.manifest
-    variant = manifest.variants.get(_name("onnx", "fp32", task, manifest))
-    if variant is None or variant.check is None:
+    variant = manifest.variants.get(name)
+    made_of = ((variant and variant.check) or {}).get("made_of") or {}
+    weights = manifest.files.get("weights.parquet", {}).get("sha256")
+    if variant is None or weights is None or made_of.get("weights") != weights:
         return None
-    weights = manifest.files["weights.parquet"]["sha256"]
-    if variant.check.get("made_of") != {"weights": weights, "opset": opset}:
+    if opset not in (None, made_of.get("opset")) or not whole(bundle, variant):
         return None
+    return variant
+
+
+def whole(bundle: Bundle, variant: Variant) -> bool:
+    """Say whether a variant's files are all there, as the manifest records them."""
     for name in (variant.file, *variant.companions):
-        path = bundle.path / name
-        if not path.is_file() or sha256_file(path) != manifest.files[name]["sha256"]:
-            return None
-    return bundle.file(variant)
+        path, record = bundle.path / name, bundle.manifest.files.get(name)
+        if record is None or not path.is_file() or not has_hash(path, record["sha256"]):
+            return False
+    return True
 
 
 def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tuple[Variant, ...]:

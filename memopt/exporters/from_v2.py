@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,17 @@ from memopt.graphs.ir import (
     set_constant,
     store,
     to_proto,
+    with_blocks,
 )
+from memopt.progress import Step, silent
 from memopt.runtimes.torch_model import load_model
 from memopt.weights.layout import is_transposed
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import QUANT_BITS
 
-# INT4 tensors and blocked DequantizeLinear came with opset 21 (IR version 10).
-_OPSET, _IR = 21, 10
-# What changed meaning, not only types, between opset 18 and 21.
-_CHANGED = {"GroupNormalization"}
 
-
-def export_v2(
-    bundle: Bundle, weights_file: str | Path, *, on_step: Callable[[str], None] | None = None
-) -> Variant:
+def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silent) -> Variant:
     """Write a graph with the integers of ``weights_file``, check it, and record it.
 
     Args:
@@ -67,23 +62,22 @@ def export_v2(
             or other answers than the dequantized weights give; nothing is written then.
         WeightsError: the file is damaged, not quantized, or not of this model.
     """
-    say = on_step or (lambda line: None)
     path = _find(bundle, Path(weights_file))
     source = _portable(bundle)
-    say(f"put the integers of {path.name} into {source.file}")
+    on_step(f"put the integers of {path.name} into {source.file}")
     graph, counts = quantized_graph(bundle.file(source), bundle.weights, path)
     with WeightLoader(path) as loader:
         precision = _precision(loader)
         settings = json.loads(loader.metadata.get("memopt.quantizer", "{}"))
     name = f"onnx-{precision}-arrow" + ("-gptq" if settings.get("algorithm") == "gptq" else "")
-    say("compute the torch reference from the dequantized weights")
+    on_step("compute the torch reference from the dequantized weights")
     manifest, task = bundle.manifest, bundle.manifest.task
     loaded = load_model(bundle, task, path)
     signature = tasks.signature(loaded, manifest, task)
     cases = reference_cases(loaded, manifest, task, signature)
     with staged_directory(bundle.path) as folder:
         file = folder / f"model_{name.removeprefix('onnx-').replace('-', '_')}.onnx"
-        say(f"write and check {file.name}")
+        on_step(f"write and check {file.name}")
         beside = onnx.save_onnx(graph, file)
         run, tolerance = onnx.runner(file, signature.outputs, exact=True), check.TOLERANCES["fp32"]
         record = check.compare(run, cases, tolerance, name=name)
@@ -129,7 +123,7 @@ def quantized_graph(
         weights_file: the V2 file.
     """
     onnx_package = require("onnx", extra="export", why="build the quantized graph")
-    model = from_proto(_at_opset(onnx_package.load(str(graph)), onnx_package))
+    model = from_proto(with_blocks(onnx_package.load(str(graph))))
     editor = _Editor(model.graph)
     with WeightLoader(weights_file) as loader, WeightLoader(float_weights) as floats:
         missing = [n for n in loader.names() if n not in floats]
@@ -245,34 +239,18 @@ def _axis(node: Any) -> int:
     return 0 if axis is None else int(axis.as_int())
 
 
-def _at_opset(model: Any, onnx_package: Any) -> Any:
-    """Return a model of at least the opset that has what is needed here."""
-    entry = next(e for e in model.opset_import if e.domain in ("", "ai.onnx"))
-    if entry.version < _OPSET:
-        changed = _CHANGED & {node.op_type for node in model.graph.node}
-        if changed or entry.version < 18:
-            model = onnx_package.version_converter.convert_version(model, _OPSET)
-        else:
-            entry.version = _OPSET  # the operators in use only gained types
-    model.ir_version = max(model.ir_version, _IR)
-    return model
-
-
 def _find(bundle: Bundle, path: Path) -> Path:
     inside = bundle.path / path
     return inside if not path.is_file() and inside.is_file() else path
 
 
 def _portable(bundle: Bundle) -> Variant:
-    for variant in bundle.manifest.variants.values():
-        if (variant.format, variant.precision, variant.method) == ("onnx", "fp32", "export") and (
-            not variant.fused
-        ):
-            return variant
-    raise ExportError(
-        f"{bundle.path} has no portable ONNX graph to put the integers into",
-        fix=f"run: memopt export {bundle.path} --format onnx",
-    )
+    if "onnx-fp32" not in bundle.manifest.variants:
+        raise ExportError(
+            f"{bundle.path} has no portable ONNX graph to put the integers into",
+            fix=f"run: memopt export {bundle.path} --format onnx",
+        )
+    return bundle.manifest.variants["onnx-fp32"]
 
 
 def _precision(loader: WeightLoader) -> str:

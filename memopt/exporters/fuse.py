@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from memopt.bundle import position_limit
 from memopt.errors import ExportError
 from memopt.exporters.fuse_attention import AttentionFusion, weight_name
 from memopt.exporters.fuse_embed import fuse_embeddings
@@ -39,6 +38,7 @@ from memopt.graphs.ir import (
     is_constant,
     with_constant,
 )
+from memopt.positions import position_limit
 
 if TYPE_CHECKING:
     import onnx

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from memopt.bundle import Manifest, position_limit
+from memopt.bundle import Manifest
 from memopt.errors import ExportError
 from memopt.exporters.masks import attention_arguments
 from memopt.exporters.pooling import pool_numpy, pool_torch, without_prompt
+from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.runtimes.vectors import unit_rows
 

@@ -11,6 +11,10 @@ import numpy as np
 from memopt.extras import require
 
 MICROSOFT = "com.microsoft"
+# INT4 tensors and blocked DequantizeLinear came with opset 21 (IR version 10).
+_OPSET, _IR = 21, 10
+# What changed meaning, not only types, between opset 18 and 21.
+_CHANGED = {"GroupNormalization"}
 
 
 def read_onnx(path: Path) -> Any:
@@ -25,6 +29,21 @@ def from_proto(model: Any) -> Any:
     for number, node in enumerate(result.graph):
         node.name = node.name or f"{node.op_type}_{number}"
     return result
+
+
+def with_blocks(model: Any) -> Any:
+    """Return an ``onnx.ModelProto`` of at least the opset that has weights in blocks."""
+    from onnx import version_converter
+
+    entry = next(e for e in model.opset_import if e.domain in ("", "ai.onnx"))
+    if entry.version < _OPSET:
+        changed = _CHANGED & {node.op_type for node in model.graph.node}
+        if changed or entry.version < 18:
+            model = version_converter.convert_version(model, _OPSET)
+        else:
+            entry.version = _OPSET  # the operators in use only gained types
+    model.ir_version = max(model.ir_version, _IR)
+    return model
 
 
 def to_proto(model: Any) -> Any:

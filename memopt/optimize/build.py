@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memopt.bundle import Bundle, Variant, open_bundle
+from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, MemoptError, MissingExtra
-from memopt.exporters.base import export
+from memopt.exporters.base import current, export, whole
 from memopt.optimize.plan import Candidate, Outcome
-from memopt.quantization.accuracy.calibration import CalibrationSet, split
+from memopt.progress import Step
+from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.gate import Gate
-from memopt.quantization.quantize import Samples, Step, quantize, size_of
+from memopt.quantization.quantize import Samples, quantize, read_samples
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes.providers import canonical, missing
 
-VALIDATION_SAMPLES = 512
 USED_UP = "the budget was used up"
 # The float graphs that quantization starts from and that quality is measured against.
 BASES = (("onnx", "fp32", "onnx-fp32"), ("openvino", "fp32", "openvino-fp32"))
@@ -33,7 +33,7 @@ def build_bases(bundle: Bundle, wanted: Sequence[Candidate], say: Step) -> Bundl
         "openvino" for c in wanted if c.device == "openvino" and c.name.startswith("openvino-")
     }
     for format_, precision, name in BASES:
-        if format_ in formats and not _fresh(open_bundle(bundle.path), name):
+        if format_ in formats and not current(open_bundle(bundle.path), name):
             say(f"export {name}")
             export(open_bundle(bundle.path), format=format_, precision=precision)
     return open_bundle(bundle.path)
@@ -53,19 +53,15 @@ class Inputs:
     held_out: CalibrationSet
 
     @classmethod
-    def read(cls, path: Path, modality: str, samples: int, seed: int) -> Inputs:
+    def read(cls, bundle: Bundle, path: Path, samples: int, seed: int) -> Inputs:
         """Split a file.
 
         Raises:
             InputError: it cannot be used, or holds too little.
         """
-        parts = split(
-            path, modality=modality, samples=samples, validation=VALIDATION_SAMPLES, seed=seed
-        )
-        given = Samples(
-            calibration=path, samples=samples, validation_samples=VALIDATION_SAMPLES, seed=seed
-        )
-        return cls(samples=given, calibration=parts[0], held_out=parts[1])
+        given = Samples(calibration=path, samples=samples, seed=seed)
+        calibration, held_out = read_samples(bundle, given)
+        return cls(samples=given, calibration=calibration, held_out=held_out)
 
 
 def build(
@@ -111,7 +107,7 @@ def build(
         cosine_low=proof.get("cosine_low") if same else None,
         reused=reused,
         seconds=time.monotonic() - begin,
-        bytes=size_of(bundle, bundle.variant(candidate.name)),
+        bytes=bundle.size(bundle.variant(candidate.name)),
     )
 
 
@@ -120,7 +116,7 @@ def _make(
 ) -> bool | None:
     """Say whether the variant was there (True) or was made (False); None: no time is left."""
     if candidate.kind == "export":
-        if _fresh(bundle, candidate.name):
+        if current(bundle, candidate.name):
             return True
         if seconds_left <= 0:
             return None
@@ -147,16 +143,6 @@ def _export(bundle: Bundle, candidate: Candidate) -> None:
         ) from error
 
 
-def _fresh(bundle: Bundle, name: str) -> bool:
-    """Say whether a float variant is there and of the bundle's present weights."""
-    variant = bundle.manifest.variants.get(name)
-    if variant is None or variant.check is None:
-        return False
-    weights = bundle.manifest.files.get("weights.parquet", {}).get("sha256")
-    made_of = variant.check.get("made_of") or {}
-    return weights is not None and made_of.get("weights") == weights and _whole(bundle, variant)
-
-
 def _same_recipe(bundle: Bundle, name: str, recipe: Recipe, calibration: CalibrationSet) -> bool:
     """Say whether a quantized variant is there, of this recipe, this data and these weights."""
     variant = bundle.manifest.variants.get(name)
@@ -170,18 +156,9 @@ def _same_recipe(bundle: Bundle, name: str, recipe: Recipe, calibration: Calibra
     converted = [e for e in bundle.manifest.history if e.get("event") == "convert"]
     made = bool(events) and events[-1].get("calibration_sha256") == calibration.digest
     newer = not converted or not events or converted[-1]["at"] <= events[-1]["at"]
-    return made and newer and _whole(bundle, variant)
+    return made and newer and whole(bundle, variant)
 
 
 def _resolved(recipe: dict[str, object]) -> dict[str, object]:
     """Return a recipe with the target that ``auto`` stands for."""
     return {**recipe, "target": Recipe.from_dict(recipe).runtime}
-
-
-def _whole(bundle: Bundle, variant: Variant) -> bool:
-    """Say whether the variant's files are all there, at the size the manifest says."""
-    for name in (variant.file, *variant.companions):
-        file, record = bundle.path / name, bundle.manifest.files.get(name)
-        if record is None or not file.is_file() or file.stat().st_size != record["bytes"]:
-            return False
-    return True

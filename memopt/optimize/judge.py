@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from memopt.benchmark.peers import Contender
 from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
 from memopt.optimize.plan import Outcome
+from memopt.progress import Step
 from memopt.quantization.accuracy.gate import Gate, Validation
 from memopt.runtimes.base import usual_streams
 from memopt.runtimes.cpu import usable_cpus
@@ -48,7 +49,7 @@ def judge(
     *,
     rounds: int,
     deadline: float | None,
-    say: Callable[[str], None],
+    say: Step,
 ) -> Judged:
     """Measure every outcome that was built, drop what misses the gate, choose among the rest.
 

@@ -19,9 +19,9 @@ from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
 from memopt.optimize.report import write_html
+from memopt.progress import Step, silent
 from memopt.quantization.accuracy.calibration import described
 from memopt.quantization.accuracy.gate import Gate
-from memopt.quantization.quantize import Step
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
@@ -62,7 +62,7 @@ def optimize(
     seed: int = 0,
     rounds: int = 5,
     plan: Plan | None = None,
-    step: Step | None = None,
+    step: Step = silent,
     on_outcome: Callable[[int, int, Outcome], None] | None = None,
 ) -> Optimized:
     """Find the fastest variant whose answers stay right, and make it the bundle's ``auto``.
@@ -93,15 +93,14 @@ def optimize(
     """
     gate = Gate(min_cosine=min_cosine)
     budgeted = Budget(budget)
-    say = step or (lambda line: None)
     if plan and targets:
         plan = plan.only(targets)
     if not Path(calibration).exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
-    say("resolve the model")
+    step("resolve the model")
     resolved = _encoder(source)
     manifest = resolved.manifest
-    inputs = Inputs.read(Path(calibration), manifest.modality, samples, seed)
+    inputs = Inputs.read(resolved, Path(calibration), samples, seed)
     wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
     made = Plan(
         source=str(source),
@@ -115,8 +114,8 @@ def optimize(
     )
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
-        bundle = build_bases(bundle, wanted, say)
-        outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, say, on_outcome)
+        bundle = build_bases(bundle, wanted, step)
+        outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, step, on_outcome)
         judged = judge(
             bundle.path,
             outcomes,
@@ -124,9 +123,9 @@ def optimize(
             min_cosine,
             rounds=rounds,
             deadline=budgeted.begin + budget,
-            say=say,
+            say=step,
         )
-        made = _choose(bundle.path, made, judged, inputs, say)
+        made = _choose(bundle.path, made, judged, inputs, step)
         result = Optimized(
             bundle=bundle.path,
             plan=made,
@@ -136,10 +135,7 @@ def optimize(
             reference=judged.reference,
             notes=_differences(plan, made),
         )
-        if result.reference is not None:
-            # Without a measurement the plan of an earlier call says more.
-            made.save(bundle.path / PLAN_FILE)
-            write_html(result, bundle.path / REPORT_FILE)
+        _write(result)
     return replace(result, bundle=resolved.path)
 
 
@@ -168,6 +164,13 @@ def _build_all(
         if on_outcome:
             on_outcome(number, len(wanted), outcome)
     return outcomes
+
+
+def _write(result: Optimized) -> None:
+    # Without a measurement the plan of an earlier call says more.
+    if result.reference is not None:
+        result.plan.save(result.bundle / PLAN_FILE)
+        write_html(result, result.bundle / REPORT_FILE)
 
 
 def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -> Plan:

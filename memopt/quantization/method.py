@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError, QuantizationError
 from memopt.graphs.linears import Linear
+from memopt.progress import Progress, Step, silent
 from memopt.registry import nearest
 
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
@@ -144,8 +145,8 @@ class Context(Generic[R]):
     name_of: Callable[[NDArray[Any]], str | None] = lambda _: None
     seed: int = 0
     samples: int = 0
-    step: Callable[[str], None] = lambda _: None
-    progress: Callable[[int, int], None] = lambda done, whole: None
+    step: Step = silent
+    progress: Progress = silent
     folder: Path | None = None
 
     @property

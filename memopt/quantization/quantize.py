@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from memopt.files import staged_directory
 from memopt.graphs.integers import integer_share
 from memopt.graphs.linears import weight_names
 from memopt.graphs.session import feeds, open_graph
+from memopt.progress import Progress, Step, silent
 from memopt.quantization.accuracy.calibration import (
     CalibrationSet,
     check_disjoint,
@@ -31,10 +32,7 @@ from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
 from memopt.runtimes.openvino_file import save_openvino
 
-__all__ = ["Progress", "Samples", "Step", "quantize"]
-
-Step = Callable[[str], None]
-Progress = Callable[[int, int], None]
+__all__ = ["Samples", "quantize"]
 
 # What might help a variant that fails its gate, and a weight file.
 _REMEDY = "try --search, another recipe, or --keep-failing to write it marked as failed"
@@ -49,8 +47,8 @@ def quantize(
     gate: Gate | None = None,
     keep_failing: bool = False,
     budget: float | None = None,
-    step: Step = lambda _: None,
-    progress: Progress = lambda done, whole: None,
+    step: Step = silent,
+    progress: Progress = silent,
 ) -> Result:
     """Quantize a bundle, compare the result with the float graph, and record it.
 
@@ -98,9 +96,25 @@ def quantize(
         if quantized.finish is not None:
             quantized = quantized.finish()
         proof = _prove(quantized, context, recipe, validator, gate, keep_failing)
-        data = describe_data(samples, calibration, held_out)
+        data = {
+            "calibration": Path(samples.calibration).name,
+            "calibration_sha256": calibration.digest,
+            "samples": len(calibration),
+            "validated_on": len(held_out),
+            "seed": samples.seed,
+        }
         record = _record_weights if quantized.weights else _record_variant
-        return replace(record(proof, context, recipe, data, described(held_out)), trail=trail)
+        recorded = record(proof, context, recipe, gate, data, described(held_out))
+        return Result(
+            passed=not proof.failures,
+            failures=proof.failures,
+            validation=proof.validation,
+            gate=gate,
+            recipe=recipe.to_dict(),
+            data=data,
+            trail=trail,
+            **recorded,
+        )
 
 
 def comparer(validator: PrecisionValidator, recipe: Recipe, folder: Path) -> Compare:
@@ -126,18 +140,7 @@ class _Proof:
     files: list[Path]
     options: dict[str, str]
     validation: Validation
-    gate: Gate
     failures: tuple[str, ...]
-
-    def result(self, **of: Any) -> Result:
-        """Return the result of what is recorded now."""
-        return Result(
-            passed=not self.failures,
-            failures=self.failures,
-            validation=self.validation,
-            gate=self.gate,
-            **of,
-        )
 
 
 def _prove(
@@ -172,7 +175,6 @@ def _prove(
         files=files,
         options=options,
         validation=validation,
-        gate=gate,
         failures=failures,
     )
 
@@ -181,10 +183,11 @@ def _record_variant(
     proof: _Proof,
     context: Context[Any],
     recipe: Recipe,
-    data: dict[str, Any],
-    of: dict[str, Any],
-) -> Result:
-    """Add a graph to the bundle as a variant."""
+    gate: Gate,
+    data: Mapping[str, Any],
+    of: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Add a graph to the bundle as a variant; return what the result says of it."""
     bundle, base, files = context.bundle, context.base, proof.files
     context.step("work in integers, error by layer")
     work: dict[str, Any] = {}
@@ -205,62 +208,45 @@ def _record_variant(
         output=base.output,
         options=proof.options,
         passed=not proof.failures,
-        validation={**proof.validation.record(proof.gate), **work},
+        validation={**proof.validation.record(gate), **work},
         recipe=recipe.to_dict(),
     )
     event = {"event": "quantize", "variant": variant.name, "passed": variant.passed, **data}
     # The graph, which is the first, after what it needs.
     staged = {f"{recipe.format}/{file.name}": file for file in reversed(files)}
-    bundle.add_variants(variant, event=event, staged=staged, proof=of)
-    return proof.result(
-        name=variant.name,
-        file=variant.file,
-        layers=layers,
-        recipe=recipe.to_dict(),
-        data=data,
-        bytes=size_of(bundle, variant),
-        float_bytes=size_of(bundle, base),
-        work={"int8_macs": work.get("int8_macs"), "kernels": work.get("kernels", {})},
-        entry=variant,
-    )
+    bundle = bundle.add_variants(variant, event=event, staged=staged, proof=of)
+    return {
+        "name": variant.name,
+        "file": variant.file,
+        "layers": layers,
+        "bytes": bundle.size(variant),
+        "float_bytes": bundle.size(base),
+        "work": {"int8_macs": work.get("int8_macs"), "kernels": work.get("kernels", {})},
+        "entry": variant,
+    }
 
 
 def _record_weights(
     proof: _Proof,
     context: Context[Any],
     recipe: Recipe,
-    data: dict[str, Any],
-    of: dict[str, Any],
-) -> Result:
-    """Add a weight file to the bundle."""
+    gate: Gate,
+    data: Mapping[str, Any],
+    of: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Add a weight file to the bundle; return what the result says of it."""
     bundle, file = context.bundle, proof.quantized.weights
     assert file is not None
-    size, passed = file.stat().st_size, not proof.failures
+    size = file.stat().st_size
     event: dict[str, Any] = {"event": "quantize", "method": recipe.method, "file": file.name}
-    event |= {"passed": passed, "validation": proof.validation.record(proof.gate)}
-    event |= {**data, **proof.quantized.notes}
-    bundle.add_files({file.name: file}, event=event)
-    return proof.result(
-        name=file.name,
-        file=file.name,
-        layers=proof.quantized.layers,
-        recipe=recipe.to_dict(),
-        data=data,
-        bytes=size,
-        float_bytes=bundle.weights.stat().st_size,
-    )
-
-
-def describe_data(
-    samples: Samples, calibration: CalibrationSet, held_out: CalibrationSet
-) -> dict[str, Any]:
-    """Return what the manifest records of the data a variant was made and proven with."""
+    event |= {"passed": not proof.failures, "validation": proof.validation.record(gate)}
+    bundle.add_files({file.name: file}, event={**event, **data, **proof.quantized.notes})
     return {
-        "calibration": Path(samples.calibration).name,
-        "calibration_sha256": calibration.digest,
-        "samples": len(calibration),
-        "validated_on": len(held_out),
-        "seed": samples.seed,
+        "name": file.name,
+        "file": file.name,
+        "layers": proof.quantized.layers,
+        "bytes": size,
+        "float_bytes": bundle.weights.stat().st_size,
     }
 
 
@@ -325,7 +311,7 @@ def make_context(
     recipe: Recipe,
     calibration: CalibrationSet,
     samples: Samples,
-    step: Step = lambda _: None,
+    step: Step = silent,
 ) -> Context[Any]:
     """Return what a method needs, with calibration inputs in batches of similar length."""
 
@@ -369,9 +355,3 @@ def write_graph(quantized: Quantized, format: str, folder: Path, stem: str) -> l
     path = folder / f"{stem}.onnx"
     path.write_bytes(quantized.model.SerializeToString(deterministic=True))
     return [path]
-
-
-def size_of(bundle: Bundle, variant: Variant) -> int:
-    """Return the bytes of a variant's files."""
-    names = (variant.file, *variant.companions)
-    return sum((bundle.path / name).stat().st_size for name in names)

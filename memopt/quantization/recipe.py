@@ -6,11 +6,12 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from memopt.errors import ConfigurationError
-from memopt.registry import Entry, nearest
+from memopt.registry import nearest
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
@@ -27,38 +28,32 @@ Smooth = Literal["auto", "none"]
 
 # Tokens of an input: one of text between the two that frame it.
 SHORTEST = 3
-_AT = "memopt.quantization.methods"
-# Method and format -> what prepares it, and the float graph it starts from.
-METHODS: Mapping[tuple[str, str], tuple[Entry, str]] = types.MappingProxyType(
-    {
-        (method, format): (Entry(name=method, target=f"{_AT}.{target}", summary=summary), base)
-        for method, format, target, base, summary in (
-            ("static", "openvino", "openvino_static:prepare", "openvino-fp32", "full int8"),
-            ("static", "onnx", "static_qdq:prepare", "onnx-fp32", "QDQ int8, smoothed"),
-            ("dynamic", "onnx", "dynamic:prepare", "onnx-fp32-fused", "activations as they come"),
-            ("weight-only", "onnx", "weight_only:prepare", "onnx-fp32", "MatMulNBits 8, 4, 2 bits"),
-            ("nncf", "openvino", "nncf:prepare", "openvino-fp32", "nncf.quantize"),
-            ("nncf", "onnx", "nncf:prepare", "onnx-fp32", "nncf.quantize"),
-            ("nncf-weights", "openvino", "nncf:prepare_weights", "openvino-fp32", "compressed"),
-            ("nncf-weights", "onnx", "nncf:prepare_weights", "onnx-fp32", "compressed"),
-            ("arrow", "onnx", "arrow:prepare", "onnx-fp32", "a weight file (V2)"),
-        )
-    }
-)
-# The settings each method has of its own.
-RECIPES: Mapping[str, Entry] = types.MappingProxyType(
-    {
-        method: Entry(name=method, target=f"{_AT}.{target}", summary="")
-        for method, target in (
-            ("static", "static:StaticRecipe"),
-            ("dynamic", "dynamic:DynamicRecipe"),
-            ("weight-only", "weight_only:WeightOnlyRecipe"),
-            ("nncf", "nncf:NncfRecipe"),
-            ("nncf-weights", "nncf:NncfWeightsRecipe"),
-            ("arrow", "arrow:ArrowRecipe"),
-        )
-    }
-)
+# Method -> its settings, and by format: what prepares it, and the float graph it starts from.
+METHODS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]]]] = {
+    "static": (
+        "static:StaticRecipe",
+        {
+            "openvino": ("openvino_static:prepare", "openvino-fp32"),
+            "onnx": ("static_qdq:prepare", "onnx-fp32"),
+        },
+    ),
+    "dynamic": ("dynamic:DynamicRecipe", {"onnx": ("dynamic:prepare", "onnx-fp32-fused")}),
+    "weight-only": ("weight_only:WeightOnlyRecipe", {"onnx": ("weight_only:prepare", "onnx-fp32")}),
+    "nncf": (
+        "nncf:NncfRecipe",
+        {f: ("nncf:prepare", f"{f}-fp32") for f in ("openvino", "onnx")},
+    ),
+    "nncf-weights": (
+        "nncf:NncfWeightsRecipe",
+        {f: ("nncf:prepare_weights", f"{f}-fp32") for f in ("openvino", "onnx")},
+    ),
+    "arrow": ("arrow:ArrowRecipe", {"onnx": ("arrow:prepare", "onnx-fp32")}),
+}
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(f"memopt.quantization.methods.{module}"), attribute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +125,7 @@ class Recipe:
         hints = get_type_hints(Recipe)
         for item in fields(self):
             _check_type(item.name, getattr(self, item.name), hints[item.name])
-        kind: type[MethodRecipe] = RECIPES[self.method].load()
+        kind: type[MethodRecipe] = _load(METHODS[self.method][0])
         mine = {item.name for item in fields(kind)}
         if not self.symmetric and "symmetric" not in mine:
             raise ConfigurationError(
@@ -145,43 +140,43 @@ class Recipe:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        if self.group_size < 0:
-            raise ConfigurationError(f"group_size {self.group_size} is negative", fix="use 32")
-        if self.method == "weight-only" and (self.group & (self.group - 1) or self.group < 16):
-            raise ConfigurationError(
-                f"group_size {self.group_size} does not fit MatMulNBits",
-                fix="use a power of two from 16 on: 16, 32, 64, 128",
-            )
-        if not 50 < self.percentile <= 100:
-            raise ConfigurationError(
-                f"percentile {self.percentile} is not in (50, 100]", fix="use 99.9 to 100"
-            )
-        if not isinstance(self.smooth, str) and not 0 <= self.smooth <= 1:
-            raise ConfigurationError(
-                f"smooth {self.smooth} is not in [0, 1]", fix="use 0.5 to 0.85, auto or none"
-            )
-        if not 1 <= self.range_margin <= 4:
-            raise ConfigurationError(
-                f"range_margin {self.range_margin} is not in [1, 4]", fix="use 1.0 to 1.5"
-            )
-        if self.max_drop < 0:
-            raise ConfigurationError(f"max_drop {self.max_drop} is negative", fix="use 0.005")
+        block = self.group
+        powerless = self.method == "weight-only" and (block & (block - 1) or block < 16)
+        alpha = 0.5 if isinstance(self.smooth, str) else self.smooth
+        for name, wrong, what, fix in (
+            ("group_size", self.group_size < 0, "is negative", "use 32"),
+            (
+                *("group_size", powerless, "does not fit MatMulNBits"),
+                "use a power of two from 16 on: 16, 32, 64, 128",
+            ),
+            (
+                "percentile",
+                not 50 < self.percentile <= 100,
+                "is not in (50, 100]",
+                "use 99.9 to 100",
+            ),
+            ("smooth", not 0 <= alpha <= 1, "is not in [0, 1]", "use 0.5 to 0.85, auto or none"),
+            ("range_margin", not 1 <= self.range_margin <= 4, "is not in [1, 4]", "use 1.0 to 1.5"),
+            ("max_drop", self.max_drop < 0, "is negative", "use 0.005"),
+        ):
+            if wrong:
+                raise ConfigurationError(f"{name} {getattr(self, name)} {what}", fix=fix)
 
     @cached_property
     def own(self) -> MethodRecipe:
         """The settings of the method itself."""
-        kind: type[MethodRecipe] = RECIPES[self.method].load()
+        kind: type[MethodRecipe] = _load(METHODS[self.method][0])
         return kind(**{item.name: getattr(self, item.name) for item in fields(kind)})
 
     def prepare(self) -> Callable[[Context[Any]], Make]:
         """Return the function that prepares the method: from a context to what builds graphs."""
-        prepare: Callable[[Context[Any]], Make] = METHODS[self.method, self.format][0].load()
+        prepare: Callable[[Context[Any]], Make] = _load(METHODS[self.method][1][self.format][0])
         return prepare
 
     @property
     def base(self) -> str:
         """The name of the float variant it starts from."""
-        return METHODS[self.method, self.format][1]
+        return METHODS[self.method][1][self.format][1]
 
     @property
     def runtime(self) -> str:

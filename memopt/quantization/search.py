@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memopt.errors import QuantizationError
+from memopt.progress import Progress, Step, silent
 from memopt.quantization.accuracy.gate import Gate, Validation
 from memopt.quantization.accuracy.result import Tradeoff, Trail
 from memopt.quantization.method import Layer, Make, Quantized
@@ -42,8 +43,8 @@ def search(
     gate: Gate,
     *,
     budget: float,
-    step: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, int], None] = lambda done, whole: None,
+    step: Step = silent,
+    progress: Progress = silent,
     clock: Callable[[], float] = time.monotonic,
 ) -> Choice:
     """Keep the fewest layers in float so that the gate passes.
@@ -156,8 +157,8 @@ class _Tries:
         gate: Gate,
         layers: Sequence[Layer],
         budget: _Budget,
-        step: Callable[[str], None],
-        progress: Callable[[int, int], None],
+        step: Step,
+        progress: Progress,
     ) -> None:
         self._make, self._compare, self._gate = make, compare, gate
         self._layers, self.budget = layers, budget

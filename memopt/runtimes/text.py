@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memopt.bundle import OFFSET_POSITIONS, Bundle, position_limit, read_json
+from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
+from memopt.positions import OFFSET_POSITIONS, position_limit
 from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.batching import Batch, UnusableItems, bucket, by_budget
 from memopt.weights.sentence import default_prompt, lower_cased

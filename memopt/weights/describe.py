@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import POOLINGS, TASKS, Manifest, position_limit, read_json
+from memopt.bundle import POOLINGS, TASKS, Manifest, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
+from memopt.positions import position_limit
 from memopt.registry import nearest
 from memopt.weights.kinds import AUDIO, DUAL, IMAGE, refusal
 from memopt.weights.sentence import Sentence, read_sentence

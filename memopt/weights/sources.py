@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import MANIFEST, is_model_file, taken_by
+from memopt.bundle import MANIFEST
 from memopt.errors import ConfigurationError, WeightsError
 from memopt.files import stays_below
+from memopt.foreign import is_model_file, taken_by
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.weights.hub import download

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from memopt.bundle import Bundle, Manifest, Variant, create_bundle
 from memopt.errors import ConfigurationError, QuantizationError, WeightsError
 from memopt.quantization.arrow import ArrowQuantizer
-from memopt.quantization.math.hessians import Calibrated, GraphCalibration
+from memopt.quantization.math.hessians import Calibrated, Feeds, GraphCalibration
 from memopt.weights.reader import WeightLoader
 from memopt.weights.writer import write_weights
 
@@ -167,12 +167,18 @@ def test_bad_settings() -> None:
         ArrowQuantizer(algorithm="gptq").quantize(Path("x"), Path("y"))
 
 
+def calibration_of(bundle: Bundle, feeds: Feeds, **options: int) -> GraphCalibration:
+    """What calibration sees in a bundle's portable graph."""
+    graph = bundle.path / "onnx" / "model.onnx"
+    return GraphCalibration(bundle.weights, graph, feeds, **options)
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_hessians_come_from_the_graph(tmp_path: Path, external: bool) -> None:
     """Each layer's Hessian is that of its true inputs, padding left out, whatever the layout."""
     bundle = tiny_bundle(tmp_path / "tiny", external=external)
     before = sorted(p.name for p in (bundle.path / "onnx").iterdir())
-    calibration = GraphCalibration(bundle, feeds)
+    calibration = calibration_of(bundle, feeds)
     inputs = np.concatenate(
         [WEIGHTS["embed.weight"][f["input_ids"]][f["attention_mask"] == 1] for f in feeds()]
     )
@@ -193,7 +199,7 @@ def test_hessians_come_from_the_graph(tmp_path: Path, external: bool) -> None:
 def test_hessians_are_done_in_groups_that_fit(tmp_path: Path) -> None:
     """A small memory limit takes more passes and gives the same Hessians."""
     bundle = tiny_bundle(tmp_path / "tiny")
-    one, many = GraphCalibration(bundle, feeds), GraphCalibration(bundle, feeds, group_bytes=1)
+    one, many = calibration_of(bundle, feeds), calibration_of(bundle, feeds, group_bytes=1)
     for name in one.names:
         a, b = one(name), many(name)
         assert a is not None
@@ -205,7 +211,7 @@ def test_hessians_are_done_in_groups_that_fit(tmp_path: Path) -> None:
 def test_gptq_through_the_bundle(tmp_path: Path) -> None:
     """GPTQ on the bundle's own activations lowers every linear layer's output error."""
     bundle = tiny_bundle(tmp_path / "tiny")
-    calibration = GraphCalibration(bundle, feeds)
+    calibration = calibration_of(bundle, feeds)
     reports = {
         algorithm: ArrowQuantizer(bits=4, algorithm=algorithm).quantize(
             bundle.weights, tmp_path / f"{algorithm}.parquet", calibration=calibration
@@ -240,4 +246,4 @@ def test_a_graph_of_other_weights_is_refused(tmp_path: Path) -> None:
     other = {**WEIGHTS, "layer.0.query.weight": WEIGHTS["layer.0.query.weight"] + 1}
     write_weights(bundle.weights, other)
     with pytest.raises(WeightsError, match=r"layer\.0\.query\.weight"):
-        GraphCalibration(bundle, feeds)
+        calibration_of(bundle, feeds)

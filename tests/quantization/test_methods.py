@@ -121,6 +121,10 @@ def test_nncf_weights(bundle: Bundle, samples: Samples) -> None:
             Recipe(method="nncf-weights", weight_type="int4", target="cpu"),
             "onnx-int4-nncf-weights",
         ),
+        (
+            Recipe(method="nncf-weights", weight_type="int4", target="cpu", symmetric=False),
+            "onnx-int4-nncf-weights",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -136,6 +140,14 @@ def test_what_nncf_can(tiny_copy: Bundle, texts: Path, recipe: Recipe, name: str
     errors = {layer.name: layer.error for layer in result.layers if layer is not left}
     assert len(errors) == 11
     assert all(error is not None and 0 < error < 0.5 for error in errors.values())
+
+
+def test_groups_that_do_not_fit_nncf(tiny_copy: Bundle, texts: Path) -> None:
+    """A layer that cannot be cut into groups is one line, in nncf's words."""
+    samples = Samples(calibration=texts, samples=16, validation_samples=16)
+    recipe = Recipe(method="nncf-weights", weight_type="int4", target="cpu", group_size=64)
+    with pytest.raises(QuantizationError, match=r"nncf refuses this recipe.*group"):
+        quantize(tiny_copy, samples, recipe)
 
 
 def test_the_engine_opens_each_variant_and_skips_failed_ones(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memopt.bundle import Bundle, open_bundle, position_limit
+from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError
+from memopt.positions import position_limit
 from memopt.runtimes.batching import UnusableItems
 from memopt.runtimes.text import TextFrontEnd
 from memopt.weights.convert import to_safetensors

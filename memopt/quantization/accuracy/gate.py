@@ -10,6 +10,19 @@ from memopt.errors import ConfigurationError
 # What users of an index notice, and what GPTQ can be asked for.
 MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
 MAX_PERPLEXITY_INCREASE = 0.15
+# Number of a validation -> what people call it, and how it is written.
+MEASURES = {
+    "cosine_min": ("cosine, least", ".4f"),
+    "cosine_low": ("cosine, least, expected on other inputs", ".4f"),
+    "cosine_p1": ("cosine, 1st percentile", ".4f"),
+    "cosine_mean": ("cosine, mean", ".4f"),
+    "overlap_at_10": ("overlap of the ten nearest neighbours", ".4f"),
+    "spearman": ("Spearman against people's scores", ".4f"),
+    "spearman_float": ("Spearman of the float model", ".4f"),
+    "perplexity": ("perplexity", ".4f"),
+    "perplexity_float": ("perplexity of the float model", ".4f"),
+    "perplexity_increase": ("perplexity increase", "+.2%"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +91,17 @@ class Validation:
                 f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
             )
         return misses
+
+    def rows(self, gate: Gate) -> list[tuple[str, str, str]]:
+        """Return (measure, value, bound) of every number there is, in words."""
+        least = f"at least {gate.min_cosine:g}"
+        most = f"at most {gate.max_perplexity_increase:.0%}"
+        bounds = {"cosine_min": least, "cosine_low": least, "perplexity_increase": most}
+        return [
+            (label, format(value, form), bounds.get(key, ""))
+            for key, (label, form) in MEASURES.items()
+            if (value := getattr(self, key)) is not None
+        ]
 
     def record(self, gate: Gate) -> dict[str, Any]:
         """Return what the manifest keeps: the numbers, the gate, no list of every cosine."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,35 +91,11 @@ def _words(value: object) -> str:
 
 
 def _verdict(result: Result) -> str:
-    proof, gate = result.validation, result.gate
+    proof = result.validation
     verdict = "passed its gate" if result.passed else "FAILED: " + "; ".join(result.failures)
     lead = f"<p><b>{escape(verdict)}</b>, compared with the float model on {proof.samples} inputs"
     lead += " that it was not calibrated with.</p>"
-    limits = {
-        "cosine_min": f"at least {gate.min_cosine:g}",
-        "cosine_low": f"at least {gate.min_cosine:g}",
-        "perplexity_increase": f"at most {gate.max_perplexity_increase:.0%}",
-    }
-    names = {
-        "cosine_min": "cosine, least",
-        "cosine_low": "cosine, least, expected on other inputs",
-        "cosine_p1": "cosine, 1st percentile",
-        "cosine_mean": "cosine, mean",
-        "overlap_at_10": "overlap of the ten nearest neighbours",
-        "spearman": "Spearman against people's scores",
-        "spearman_float": "Spearman of the float model",
-        "perplexity": "perplexity",
-        "perplexity_float": "perplexity of the float model",
-        "perplexity_increase": "perplexity increase",
-    }
-    values = asdict(proof)
-    forms = {"perplexity_increase": "{:+.2%}"}
-    rows = [
-        [text, forms.get(key, "{:.4f}").format(values[key]), limits.get(key, "")]
-        for key, text in names.items()
-        if values[key] is not None
-    ]
-    return lead + charts.table(["measure", "value", "gate"], rows)
+    return lead + charts.table(["measure", "value", "gate"], proof.rows(result.gate))
 
 
 def _size_and_speed(result: Result) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
 from memopt.graphs.ir import read_onnx
 from memopt.graphs.linears import onnx_linears
 from memopt.graphs.observe import observer, valid_rows
+from memopt.progress import Step, silent
 from memopt.quantization.math.gptq import HessianAccumulator
 from memopt.weights.layout import is_transposed
 from memopt.weights.reader import WeightLoader
@@ -46,7 +46,7 @@ class Hessians:
         feeds: Feeds,
         *,
         group_bytes: int = GROUP_BYTES,
-        step: Callable[[str], None] = lambda _: None,
+        step: Step = silent,
     ) -> None:
         self._graph, self._widths, self._feeds, self._step = graph, widths, feeds, step
         self._groups = _grouped(widths, group_bytes)
@@ -98,22 +98,24 @@ class Calibrated:
 
 
 class GraphCalibration:
-    """Weight name -> Hessian and input axis, in a bundle's own portable graph.
+    """Weight name -> Hessian and input axis, in the portable graph made of a weight file.
 
     Args:
-        bundle: with ``onnx/model.onnx`` and the float weights it was made of.
+        weights: the float weight file.
+        graph: the portable fp32 ONNX file that was made of it.
         feeds, group_bytes: see :class:`Hessians`.
 
     Raises:
-        QuantizationError: no portable graph, no calibration inputs, NaN activations.
+        QuantizationError: no calibration inputs, NaN activations.
         WeightsError: the graph was not made of these weights.
     """
 
-    def __init__(self, bundle: Bundle, feeds: Feeds, *, group_bytes: int = GROUP_BYTES) -> None:
-        graph = portable_graph(bundle)
+    def __init__(
+        self, weights: Path, graph: Path, feeds: Feeds, *, group_bytes: int = GROUP_BYTES
+    ) -> None:
         self._inputs: dict[str, tuple[str, int]] = {}
         widths: dict[str, int] = {}
-        with WeightLoader(bundle.weights) as loader:
+        with WeightLoader(weights) as loader:
             for linear in onnx_linears(read_onnx(graph)):
                 name = linear.name
                 if name not in loader:
@@ -144,18 +146,3 @@ class GraphCalibration:
             return None
         activation, axis = self._inputs[name]
         return Calibrated(self._hessians.of(activation), axis)
-
-
-def portable_graph(bundle: Bundle) -> Path:
-    """Return the bundle's portable fp32 graph.
-
-    Raises:
-        QuantizationError: it was not exported yet.
-    """
-    for variant in bundle.manifest.variants.values():
-        plain = variant.format == "onnx" and variant.precision == "fp32" and not variant.fused
-        if plain and variant.method == "export":
-            return bundle.file(variant)
-    raise QuantizationError(
-        f"{bundle.path} has no portable ONNX graph", fix=f"run: memopt export {bundle.path}"
-    )

@@ -81,8 +81,9 @@ def _write(context: Context[ArrowRecipe], quantizer: ArrowQuantizer, file: Path)
         context.progress(done, whole)
 
     gptq = quantizer.algorithm == "gptq"
-    seen = GraphCalibration(context.bundle, context.feeds) if gptq else None
-    return quantizer.quantize(context.bundle.weights, file, calibration=seen, on_step=on_step)
+    weights = context.bundle.weights
+    seen = GraphCalibration(weights, context.graph, context.feeds) if gptq else None
+    return quantizer.quantize(weights, file, calibration=seen, on_step=on_step)
 
 
 def _layers(reports: Sequence[LayerReport]) -> tuple[Layer, ...]:

@@ -6,14 +6,16 @@ import io
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 
-from memopt.errors import ConfigurationError, QuantizationError
+from memopt.errors import ConfigurationError, QuantizationError, brief
 from memopt.extras import require, root_log_kept
-from memopt.graphs.ir import read_onnx, to_proto
+from memopt.graphs.ir import read_onnx, to_proto, with_blocks
 from memopt.graphs.linears import Linear, onnx_linears, openvino_linears
 from memopt.graphs.openvino import read_openvino
 from memopt.graphs.session import open_graph
@@ -132,6 +134,9 @@ def prepare_weights(context: Context[NncfWeightsRecipe]) -> Make:
             fix="use target openvino",
         )
     model, linears = _read(context)
+    if context.base.format == "onnx" and mode == "INT4_ASYM":
+        # In older opsets nncf writes MatMulNBits with zero points that ONNX Runtime refuses.
+        model = with_blocks(model)
     patterns = match_layers(recipe.keep_float, linears)
 
     def make(keep: Collection[str]) -> Quantized:
@@ -208,11 +213,7 @@ def _options(context: Context[Any]) -> dict[str, str]:
 
 
 def _copy(model: Any) -> Any:
-    if hasattr(model, "clone"):
-        return model.clone()
-    import copy
-
-    return copy.deepcopy(model)
+    return model.clone() if hasattr(model, "clone") else deepcopy(model)
 
 
 class _Feeds:
@@ -254,41 +255,32 @@ def _alphas(recipe: NncfRecipe) -> Any:
 
 
 def _ranges(recipe: NncfRecipe) -> Any:
-    kinds = _range_module()
-    if recipe.ranges == "minmax":
-        low, high = (
-            kinds.StatisticsCollectorParameters(
-                statistics_type=getattr(kinds.StatisticsType, name),
-                aggregator_type=getattr(kinds.AggregatorType, name),
-            )
-            for name in ("MIN", "MAX")
+    kinds = import_module("nncf.quantization.range_estimator")
+    if recipe.ranges not in ("minmax", "percentile"):
+        raise ConfigurationError(
+            f"nncf has no ranges {recipe.ranges!r}",
+            fix="use minmax or percentile, or method static",
         )
-        return kinds.RangeEstimatorParameters(min=low, max=high)
+    options: dict[str, Any] = {}
     if recipe.ranges == "percentile":
-        outside = (1 - recipe.percentile / 100) / 2
-        sides = [
-            kinds.StatisticsCollectorParameters(
-                statistics_type=kinds.StatisticsType.QUANTILE,
-                aggregator_type=getattr(kinds.AggregatorType, name),
-                quantile_outlier_prob=outside,
-            )
-            for name in ("MIN", "MAX")
-        ]
-        return kinds.RangeEstimatorParameters(min=sides[0], max=sides[1])
-    raise ConfigurationError(
-        f"nncf has no ranges {recipe.ranges!r}", fix="use minmax or percentile, or method static"
+        options = {"quantile_outlier_prob": (1 - recipe.percentile / 100) / 2}
+    low, high = (
+        kinds.StatisticsCollectorParameters(
+            statistics_type=getattr(kinds.StatisticsType, "QUANTILE" if options else side),
+            aggregator_type=getattr(kinds.AggregatorType, side),
+            **options,
+        )
+        for side in ("MIN", "MAX")
     )
-
-
-def _range_module() -> Any:
-    import importlib
-
-    return importlib.import_module("nncf.quantization.range_estimator")
+    return kinds.RangeEstimatorParameters(min=low, max=high)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep nncf's progress bars and log lines, which go to stdout, out of the command's answer."""
+    """Keep nncf's progress bars and log lines, which go to stdout, out of the command's answer.
+
+    What it refuses, such as groups that a layer's inputs cannot be cut into, is one line.
+    """
     # Not nncf.set_log_level: it turns down every handler of its logger, which may be the caller's.
     log = logging.getLogger("nncf")
     level = log.level
@@ -296,5 +288,11 @@ def _quiet() -> Iterator[None]:
     try:
         with root_log_kept(), redirect_stdout(io.StringIO()):
             yield
+    except Exception as error:
+        if type(error).__module__ != "nncf.errors":
+            raise
+        raise QuantizationError(
+            f"nncf refuses this recipe: {brief(error)}", fix="choose another, or weight-only"
+        ) from error
     finally:
         log.setLevel(level)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from memopt.graphs.linears import Linear
 from memopt.graphs.observe import observer, valid_rows
+from memopt.progress import Step, silent
 from memopt.quantization.math.smooth import Smoothing, choose, round_weight, with_range
 from memopt.quantization.math.statistics import Histogram, Observed, observe
 from memopt.quantization.method import Context, Layer, MethodRecipe
@@ -18,8 +19,6 @@ from memopt.quantization.method import Context, Layer, MethodRecipe
 if TYPE_CHECKING:
     from memopt.graphs.observe import Array
     from memopt.graphs.session import Feed, Observe
-
-    Step = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +91,7 @@ def plan_activations(
     recipe: StaticRecipe,
     *,
     seed: int = 0,
-    step: Step = lambda _: None,
+    step: Step = silent,
 ) -> dict[str, tuple[Smoothing, Observed]]:
     """Calibrate each activation and choose its plan.
 
