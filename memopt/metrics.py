@@ -14,7 +14,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,22 +224,17 @@ class PerformanceMonitor:
             requests.add_metric(key, number)
             inputs.add_metric(key, items)
         yield from (histogram, requests, inputs)
-        families: dict[str, Any] = {}
-        for (name, pairs), amount in sorted(counts.items()):
-            family = families.setdefault(
-                name,
-                core.CounterMetricFamily(
-                    name.removesuffix("_total"), name, labels=[k for k, _ in pairs]
-                ),
-            )
-            family.add_metric([v for _, v in pairs], amount)
-        yield from families.values()
-        families = {}
-        for (name, pairs), read in sorted(gauges.items(), key=lambda entry: entry[0]):
-            number_now = read()
-            if number_now is not None:
-                family = families.setdefault(
-                    name, core.GaugeMetricFamily(name, name, labels=[k for k, _ in pairs])
-                )
-                family.add_metric([v for _, v in pairs], number_now)
-        yield from families.values()
+        yield from _families(core.CounterMetricFamily, counts)
+        now = {key: read() for key, read in gauges.items()}
+        known = {key: size for key, size in now.items() if size is not None}
+        yield from _families(core.GaugeMetricFamily, known)
+
+
+def _families(kind: Any, numbers: Mapping[tuple[str, Any], float]) -> Iterator[Any]:
+    families: dict[str, Any] = {}
+    for (name, pairs), number in sorted(numbers.items()):
+        if name not in families:
+            labels = [label for label, _ in pairs]
+            families[name] = kind(name.removesuffix("_total"), name, labels=labels)
+        families[name].add_metric([value for _, value in pairs], number)
+    yield from families.values()

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from memopt.errors import ConfigurationError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -22,6 +24,20 @@ class Entry:
         """Import the module and return the attribute."""
         module, _, attribute = self.target.partition(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+def check_keys(what: str, keys: Iterable[object], known: Iterable[str]) -> None:
+    """Refuse a key that is not known.
+
+    Raises:
+        ConfigurationError: naming it, and the nearest that is.
+    """
+    names = list(known)
+    for key in keys:
+        if key not in names:
+            raise ConfigurationError(
+                f"{what} has unknown key {key!r}", fix=nearest(str(key), names)
+            )
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ExportError, MissingExtra, brief
-from memopt.exporters.tasks import Signature
+from memopt.exporters.tasks import Signature, by_name
 from memopt.extras import require
+from memopt.graphs.ir import constant
 from memopt.graphs.session import open_onnx
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.onnx import session_options
@@ -54,7 +55,7 @@ def to_onnx(
     """
     import torch
 
-    onnx = require("onnx", extra="export", why="write an ONNX graph")
+    ir = require("onnx_ir", extra="export", why="write an ONNX graph")
     require("onnxscript", extra="export", why="write an ONNX graph")
     # It warns that torchvision is not installed, for operators no text or audio model has.
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
@@ -85,15 +86,15 @@ def to_onnx(
             fix="a bundle runs without one too, with ArrowEngine(BUNDLE, device='torch'); memopt "
             "--debug shows what torch says",
         ) from error
-    model = program.model_proto
-    _tidy(model, onnx)
-    _name_outputs(model, signature)
-    _name_dimensions(model, signature)
-    _name_weights(model, loaded, onnx)
-    foreign = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
+    model = program.model
+    _tidy(model)
+    _name_outputs(model.graph, signature)
+    _name_dimensions(model.graph, signature)
+    _name_weights(model.graph, loaded)
+    foreign = {node.domain for node in model.graph} - {"", "ai.onnx"}
     if foreign:
         raise ExportError(f"the graph uses operators of {sorted(foreign)}, not only standard ones")
-    return model
+    return ir.to_proto(model)
 
 
 def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> tuple[str, ...]:
@@ -191,20 +192,15 @@ def runner(path: Path, outputs: tuple[str, ...], *, exact: bool = False) -> Any:
             fix="nothing was written; memopt --debug shows what it says",
         ) from error
 
-    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            values = observe(feeds)
-        except Exception as error:
-            _log.info("onnxruntime on %s: %s", path, error)
-            shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
-            raise ExportError(
-                f"ONNX Runtime cannot run {path.name} on {shape}: the graph is not of every shape "
-                "that the model is",
-                fix="nothing was written; memopt --debug shows what it says",
-            ) from error
-        return dict(zip(outputs, values, strict=True))
+    def refuse(shape: str, error: Exception) -> ExportError:
+        _log.info("onnxruntime on %s: %s", path, error)
+        return ExportError(
+            f"ONNX Runtime cannot run {path.name} on {shape}: the graph is not of every shape "
+            "that the model is",
+            fix="nothing was written; memopt --debug shows what it says",
+        )
 
-    return run
+    return by_name(observe, outputs, refuse)
 
 
 def _operator(error: BaseException) -> str:
@@ -217,76 +213,72 @@ def _contrib(model: Any) -> bool:
     return any(node.domain not in ("", "ai.onnx") for node in model.graph.node)
 
 
-def _tidy(model: Any, onnx: Any) -> None:
+def _tidy(model: Any) -> None:
     """Drop what is not the graph: stack traces and paths."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
     graph = model.graph
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.doc_string = ""
-        if hasattr(value, "metadata_props"):
-            del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-    del model.metadata_props[:]
-    model.graph.doc_string = ""
-    model.doc_string = ""
-    model.graph.name = "memopt"
+    made = [value for node in graph for value in node.outputs]
+    for part in (model, graph, *graph, *graph.inputs, *graph.initializers.values(), *made):
+        part.doc_string = ""
+        part.metadata_props.clear()
+    graph.name = "memopt"
     model.producer_name, model.producer_version = "memopt", ""
-    used = {node.domain for node in model.graph.node} | {""}
-    kept = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-    del model.functions[:]
+    used = {node.domain for node in graph} | {""}
+    for domain in set(graph.opset_imports) - used:
+        del graph.opset_imports[domain]
+    model.functions.clear()
 
 
-def _name_outputs(model: Any, signature: Signature) -> None:
+def _name_outputs(graph: Any, signature: Signature) -> None:
     # An output called like an inner value makes an invalid graph, so inner ones step aside first.
-    wanted = set(signature.outputs)
-    inner = {name for node in model.graph.node for name in node.output} & wanted
-    _rename(model, {name: f"{name}__inner" for name in inner})
-    _rename(model, {f"{name}__out": name for name in signature.outputs})
+    for value in (value for node in graph for value in node.outputs):
+        if value.name in signature.outputs:
+            value.name += "__inner"
+    for value, name in zip(graph.outputs, signature.outputs, strict=True):
+        value.name = name
 
 
-def _name_dimensions(model: Any, signature: Signature) -> None:
-    symbols: dict[str, str] = {}
-    for value in model.graph.input:
+def _name_dimensions(graph: Any, signature: Signature) -> None:
+    import onnx_ir as ir
+
+    symbols: dict[Any, str] = {}
+    for value in graph.inputs:
         for axis, kind in signature.dynamic[value.name].items():
-            symbols[value.type.tensor_type.shape.dim[axis].dim_param] = kind
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                dimension.dim_param = symbols.get(dimension.dim_param, dimension.dim_param)
+            symbols[value.shape[axis]] = kind
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        for axis, size in enumerate(value.shape or ()):
+            if size in symbols:
+                value.shape[axis] = ir.SymbolicDim(symbols[size])
 
 
-def _name_weights(model: Any, loaded: LoadedModel, onnx: Any) -> None:
+def _name_weights(graph: Any, loaded: LoadedModel) -> None:
+    import onnx_ir as ir
+
     own = {f"model.{name}": weight for name, weight in loaded.names.items()}
     unnamed = []
-    renames: dict[str, str] = {}
+    names: dict[Any, str] = {}
     taken: set[str] = set()
-    for tensor in model.graph.initializer:
-        weight = own.get(tensor.name)
+    for value in graph.initializers.values():
+        weight = own.get(value.name)
         if weight is not None and weight not in taken:
-            renames[tensor.name] = weight
+            names[value] = weight
             taken.add(weight)
-        elif tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
-            unnamed.append(tensor)
+        elif value.dtype == ir.DataType.FLOAT and len(value.shape):
+            unnamed.append(value)
+        else:
+            names[value] = value.name.removeprefix("model.")
     known = _by_content(loaded) if unnamed else {}
-    for tensor in unnamed:
-        values = onnx.numpy_helper.to_array(tensor)
-        options = known.get(_digest(values)) or _computed(loaded, values)
-        names = [o for o in options if o not in taken] or [f"{o}.transposed" for o in options]
-        name = next((n for n in names if n not in taken), None)
-        if name is None:  # not a weight: a buffer, or a constant that was computed from weights
-            name = tensor.name.removeprefix("model.")
-        renames[tensor.name] = name
-        taken.add(name)
-    for tensor in model.graph.initializer:
-        if tensor.name not in renames and tensor.name.startswith("model."):
-            renames[tensor.name] = tensor.name.removeprefix("model.")
-    inner = {name for node in model.graph.node for name in node.output}
-    inner |= {value.name for value in model.graph.input}
-    _rename(model, {old: new for old, new in renames.items() if new not in inner})
+    for value in unnamed:
+        array = np.asarray(constant(value))
+        options = known.get(_digest(array)) or _computed(loaded, array)
+        free = [o for o in options if o not in taken] or [f"{o}.transposed" for o in options]
+        # Not a weight: a buffer, or a constant that was computed from weights.
+        plain = value.name.removeprefix("model.")
+        names[value] = next((name for name in free if name not in taken), plain)
+        taken.add(names[value])
+    inner = {value.name for node in graph for value in node.outputs}
+    inner |= {value.name for value in graph.inputs}
+    names = {value: name for value, name in names.items() if name not in inner}
+    ir.convenience.rename_values(list(names), list(names.values()))
 
 
 def _by_content(loaded: LoadedModel) -> dict[str, list[str]]:
@@ -322,21 +314,6 @@ def _computed(loaded: LoadedModel, values: np.ndarray) -> list[str]:
 def _digest(values: np.ndarray) -> str:
     """Hash the values in order; the shape is left out, as the exporter folds reshapes."""
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
-
-
-def _rename(model: Any, names: Mapping[str, str]) -> None:
-    if not names:
-        return
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            if name in names:
-                node.input[index] = names[name]
-        for index, name in enumerate(node.output):
-            if name in names:
-                node.output[index] = names[name]
-    graph = model.graph
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.name = names.get(value.name, value.name)
 
 
 # What torch says, in many lines that name its own insides -> what that means.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import ExportError
+from memopt.exporters.tasks import by_name
 from memopt.extras import require, root_log_kept
 from memopt.graphs.session import open_openvino
 from memopt.runtimes.openvino_file import save_openvino
@@ -52,15 +53,7 @@ def runner(path: Path, outputs: tuple[str, ...], options: Mapping[str, str]) -> 
     except Exception as error:
         raise _refusal("compile the graph", error) from error
 
-    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            values = observe(feeds)
-        except Exception as error:
-            shape = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
-            raise _refusal(f"run the graph on {shape}", error) from error
-        return dict(zip(outputs, values, strict=True))
-
-    return run
+    return by_name(observe, outputs, lambda on, error: _refusal(f"run the graph on {on}", error))
 
 
 def _refusal(what: str, error: BaseException) -> ExportError:

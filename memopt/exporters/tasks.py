@@ -7,9 +7,10 @@ A head follows sentence-transformers: pooling over the tokens the mask keeps, th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from memopt.exporters.pooling import pool_numpy, pool_torch, without_prompt
 from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.runtimes.vectors import unit_rows
+
+if TYPE_CHECKING:
+    from memopt.graphs.session import Observe
 
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.
@@ -315,6 +319,22 @@ def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
     if task == "text-generation":
         limit = min(limit, LONGEST_SCORES // 4 // loaded.module.config.vocab_size)
     return max(limit, 1)
+
+
+def by_name(
+    observe: Observe, outputs: Sequence[str], refuse: Callable[[str, Exception], ExportError]
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Return feeds -> outputs by name; what a runtime raises is ``refuse(the shapes, error)``."""
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            values = observe(feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in feeds.items())
+            raise refuse(shapes, error) from error
+        return dict(zip(outputs, values, strict=True))
+
+    return run
 
 
 def trace_shape(task: str) -> Shape:

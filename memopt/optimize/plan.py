@@ -11,7 +11,7 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
-from memopt.registry import nearest
+from memopt.registry import check_keys, nearest
 
 PLAN_VERSION = 1
 TARGETS = ("cpu", "openvino", "cuda", "rocm", "coreml", "vulkan")
@@ -144,13 +144,7 @@ class Plan:
                 f"{path} has plan version {version}, this memopt reads {PLAN_VERSION}",
                 fix="upgrade memopt",
             )
-        known = {item.name for item in fields(cls)}
-        strangers = sorted(set(raw) - known)
-        if strangers:
-            raise ConfigurationError(
-                f"{path} is not an optimize plan: unknown key {strangers[0]!r}",
-                fix=nearest(strangers[0], sorted(known)),
-            )
+        check_keys(f"{path} is not an optimize plan: it", raw, [item.name for item in fields(cls)])
         try:
             return cls(**raw, candidates=tuple(Candidate(**item) for item in items))
         except (TypeError, ConfigurationError) as error:

@@ -15,7 +15,7 @@ from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError, QuantizationError
 from memopt.graphs.linears import Linear
 from memopt.progress import Progress, Step, silent
-from memopt.registry import nearest
+from memopt.registry import check_keys
 
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -49,11 +49,7 @@ class MethodRecipe:
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Build the settings from plain data; keys that the method does not have are refused."""
         known = [item.name for item in fields(cls)]
-        for key in raw:
-            if key not in known:
-                raise ConfigurationError(
-                    f"{cls.__name__} has unknown key {key!r}", fix=nearest(str(key), known)
-                )
+        check_keys(cls.__name__, raw, known)
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         settings = cls(**values)
         cls.check(cls.__name__, {"algorithm": "rtn"} | {k: getattr(settings, k) for k in known})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from memopt.errors import ConfigurationError
-from memopt.registry import nearest
+from memopt.registry import check_keys, nearest
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
@@ -216,18 +216,10 @@ class Recipe:
         >>> Recipe.from_dict(asdict(recipe)) == recipe
         True
         """
-        known = [item.name for item in fields(cls)]
-        for key in raw:
-            if key not in known:
-                raise ConfigurationError(
-                    f"recipe has unknown key {key!r}", fix=nearest(str(key), known)
-                )
-        values = dict(raw)
-        if isinstance(values.get("keep_float"), str):
-            values["keep_float"] = (values["keep_float"],)
-        elif isinstance(values.get("keep_float"), list):
-            values["keep_float"] = tuple(values["keep_float"])
-        return cls(**values)
+        check_keys("recipe", raw, [item.name for item in fields(cls)])
+        kept = raw.get("keep_float", ())
+        kept = (kept,) if isinstance(kept, str) else tuple(kept) if isinstance(kept, list) else kept
+        return cls(**{**raw, "keep_float": kept})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data that ``from_dict`` takes."""
