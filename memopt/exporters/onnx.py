@@ -277,8 +277,9 @@ def _name_weights(graph: Any, loaded: LoadedModel) -> None:
         taken.add(names[value])
     inner = {value.name for node in graph for value in node.outputs}
     inner |= {value.name for value in graph.inputs}
-    names = {value: name for value, name in names.items() if name not in inner}
-    ir.convenience.rename_values(list(names), list(names.values()))
+    values = list(graph.initializers.values())
+    new = [value.name if names[value] in inner else names[value] for value in values]
+    ir.convenience.rename_values(values, new)
 
 
 def _by_content(loaded: LoadedModel) -> dict[str, list[str]]:

@@ -140,7 +140,7 @@ class Recipe:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        block = self.group
+        block = self.own.group
         powerless = self.method == "weight-only" and (block & (block - 1) or block < 16)
         alpha = 0.5 if isinstance(self.smooth, str) else self.smooth
         for name, wrong, what, fix in (
@@ -182,16 +182,6 @@ class Recipe:
     def runtime(self) -> str:
         """The target with "auto" resolved: openvino, cpu or gpu."""
         return self.own.runtime
-
-    @property
-    def group(self) -> int:
-        """The group size with 0 resolved."""
-        return self.own.group
-
-    @property
-    def grain(self) -> str:
-        """The granularity with "auto" resolved."""
-        return self.own.grain
 
     @property
     def format(self) -> str:

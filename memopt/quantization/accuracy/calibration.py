@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,10 @@ def _read_text(path: Path, column: str | None) -> Iterator[Example]:
 def _record(row: dict[str, Any], column: str | None, path: Path) -> Example:
     if column is not None:
         if column not in row:
-            raise _no_column(column, list(row), path)
+            raise InputError(
+                f"{path} has no column {column!r}; it has {', '.join(map(repr, row))}",
+                fix=nearest(column, row) if row else None,
+            )
         value = row[column]
         if not isinstance(value, str) or (_number(value) and path.suffix != ".txt"):
             raise InputError(
@@ -247,13 +250,6 @@ def _number(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
         return False
-
-
-def _no_column(column: str, names: Sequence[str], path: Path) -> InputError:
-    return InputError(
-        f"{path} has no column {column!r}; it has {', '.join(map(repr, names))}",
-        fix=nearest(column, list(names)) if names else None,
-    )
 
 
 def _key(item: Any) -> int:
@@ -314,10 +310,8 @@ def _collect(
             calibration.update((key, item) for key, item in keyed if key in chosen)
     origin = str(path)
     return (
-        CalibrationSet(items=_unique(calibration.values()), modality=modality, origin=origin),
+        CalibrationSet(
+            items=tuple(dict.fromkeys(calibration.values())), modality=modality, origin=origin
+        ),
         CalibrationSet(items=tuple(items), modality=modality, pairs=tuple(pairs), origin=origin),
     )
-
-
-def _unique(items: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(items))
