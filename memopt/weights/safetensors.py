@@ -7,6 +7,7 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -73,15 +74,19 @@ class SafetensorsFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     order: tuple[str, ...]  # names as the header lists them
+    content: bytes | None = None  # where it is in memory
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor into memory of its own.
+        """Read one tensor into memory of its own, or show it in the content.
 
         Raises:
             WeightsError: the file became shorter since it was opened.
         """
         tensor = self.tensors[name]
         dtype = numpy_dtype(tensor.dtype)
+        if self.content is not None:
+            bytes_ = np.frombuffer(self.content, np.uint8, tensor.nbytes, tensor.start)
+            return bytes_.view(dtype).reshape(tensor.shape)
         out = np.empty(tensor.nbytes, np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(tensor.start)
@@ -94,14 +99,18 @@ class SafetensorsFile:
         return out.view(dtype).reshape(tensor.shape)
 
 
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path, content: bytes | None = None) -> SafetensorsFile:
     """Read and check the header: offsets, overlaps, sizes, total length.
+
+    Args:
+        path: the file.
+        content: what it holds, where that was sealed and is in memory.
 
     Raises:
         WeightsError: anything that does not fit, with the values.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = path.stat().st_size if content is None else len(content)
+    with path.open("rb") if content is None else io.BytesIO(content) as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _HEADER_LIMIT):
@@ -134,7 +143,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         at = tensor.end
     if at != size:
         raise WeightsError(f"{path} has {size:,} bytes, its header describes {at:,}", fix=_DAMAGED)
-    return SafetensorsFile(path, {t.name: t for t in by_place}, metadata, tuple(header))
+    return SafetensorsFile(path, {t.name: t for t in by_place}, metadata, tuple(header), content)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

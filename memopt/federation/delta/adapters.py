@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from memopt.errors import SyncError, WeightsError
-from memopt.extras import require
+from memopt.errors import SyncError
 from memopt.federation.delta.arrays import Array, Weights, check_weights, dtype_name, raw
 from memopt.federation.trust.vault import Vault
 from memopt.files import atomic_path
 from memopt.weights.reader import WeightLoader
-from memopt.weights.safetensors import CODES, DTYPES, open_safetensors
-from memopt.weights.schema import numpy_dtype
+from memopt.weights.safetensors import CODES, open_safetensors
 from memopt.weights.writer import write_weights as write_parquet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -76,9 +74,13 @@ def write_weights(path: str | Path, weights: Weights) -> None:
     write_safetensors(path / ADAPTER_FILE, tensors)
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
-    """Read every tensor of a safetensors file, dtypes kept (bfloat16 and float8 too)."""
-    opened = open_safetensors(path)
+def read_safetensors(path: Path, content: bytes | None = None) -> dict[str, Array]:
+    """Read every tensor of a safetensors file, dtypes kept (bfloat16 and float8 too).
+
+    Args:
+        content: what the file holds, where that is in memory already.
+    """
+    opened = open_safetensors(path, content)
     return check_weights({name: opened.read(name) for name in opened.tensors})
 
 
@@ -138,18 +140,6 @@ def read_kept(path: Path, vault: Vault) -> dict[str, Array]:
         WeightsError: it is no such file.
         SyncFailure: it is sealed, and the key does not open it.
     """
-    if not vault.sealed(path):
-        return {_given_name(name): array for name, array in read_safetensors(path).items()}
-    safetensors = require("safetensors", extra="federation", why="read sealed weights")
-    try:
-        tensors = safetensors.deserialize(vault.read(path))
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"{path} is damaged ({error})") from error
-    return check_weights(
-        {
-            _given_name(name): np.frombuffer(
-                found["data"], numpy_dtype(DTYPES[found["dtype"]])
-            ).reshape(found["shape"])
-            for name, found in tensors
-        }
-    )
+    content = vault.read(path) if vault.sealed(path) else None
+    weights = read_safetensors(path, content)
+    return {_given_name(name): array for name, array in weights.items()}
