@@ -38,12 +38,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import usearch.index
+from line_chart import lines
 from rich.console import Console
 from rich.table import Table
 
 from memopt.benchmark.record import hardware
-from memopt.charts import lines, page
-from memopt.charts import table as html_table
 from memopt.files import atomic_path
 from memopt.memory import (
     AssociationGraph,
@@ -55,6 +54,8 @@ from memopt.memory import (
     consolidate,
     reclaim,
 )
+from memopt.pages import page
+from memopt.pages import table as html_table
 from memopt.runtimes.engine import ArrowEngine
 
 DIM = 768
@@ -494,17 +495,17 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         (name, [(row["memories"], row["p95_ms"]) for row in rows if row["what"] == name])
         for name in names
     ]
-    chart = lines(series, "memories", "p95, ms", log=True)
+    chart = lines(series, "memories", "p95, ms")
     cells = [
         [f"{row['memories']:,}", row["what"], f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}"]
         for row in rows
     ]
     sections = [
-        ("p95 of one search", chart),
-        ("Numbers", html_table(["memories", "what", "p50 ms", "p95 ms"], cells)),
+        ("p95 of one search", [chart]),
+        ("Numbers", [html_table(["memories", "what", "p50 ms", "p95 ms"], cells)]),
     ]
     with atomic_path(path) as temporary:
-        temporary.write_text(page("Memory search", sections, str(hardware())), encoding="utf-8")
+        temporary.write_text(page("Memory search", hardware(), sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

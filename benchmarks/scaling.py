@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from line_chart import lines, picture
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -25,9 +26,9 @@ from tokenizers import Tokenizer
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.benchmark.record import hardware
 from memopt.benchmark.workload import default_inputs
-from memopt.charts import lines, page, standalone
-from memopt.charts import table as html_table
 from memopt.files import atomic_path
+from memopt.pages import page
+from memopt.pages import table as html_table
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000)
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
@@ -113,7 +114,7 @@ def main() -> None:
     with ArrowEngine(bundle) as engine:
         info = engine.device_info()
     machine = hardware()
-    time_chart = lines([("s", [(n, s) for n, s, *_ in sizes])], "inputs", "seconds", log=True)
+    time_chart = lines([("s", [(n, s) for n, s, *_ in sizes])], "inputs", "seconds")
     memory_chart = lines(
         [
             ("peak", [(row[0], row[3]) for row in sizes]),
@@ -121,35 +122,34 @@ def main() -> None:
         ],
         "inputs",
         "MB",
-        log=True,
         from_zero=True,
     )
     length_chart = lines(
         [("sentences/s", [(n, rate) for n, rate, _ in lengths])],
         "tokens per sentence",
         "sentences/s",
-        log=True,
         x_marks=[n for n, *_ in lengths],
     )
     html = page(
         "memopt: how encode() scales",
+        {
+            "model": bundle.manifest.name,
+            "run as": f"{info['variant']} with {info['runtime']}, {info['threads']} threads",
+            "machine": f"{machine['processor']}, {machine['cores']} cores, "
+            f"{machine['memory_gb']} GB",
+        },
         [
-            ("Time against number of inputs", time_chart),
-            ("Peak memory against number of inputs", memory_chart),
-            ("Throughput against length", length_chart),
-            ("By number of inputs", html_table(SIZE_HEADER, sizes)),
-            ("By length", html_table(LENGTH_HEADER, lengths)),
+            ("Time against number of inputs", [time_chart]),
+            ("Peak memory against number of inputs", [memory_chart]),
+            ("Throughput against length", [length_chart]),
+            ("By number of inputs", [html_table(SIZE_HEADER, sizes)]),
+            ("By length", [html_table(LENGTH_HEADER, lengths)]),
         ],
-        note=(
-            f"{bundle.manifest.name}, {info['variant']} with {info['runtime']}, "
-            f"{info['threads']} threads; {machine['processor']}, {machine['cores']} cores, "
-            f"{machine['memory_gb']} GB"
-        ),
     )
     files = {
         "scaling.html": html,
-        "scaling-inputs.svg": standalone(time_chart),
-        "scaling-lengths.svg": standalone(length_chart),
+        "scaling-inputs.svg": picture(time_chart, "Seconds against number of inputs"),
+        "scaling-lengths.svg": picture(length_chart, "Sentences per second against tokens"),
     }
     for name, text in files.items():
         with atomic_path(options.output / name) as path:

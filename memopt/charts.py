@@ -1,318 +1,318 @@
-"""Charts as inline SVG and pages as one self-contained HTML file: nothing to fetch, no script."""
+"""The charts of reports, by Altair, in the colours of a page."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Sequence
-from html import escape
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 74, 24, 16, 50
-# Height of a line of text.
-_LINE = 14
-# Up to so many points a line has dots that can be pointed at.
-_FEW = 16
-# More than so many decades need no marks between them.
-_DECADES = 2.5
-# A number that was formatted already, or a dash in its place.
-_NUMBER = re.compile(r"-|[-+]?[\d,]+(\.\d+)?")
+from memopt.extras import require
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--soft:#667085;--line:#d5dae1;--paper:#fff;
---bar:#4a7bd0;--good:#1f9d63;--bad:#c4473a}
-@media(prefers-color-scheme:dark){:root{--ink:#e8ecf2;--soft:#98a2b3;--line:#364152;--paper:#12171f}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:1120px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-table{border-collapse:collapse;width:100%;font-size:.86rem}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line)}
-th{vertical-align:bottom}td:first-child{white-space:nowrap}td:last-child{min-width:9rem}
-.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap;min-width:0}
-.wide{overflow-x:auto}.row-good{font-weight:600}.row-good td{background:
-color-mix(in srgb,var(--good) 14%,transparent)}.row-bad,.row-soft{color:var(--soft)}
-svg{width:100%;max-width:860px;height:auto}svg text{fill:var(--ink);font:12px system-ui,sans-serif}
-.soft{fill:var(--soft)}svg text.soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
-.bar{fill:var(--bar)}.good{fill:var(--good)}.bad{fill:var(--bad)}
-.zone{fill:var(--bad);fill-opacity:.07}.gate{stroke:var(--bad);stroke-dasharray:5 4}
-polyline{fill:none;stroke-width:2}.front{stroke:var(--soft);stroke-width:1.5;fill:none}
-.outline{fill:none;stroke:var(--soft)}
-svg .halo{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
-p.note{color:var(--soft)}
-"""
+_QUALITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
+# Beyond five nines are the roundings of float32 itself: nothing to tell apart.
+_MOST_NINES = 5.0
+_BINS = 40
+# Vega expression of the text at a mark of an axis of nines, and of one of shares of power: below
+# the share stands the cosine that an error at right angles to the exact output leaves.
+_NINES = "format(1 - pow(10, -datum.value), '.5~f')"
+_SHARE = "[format(datum.value, '.6~%'), format(1 / sqrt(1 + datum.value), '.5~f')]"
+
+# Colours are the page's, so that they follow its light and dark.
+_COLOURS = {"good": "var(--good)", "bar": "var(--bar)", "bad": "var(--bad)", "soft": "var(--soft)"}
+_KINDS = {"good": "chosen", "bar": "passes the gate", "bad": "dropped"}
+_TEXT = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+_CONFIG = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "text": {"fontSize": 12, "fill": "var(--ink)"},
+    "rule": {"stroke": "var(--ink)"},
+    "axis": {
+        **_TEXT,
+        "labelFlush": False,
+        "labelColor": "var(--soft)",
+        "titleColor": "var(--ink)",
+        "gridColor": "var(--line)",
+        "domainColor": "var(--line)",
+        "tickColor": "var(--line)",
+    },
+    "legend": {**_TEXT, "labelColor": "var(--ink)"},
+}
 
 
-def page(title: str, sections: Sequence[tuple[str, str]], note: str = "") -> str:
-    """Return a self-contained HTML page of (heading, HTML body) sections.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One row of a bar chart; ``low`` and ``high`` are the ends of its interval."""
 
-    >>> "<h2>A</h2>" in page("t", [("A", "<p>b</p>")])
-    True
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    style: str = "bar"  # bar | good | bad | soft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One bubble of a trade-off chart; ``size`` in bytes becomes its area.
+
+    ``number`` stands in the bubble; ``x_low``, ``x_high`` and ``y_low`` are ends of intervals.
     """
-    body = "".join(f"<h2>{escape(heading)}</h2>{html}" for heading, html in sections)
-    lead = f'<p class="note">{escape(note)}</p>' if note else ""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style><h1>{escape(title)}</h1>{lead}{body}</html>\n"
-    )
+
+    x: float
+    y: float
+    label: str
+    number: int
+    size: float = 1.0
+    style: str = "bar"  # bar | good | bad
+    x_low: float | None = None
+    x_high: float | None = None
+    y_low: float | None = None
 
 
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[object]], styles: Sequence[str] = ()
-) -> str:
-    """Return an HTML table; columns of numbers are right-aligned, everything is escaped.
+def altair() -> Any:
+    """Return Altair.
 
-    Args:
-        styles: a style per row (good, bar, bad, soft), none for plain rows.
-
-    >>> table(["a"], [["<b>"]]).count("&lt;b&gt;")
-    1
+    Raises:
+        MissingExtra: it or what writes its script into a page is not installed.
     """
-    numeric = [
-        sum(_is_number(row[column]) for row in rows) * 2 > len(rows)
-        for column in range(len(header))
-    ]
-    kinds = [' class="n"' if number else "" for number in numeric]
-    head = "".join(
-        f"<th{kind}>{escape(str(cell))}</th>" for cell, kind in zip(header, kinds, strict=True)
-    )
-    lines = []
-    for index, row in enumerate(rows):
-        cells = "".join(
-            f"<td{kind}>{escape(_text(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
-        )
-        style = f' class="row-{styles[index]}"' if styles else ""
-        lines.append(f"<tr{style}>{cells}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    require("vl_convert", extra="report", why="write a report")
+    return require("altair", extra="report", why="write a report")
 
 
-def _is_number(cell: object) -> bool:
-    if isinstance(cell, int | float):
-        return not isinstance(cell, bool)
-    return _NUMBER.fullmatch(str(cell)) is not None
-
-
-def _text(cell: object) -> str:
-    if isinstance(cell, int) and not isinstance(cell, bool):
-        return f"{cell:,}"
-    return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
+def spec(chart: Any, description: str) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a chart, in the style of a page."""
+    found: dict[str, Any] = chart.to_dict()
+    del found["$schema"]  # an address, which nobody shall fetch
+    fit = {"type": "fit-x", "contains": "padding"}
+    return {**found, "autosize": fit, "config": _CONFIG, "description": description}
 
 
 def bars(
-    rows: Sequence[tuple[str, float]],
-    unit: str,
-    *,
-    highlight: str | None = None,
-    muted: Collection[str] = (),
-) -> str:
-    """Return a horizontal bar chart of (label, value >= 0) rows; a long label loses its middle.
+    rows: Sequence[Bar], unit: str = "", *, gate: float | None = None, shares: bool = False
+) -> Any:
+    """Return a horizontal bar chart, the labels over the bars, whiskers where there are intervals.
 
     Args:
-        highlight: the label of the best row.
-        muted: labels of rows that are there for comparison.
-
-    >>> bars([("x", 2.0)], "s").startswith("<svg")
-    True
+        unit: behind each value.
+        gate: a value to mark.
+        shares: the values are squared errors over power: dots on a logarithmic axis that tells
+            the cosine each leaves.
     """
-    height = 26 * len(rows) + 12
-    styles = ["good" if x == highlight else "soft" if x in muted else "bar" for x, _ in rows]
-    rows = [(_short(label), value) for label, value in rows]
-    label_width = 8 + max((7 * len(label) for label, _ in rows), default=0)
-    top = max((value for _, value in rows), default=0.0) or 1.0
-    parts = []
-    for index, (label, value) in enumerate(rows):
-        y = 6 + 26 * index
-        length = (WIDTH - label_width - 110) * max(value, 0.0) / top
-        style = styles[index]
-        parts.append(
-            f'<text x="{label_width - 6}" y="{y + 14}" text-anchor="end">{escape(label)}</text>'
-            f'<rect class="{style}" x="{label_width}" y="{y}" width="{length:.1f}" height="19" '
-            f'rx="3"/><text x="{label_width + length + 6:.1f}" y="{y + 14}">'
-            f"{value:,.4g} {escape(unit)}</text>"
+    alt = altair()
+    least = min((row.value for row in rows if row.value > 0), default=1e-6) / 2
+    values = [
+        {
+            **asdict(row),
+            "place": place,
+            "shown": f"{100 * row.value:.3g} %" if shares else f"{row.value:,.4g} {unit}".strip(),
+            "at": max(row.value, least) if shares else row.value,
+            "end": row.value if row.high is None else row.high,
+        }
+        for place, row in enumerate(rows)
+    ]
+    # Room for the value behind the longest bar, on a page of 400 pixels too.
+    most = max((max(row["end"], gate or 0.0) for row in values), default=0.0) or 1.0
+    scale = alt.Scale(domain=[0, most * 1.4], nice=False)
+    axis = None
+    if shares:
+        scale = alt.Scale(type="log", domain=[least, most * 30], nice=False)
+        places = (m * 10.0**power for power in range(-12, 3) for m in (1, 3))
+        marks = [place for place in places if least <= place <= most * 30]
+        axis = alt.Axis(
+            labelExpr=_SHARE,
+            labelPadding=20,
+            orient="top",
+            values=marks,
+            labelOverlap="greedy",
+            title=["error over power,", "and the cosine it leaves"],
         )
-    return svg(height, parts)
-
-
-def _short(label: str, most: int = 48) -> str:
-    half = (most - 1) // 2
-    return label if len(label) <= most else f"{label[:half]}…{label[-half:]}"
-
-
-def histogram(values: Sequence[float], label: str, *, bins: int = 40) -> str:
-    """Return a histogram of ``values`` with ``bins`` equal bins between their extremes.
-
-    >>> histogram([0.0, 1.0, 1.0], "v", bins=2).count("<rect")
-    2
-    """
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-    counts = [0] * bins
-    for value in values:
-        counts[min(bins - 1, int((value - low) / span * bins))] += 1
-    frame = Frame(low, low + span, 0.0, float(max(counts)))
-    width = (WIDTH - LEFT - RIGHT) / bins
-    parts = frame.axes(label, "count")
-    for index, amount in enumerate(counts):
-        y = frame.y(amount)
-        parts.append(
-            f'<rect class="bar" x="{LEFT + index * width:.1f}" y="{y:.1f}" '
-            f'width="{max(width - 1, 0.5):.1f}" height="{HEIGHT - BOTTOM - y:.1f}"/>'
-        )
-    return svg(HEIGHT, parts)
-
-
-def lines(
-    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
-    x_label: str,
-    y_label: str,
-    *,
-    log: bool = False,
-    from_zero: bool = False,
-    x_marks: Sequence[float] | None = None,
-) -> str:
-    """Return a line chart of named (x, y) series.
-
-    Args:
-        log: both axes are logarithmic (base 10).
-        from_zero: the vertical axis begins at 0, so that heights compare; only x is logarithmic.
-        x_marks: values to mark on the horizontal axis; None chooses round ones.
-
-    >>> lines([("s", [(1, 1), (10, 10)])], "x", "y", log=True).count("<polyline")
-    1
-    """
-    across = math.log10 if log else float
-    up = across if not from_zero else float
-    flat = [(across(x), up(y)) for _, points in series for x, y in points]
-    xs, ys = [x for x, _ in flat], [y for _, y in flat]
-    bottom, top = (0.0, max(ys) * 1.1) if from_zero else _padded(min(ys), max(ys))
-    frame = Frame(*_padded(min(xs), max(xs)), bottom, top, log=log, log_up=log and not from_zero)
-    colours = ("#4a7bd0", "#1f9d63", "#c4473a", "#b7791f", "#7c5cc4", "#3aa0a8")
-    columns = None if x_marks is None else [(across(mark), f"{mark:,g}") for mark in x_marks]
-    parts = frame.axes(x_label, y_label, columns=columns)
-    for index, (name, points) in enumerate(series):
-        colour = colours[index % len(colours)]
-        places = [(frame.x(across(x)), frame.y(up(y)), x, y) for x, y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
-        parts.append(f'<polyline points="{path}" stroke="{colour}"/>')
-        if len(places) <= _FEW:
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}">'
-                f"<title>{left:,.6g} {escape(x_label)}: {value:,.4g} {escape(y_label)}</title>"
-                "</circle>"
-                for x, y, left, value in places
-            ]
-        if len(series) == 1:
-            break  # the axis says what it is
-        y = TOP + 16 + 17 * index
-        parts.append(
-            f'<rect x="{LEFT + 10}" y="{y - 9}" width="14" height="4" fill="{colour}"/>'
-            f'<text x="{LEFT + 30}" y="{y - 2}">{escape(name)}</text>'
-        )
-    return svg(HEIGHT, parts)
-
-
-def standalone(picture: str) -> str:
-    """Return a picture as a file of its own: with the style that a page would give it.
-
-    >>> standalone(svg(10, [])).count("<style>")
-    1
-    """
-    head, close, rest = picture.partition(">")
-    return f"{head}{close}<style>{_STYLE}</style>{rest}\n"
-
-
-class Frame:
-    """Maps data to pixels and draws the axes.
-
-    With ``log`` the data are logarithms (base 10); ``log_up`` says so of the vertical axis alone.
-    """
-
-    def __init__(
-        self,
-        left: float,
-        right: float,
-        low: float,
-        high: float,
-        *,
-        log: bool = False,
-        log_up: bool | None = None,
-    ) -> None:
-        self.left, self.right, self.low, self.high = left, right, low, high
-        self.log, self.log_up = log, log if log_up is None else log_up
-
-    def x(self, value: float) -> float:
-        """Return the pixel column of a value."""
-        return LEFT + (value - self.left) / ((self.right - self.left) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        """Return the pixel row of a value."""
-        span = (self.high - self.low) or 1
-        return HEIGHT - BOTTOM - (value - self.low) / span * (HEIGHT - TOP - BOTTOM)
-
-    def axes(
-        self,
-        x_label: str,
-        y_label: str,
-        levels: Sequence[tuple[float, str]] | None = None,
-        columns: Sequence[tuple[float, str]] | None = None,
-    ) -> list[str]:
-        """Return ticks, grid and titles; ``levels``, ``columns``: what to mark, and its text."""
-        parts = []
-        for value, text in columns or _marks(self.left, self.right, self.log):
-            parts.append(
-                f'<text class="soft" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" '
-                f'text-anchor="middle">{text}</text>'
-            )
-        if levels is None:
-            levels = _marks(self.low, self.high, self.log_up)
-        below = math.inf
-        for value, text in levels:
-            y = self.y(value)
-            if below - y < _LINE:  # it would touch the one below
-                continue
-            below = y
-            parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                f'<text class="soft" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
-            )
-        middle = (TOP + HEIGHT - BOTTOM) / 2
-        parts.append(
-            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
-            f'{escape(x_label)}</text><text x="14" y="{middle}" text-anchor="middle" '
-            f'transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
-        )
-        return parts
-
-
-def _marks(low: float, high: float, log: bool) -> list[tuple[float, str]]:
-    """Return four to eight round numbers inside the range with their text; log10 where ``log``."""
-    span = (high - low) or 1.0
-    if log:
-        # Whole decades; where there are few, 2 and 5 between them.
-        digits = (1,) if span > _DECADES else (1, 2, 5)
-        powers = range(math.floor(low), math.ceil(high) + 1)
-        values = [digit * 10.0**power for power in powers for digit in digits]
-        inside = [value for value in values if low <= math.log10(value) <= high]
-        return [(math.log10(value), f"{value:,.10g}") for value in inside]
-    power = 10.0 ** math.floor(math.log10(span / 4))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if span / (power * m) <= 8)
-    first = math.ceil(low / step - 1e-9)
-    found = [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
-    return [(value, f"{value:,.10g}") for value in found]
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    return low - pad, high + pad
-
-
-def svg(height: int, parts: Sequence[str]) -> str:
-    """Return the picture of these elements, ``WIDTH`` wide and as wide as the page at most.
-
-    >>> svg(10, []).endswith("</svg>")
-    True
-    """
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    base = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("place:O", axis=None),
+        tooltip=[alt.Tooltip("label:N", title=" "), alt.Tooltip("shown:N", title="value")],
     )
+    x = alt.X("at:Q", scale=scale, axis=axis)
+    scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
+    colour = alt.Color("style:N", legend=None, scale=scale)
+    mark = base.mark_circle(size=80, yOffset=9, opacity=1) if shares else None
+    layers = [
+        (mark or base.mark_bar(size=14, yOffset=9)).encode(x=x, color=colour),
+        base.mark_text(align="left", yOffset=-8, limit=alt.ExprRef("width")).encode(
+            x=alt.value(2), text="label:N"
+        ),
+        base.mark_text(align="left", dx=7, yOffset=9).encode(
+            x=alt.X("at:Q" if shares else "end:Q"), text="shown:N"
+        ),
+    ]
+    if any(row.low is not None for row in rows):
+        layers.insert(1, base.mark_rule(yOffset=9, strokeWidth=2).encode(x="low:Q", x2="high:Q"))
+    if gate is not None:
+        layers.append(_gate(alt, gate, f"gate {gate:.4g}", across=False))
+    return alt.layer(*layers).properties(width="container", height=40 * len(rows))
+
+
+def _gate(alt: Any, place: float, text: str, *, across: bool) -> Any:
+    """Return the line of a gate with its text, ``across`` the chart or from top to bottom."""
+    base = alt.Chart(alt.Data(values=[{"gate": place, "text": text}]))
+    line = base.mark_rule(stroke=_COLOURS["bad"], strokeDash=[5, 4])
+    words = base.mark_text(align="left", dx=5, dy=10 if across else 0, fill=_COLOURS["bad"])
+    if across:
+        return line.encode(y="gate:Q") + words.encode(y="gate:Q", x=alt.value(0), text="text:N")
+    return line.encode(x="gate:Q") + words.encode(x="gate:Q", y=alt.value(-8), text="text:N")
+
+
+def nines(quality: float) -> float:
+    """Return how many nines a quality near 1 has, five at most.
+
+    >>> nines(0.99), nines(1.0)
+    (2.0, 5.0)
+    """
+    return round(-math.log10(max(1.0 - quality, 10**-_MOST_NINES)), 9)
+
+
+def _nines_axis(alt: Any, low: float, high: float, title: str) -> dict[str, Any]:
+    marks = [place for place in map(nines, _QUALITIES) if low <= place <= high]
+    return {
+        "scale": alt.Scale(domain=[low, high], nice=False, zero=False),
+        "axis": alt.Axis(values=marks, labelExpr=_NINES, title=title, labelOverlap="greedy"),
+    }
+
+
+def histogram(cosines: Sequence[float], label: str, *, gate: float) -> Any:
+    """Return a histogram of cosines on an axis that counts nines, with the gate they must keep."""
+    alt = altair()
+    places = [nines(value) for value in cosines]
+    low, high = min(*places, nines(gate)) - 0.1, max(*places, nines(gate)) + 0.1
+    width = (high - low) / _BINS
+    counts = Counter(min(_BINS - 1, int((place - low) / width)) for place in places)
+    values = [
+        {
+            "low": low + width * index,
+            "high": low + width * (index + 1),
+            "count": count,
+            "cosine": " to ".join(
+                f"{1 - 10 ** -(low + width * n):.5f}" for n in (index, index + 1)
+            ),
+        }
+        for index, count in sorted(counts.items())
+    ]
+    columns = alt.Chart(alt.Data(values=values)).mark_bar(
+        orient="vertical", fill=_COLOURS["bar"], stroke="var(--paper)", strokeWidth=1
+    )
+    columns = columns.encode(
+        x=alt.X("low:Q", **_nines_axis(alt, low, high, label)),
+        x2="high:Q",
+        y=alt.Y("count:Q", title="inputs", axis=alt.Axis(tickMinStep=1)),
+        tooltip=["cosine:N", alt.Tooltip("count:Q", title="inputs")],
+    )
+    line = _gate(alt, nines(gate), f"gate {gate:g}", across=False)
+    return alt.layer(columns, line).properties(width="container", height=260)
+
+
+def tradeoff(
+    points: Sequence[Point], x_label: str, y_label: str, *, gate: float | None = None
+) -> Any:
+    """Return a bubble chart of a quality near 1 against a speed, with the Pareto front.
+
+    The vertical axis counts nines (0.9, 0.99, 0.999 are one step apart): on a linear one all that
+    is worth choosing among would lie on one line. Each bubble has its number, beside it where
+    others lie; what is below ``gate`` lies in a shaded zone.
+    """
+    alt = altair()
+    values = _rows(points)
+    ys = [row["nines"] for row in values] + [row["nines_low"] for row in values]
+    ys += [] if gate is None else [nines(gate)]
+    low, high = min(ys) - 0.35, max(ys) + 0.35
+    x = alt.X(
+        "x:Q", title=x_label, scale=alt.Scale(domainMin=0, nice=True), axis=alt.Axis(tickCount=5)
+    )
+    y = alt.Y("nines:Q", **_nines_axis(alt, low, high, y_label))
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=x,
+        y=y,
+        tooltip=[
+            alt.Tooltip("title:N", title=" "),
+            alt.Tooltip("x:Q", title=x_label, format=",.4~r"),
+            alt.Tooltip("y:Q", title=y_label, format=".5~f"),
+            alt.Tooltip("megabytes:Q", title="MB", format=",.1f"),
+            alt.Tooltip("beside:N", title="at the same place"),
+        ],
+    )
+    below = {"orient": "bottom", "direction": "horizontal", "title": None}
+    kinds = [kind for kind in _KINDS if any(point.style == kind for point in points)]
+    scale = alt.Scale(domain=[_KINDS[k] for k in kinds], range=[_COLOURS[k] for k in kinds])
+    legend = alt.Legend(**below, columns=1, symbolOpacity=1)
+    sizes = sorted(
+        {min(row["megabytes"] for row in values), max(row["megabytes"] for row in values)}
+    )
+    area = alt.Size(
+        "megabytes:Q",
+        scale=alt.Scale(domain=[0, sizes[-1]], range=[60, 900]),
+        legend=alt.Legend(
+            **below,
+            columns=1,
+            values=sizes,
+            labelExpr="format(datum.value, ',.0f') + ' MB'",
+            symbolFillColor="transparent",
+            symbolStrokeColor="var(--soft)",
+        ),
+    )
+    front = base.transform_filter("datum.front").mark_line(stroke=_COLOURS["soft"], strokeWidth=1.5)
+    layers = [
+        front.encode(order="x:Q", tooltip=alt.value(None)),
+        base.mark_rule(strokeOpacity=0.5).encode(x="x_low:Q", x2="x_high:Q"),
+        base.mark_rule(strokeOpacity=0.5).encode(y=alt.Y("nines_low:Q"), y2="nines:Q"),
+        base.mark_point(filled=True, fillOpacity=0.3, strokeWidth=1.5).encode(
+            size=area,
+            fill=alt.Fill("kind:N", scale=scale, legend=legend),
+            stroke=alt.Stroke("kind:N", scale=scale, legend=legend),
+        ),
+        base.mark_text(
+            fontWeight="bold", dx=alt.ExprRef("datum.dx"), dy=alt.ExprRef("datum.dy")
+        ).encode(text="number:N"),
+    ]
+    if gate is not None:
+        place = alt.Chart(alt.Data(values=[{"gate": nines(gate)}]))
+        zone = place.mark_rect(fill=_COLOURS["bad"], opacity=0.07)
+        zone = zone.encode(
+            y="gate:Q", y2=alt.value("height"), x=alt.value(0), x2=alt.value("width")
+        )
+        layers[:0] = [zone, _gate(alt, nines(gate), f"below the gate of {gate:g}", across=True)]
+    return alt.layer(*layers).properties(width="container", height=380)
+
+
+def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Return the rows of a trade-off chart; where bubbles coincide, numbers stand around them."""
+    most = max(point.x for point in points) or 1.0
+    rows = []
+    for point in points:
+        level = nines(point.y)
+        near = [
+            other
+            for other in points
+            if abs(other.x - point.x) / most < 0.04 and abs(nines(other.y) - level) < 0.12
+        ]
+        turn = 2 * math.pi * near.index(point) / len(near)
+        away = 22 if len(near) > 1 else 0  # pixels
+        rows.append(
+            {
+                **asdict(point),
+                "kind": _KINDS[point.style],
+                "title": f"{point.number}  {point.label}",
+                "beside": ", ".join(o.label for o in near if o is not point) or "-",
+                "nines": level,
+                "nines_low": level if point.y_low is None else nines(point.y_low),
+                "megabytes": point.size / 1e6,
+                "dx": round(away * math.cos(turn)),
+                "dy": round(-away * math.sin(turn)),
+                # On the front is what no other one beats in both directions.
+                "front": not any(
+                    other.x >= point.x
+                    and nines(other.y) >= level
+                    and (other.x, nines(other.y)) != (point.x, level)
+                    for other in points
+                ),
+            }
+        )
+    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -112,12 +112,20 @@ def ratio(a: BenchmarkMetrics, b: BenchmarkMetrics) -> Ratio:
     if a.run_id != b.run_id:
         raise InputError(f"runs {a.run_id} and {b.run_id} are not paired", fix="measure both anew")
     quotients = np.asarray(b.rounds_seconds) / np.asarray(a.rounds_seconds)
+    low, high = interval(quotients)
+    return Ratio(median=float(np.median(quotients)), low=low, high=high, rounds=len(quotients))
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the ends of the 95 % bootstrap interval of a median, seeded.
+
+    >>> interval([2.0, 2.0, 2.0])
+    (2.0, 2.0)
+    """
     generator = np.random.default_rng(0)
-    samples = generator.choice(quotients, (BOOTSTRAP_SAMPLES, len(quotients)))
+    samples = generator.choice(np.asarray(values), (BOOTSTRAP_SAMPLES, len(values)))
     low, high = np.percentile(np.median(samples, axis=1), (2.5, 97.5))
-    return Ratio(
-        median=float(np.median(quotients)), low=float(low), high=float(high), rounds=len(quotients)
-    )
+    return float(low), float(high)
 
 
 def hardware() -> dict[str, Any]:

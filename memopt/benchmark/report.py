@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memopt import charts
-from memopt.benchmark.record import BenchmarkMetrics, ratio
+from memopt import charts, pages
+from memopt.benchmark.record import BenchmarkMetrics, interval, ratio
 from memopt.files import atomic_path
 
 HEADER = (
@@ -87,31 +88,54 @@ def circumstances(records: Sequence[BenchmarkMetrics]) -> list[tuple[str, str]]:
 
 
 def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
-    """Write the run as one HTML file with bar charts, the table and the circumstances."""
+    """Write the run as one HTML file with bar charts, the table and the circumstances.
+
+    Raises:
+        MissingExtra: Altair is not installed.
+    """
     best = max(records, key=lambda r: r.items_per_second).label
     single = min(records, key=lambda r: r.latency_ms_p50).label
-    peers = {record.label for record in records if record.spec.get("kind") != "memopt"}
 
-    def chart(field: str, unit: str, highlight: str | None = None) -> str:
-        values = [(record.label, float(getattr(record, field))) for record in records]
-        return charts.bars(values, unit, highlight=highlight, muted=peers)
+    def style(record: BenchmarkMetrics, highlight: str | None) -> str:
+        if record.label == highlight:
+            return "good"
+        return "bar" if record.spec.get("kind") == "memopt" else "soft"
 
-    sections = [
-        ("Throughput", chart("items_per_second", "items/s", best)),
-        ("Single input, p50", chart("latency_ms_p50", "ms", single)),
-        ("Opening, until the first vector", chart("first_vector_seconds", "s")),
-        ("Resident memory after the run", chart("rss_mb", "MB")),
-        ("Numbers", charts.table(header(records), rows(records))),
-        ("Machine and versions", charts.table(("what", "value"), circumstances(records))),
-    ]
-    html = charts.page(
+    def chart(field: str, unit: str, highlight: str | None = None) -> list[object]:
+        bars = [
+            charts.Bar(label=r.label, value=getattr(r, field), style=style(r, highlight))
+            for r in records
+        ]
+        if field == "items_per_second":
+            times = [interval(record.rounds_seconds) for record in records]
+            bars = [
+                replace(bar, low=record.items / slow, high=record.items / fast)
+                for bar, record, (fast, slow) in zip(bars, records, times, strict=True)
+            ]
+        return [charts.bars(bars, unit)]
+
+    first = records[0]
+    models = dict.fromkeys(Path(r.spec["path"]).name for r in records if "path" in r.spec)
+    html = pages.page(
         "memopt benchmark",
-        sections,
+        {
+            "model": ", ".join(models),
+            "date": first.at,
+            "command": pages.command(),
+            "inputs": f"{first.items} of {first.inputs or 'seeded ones'}",
+        },
+        [
+            ("Throughput", chart("items_per_second", "items/s", best)),
+            ("Single input, p50", chart("latency_ms_p50", "ms", single)),
+            ("Opening, until the first vector", chart("first_vector_seconds", "s")),
+            ("Resident memory after the run", chart("rss_mb", "MB")),
+            ("Numbers", [pages.table(header(records), rows(records))]),
+            ("Machine and versions", [pages.table(("what", "value"), circumstances(records))]),
+        ],
         note=(
-            f"{records[0].items} inputs, {len(records[0].rounds_seconds)} alternating rounds; "
-            "ratios are medians of paired rounds with a 95 % bootstrap interval, against the "
-            "first row; "
-            f"cosines are against {records[0].reference or 'the first row'}."
+            f"{len(first.rounds_seconds)} alternating rounds; whiskers are 95 % bootstrap "
+            "intervals of the median, ratios medians of paired rounds with theirs, against the "
+            f"first row; cosines are against {first.reference or 'the first row'}."
         ),
     )
     with atomic_path(target) as path:

@@ -46,6 +46,7 @@ def bench(
 ) -> None:
     """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
     from memopt.benchmark import bench as measure
+    from memopt.charts import altair
     from memopt.commands.console import check_target, steps
     from memopt.errors import ConfigurationError
 
@@ -57,6 +58,7 @@ def bench(
     check_target(output, folder=True)
     if report:
         check_target(report)
+        altair()
     with steps("measuring") as say:
         if compare:
             records = measure.compare(*compare, rounds=rounds, singles=singles, on_step=say)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from memopt.charts import altair
 from memopt.commands.console import check_target, echo
 from memopt.quantization.recipe import Recipe, Samples
 
@@ -65,6 +66,7 @@ def quantize(
     chosen = choose_recipe(opened, settings, recipe, _flags(given))
     if report:
         check_target(report)
+        altair()
     with unlocked(opened) as plain, _progress() as (step, progress):
         result = library.quantize(
             plain,

@@ -156,7 +156,8 @@ class Optimized:
     """The result: the plan that was carried out and one outcome per candidate.
 
     ``reference`` is the portable float graph's inputs per second, what speeds are multiples of;
-    ``notes`` are lines a reader should know, such as other calibration data than the plan's.
+    ``notes`` are lines a reader should know, such as other calibration data than the plan's;
+    ``at`` is when it was recorded, UTC.
     """
 
     bundle: Path
@@ -166,6 +167,7 @@ class Optimized:
     seconds: float
     reference: float | None = None
     notes: tuple[str, ...] = ()
+    at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from memopt import charts
+from memopt import charts, pages
+from memopt.benchmark.record import interval
 from memopt.files import atomic_path
-from memopt.optimize.picture import Point, tradeoff
 from memopt.optimize.plan import Optimized, Outcome
 
 HEADER = (
@@ -100,40 +100,37 @@ def summary(result: Optimized) -> str:
 
 
 def write_html(result: Optimized, target: Path) -> None:
-    """Write the Pareto picture (quality against speed, bubble = size) and the table."""
-    names = Counter(outcome.candidate.name for outcome in result.outcomes)
-    points = [
-        Point(
-            x=outcome.items_per_second,
-            y=outcome.cosine_min,
-            size=outcome.bytes,
-            label=(
-                outcome.candidate.name
-                if names[outcome.candidate.name] == 1
-                else outcome.candidate.label
-            ),
-            style=STYLES[outcome.status],
-        )
-        for outcome in result.outcomes
-        if outcome.items_per_second is not None and outcome.cosine_min is not None
-    ]
-    picture = (
-        tradeoff(points, "items per second", "min cosine", gate=result.plan.min_cosine)
-        if points
-        else "<p>no candidate could be measured</p>"
-    )
-    styles = [STYLES[outcome.status] for outcome in ranked(result.outcomes)]
+    """Write the picture of the trade-off (quality against speed, bubble = size) and the table.
+
+    Raises:
+        MissingExtra: Altair is not installed.
+    """
+    order, plan = ranked(result.outcomes), result.plan
+    points = [p for number, o in enumerate(order, 1) if (p := _point(number, o)) is not None]
+    chart: list[Any] = ["<p>no candidate could be measured</p>"]
+    if points:
+        chart = [charts.tradeoff(points, "items per second", "min cosine", gate=plan.min_cosine)]
     reference = f"{result.reference:,.0f} items/s" if result.reference else "not measured"
-    html = charts.page(
+    numbered = [[number, *row] for number, row in enumerate(rows(result), 1)]
+    styles = [STYLES[outcome.status] for outcome in order]
+    html = pages.page(
         f"memopt optimize: {result.bundle.name}",
+        {
+            "model": plan.source,
+            "date": result.at,
+            "command": pages.command(),
+            "calibration": plan.calibration,
+        },
         [
-            ("Quality against speed", f"<p>{escape(summary(result))}</p>{picture}"),
-            ("Candidates", charts.table(HEADER, rows(result), styles=styles)),
-            ("Machine", charts.table(("what", "value"), list(result.plan.machine.items()))),
+            ("Quality against speed", [f"<p>{escape(summary(result))}</p>", *chart]),
+            ("Candidates", [pages.table(("#", *HEADER), numbered, styles=styles)]),
+            ("Machine", [pages.table(("what", "value"), list(plan.machine.items()))]),
         ],
         note=" ".join(
             [
                 f"Cosines are against float32 on {result.inputs} inputs not used for calibration;",
+                "below each a whisker to what other inputs are expected to keep, beside it the",
+                "95 % interval of its speed;",
                 f"portable float32 on ONNX Runtime gives {reference}.",
                 f"{result.seconds:.0f} s in all.",
                 *(f"{note}." for note in result.notes),
@@ -142,3 +139,23 @@ def write_html(result: Optimized, target: Path) -> None:
     )
     with atomic_path(target) as path:
         path.write_text(html, encoding="utf-8")
+
+
+def _point(number: int, outcome: Outcome) -> charts.Point | None:
+    """Return the bubble of an outcome, None where it was not measured."""
+    speed, times = outcome.items_per_second, outcome.rounds_seconds
+    if speed is None or outcome.cosine_min is None:
+        return None
+    fast, slow = interval(times) if times else (1.0, 1.0)
+    middle = median(times or (1.0,))
+    return charts.Point(
+        number=number,
+        x=speed,
+        y=outcome.cosine_min,
+        size=outcome.bytes,
+        label=outcome.candidate.label,
+        style=STYLES[outcome.status],
+        x_low=speed * middle / slow,
+        x_high=speed * middle / fast,
+        y_low=outcome.cosine_low,
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from memopt.benchmark.record import hardware, versions
 from memopt.bundle import Bundle, Manifest, Variant, open_bundle, stamp
+from memopt.charts import altair
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import sha256_file
 from memopt.optimize.build import USED_UP, Inputs, build, build_bases
@@ -97,6 +98,7 @@ def optimize(
         plan = plan.only(targets)
     if not Path(calibration).exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
+    altair()  # not missed at the end
     step("resolve the model")
     resolved = _encoder(source)
     manifest = resolved.manifest
@@ -134,6 +136,7 @@ def optimize(
             seconds=budgeted.spent,
             reference=judged.reference,
             notes=_differences(plan, made),
+            at=stamp({})["at"],
         )
         _write(result)
     return replace(result, bundle=resolved.path)

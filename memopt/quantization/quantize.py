@@ -113,6 +113,7 @@ def quantize(
             recipe=recipe.to_dict(),
             data=data,
             trail=trail,
+            model=opened.manifest.name,
             **recorded,
         )
 
@@ -223,6 +224,7 @@ def _record_variant(
         "float_bytes": bundle.size(base),
         "work": {"int8_macs": work.get("int8_macs"), "kernels": work.get("kernels", {})},
         "entry": variant,
+        "at": bundle.manifest.history[-1]["at"],
     }
 
 
@@ -240,13 +242,15 @@ def _record_weights(
     size = file.stat().st_size
     event: dict[str, Any] = {"event": "quantize", "method": recipe.method, "file": file.name}
     event |= {"passed": not proof.failures, "validation": proof.validation.record(gate)}
-    bundle.add_files({file.name: file}, event={**event, **data, **proof.quantized.notes})
+    event |= {**data, **proof.quantized.notes}
+    bundle = bundle.add_files({file.name: file}, event=event)
     return {
         "name": file.name,
         "file": file.name,
         "layers": proof.quantized.layers,
         "bytes": size,
         "float_bytes": bundle.weights.stat().st_size,
+        "at": bundle.manifest.history[-1]["at"],
     }
 
 

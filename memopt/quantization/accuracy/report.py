@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from memopt import charts
+from memopt import charts, pages
 from memopt.files import atomic_path
 
 if TYPE_CHECKING:
@@ -17,37 +18,45 @@ BARS = 40
 
 
 def write_report(result: Result, target: Path) -> None:
-    """Write the report of one quantization, whole or not at all."""
+    """Write the report of one quantization, whole or not at all.
+
+    Raises:
+        MissingExtra: Altair is not installed.
+    """
     with atomic_path(target) as path:
         path.write_text(render(result), encoding="utf-8")
 
 
 def render(result: Result) -> str:
-    """Return the report as HTML: no script, no request, inline SVG only."""
+    """Return the report as HTML that asks for nothing."""
     proof = result.validation
-    sections = [("Verdict", _verdict(result))]
+    sections: list[tuple[str, list[Any]]] = [("Verdict", [_verdict(result)])]
     if proof.cosines:
-        label = "cosine to the float model, per validation input"
-        sections.append(("How close the answers are", charts.histogram(proof.cosines, label)))
+        label, gate = "cosine to the float model, per validation input", result.gate.min_cosine
+        drawn = charts.histogram(proof.cosines, label, gate=gate)
+        sections.append(("How close the answers are", [drawn]))
     sections += _errors(result)
     if proof.worst:
         unit = "nats a token lost" if proof.perplexity is not None else "cosine"
         rows = [[value, text] for text, value in proof.worst]
-        sections.append(("Worst inputs", charts.table([unit, "input"], rows)))
+        sections.append(("Worst inputs", [pages.table([unit, "input"], rows)]))
     sections += _search(result)
     sections.append(("Size and speed", _size_and_speed(result)))
-    sections.append(("Layers", _layers(result)))
+    sections.append(("Layers", [_layers(result)]))
     for title, values in (("Recipe", result.recipe), ("Data", result.data)):
         shown = [[key, _words(value)] for key, value in values.items()]
-        sections.append((title, charts.table(["field", "value"], shown)))
-    return charts.page(f"memopt quantize: {result.name}", sections)
+        sections.append((title, [pages.table(["field", "value"], shown)]))
+    facts = {
+        "model": result.model,
+        "date": result.at,
+        "command": pages.command(),
+        "calibration": result.data["calibration"],
+    }
+    return pages.page(f"memopt quantize: {result.name}", facts, sections)
 
 
-def _errors(result: Result) -> list[tuple[str, str]]:
-    errors = sorted(
-        ((layer.name, layer.error) for layer in result.layers if layer.error is not None),
-        key=lambda item: -item[1],
-    )
+def _errors(result: Result) -> list[tuple[str, list[Any]]]:
+    errors = {layer.name: layer.error for layer in result.layers if layer.error is not None}
     if not errors:
         return []
     method, gptq = result.recipe["method"], result.recipe["algorithm"] == "gptq"
@@ -57,29 +66,42 @@ def _errors(result: Result) -> list[tuple[str, str]]:
         of = "the layer's output, on calibration inputs; of a table's values"
     else:
         of = "the layer's weight"
-    lead = f"<p>Squared error over power of {of}. The {min(BARS, len(errors))} largest.</p>"
-    return [("Error by layer", lead + charts.bars(errors[:BARS], ""))]
+    lead = (
+        f"<p>Squared error over power of {of}. The {min(BARS, len(errors))} largest. The scale "
+        "says what one means: the cosine between exact and quantized that goes with it.</p>"
+    )
+    return [("Error by layer", [lead, charts.bars(_worst(errors), shares=True)])]
 
 
-def _search(result: Result) -> list[tuple[str, str]]:
+def _worst(numbers: Mapping[str, float]) -> list[charts.Bar]:
+    """Return the largest numbers of layers, largest first."""
+    items = sorted(numbers.items(), key=lambda item: -item[1])[:BARS]
+    return [charts.Bar(label=name, value=value) for name, value in items]
+
+
+def _search(result: Result) -> list[tuple[str, list[Any]]]:
     trail = result.trail
     if trail is None:
         return []
-    parts = [f"<p>{len(trail.tried)} choices of layers tried in {trail.seconds:.0f} s. "]
+    lead = f"<p>{len(trail.tried)} choices of layers tried in {trail.seconds:.0f} s. "
     if not trail.complete:
-        parts.append("The budget ended the search: fewer layers in float might do. ")
+        lead += "The budget ended the search: fewer layers in float might do. "
     kept = result.recipe["keep_float"]
-    parts.append(f"Kept in float: {escape(', '.join(kept) or 'none')}.</p>")
+    lead += f"Kept in float: {escape(', '.join(kept) or 'none')}.</p>"
     rows = [
         [len(p.kept), f"{p.float_macs:.1%}", p.quality, "yes" if p.passed else "no"]
         for p in trail.tried
     ]
-    parts.append(charts.table(["layers in float", "work in float", "quality", "passes"], rows))
+    parts = [lead, pages.table(["layers in float", "work in float", "quality", "passes"], rows)]
     if trail.sensitivity:
-        worst = sorted(trail.sensitivity.items(), key=lambda item: -item[1])[:BARS]
-        parts.append("<p>Quality lost when this layer alone is quantized:</p>")
-        parts.append(charts.bars(worst, ""))
-    return [("Search", "".join(parts))]
+        gate = result.gate
+        worded = result.validation.perplexity is not None
+        most = gate.max_perplexity_increase if worded else 1 - gate.min_cosine
+        parts.append(
+            "<p>Quality lost when this layer alone is quantized, and what the gate lets:</p>"
+        )
+        parts.append(charts.bars(_worst(trail.sensitivity), gate=most))
+    return [("Search", parts)]
 
 
 def _words(value: object) -> str:
@@ -95,24 +117,28 @@ def _verdict(result: Result) -> str:
     verdict = "passed its gate" if result.passed else "FAILED: " + "; ".join(result.failures)
     lead = f"<p><b>{escape(verdict)}</b>, compared with the float model on {proof.samples} inputs"
     lead += " that it was not calibrated with.</p>"
-    return lead + charts.table(["measure", "value", "gate"], proof.rows(result.gate))
+    return lead + pages.table(["measure", "value", "gate"], proof.rows(result.gate))
 
 
-def _size_and_speed(result: Result) -> str:
-    megabytes = [("float", result.float_bytes / 1e6), (result.name, result.bytes / 1e6)]
+def _size_and_speed(result: Result) -> list[Any]:
+    def pair(exact: float, quantized: float, unit: str) -> Any:
+        bars = [charts.Bar(label="float", value=exact)]
+        return charts.bars(
+            [*bars, charts.Bar(label=result.name, value=quantized, style="good")], unit
+        )
+
     share = result.bytes / result.float_bytes
     parts = [f"<p>{share:.1%} of the float model's bytes:</p>"]
-    parts.append(charts.bars(megabytes, "MB", highlight=result.name))
+    parts.append(pair(result.float_bytes / 1e6, result.bytes / 1e6, "MB"))
     if result.validation.speedup is not None:
-        speeds = [("float", 1.0), (result.name, result.validation.speedup)]
         parts.append("<p>Speed beside the float model in the same runtime:</p>")
-        parts.append(charts.bars(speeds, "x", highlight=result.name))
+        parts.append(pair(1.0, result.validation.speedup, "x"))
     if result.int8_macs is not None:
         kernels = ", ".join(f"{count} {name}" for name, count in result.kernels.items())
         parts.append(
             f"<p>{result.int8_macs:.1%} of the multiply-adds run in int8 ({escape(kernels)}).</p>"
         )
-    return "".join(parts)
+    return parts
 
 
 def _layers(result: Result) -> str:
@@ -126,4 +152,4 @@ def _layers(result: Result) -> str:
         ]
         for layer in result.layers
     ]
-    return charts.table(["layer", "kept as", "error", "alpha", "weights"], rows)
+    return pages.table(["layer", "kept as", "error", "alpha", "weights"], rows)

@@ -62,6 +62,7 @@ class Result:
         work: of a graph, ``int8_macs``, the share of multiply-adds in int8 (None where nobody
             looked), and ``kernels``, how often each ran.
         entry: the variant, None for a weight file.
+        model, at: of which model it was made and when, as recorded.
     """
 
     name: str
@@ -78,6 +79,8 @@ class Result:
     trail: Trail | None = None
     work: Mapping[str, Any] = field(default_factory=dict)
     entry: Variant | None = None
+    model: str = ""
+    at: str = ""
 
     @property
     def variant(self) -> Variant:
