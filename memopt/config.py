@@ -260,7 +260,8 @@ def _check_environment() -> None:
                 f"{shown} is not a JSON object",
                 fix=f"write {ENV_PREFIX}{name.upper()}__KEY=value for one key",
             )
-        if _lists(name.split("__")) and not _is_json(value, list):
+        field = _field(name.split("__"))
+        if field and get_origin(field.annotation) is tuple and not _is_json(value, list):
             raise ConfigurationError(f"{shown} is not a JSON list", fix='write it as ["a", "b"]')
 
 
@@ -269,11 +270,6 @@ def _is_json(text: str, kind: type) -> bool:
         return isinstance(parse_json(text, "it"), kind)
     except InputError:
         return False
-
-
-def _lists(location: list[str]) -> bool:
-    field = _field(location)
-    return field is not None and get_origin(field.annotation) is tuple
 
 
 def _field(location: list[str]) -> FieldInfo | None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,10 @@ def compare(
         for record in records
     ]
     if contenders[0].label == contenders[1].label:
+        names = (first.name, second.name) if first.name != second.name else ("first", "second")
         contenders = [
-            Contender(label=f"{c.label} ({name})", spec=c.spec, python=c.python)
-            for c, name in zip(contenders, _told_apart(first, second), strict=True)
+            replace(contender, label=f"{contender.label} ({name})")
+            for contender, name in zip(contenders, names, strict=True)
         ]
     ours = [c.spec["path"] for c in contenders if c.spec.get("kind") == "memopt"]
     if not ours:
@@ -188,11 +190,6 @@ def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
                 "here: if these inputs are yours, calibrate and prove it with inputs like them"
             )
     return lines
-
-
-def _told_apart(first: Path, second: Path) -> tuple[str, str]:
-    """Return what to call two records of one label: their file names, or first and second."""
-    return (first.name, second.name) if first.name != second.name else ("first", "second")
 
 
 def _peers(bundle: Bundle, names: list[str], say: Step) -> list[Contender]:

@@ -91,11 +91,11 @@ def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str)
     for name in names:
         kinds: list[tuple[str, dict[str, Any]]] = [(name, {})]
         if name == "sentence-transformers":
-            kinds = [(f"{name} {backend}", {"backend": backend}) for backend in ("torch", "onnx")]
-            kinds.append((f"{name} openvino", {"backend": "openvino"}))
-            if (source / "onnx" / "model_qint8_avx512_vnni.onnx").is_file():
-                quantized = {"backend": "onnx", "file_name": "onnx/model_qint8_avx512_vnni.onnx"}
-                kinds.append((f"{name} onnx int8", quantized))
+            backends = ("torch", "onnx", "openvino")
+            kinds = [(f"{name} {backend}", {"backend": backend}) for backend in backends]
+            file = "onnx/model_qint8_avx512_vnni.onnx"
+            if (source / file).is_file():
+                kinds.append((f"{name} onnx int8", {"backend": "onnx", "file_name": file}))
         contenders += [
             Contender(label=label, spec={"kind": name, **common, **extra}, python=python)
             for label, extra in kinds
