@@ -80,8 +80,7 @@ class HotColdTiering:
             where: by default short-term and archived ones.
         """
         where = where or Filter(tiers=(SHORT_TERM, ARCHIVED))
-        columns = ("memory_id", "tier", "timestamp", "last_access")
-        content = ("text", "summary", "codec", "packed", "vision_data", "audio_data")
+        columns = ["memory_id", "tier", "timestamp", "last_access", "text", "summary"]
         ids: list[str] = []
         tiers: list[str] = []
         texts: list[str] = []
@@ -89,25 +88,12 @@ class HotColdTiering:
         # Whatever a wrong clock dated later than now was used just now at the latest.
         now = self.store.database.now().timestamp()
         # Media are read only of packed rows, where they share a cell with the text.
-        for batch in self.store.scan(where, [*columns, "text", "summary", "codec"], 1024):
-            table = pa.Table.from_batches([batch])
-            packed = [
-                key
-                for key, codec in zip(
-                    table["memory_id"].to_pylist(), table["codec"].to_pylist(), strict=True
-                )
-                if codec or self.store.database.cipher is not None
-            ]
-            opened: dict[str, tuple[str | None, str | None]] = {}
-            for part in chunks(packed, 256):
-                rows = self.store.cells.unpack(self.store.rows(part, ["memory_id", *content]))
-                for row in rows.select(["memory_id", "text", "summary"]).to_pylist():
-                    opened[row["memory_id"]] = (row["text"], row["summary"])
-            for row in table.to_pylist():
-                text, summary = opened.get(row["memory_id"], (row["text"], row["summary"]))
+        for batch in self.store.scan(where, [*columns, "codec", "packed"], 256):
+            table = self.store.cells.unpack(pa.Table.from_batches([batch]))
+            for row in table.select(columns).to_pylist():
                 ids.append(row["memory_id"])
                 tiers.append(row["tier"])
-                texts.append(" ".join(filter(None, (text, summary))))
+                texts.append(" ".join(filter(None, (row["text"], row["summary"]))))
                 used.append(min(now, (row["last_access"] or row["timestamp"]).timestamp()))
         if not ids:
             return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -51,18 +51,10 @@ class Report:
     @property
     def problems(self) -> dict[str, int]:
         """Name -> how many, of what is wrong."""
-        counted = {
-            "missing": len(self.missing),
-            "duplicates": len(self.duplicates),
-            "unreadable": len(self.unreadable),
-            "bad_vectors": len(self.bad_vectors),
-            "bad_tiers": len(self.bad_tiers),
-            "orphans": len(self.orphans),
-            "one_sided": self.one_sided,
-            "half_deleted": self.half_deleted,
-            "summarised": len(self.summarised),
-        }
-        return {name: count for name, count in counted.items() if count}
+        found = asdict(self)
+        del found["memories"], found["index_recall"]
+        counts = {name: v if isinstance(v, int) else len(v) for name, v in found.items()}
+        return {name: count for name, count in counts.items() if count}
 
 
 def verify(store: MemoryStore, expected: Sequence[str] = (), *, repair: bool = False) -> Report:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import one_of
-from memopt.memory.store.clocks import mend_times
+from memopt.memory.store.ends import mend_times
 from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reembed import unfinished
 from memopt.memory.store.stats import folder_bytes

@@ -190,10 +190,8 @@ def table(place: Location, database: Any, name: str) -> Any:
     Raises:
         ConsolidationError: it is missing or damaged.
     """
-    try:
+    with _whole(place, name):
         return database.open_table(name)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise _unreadable(place, name, error) from error
 
 
 def seal_id_key(key: bytes, cipher: payload.Cipher) -> str:
@@ -217,10 +215,8 @@ def reader(place: Location, name: str, options: dict[str, Any]) -> Any:
         database = await lancedb.connect_async(place.uri, **options)
         return await database.open_table(name)
 
-    try:
+    with _whole(place, name):
         return LOOP.run(open_table())
-    except (ValueError, RuntimeError, OSError) as error:
-        raise _unreadable(place, name, error) from error
 
 
 def id_key(place: Location, meta: Meta, cipher: payload.Cipher | None) -> IdKey:
@@ -286,9 +282,14 @@ def _row_count(database: Any, name: str) -> int | None:
         return None
 
 
-def _unreadable(place: Location, name: str, error: Exception) -> ConsolidationError:
-    reason = str(error).partition("\n")[0]
-    return ConsolidationError(
-        f"{place} is damaged: its table {name!r} cannot be opened ({reason})",
-        fix="restore it from a copy",
-    )
+@contextmanager
+def _whole(place: Location, name: str) -> Iterator[None]:
+    """Say that a table is damaged where it cannot be opened."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConsolidationError(
+            f"{place} is damaged: its table {name!r} cannot be opened ({reason})",
+            fix="restore it from a copy",
+        ) from error

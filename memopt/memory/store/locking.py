@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from memopt.errors import ConsolidationError
@@ -73,40 +73,34 @@ class WriterLock:
         if not self._thread.acquire(timeout=self._patience):
             raise self._stuck()
         try:
-            if self._depth:
+            # The outermost block has locked the file for those in it.
+            with nullcontext() if self._depth else self._locked_file():
                 self._depth += 1
                 try:
                     yield
                 finally:
                     self._depth -= 1
-                return
-            with self._opened() as descriptor:
-                self._wait(descriptor)
-                self._depth = 1
-                try:
-                    yield
-                finally:
-                    self._depth = 0
         finally:
             self._thread.release()
 
-    def _opened(self) -> AbstractContextManager[int]:
+    @contextmanager
+    def _locked_file(self) -> Iterator[None]:
         try:
-            return _closing(open_plain(self._path))
+            descriptor = open_plain(self._path)
         except OSError as error:
             kind = ReadOnlyError if error.errno in _NOT_ALLOWED else ConsolidationError
             raise kind(
                 f"{self._path} cannot be opened ({error.strerror})",
                 fix="write as a user who may change the store",
             ) from error
-
-    def _wait(self, descriptor: int) -> None:
-        deadline, pause = time.monotonic() + self._patience, _FIRST_WAIT
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise self._stuck()
-            time.sleep(pause)
-            pause = min(pause * 2, _LONGEST_WAIT)
+        with _closing(descriptor):
+            deadline, pause = time.monotonic() + self._patience, _FIRST_WAIT
+            while not _try_lock(descriptor):
+                if time.monotonic() > deadline:
+                    raise self._stuck()
+                time.sleep(pause)
+                pause = min(pause * 2, _LONGEST_WAIT)
+            yield
 
     def _stuck(self) -> ConsolidationError:
         return ConsolidationError(
