@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from memopt.errors import ConsolidationError, InputError
+from memopt.errors import InputError
 from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.spreading import Activation, spread
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.content import check_content
 from memopt.memory.model.filters import columns_of, passing
 from memopt.memory.model.schema import Content, Filter, Memory
-from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, cosines
+from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, cosines, row_ids_of
 
 # Weight of the association beside 0.7 of the similarity. That of a text knows what was said around
 # it already: on long conversations 0.3 costs recall there, 0.1 does not.
@@ -108,7 +109,7 @@ class MultimodalRetriever:
         activation = self._activation(answers.similar) if enable_association else None
         if activation is None:
             alpha, beta = 1.0, 0.0
-        ranking = _Ranking(alpha, beta, top_k, dict(answers.similar), _row_ids(answers.table))
+        ranking = _Ranking(alpha, beta, top_k, dict(answers.similar), row_ids_of(answers.table))
         early = self._associate(ranking, activation, query, where, answers) if activation else None
         best = ranking.best()
         memories = self._memories({key: ranking.row_ids[key] for _, key in best}, early)
@@ -173,38 +174,26 @@ class MultimodalRetriever:
         table = table.select(columns).filter(passing(table, where, store.database.now()))
         ranking.similar |= _similar(table, query, answers)
         ranking.reached |= associated
-        ranking.row_ids |= _row_ids(table)
+        ranking.row_ids |= row_ids_of(table)
         return early
 
     def _memories(self, row_ids: Mapping[str, int], early: pa.Table | None) -> dict[str, Memory]:
-        """Return the memories of rows just ranked, of which some were read ``early``."""
-        store = self.store
-        read = set(early["memory_id"].to_pylist()) if early is not None else set()
-        rest = {key: at for key, at in row_ids.items() if key not in read}
-        late = store.reader.by_row_id(rest, store.searcher.columns.names()) if rest else None
-        parts = [part for part in (early, late) if part is not None]
-        table = pa.concat_tables(parts) if parts else None
-        lacks = table is not None and store.searcher.columns.lacks(table)
-        if table is None or (rest and late is None) or lacks:
-            memories = self._whole(list(row_ids))
-        else:
-            chosen = [key in row_ids for key in table["memory_id"].to_pylist()]
-            memories = store.reader.records(table.filter(pa.array(chosen, pa.bool_())))
-            store.database.observers.accessed("read", list(row_ids))
-        return {memory.memory_id: memory for memory in memories}
+        """Return the memories of rows just ranked, of which some were read ``early``.
 
-    def _whole(self, ids: list[str]) -> list[Memory]:
-        try:
-            return self.store.get_many(ids, links=False)
-        except InputError:
-            # One was deleted or expired between the two reads; the others are still answers.
-            found = []
-            for key in ids:
-                try:
-                    found.append(self.store.get(key, links=False))
-                except (InputError, ConsolidationError):
-                    continue
-            return found
+        One that was deleted meanwhile is left out.
+        """
+        store, rest = self.store, dict(row_ids)
+        memories: list[Memory] = []
+        if early is not None and not store.searcher.columns.lacks(early):
+            ids = pa.array(list(row_ids), pa.string())
+            memories = store.reader.records(early.filter(pc.is_in(early["memory_id"], ids)))
+            for memory in memories:
+                del rest[memory.memory_id]
+        if rest:
+            memories += store.reader.records(store.searcher.whole(rest))
+        found = {memory.memory_id: memory for memory in memories}
+        store.database.observers.accessed("read", list(found))
+        return found
 
     def _count(self, ids: list[str]) -> None:
         self.store.touch(ids)
@@ -258,10 +247,6 @@ def _weights(alpha: float, beta: float | None, text: str | None) -> tuple[float,
             f"alpha {alpha} and beta {beta} weigh nothing", fix="use 0.7 and 0.3, not negative"
         )
     return alpha, beta
-
-
-def _row_ids(table: pa.Table) -> dict[str, int]:
-    return dict(zip(table["memory_id"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
 
 
 def _similar(table: pa.Table, query: NDArray[np.float32], answers: Answers) -> dict[str, float]:

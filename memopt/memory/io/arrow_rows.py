@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from memopt.errors import InputError
+from memopt.memory.model.rows import holds_vectors
 from memopt.memory.model.schema import CONTENT_COLUMNS, Content, NewMemory, memories_schema
 
 
@@ -56,9 +57,7 @@ def _values(column: pa.Array, field: pa.Field) -> list[Any]:
 def _embeddings(column: pa.Array, dim: int) -> list[Any]:
     """Return one float array per row, None for null."""
     kind = column.type
-    if not (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    ) or not pa.types.is_floating(kind.value_type):
+    if not holds_vectors(kind):
         raise InputError(f"joint_embedding is {kind}, not a list of floats")
     present = column.drop_null()
     lengths = set(present.value_lengths().to_pylist()) if len(present) else set()

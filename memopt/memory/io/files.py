@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from memopt.errors import InputError
 from memopt.memory.model import content as incoming
+from memopt.memory.model.rows import holds_vectors
 from memopt.memory.model.schema import (
     ARCHIVED,
     GRAPH_FILE,
@@ -67,13 +68,11 @@ class Row:
     Attributes:
         memory: its content, id, category and times; checked, without a vector.
         vector: float32 (dim,), finite and not zero.
-        links: (id, weight in (0, 1]) of each association the memory itself names.
         tier: None where the file has none.
     """
 
     memory: NewMemory
     vector: NDArray[np.float32]
-    links: tuple[tuple[str, float], ...]
     access_count: int
     last_access: datetime | None
     tier: str | None
@@ -293,10 +292,7 @@ def _vectors(batch: pa.RecordBatch, path: Path, dim: int | None) -> NDArray[np.f
     column = batch["joint_embedding"]
     kind = column.type
     keys = _column(batch, path, MEMORIES_FILE.field("memory_id"))
-    listed = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-    if not listed or not pa.types.is_floating(kind.value_type):
+    if not holds_vectors(kind):
         raise InputError(f"{path}: joint_embedding is {kind}, not lists of floats", fix=_FIX)
     lengths = [length or 0 for length in pc.list_value_length(column).to_pylist()]
     dim = dim or next(iter(lengths), None)
@@ -328,6 +324,8 @@ def _row(path: Path, row: dict[str, Any], vector: NDArray[np.float32], links: An
         _check_id(name, origin)
     if content.modalities:
         incoming.check_content(content, origin)
+    for _ in _links(links, origin):  # checked here, given by read_links
+        pass
     return Row(
         memory=NewMemory(
             content=content,
@@ -338,7 +336,6 @@ def _row(path: Path, row: dict[str, Any], vector: NDArray[np.float32], links: An
             origin=origin,
         ),
         vector=vector,
-        links=tuple(_links(links, origin)),
         access_count=_count(row["access_count"], origin),
         last_access=row["last_access"],
         tier=tier,

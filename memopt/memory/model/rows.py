@@ -101,6 +101,17 @@ def vectors_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
+def holds_vectors(kind: pa.DataType) -> bool:
+    """Say whether a column of this type is of lists of floats.
+
+    >>> holds_vectors(pa.list_(pa.float16())), holds_vectors(pa.list_(pa.int8()))
+    (True, False)
+    """
+    types = pa.types
+    listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(listed and types.is_floating(kind.value_type))
+
+
 def vectors_array(column: pa.ChunkedArray | pa.Array, dim: int) -> NDArray[np.float32]:
     """Return a fixed-size list column as float32 (n, dim), of length 1 where it was compact.
 

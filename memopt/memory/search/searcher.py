@@ -141,12 +141,12 @@ class Searcher:
 
     # --- rows that were found ---------------------------------------------------------------
 
-    def _whole(self, ranked: pa.Table, ids: Sequence[str]) -> pa.Table:
-        """Return what holds something of rows just ranked, from where they were seen."""
-        at = dict(zip(ranked["memory_id"].to_pylist(), ranked["_rowid"].to_pylist(), strict=True))
-        row_ids = {key: at[key] for key in ids}
-        found = self._reader.by_row_id(row_ids, self.columns.names()) if ids else None
-        return self._reader.rows(ids) if found is None or self.columns.lacks(found) else found
+    def whole(self, row_ids: Mapping[str, int]) -> pa.Table:
+        """Return what holds something of rows (id -> row id) just found, from where they were."""
+        found = self._reader.by_row_id(row_ids, self.columns.names()) if row_ids else None
+        if found is None or self.columns.lacks(found):
+            return self._reader.rows(list(row_ids))
+        return found
 
     def _hits(self, found: pa.Table, scores: Mapping[str, float], top_k: int) -> list[Hit]:
         hits = [Hit(one, scores[one.memory_id]) for one in self._reader.records(found)]
@@ -174,7 +174,9 @@ class Searcher:
     ) -> list[Hit]:
         answers = self._related(query, text, where, top_k)
         best = sorted(answers.similar, key=lambda key: (-answers.similar[key], key))[:top_k]
-        return self._hits(self._whole(answers.table, best), answers.similar, top_k)
+        row_ids = row_ids_of(answers.table)
+        found = self.whole({key: row_ids[key] for key in best})
+        return self._hits(found, answers.similar, top_k)
 
     def _candidates(
         self, vectors: Sequence[NDArray[Any] | Sequence[float]], where: Filter, top_k: int
@@ -337,6 +339,11 @@ def check_top_k(top_k: int) -> None:
     """
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
         raise InputError(f"top_k is {top_k!r}", fix=f"give a whole number from 1 to {MAX_TOP_K}")
+
+
+def row_ids_of(table: pa.Table) -> dict[str, int]:
+    """Return id -> row id of rows just found."""
+    return dict(zip(table["memory_id"].to_pylist(), table["_rowid"].to_pylist(), strict=True))
 
 
 def cosines(table: pa.Table, query: NDArray[np.float32]) -> dict[str, float]:
