@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.content import check_content
 from memopt.memory.model.filters import columns_of, passing
 from memopt.memory.model.schema import Content, Filter, Memory
-from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, cosines, row_ids_of
+from memopt.memory.search.searcher import RANKED, SPARE, Answers, check_top_k, row_ids_of
 
 # Weight of the association beside 0.7 of the similarity. That of a text knows what was said around
 # it already: on long conversations 0.3 costs recall there, 0.1 does not.
@@ -103,14 +102,14 @@ class MultimodalRetriever:
         """
         check_top_k(top_k)
         alpha, beta = _weights(alpha, beta, text)
-        query = self._query(Content(text=text, vision=vision, audio=audio), vector)
         where = where or Filter()
-        answers = self._answers(query, text, where, top_k)
+        content = Content(text=text, vision=vision, audio=audio)
+        answers = self._answers(content, vector, where, top_k)
         activation = self._activation(answers.similar) if enable_association else None
         if activation is None:
             alpha, beta = 1.0, 0.0
         ranking = _Ranking(alpha, beta, top_k, dict(answers.similar), row_ids_of(answers.table))
-        early = self._associate(ranking, activation, query, where, answers) if activation else None
+        early = self._associate(ranking, activation, answers, where) if activation else None
         best = ranking.best()
         memories = self._memories({key: ranking.row_ids[key] for _, key in best}, early)
         found = [
@@ -122,18 +121,16 @@ class MultimodalRetriever:
             self._count([result.memory.memory_id for result in found])
         return found
 
-    def _query(self, content: Content, vector: NDArray[Any] | None) -> NDArray[np.float32]:
-        embedding = self.store.embedding
+    def _answers(
+        self, content: Content, vector: NDArray[Any] | None, where: Filter, top_k: int
+    ) -> Answers:
+        """Return what is near the content, or the vector, or answers its text."""
+        embedding, searcher = self.store.embedding, self.store.searcher
         if vector is None or content.modalities:
             check_content(content, "query")
-        return embedding.embed([content])[0] if vector is None else embedding.query(vector)
-
-    def _answers(
-        self, query: NDArray[np.float32], text: str | None, where: Filter, top_k: int
-    ) -> Answers:
-        searcher = self.store.searcher
-        if text and text.strip():
-            return searcher.related(query, text, where=where, top_k=top_k)
+        query = embedding.embed([content])[0] if vector is None else embedding.query(vector)
+        if content.text and content.text.strip():
+            return searcher.related(query, content.text, where=where, top_k=top_k)
         return searcher.nearest(query, where=where, top_k=top_k)
 
     def _activation(self, similar: Mapping[str, float]) -> Activation | None:
@@ -145,12 +142,7 @@ class MultimodalRetriever:
         return found if len(found.nodes) else None
 
     def _associate(
-        self,
-        ranking: _Ranking,
-        activation: Activation,
-        query: NDArray[np.float32],
-        where: Filter,
-        answers: Answers,
+        self, ranking: _Ranking, activation: Activation, answers: Answers, where: Filter
     ) -> pa.Table | None:
         """Rank what is associated too; return the rows of the first so far, read on the way.
 
@@ -172,7 +164,7 @@ class MultimodalRetriever:
         if moved > len(seen) // 2:
             store.link_cache.refresh()
         table = table.select(columns).filter(passing(table, where, store.database.now()))
-        ranking.similar |= _similar(table, query, answers)
+        ranking.similar |= answers.similarity(table)
         ranking.reached |= associated
         ranking.row_ids |= row_ids_of(table)
         return early
@@ -247,11 +239,3 @@ def _weights(alpha: float, beta: float | None, text: str | None) -> tuple[float,
             f"alpha {alpha} and beta {beta} weigh nothing", fix="use 0.7 and 0.3, not negative"
         )
     return alpha, beta
-
-
-def _similar(table: pa.Table, query: NDArray[np.float32], answers: Answers) -> dict[str, float]:
-    """Return the similarity of rows that came in later, as that of the ``answers`` is meant."""
-    if answers.question is None:
-        return cosines(table, query)
-    values = answers.question.alone(table).tolist()
-    return dict(zip(table["memory_id"].to_pylist(), values, strict=True))

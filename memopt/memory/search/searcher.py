@@ -43,14 +43,22 @@ class Answers:
     """What may answer a question.
 
     Attributes:
-        question: against which more rows can be measured; None where only a vector was asked.
+        question: None where only a vector was asked.
+        query: float32 (dim,), of length 1.
         table: rows with the columns of ``RANKED``.
         similar: id -> relevance, or cosine similarity, 0..1.
     """
 
     question: Question | None
+    query: NDArray[np.float32]
     table: pa.Table
     similar: dict[str, float]
+
+    def similarity(self, table: pa.Table) -> dict[str, float]:
+        """Return id -> what ``similar`` says, of rows that came in later."""
+        if self.question is None:
+            return cosines(table, self.query)
+        return _scores(table, self.question.alone(table))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,7 @@ class Searcher:
             return found.select(RANKED)
 
         table = self._again(run)
-        return Answers(None, table, cosines(table, query))
+        return Answers(None, query, table, cosines(table, query))
 
     def related(
         self, query: NDArray[np.float32], text: str, *, where: Filter, top_k: int
@@ -205,7 +213,7 @@ class Searcher:
         parts = [part.select(columns) for part in self._living(asks, where)]
         table = _first_of_each(pa.concat_tables(parts))
         if not table.num_rows:
-            return Answers(question, table, {})
+            return Answers(question, query, table, {})
         own = question.scores(table)
         ids = table["_rowid"].to_numpy()
         first = ids[np.argsort(-own, kind="stable")[: max(_LEAST // 4, top_k)]]
@@ -220,7 +228,7 @@ class Searcher:
             table = pa.concat_tables([table, more])
             own = np.concatenate([own, question.scores(more)])
         similar = _scores(table, question.relevance(table, own))
-        return Answers(question, table.select(RANKED), similar)
+        return Answers(question, query, table.select(RANKED), similar)
 
     # --- queries ----------------------------------------------------------------------------
 
