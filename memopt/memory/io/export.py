@@ -79,21 +79,22 @@ def export(reader: Reader, folder: str | Path) -> Transfer:
     ids = sorted(alive["memory_id"].to_pylist())
     schema = MEMORIES_FILE.with_metadata({MODEL_KEY: database.meta.model_id.encode()})
     linked = 0
-    long_term: list[dict[str, Any]] = []
+    summaries = [LONG_TERM_FILE.empty_table()]
     with staged_directory(folder) as staging:
         with (
             pq.ParquetWriter(staging / MEMORIES, schema, compression="zstd") as memories,
             pq.ParquetWriter(staging / GRAPH, GRAPH_FILE, compression="zstd") as graph,
         ):
             for part in _memories(reader, ids):
-                memories.write_table(_memories_table(part, schema))
+                memories.write_table(_table(part, schema))
                 linking = [memory for memory in part if memory.association_links]
                 linked += len(linking)
                 links = [{"memory_id": each.memory_id, "links": _links(each)} for each in linking]
                 graph.write_table(pa.Table.from_pylist(links, GRAPH_FILE))
-                long_term += [_long_term(memory) for memory in part if memory.tier == LONG_TERM]
-        summaries = pa.Table.from_pylist(long_term, LONG_TERM_FILE)
-        pq.write_table(summaries, staging / LONG_TERMS, compression="zstd")
+                long_term = [memory for memory in part if memory.tier == LONG_TERM]
+                summaries.append(_table(long_term, LONG_TERM_FILE))
+        table_of_summaries = pa.concat_tables(summaries)
+        pq.write_table(table_of_summaries, staging / LONG_TERMS, compression="zstd")
         files = {folder / name: staging / name for name in (MEMORIES, GRAPH, LONG_TERMS)}
         for file in files.values():
             file.chmod(0o600)
@@ -101,7 +102,7 @@ def export(reader: Reader, folder: str | Path) -> Transfer:
             pass
     database.observers.accessed("export", ids)
     expired = table.num_rows - len(ids)
-    return Transfer(len(ids), linked, len(long_term), expired=expired)
+    return Transfer(len(ids), linked, table_of_summaries.num_rows, expired=expired)
 
 
 def _memories(reader: Reader, ids: list[str]) -> Iterator[list[Memory]]:
@@ -129,26 +130,16 @@ def _naive(moment: datetime | None) -> datetime | None:
     return moment.astimezone(UTC).replace(tzinfo=None) if moment else None
 
 
-def _memories_table(found: list[Memory], schema: pa.Schema) -> pa.Table:
+def _table(memories: list[Memory], schema: pa.Schema) -> pa.Table:
+    """Return memories as a file has them."""
     columns: dict[str, list[Any]] = {
-        "joint_embedding": [np.asarray(m.joint_embedding, np.float16) for m in found],
-        "association_links": [_links(m) for m in found],
+        "joint_embedding": [np.asarray(memory.joint_embedding, np.float16) for memory in memories],
+        "association_links": [_links(memory) for memory in memories],
     }
     for field in schema:
         if field.name not in columns:
-            values = [getattr(m, field.name) for m in found]
+            values = [getattr(memory, field.name) for memory in memories]
             timed = pa.types.is_timestamp(field.type)
             columns[field.name] = [_naive(value) for value in values] if timed else values
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.table(arrays, schema=schema)
-
-
-def _long_term(memory: Memory) -> dict[str, Any]:
-    return {
-        "memory_id": memory.memory_id,
-        "category": memory.category,
-        "summary": memory.summary,
-        "source_memory_ids": list(memory.source_memory_ids),
-        "consolidated_at": _naive(memory.consolidated_at),
-        "source_count": memory.source_count,
-    }

@@ -89,12 +89,6 @@ def decode_fields(data: bytes) -> list[bytes | None]:
     return values
 
 
-def codec_name(*, compress: bool, cipher: Cipher | None) -> str:
-    """Return the ``codec`` of a row; '' when its content stays in the plain columns."""
-    names = ([ZSTD] if compress else []) + ([f"{_TIED}{cipher.key_id}"] if cipher else [])
-    return "+".join(names)
-
-
 def tied_under(codec: str, key_id: str) -> bool:
     """Say whether a cell is encrypted under a key and tied to its row.
 
@@ -143,7 +137,7 @@ def seal(
     found by the word index, and Lance compresses them as well as zstd does one by one. A row
     without media is then left as it is. Packed rows must be opened first (:func:`unseal`).
     """
-    codec = codec_name(compress=compress, cipher=cipher)
+    codec = "+".join(([ZSTD] if compress else []) + ([f"{_TIED}{cipher.key_id}"] if cipher else []))
     if not codec or not rows.num_rows:
         return rows
     if any(rows["codec"].to_pylist()):

@@ -249,6 +249,7 @@ EVENTS = pa.schema(
 )
 
 # The interchange files: what other tools read.
+_LINKS = pa.list_(pa.struct([("linked_id", pa.string()), ("weight", pa.float32())]))
 MEMORIES_FILE = pa.schema(
     [
         pa.field("memory_id", pa.string()),
@@ -256,10 +257,7 @@ MEMORIES_FILE = pa.schema(
         pa.field("vision_data", pa.binary()),
         pa.field("audio_data", pa.binary()),
         pa.field("joint_embedding", pa.list_(pa.float16())),
-        pa.field(
-            "association_links",
-            pa.list_(pa.struct([("linked_id", pa.string()), ("weight", pa.float32())])),
-        ),
+        pa.field("association_links", _LINKS),
         pa.field("timestamp", pa.timestamp("us")),
         pa.field("access_count", pa.int64()),
         pa.field("category", pa.string()),
@@ -270,14 +268,7 @@ MEMORIES_FILE = pa.schema(
         pa.field("consolidated_at", pa.timestamp("us")),
     ]
 )
-GRAPH_FILE = pa.schema(
-    [
-        pa.field("memory_id", pa.string()),
-        pa.field(
-            "links", pa.list_(pa.struct([("linked_id", pa.string()), ("weight", pa.float32())]))
-        ),
-    ]
-)
+GRAPH_FILE = pa.schema([pa.field("memory_id", pa.string()), pa.field("links", _LINKS)])
 LONG_TERM_FILE = pa.schema(
     [
         pa.field("memory_id", pa.string()),

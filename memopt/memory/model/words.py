@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from memopt.memory.model.unicode import stream_safe
@@ -76,7 +76,7 @@ def words(text: str) -> list[str]:
     >>> words("foo_bar.baz"), words("東京都"), words("🎉")
     (['foo', 'bar', 'baz'], ['東', '東京', '京', '京都', '都'], ['u1f389'])
     """
-    return [form for piece in _pieces(text) for form in _forms(piece)]
+    return [form for piece in _PIECES.finditer(plain(text)) for form in _forms(piece)]
 
 
 def query_words(text: str) -> list[str]:
@@ -91,10 +91,6 @@ def query_words(text: str) -> list[str]:
     language = max(_FUNCTION, key=lambda name: sum(word in _function(name) for word in found))
     kept = [word for word in found if word not in _function(language)]
     return kept or found
-
-
-def _pieces(text: str) -> Iterator[re.Match[str]]:
-    return _PIECES.finditer(plain(text))
 
 
 def plain(text: str) -> str:

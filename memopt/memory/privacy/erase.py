@@ -123,13 +123,8 @@ def reclaim(store: MemoryStore) -> None:
 
 def _rewrite(table: Any) -> None:
     schema = table.schema
-    batches = table.search().limit(None).to_batches(_BATCH)
-    stream = pa.RecordBatchReader.from_batches(schema, _cast(batches, schema))
-    table.add(stream, mode="overwrite")
-
-
-def _cast(batches: Any, schema: pa.Schema) -> Any:
-    for batch in batches:
-        yield pa.RecordBatch.from_arrays(
-            [batch[field.name].cast(field.type) for field in schema], schema=schema
-        )
+    batches = (
+        pa.RecordBatch.from_arrays([batch[f.name].cast(f.type) for f in schema], schema=schema)
+        for batch in table.search().limit(None).to_batches(_BATCH)
+    )
+    table.add(pa.RecordBatchReader.from_batches(schema, batches), mode="overwrite")

@@ -144,7 +144,7 @@ class VectorIndex(StoreObserver):
                 return None
             if rebuild or state is None or _outgrown(state, rows):
                 self._build(memories, rows)
-            elif state.cells and _unindexed(memories) > MOST_FRESH * rows:
+            elif state.cells and _fresh(memories) > MOST_FRESH * rows:
                 self._merge("memories")
             else:
                 self._state = state
@@ -258,7 +258,7 @@ def _outgrown(state: IndexState, rows: int) -> bool:
     return not max(1, state.rows) / REBUILD_GROWTH <= rows <= REBUILD_GROWTH * max(1, state.rows)
 
 
-def _unindexed(memories: Any) -> int:
+def _fresh(memories: Any) -> int:
     return int(memories.index_stats(_name(memories)).num_unindexed_rows)
 
 

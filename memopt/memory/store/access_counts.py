@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from memopt.background import Task
 from memopt.memory.model.filters import id_list
-from memopt.memory.model.schema import TIMESTAMP
 from memopt.memory.store.database import Database
 from memopt.memory.store.locking import ReadOnlyError
 from memopt.memory.store.observers import StoreObserver
@@ -25,13 +24,7 @@ _LOG = logging.getLogger(__name__)
 # What a crash may forget: this many accesses, or those of this many seconds of steady reading.
 MOST_PENDING = 2048
 LONGEST_PENDING = 30.0
-_SCHEMA = pa.schema(
-    [
-        pa.field("memory_id", pa.string(), nullable=False),
-        pa.field("access_count", pa.int64(), nullable=False),
-        pa.field("last_access", TIMESTAMP),
-    ]
-)
+_COLUMNS = ("memory_id", "access_count", "last_access")
 
 
 class AccessCounts(StoreObserver):
@@ -91,13 +84,13 @@ class AccessCounts(StoreObserver):
             return
         with database.changing():
             waiting, now = self.pending(), database.now()
-            current = database.light(list(waiting), _SCHEMA.names).to_pylist()
+            current = database.light(list(waiting), _COLUMNS).to_pylist()
             for row in current:
                 count, last = waiting[row["memory_id"]]
                 row["access_count"] += count
                 row["last_access"] = later(row["last_access"], last, now)
             if current:
-                database.replace(pa.Table.from_pylist(current, schema=_SCHEMA))
+                database.replace(pa.Table.from_pylist(current, schema=database.schema(_COLUMNS)))
         with self._guard:
             # A failed write leaves everything pending; what came in meanwhile stays pending too.
             for memory_id, (count, _) in waiting.items():

@@ -26,7 +26,6 @@ _LOG = logging.getLogger(__name__)
 _CHUNK = 4096
 # The columns that were indexed before there were words.
 _TEXTS = ("text", "summary")
-_WORDS_SCHEMA = pa.schema([pa.field("memory_id", pa.string(), nullable=False), WORDS])
 
 
 class Cells:
@@ -124,7 +123,7 @@ class Cells:
                 if not table.num_rows:
                     break
                 made = [table["memory_id"], self._words_of(table)]
-                database.replace(pa.table(made, schema=_WORDS_SCHEMA))
+                database.replace(pa.table(made, schema=database.schema(["memory_id", WORDS.name])))
             create_indices(database.connection)
             for index in database.memories.list_indices():
                 # What a word is searched in from now on is the words.

@@ -16,16 +16,13 @@ from memopt.memory.model.rows import with_columns
 from memopt.memory.model.schema import EDGES, TIMESTAMP, NewMemory
 from memopt.memory.store.database import Database
 
-_SCHEMA = pa.schema(
-    [pa.field("memory_id", pa.string(), nullable=False), pa.field("expires_at", TIMESTAMP)]
-)
-
 
 def set_ends(database: Database, ends: Mapping[str, datetime | None]) -> None:
     """Write, under the lock, when memories that are there expire; None is never."""
     if ends:
         times = pa.array(ends.values(), TIMESTAMP)
-        database.replace(pa.table([list(ends), times], schema=_SCHEMA))
+        schema = database.schema(["memory_id", "expires_at"])
+        database.replace(pa.table([list(ends), times], schema=schema))
 
 
 def end_of(memory: NewMemory, now: datetime, retention: Mapping[str, float]) -> datetime | None:
