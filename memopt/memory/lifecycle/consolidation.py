@@ -225,44 +225,46 @@ class _ConsolidationRun:
             )
 
     def condense(self, group: Group) -> _Batch | None:
-        """Make what replaces a group."""
-        ids, store = list(group.ids), self.store
-        try:
-            before = self._untouched(ids)
-            if before is None:
-                return None
-            opened = store.cells.unpack(before)
-            covers = self.writer.write(opened, group)
-            # What no summary says stays as it is.
-            said = sorted({place for part in covers for place in part.of})
-            if not said:
-                return None
-            vectors = vectors_array(opened["joint_embedding"], store.dim)
-            summaries = [self._summary_row(opened, vectors, part, group) for part in covers]
-            before, opened = before.take(said), opened.take(said)
-            if self.recipe.originals == "drop":
-                # Words stand for words: pictures and sounds are kept.
-                opened = opened.filter(_has_media(opened))
-            now = store.database.now()
-            archived = store.cells.pack(with_columns(opened, tier=ARCHIVED, consolidated_at=now))
-        except MemoptError as error:
-            self._failure(ids, error)
-            return None
-        names = before["memory_id"].to_pylist()
-        return _Batch(names, before, pa.concat_tables(summaries), archived)
+        """Make what replaces a group; None where it changed meanwhile, failed, or stays."""
+        return self._tried(list(group.ids), partial(self._summarised, group))
 
     def archive(self, ids: list[str]) -> _Batch | None:
-        """Make the archived rows of cold memories."""
-        cells = self.store.cells
+        """Make the archived rows of cold memories; None where they changed meanwhile, or failed."""
+        return self._tried(ids, self._archived)
+
+    def _tried(self, ids: list[str], make: Callable[[pa.Table], _Batch | None]) -> _Batch | None:
         try:
-            before = self._untouched(ids)
-            if before is None:
-                return None
-            archived = cells.pack(with_columns(cells.unpack(before), tier=ARCHIVED))
+            rows = self.store.rows(ids)
+            if rows.num_rows == len(ids) and set(rows["tier"].to_pylist()) == {SHORT_TERM}:
+                return make(rows)
+            self._changed(ids)
         except MemoptError as error:
             self._failure(ids, error)
+        return None
+
+    def _summarised(self, group: Group, before: pa.Table) -> _Batch | None:
+        store = self.store
+        opened = store.cells.unpack(before)
+        covers = self.writer.write(opened, group)
+        # What no summary says stays as it is.
+        said = sorted({place for part in covers for place in part.of})
+        if not said:
             return None
-        return _Batch(ids, before, None, archived)
+        vectors = vectors_array(opened["joint_embedding"], store.dim)
+        summaries = [self._summary_row(opened, vectors, part, group) for part in covers]
+        before, opened = before.take(said), opened.take(said)
+        if self.recipe.originals == "drop":
+            # Words stand for words: pictures and sounds are kept.
+            opened = opened.filter(_has_media(opened))
+        now = store.database.now()
+        archived = store.cells.pack(with_columns(opened, tier=ARCHIVED, consolidated_at=now))
+        ids = before["memory_id"].to_pylist()
+        return _Batch(ids, before, pa.concat_tables(summaries), archived)
+
+    def _archived(self, before: pa.Table) -> _Batch:
+        cells = self.store.cells
+        archived = cells.pack(with_columns(cells.unpack(before), tier=ARCHIVED))
+        return _Batch(before["memory_id"].to_pylist(), before, None, archived)
 
     def commit(self, batches: list[_Batch]) -> None:
         """Write what was made, in one commit, but for what changed meanwhile."""
@@ -305,14 +307,6 @@ class _ConsolidationRun:
         """Leave the time to readers that work since ``begun`` calls for; whether to stop."""
         work = time.monotonic() - begun - self.writer.waited
         return self.stop.wait(work * (1 / self.recipe.duty - 1))
-
-    def _untouched(self, ids: list[str]) -> pa.Table | None:
-        """Return the rows of ``ids`` where all are there and short-term."""
-        rows = self.store.rows(ids)
-        if rows.num_rows == len(ids) and set(rows["tier"].to_pylist()) == {SHORT_TERM}:
-            return rows
-        self._changed(ids)
-        return None
 
     def _summary_row(
         self, opened: pa.Table, vectors: NDArray[Any], cover: Cover, group: Group
