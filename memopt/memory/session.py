@@ -9,7 +9,7 @@ from pathlib import Path
 
 from memopt.memory.graph.association import AssociationGraph
 from memopt.memory.graph.retriever import MultimodalRetriever
-from memopt.memory.io.models import Models, remember, remembered
+from memopt.memory.io.models import Models, read_models, write_models
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Embedder
 from memopt.memory.privacy.access_log import AccessLog
@@ -67,7 +67,7 @@ def open_memory(
     ...     memory.retriever.retrieve(vector=np.ones(768))[0].memory.text
     'write to [EMAIL]'
     """
-    known = Models() if "://" in str(place) else remembered(place)
+    known = Models() if "://" in str(place) else read_models(place)
     given = {name: value for name, value in asdict(models or Models()).items() if value}
     chosen = replace(known, **given)
     if embedder is None and embed:
@@ -82,7 +82,7 @@ def open_memory(
         background=background,
     ) as store:
         if chosen != known:
-            remember(store.place.local, chosen)
+            write_models(store.place.local, chosen)
         graph = AssociationGraph(store)
         log = AccessLog(store)
         yield Session(store, graph, MultimodalRetriever(store, graph), log, chosen)

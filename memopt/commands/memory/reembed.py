@@ -30,7 +30,7 @@ def reembed(
     as_json: AsJson = False,
 ) -> None:
     """Embed every memory with other bundles; searchable all the while, resumable after a kill."""
-    from memopt.memory.io.models import remember
+    from memopt.memory.io.models import write_models
 
     models = bundles(text=model, vision=vision, audio=audio, joint=joint)
     embedder = models.open()
@@ -41,7 +41,7 @@ def reembed(
         counted("reembed") as step,
     ):
         count = here.store.reembed(embedder, on_step=step)
-        remember(here.store.place.local, models)
+        write_models(here.store.place.local, models)
     with open_store(store, embed=False, key=key) as here:
         here.graph.build()
     if as_json:

@@ -19,14 +19,14 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import EVERYTHING
 from memopt.memory.model.rows import vectors_array, with_columns
 from memopt.memory.model.schema import EDGES, Filter
-from memopt.memory.store.links import Network, seconds
+from memopt.memory.store.links import seconds
 from memopt.memory.store.observers import StoreObserver
 
 TIME, SIMILARITY, CO_RETRIEVAL = "time", "similarity", "co_retrieval"
 # Up to here the nearest memories of each new one are searched by the index, milliseconds each; more
 # at once are compared among themselves, by cells. build() links everything.
 _ONE_BY_ONE = 256
-# RowEdges remembered before co-retrieval is written: a commit costs as much as some searches.
+# Pairs remembered before co-retrieval is written: a commit costs as much as some searches.
 MOST_PENDING_PAIRS = 4096
 
 
@@ -191,12 +191,8 @@ class AssociationGraph(StoreObserver):
 
     def around(self, ids: Sequence[str]) -> Around:
         """Return the links that leave ``ids``: sources, targets, weights as of now."""
-        sources, targets, weights, updated = self.network()(ids)
+        sources, targets, weights, updated = self.links.network()(ids)
         return sources, targets, self.faded(weights, updated, self._database.now())
-
-    def network(self) -> Network:
-        """Return all links for several steps in a row, from memory where it is up to date."""
-        return self.links.network()
 
     # --- how links are found and written ----------------------------------------------------
 

@@ -138,7 +138,7 @@ class MultimodalRetriever:
         if self.graph is None or not similar:
             return None
         now, graph = self.store.database.now(), self.graph
-        found = spread(similar, graph.network(), lambda w, when: graph.faded(w, when, now))
+        found = spread(similar, graph.links.network(), lambda w, when: graph.faded(w, when, now))
         return found if len(found.nodes) else None
 
     def _associate(

@@ -81,8 +81,8 @@ class Models:
         return None
 
 
-def remembered(folder: str | Path) -> Models:
-    """Return what :func:`remember` wrote into a store's folder; nothing named without it.
+def read_models(folder: str | Path) -> Models:
+    """Return what :func:`write_models` wrote into a store's folder; nothing named without it.
 
     Raises:
         ConsolidationError: the file is damaged.
@@ -97,7 +97,7 @@ def remembered(folder: str | Path) -> Models:
         raise ConsolidationError(f"{path} is damaged ({error})", fix="delete it") from error
 
 
-def remember(folder: Path | None, models: Models) -> None:
+def write_models(folder: Path | None, models: Models) -> None:
     """Write the bundles beside a local store, so that later commands need no flag."""
     if folder is None:
         return

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from memopt.errors import ConfigurationError
-from memopt.memory.io.models import Models, remember, remembered
+from memopt.memory.io.models import Models, read_models, write_models
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 
@@ -20,7 +20,7 @@ def test_a_store_is_its_owners(tmp_path: Path) -> None:
     try:
         folder = tmp_path / "s"
         with MemoryStore(folder, dim=2) as store:
-            remember(store.place.local, Models(text="m"))
+            write_models(store.place.local, Models(text="m"))
         for path in (folder, folder / "memory.json", folder / "models.json"):
             assert path.stat().st_mode & 0o077 == 0, path
         folder.chmod(0o755)
@@ -38,8 +38,8 @@ def test_no_file_of_a_store_is_read_through_a_link(name: str, tmp_path: Path) ->
     """Whoever put it there could have another file read."""
     folder = tmp_path / "s"
     with MemoryStore(folder, dim=2) as store:
-        remember(store.place.local, Models(text="m"))
+        write_models(store.place.local, Models(text="m"))
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(ConfigurationError, match="is a link"):
-        remembered(folder) if name == "models.json" else MemoryStore(folder)
+        read_models(folder) if name == "models.json" else MemoryStore(folder)
