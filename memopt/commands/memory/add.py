@@ -14,19 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memopt.commands.console import echo, progress, stderr, stdout
-from memopt.commands.memory.shared import (
-    AsJson,
-    Audio,
-    Joint,
-    Key,
-    Redaction,
-    Store,
-    Text,
-    Vision,
-    bundles,
-    moment,
-    open_store,
-)
+from memopt.commands.memory.options import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
+from memopt.commands.memory.shared import bundles, moment, open_store
 from memopt.errors import InputError
 from memopt.records import Record, open_records, read_lines
 

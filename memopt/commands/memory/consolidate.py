@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memopt.commands.console import echo, say, stdout
-from memopt.commands.memory.shared import (
-    AsJson,
-    Key,
-    SendUnredacted,
-    Store,
-    Text,
-    bundles,
-    counted,
-    open_store,
-)
+from memopt.commands.memory.options import AsJson, Key, SendUnredacted, Store, Text
+from memopt.commands.memory.shared import bundles, counted, open_store
 
 if TYPE_CHECKING:
     from memopt.memory.lifecycle.worker import Saving

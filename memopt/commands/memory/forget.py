@@ -9,16 +9,8 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import (
-    AsJson,
-    Category,
-    Key,
-    Since,
-    Store,
-    Until,
-    moment,
-    open_store,
-)
+from memopt.commands.memory.options import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.memory.shared import moment, open_store
 from memopt.errors import ConfigurationError
 
 

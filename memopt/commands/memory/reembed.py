@@ -5,18 +5,8 @@ from __future__ import annotations
 import json
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import (
-    AsJson,
-    Audio,
-    Joint,
-    Key,
-    Store,
-    Text,
-    Vision,
-    bundles,
-    counted,
-    open_store,
-)
+from memopt.commands.memory.options import AsJson, Audio, Joint, Key, Store, Text, Vision
+from memopt.commands.memory.shared import bundles, counted, open_store
 from memopt.errors import ConfigurationError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import AsJson, Key, Store, open_store
+from memopt.commands.memory.options import AsJson, Key, Store
+from memopt.commands.memory.shared import open_store
 from memopt.errors import ConfigurationError
 
 

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import (
-    AsJson,
-    Category,
-    Key,
-    Since,
-    Store,
-    Until,
-    as_dict,
-    moment,
-    open_store,
-    preview,
-)
+from memopt.commands.memory.options import AsJson, Category, Key, Since, Store, Until
+from memopt.commands.memory.shared import as_dict, moment, open_store, preview
 from memopt.errors import InputError
 from memopt.visible import json_text
 

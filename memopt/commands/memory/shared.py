@@ -1,4 +1,4 @@
-"""What the memory commands share: their options, and how they open a store and show a memory."""
+"""How the memory commands open a store, read a time and show a memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from memopt.commands.console import progress
 from memopt.errors import ConfigurationError
@@ -18,27 +15,6 @@ if TYPE_CHECKING:
     from memopt.memory.io.models import Models
     from memopt.memory.model.schema import Memory
     from memopt.memory.session import Session
-
-Store = Annotated[str, typer.Argument(help="Folder or URI of the store.")]
-Text = Annotated[str | None, typer.Option("--model", help="Bundle that encodes texts.")]
-Vision = Annotated[str | None, typer.Option(help="Bundle that encodes pictures.")]
-Audio = Annotated[str | None, typer.Option(help="Bundle that encodes sounds.")]
-Joint = Annotated[str | None, typer.Option(help="Bundle of the joint layer.")]
-Key = Annotated[
-    Path | None, typer.Option(help="File of the key [default: variable MEMOPT_MEMORY_KEY].")
-]
-Redaction = Annotated[
-    str, typer.Option(help="patterns, presidio, auto, or none: what is taken out of texts.")
-]
-SendUnredacted = Annotated[
-    bool, typer.Option("--send-unredacted", help="Let --llm read the texts as they are.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Category = Annotated[
-    list[str] | None, typer.Option("--category", help="Only these categories; repeatable.")
-]
-Since = Annotated[str | None, typer.Option(help="ISO time, inclusive.")]
-Until = Annotated[str | None, typer.Option(help="ISO time, exclusive.")]
 
 
 def open_store(

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import AsJson, Key, Store, as_dict, open_store
+from memopt.commands.memory.options import AsJson, Key, Store
+from memopt.commands.memory.shared import as_dict, open_store
 from memopt.visible import json_text
 
 

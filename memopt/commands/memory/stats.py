@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import AsJson, Key, Store, open_store
+from memopt.commands.memory.options import AsJson, Key, Store
+from memopt.commands.memory.shared import open_store
 from memopt.visible import json_text
 
 

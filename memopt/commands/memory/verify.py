@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from memopt.commands.console import echo, stdout
-from memopt.commands.memory.shared import AsJson, Key, Store, open_store
+from memopt.commands.memory.options import AsJson, Key, Store
+from memopt.commands.memory.shared import open_store
 
 
 def verify(

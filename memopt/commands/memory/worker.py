@@ -10,15 +10,8 @@ import typer
 
 from memopt.commands.console import echo, say
 from memopt.commands.memory.consolidate import document, tell
-from memopt.commands.memory.shared import (
-    AsJson,
-    Key,
-    SendUnredacted,
-    Store,
-    Text,
-    bundles,
-    open_store,
-)
+from memopt.commands.memory.options import AsJson, Key, SendUnredacted, Store, Text
+from memopt.commands.memory.shared import bundles, open_store
 from memopt.errors import ConfigurationError
 
 if TYPE_CHECKING:
