@@ -184,7 +184,7 @@ class MultimodalRetriever:
         if rest:
             memories += store.reader.records(store.searcher.whole(rest))
         found = {memory.memory_id: memory for memory in memories}
-        store.database.observers.accessed("read", list(found))
+        store.database.observers.accessed("read", [key for key in row_ids if key in found])
         return found
 
     def _count(self, ids: list[str]) -> None:

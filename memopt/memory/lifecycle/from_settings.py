@@ -31,21 +31,21 @@ def recipe(settings: ConsolidationSection, **chosen: Any) -> ConsolidationRecipe
         "summary_length": settings.summary_max_length,
         "originals": "archive" if settings.keep_original else "drop",
     }
-    return ConsolidationRecipe(**values | _given(chosen))
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return ConsolidationRecipe(**values | given)
 
 
-def triggers(settings: ConsolidationSection, **chosen: Any) -> Triggers:
+def triggers(settings: ConsolidationSection) -> Triggers:
     """Return when: by schedule, by the store's size, each where it is switched on.
 
     >>> from memopt.settings import ConsolidationSection
     >>> triggers(ConsolidationSection(time_based_enabled=False)).cron is None
     True
     """
-    values = {
-        "cron": settings.time_based_schedule if settings.time_based_enabled else None,
-        "pressure_mb": settings.pressure_threshold_mb if settings.pressure_based_enabled else None,
-    }
-    return Triggers(**values | _given(chosen))
+    return Triggers(
+        cron=settings.time_based_schedule if settings.time_based_enabled else None,
+        pressure_mb=settings.pressure_threshold_mb if settings.pressure_based_enabled else None,
+    )
 
 
 def summariser(
@@ -81,7 +81,3 @@ def summariser(
         told = ", ".join(dict.fromkeys(sources)) or "the settings"
         say(f"texts of memories go to {name}, as {told} says; --llm extractive keeps them here")
     return language_model(name, redact=redact)
-
-
-def _given(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in chosen.items() if value is not None}
