@@ -64,17 +64,13 @@ class Models:
             from memopt.joint.layer import JointEmbeddingLayer
 
             layer = JointEmbeddingLayer(self.joint)
-            sizes = layer.config
-            seen, heard, read = (
-                open_engine(bundle) if bundle else None
-                for bundle in (self.vision, self.audio, self.text)
-            )
-            return JointEmbedder(
-                layer,
-                vision=VisionEncoder(seen, sizes.vision) if seen else None,
-                audio=AudioEncoder(heard, sizes.audio) if heard else None,
-                text=TextEncoder(read, sizes.text) if read else None,
-            )
+            kinds = {"vision": VisionEncoder, "audio": AudioEncoder, "text": TextEncoder}
+            encoders = {
+                name: kind(open_engine(bundle), layer.config.dims[name])
+                for name, kind in kinds.items()
+                if (bundle := getattr(self, name))
+            }
+            return JointEmbedder(layer, **encoders)
         if self.text:
             engine = open_engine(self.text)
             return TextEmbedder(TextEncoder(engine, engine.dimension))
