@@ -35,10 +35,9 @@ from memopt.bundle import MANIFEST, Bundle
 from memopt.exporters.base import export
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.runtimes.base import Candidate, Settings
-from memopt.runtimes.engine import make_front_end
-from memopt.runtimes.onnx import open_onnx
-from memopt.runtimes.openvino import open_openvino
+from memopt.runtimes.base import Placement, Settings
+from memopt.runtimes.frontend import make_front_end
+from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 
 MODELS = {"clip-vit-base-patch32": 8, "whisper-tiny": 2}  # items in a batch
@@ -148,10 +147,9 @@ def measure(name: str, batch: int, work: Path, rounds: int) -> list[dict[str, An
     whole["torch float32"] = lambda: model(process(items)).numpy()
     each: dict[str, Callable[[Any], Any]] = {"torch float32": lambda x: model(process(x)).numpy()}
     for variant in bundle.manifest.variants.values():
-        opener = open_openvino if variant.format == "openvino" else open_onnx
         provider = "openvino" if variant.format == "openvino" else "cpu"
-        backend = opener(bundle, Candidate(provider, variant), Settings())
-        feed = make_front_end(bundle, backend.inputs).prepare(items, None)[0].feed
+        backend = opener(provider)(bundle, Placement(provider, variant), Settings())
+        feed = make_front_end(bundle, backend.inputs).prepare(items)[0].feed
         graphs[variant.name] = lambda backend=backend, feed=feed: backend.run(feed)  # type: ignore[misc]
         engine = ArrowEngine(str(bundle.path), variant=variant.name)
         whole[variant.name] = lambda engine=engine: engine.encode(items)  # type: ignore[misc]

@@ -18,20 +18,21 @@ from rich.table import Table
 
 from memopt import ArrowEngine, open_bundle
 from memopt.benchmark.workload import default_inputs
+from memopt.runtimes.batching import Budget
 
 
 def pure(engine: ArrowEngine, texts: list[str]) -> float:
     """Return the seconds the backend alone needs for the batches encode() makes of ``texts``."""
     front, backend = engine._front_end(), engine._chain.backend
     if len(texts) == 1:
-        (batch,) = front.prepare(texts, None, backend.tokens)
+        (batch,) = front.prepare(texts, Budget(tokens=backend.tokens))
         begin = time.perf_counter()
         backend.run(batch.feed)
         return time.perf_counter() - begin
     feeds = [
         batch.feed
         for chunk in front.chunks(texts)
-        for batch in front.prepare([texts[i] for i in chunk], None, backend.tokens)
+        for batch in front.prepare([texts[i] for i in chunk], Budget(tokens=backend.tokens))
     ]
     begin = time.perf_counter()
     for future in [backend.submit(feed) for feed in feeds]:

@@ -82,6 +82,15 @@ class MissingExtra(MemoptError, ImportError):
     """An optional dependency is needed and not installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing.
+
+    >>> first_line(ValueError("no such file\\n  at line 3")), first_line(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def brief(error: BaseException, most: int = 200) -> str:
     """Return the beginning of what an error says, or its kind where it says nothing.
 

@@ -9,6 +9,14 @@ from typing import Any
 from memopt.errors import InputError, MemoptError
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of its pairs; ValueError where a key is there twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return value
+
+
 def parse_json(
     text: str | bytes,
     what: str,

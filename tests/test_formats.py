@@ -28,7 +28,7 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.privacy.keys import AesGcm
 from memopt.runtimes.engine import ArrowEngine
-from memopt.weights.locked import decrypt_bundle, is_encrypted
+from memopt.weights.locked import decrypt_bundle
 
 DATA = Path(__file__).parent / "data"
 KEY = bytes(range(32))
@@ -156,7 +156,7 @@ def test_a_bundle_under_a_key_opens(unpack, monkeypatch: pytest.MonkeyPatch) -> 
     vectors = engine.encode(json.loads((plain / "words.json").read_text()))
     np.testing.assert_allclose(vectors, np.load(plain / "vectors.npy"), atol=1e-5)
     bundle = open_bundle(folder)
-    assert not is_encrypted(decrypt_bundle(bundle, KEY))
+    assert not decrypt_bundle(bundle, KEY).encrypted
 
 
 @pytest.mark.parametrize("written", ["house"], indirect=True)

@@ -12,8 +12,8 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
-from memopt.runtimes.batching import UnusableItems
-from memopt.runtimes.engine import make_front_end
+from memopt.runtimes.batching import Budget, UnusableItems
+from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.onnx import cpu_session, session_options
 
 if TYPE_CHECKING:
@@ -106,14 +106,14 @@ def feeds(
     """
     if max_length is not None:
         bundle = replace(bundle, manifest=replace(bundle.manifest, max_length=max_length))
-    front = make_front_end(bundle, inputs)
+    front, budget = make_front_end(bundle, inputs), Budget(batch_size=batch, tokens=TOKENS)
     for item in items:
         reason = front.check(item)
         if reason:
             raise InputError(f"calibration input {str(item)[:60]!r} {reason}")
     for chunk in front.chunks(items):
         try:
-            batches = front.prepare([items[i] for i in chunk], batch, TOKENS)
+            batches = front.prepare([items[i] for i in chunk], budget)
         except UnusableItems as error:
             number, reason = next(iter(error.reasons.items()))
             where = str(items[int(chunk[number])])[:120]

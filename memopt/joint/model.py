@@ -176,7 +176,7 @@ def _class() -> Any:
             kept = keep.to(tokens.dtype)
             bias = (1.0 - kept) * _MASK_BIAS
             if self.heads:
-                tokens = tokens + self._attend(tokens, bias) * kept[:, :, None]
+                tokens = tokens + _attend(self, tokens, bias) * kept[:, :, None]
             count = kept.sum(dim=1, keepdim=True).clamp(min=1.0)
             mean = (tokens * kept[:, :, None]).sum(dim=1) / count
             hidden = functional.gelu(self.fuse_in(self.fuse_norm(mean)))
@@ -187,15 +187,16 @@ def _class() -> Any:
             pooled = (weights[:, :, None] * tokens).sum(dim=1)
             return functional.normalize(fused + pooled, dim=-1)
 
-        def _attend(self, tokens: Any, bias: Any) -> Any:
-            """Self-attention (Vaswani et al. 2017) over the modalities of a row."""
-            each = self.width // self.heads
-            count = len(JOINT_MODALITIES)
-            mixed = self.attend_in(self.attend_norm(tokens))
-            split = mixed.reshape(-1, count, 3, self.heads, each).permute(2, 0, 3, 1, 4)
-            query, key, value = split[0], split[1], split[2]
-            scores = query @ key.transpose(2, 3) * each**-0.5 + bias[:, None, None, :]
-            mixed = torch.softmax(scores, dim=-1) @ value
-            return self.attend_out(mixed.transpose(1, 2).reshape(-1, count, self.width))
-
     return JointNetwork
+
+
+def _attend(network: Any, tokens: Any, bias: Any) -> Any:
+    """Self-attention (Vaswani et al. 2017) over the modalities of a row."""
+    each = network.width // network.heads
+    count = len(JOINT_MODALITIES)
+    mixed = network.attend_in(network.attend_norm(tokens))
+    split = mixed.reshape(-1, count, 3, network.heads, each).permute(2, 0, 3, 1, 4)
+    query, key, value = split[0], split[1], split[2]
+    scores = query @ key.transpose(2, 3) * each**-0.5 + bias[:, None, None, :]
+    mixed = scores.softmax(dim=-1) @ value
+    return network.attend_out(mixed.transpose(1, 2).reshape(-1, count, network.width))

@@ -9,8 +9,7 @@ combination of them, so that a query of any kind lands near a memory of any kind
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from memopt.errors import ConfigurationError, InputError
 from memopt.extras import require
 from memopt.joint.model import JOINT_MODALITIES, JointConfig, network
 from memopt.joint.pairs import Pairs
+from memopt.runtimes.vectors import unit_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -130,7 +130,9 @@ def train_joint(
     config = config or JointConfig.from_dict(pairs.dims)
     _check_dims(pairs, config)
     learn, held = _split(pairs, recipe)
-    with _seeded(torch, recipe.seed):
+    # Leaves the caller's generator as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
         model = network(config, dropout=recipe.dropout)
         run = _Run(torch, model, config, pairs, recipe)
         state, report = run.fit(learn, held, on_epoch)
@@ -156,7 +158,7 @@ class _Run:
         self.generator = np.random.default_rng(recipe.seed)
         count = len(pairs)
         self.vectors = {
-            name: torch.from_numpy(_unit(pairs.vectors[name]))
+            name: torch.from_numpy(unit_rows(pairs.vectors[name]))
             if name in pairs.vectors
             else torch.zeros(count, width)
             for name, width in config.dims.items()
@@ -320,16 +322,3 @@ def _check_dims(pairs: Pairs, config: JointConfig) -> None:
                 f"the {name} vectors have {width} dimensions, the layer takes {config.dims[name]}",
                 fix=f"train with {name} {width}",
             )
-
-
-def _unit(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    lengths = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.asarray(values / np.maximum(lengths, 1e-12), np.float32)
-
-
-@contextmanager
-def _seeded(torch: Any, seed: int) -> Iterator[None]:
-    """Seed torch's generator for a block and leave the caller's as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -13,8 +13,7 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import BundleError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import MEDIA_BATCH, Batch, decoded, in_order
+from memopt.runtimes.batching import MEDIA_BATCH, USUAL, Batch, Budget, decoded, in_order
 from memopt.runtimes.image import processor_config
 
 if TYPE_CHECKING:
@@ -74,21 +73,15 @@ class AudioFrontEnd:
         """Return positions in chunks of one batch each."""
         return in_order(len(items), MEDIA_BATCH)
 
-    def prepare(
-        self,
-        items: Sequence[Any],
-        batch_size: int | None,
-        tokens: int = TOKENS_ON_CPU,
-        step: int = 1,
-    ) -> list[Batch]:
+    def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Decode, resample and transform one chunk."""
         waves = decoded(items, self.waveform, "sound")
         if self._mel:
             return [
                 Batch(rows, {"input_features": np.stack([self.log_mel(waves[r]) for r in rows])})
-                for rows in in_order(len(waves), batch_size or len(waves))
+                for rows in in_order(len(waves), budget.batch_size or len(waves))
             ]
-        return self._raw(waves, batch_size)
+        return self._raw(waves, budget.batch_size)
 
     def waveform(self, item: Any) -> NDArray[np.float32]:
         """Return mono float32 samples at the model's rate."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError
@@ -65,7 +65,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Placement:
     """A variant of a bundle and the provider to open it on."""
 
     provider: str
@@ -100,7 +100,5 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class Opener(Protocol):
-    """What a provider's registry entry points at."""
-
-    def __call__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> Backend: ...
+# What a provider's registry entry points at.
+Opener: TypeAlias = Callable[[Bundle, Placement, Settings], Backend]

@@ -11,16 +11,34 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.vectors import refusal
+from memopt.runtimes.vectors import progress, refusal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed
+    from memopt.runtimes.fallback import BackendChain
 
 T = TypeVar("T")
 # Images or waveforms in one batch.
 MEDIA_BATCH = 8
+_FIRST = np.zeros(1, np.intp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What goes into one batch.
+
+    ``batch_size`` items, or, for None, texts of at most ``tokens`` tokens in all. The width of a
+    single short text is rounded up to a multiple of ``step``.
+    """
+
+    batch_size: int | None = None
+    tokens: int = TOKENS_ON_CPU
+    step: int = 1
+
+
+USUAL = Budget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +58,8 @@ class FrontEnd(Protocol):
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return the positions of the items, in the chunks they are prepared in."""
 
-    def prepare(
-        self,
-        items: Sequence[Any],
-        batch_size: int | None,
-        tokens: int = TOKENS_ON_CPU,
-        step: int = 1,
-    ) -> list[Batch]:
-        """Turn one chunk into batches of ``batch_size``, or of at most ``tokens`` tokens.
+    def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
+        """Turn one chunk into batches.
 
         Raises:
             UnusableItems: naming positions in the chunk.
@@ -112,15 +124,14 @@ def bucket(length: int, limit: int | None) -> int:
 
 
 def by_budget(
-    lengths: NDArray[np.intp], batch_size: int | None, tokens: int, limit: int | None
+    lengths: NDArray[np.intp], budget: Budget, limit: int | None
 ) -> list[tuple[NDArray[np.intp], int]]:
     """Cut rows of these token lengths into batches; return (rows, padded width) of each.
 
-    Sorted by length, longest first. With ``batch_size`` a batch has that many rows, else as many as
-    keep rows x width within ``tokens``.
+    Sorted by length, longest first.
 
     >>> lengths = np.array([700, 3, 700, 4])
-    >>> [(len(rows), width) for rows, width in by_budget(lengths, None, 800, None)]
+    >>> [(len(rows), width) for rows, width in by_budget(lengths, Budget(tokens=800), None)]
     [(1, 704), (1, 704), (2, 4)]
     """
     order = np.argsort(-lengths, kind="stable")
@@ -128,25 +139,10 @@ def by_budget(
     start = 0
     while start < len(order):
         width = bucket(int(lengths[order[start]]), limit)
-        count = batch_size or max(1, tokens // width)
+        count = budget.batch_size or max(1, budget.tokens // width)
         batches.append((order[start : start + count], width))
         start += count
     return batches
-
-
-def ahead(jobs: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Yield the result of each job, the next one being worked on in a thread meanwhile."""
-    if len(jobs) == 1:
-        yield jobs[0]()
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1, "memopt-prepare") as pool:
-        coming = pool.submit(jobs[0])
-        for job in jobs[1:]:
-            current, coming = coming, pool.submit(job)
-            yield current.result()
-        yield coming.result()
 
 
 def in_flight(
@@ -167,47 +163,73 @@ def prepared_batches(
     front: FrontEnd,
     items: Sequence[Any],
     chunks: list[NDArray[np.intp]],
-    cut: tuple[int | None, int, int],
+    budget: Budget,
     failures: dict[int, str],
     fail: bool,
 ) -> Iterator[tuple[NDArray[np.intp], Feed]]:
-    """Yield each batch's rows in ``items`` and its model inputs, chunks prepared ahead."""
+    """Yield each batch's rows in ``items`` and its model inputs, the next chunk prepared meanwhile.
 
-    def job(chunk: NDArray[np.intp]) -> Callable[[], list[tuple[NDArray[np.intp], Feed]]]:
-        def work() -> list[tuple[NDArray[np.intp], Feed]]:
-            taken = [items[i] for i in chunk]
-            done = prepare_chunk(front, taken, chunk, cut, failures, fail)
-            return [(chunk[batch.rows], batch.feed) for batch in done]
+    Unusable items raise InputError with ``fail``, else they go to ``failures``.
+    """
 
-        return work
+    def prepare(chunk: NDArray[np.intp]) -> list[tuple[NDArray[np.intp], Feed]]:
+        try:
+            batches = front.prepare([items[i] for i in chunk], budget)
+        except UnusableItems as unusable:
+            reasons = {int(chunk[i]): why for i, why in unusable.reasons.items()}
+            if fail:
+                raise refusal(reasons) from unusable
+            failures.update(reasons)
+            chunk = np.array([i for i in chunk if i not in reasons], np.intp)
+            batches = front.prepare([items[i] for i in chunk], budget) if len(chunk) else []
+        return [(chunk[batch.rows], batch.feed) for batch in batches]
 
-    for prepared in ahead([job(chunk) for chunk in chunks]):
-        yield from prepared
+    if len(chunks) == 1:
+        yield from prepare(chunks[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, "memopt-prepare") as pool:
+        coming = pool.submit(prepare, chunks[0])
+        for chunk in chunks[1:]:
+            current, coming = coming, pool.submit(prepare, chunk)
+            yield from current.result()
+        yield from coming.result()
 
 
-def prepare_chunk(
+def encode_items(
+    chain: BackendChain,
     front: FrontEnd,
-    taken: Sequence[Any],
-    positions: NDArray[np.intp] | None,
-    cut: tuple[int | None, int, int],
+    items: Sequence[Any],
+    vectors: NDArray[np.float32],
     failures: dict[int, str],
+    batch_size: int | None,
+    show_progress: bool,
     fail: bool,
-) -> list[Batch]:
-    """Prepare one chunk; unusable items raise InputError with ``fail``, else go to ``failures``."""
-    try:
-        return front.prepare(taken, *cut)
-    except UnusableItems as found:
-        reasons = {
-            (int(positions[i]) if positions is not None else i): why
-            for i, why in found.reasons.items()
-        }
-        if fail:
-            raise refusal(reasons) from found
-        failures.update(reasons)
-        keep = np.array([i for i in range(len(taken)) if i not in found.reasons], np.intp)
-        if not len(keep):
-            return []
-        return [
-            Batch(keep[batch.rows], batch.feed)
-            for batch in front.prepare([taken[i] for i in keep], *cut)
-        ]
+) -> None:
+    """Fill the rows of ``vectors`` whose items are not in ``failures``, and add to those."""
+    backend = chain.backend
+    if failures:
+        good = np.array([i for i in range(len(items)) if i not in failures], np.intp)
+        chunks = [good[chunk] for chunk in front.chunks([items[i] for i in good])]
+    else:
+        # One input is the commonest request: nothing to sort.
+        chunks = front.chunks(items) if len(items) > 1 else [_FIRST][: len(items)]
+    if not chunks:
+        return
+    budget = Budget(batch_size=batch_size, tokens=backend.tokens, step=backend.step)
+    batches = prepared_batches(front, items, chunks, budget, failures, fail)
+    if len(chunks) == 1:
+        ready = list(batches)
+        if len(ready) == 1:
+            # A batch alone gets all cores; on a stream it would get a part of them.
+            rows, feed = ready[0]
+            vectors[rows] = chain.run(feed)
+            return
+        batches = iter(ready)
+    with progress(len(items), show_progress) as advance:
+        # One more than can run: the next is ready the moment a stream is free.
+        depth = backend.streams + 1
+        for rows, feed, (used, future) in in_flight(batches, chain.submit, depth):
+            vectors[rows] = chain.result(used, future, feed)
+            advance(len(rows))

@@ -32,7 +32,6 @@ class Converted:
         self.names: dict[str, str] = {}
         self._made: dict[str, np.ndarray] = {}
         groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-        self._stored: list[str] = []
         for stored in loader.names():
             name = stored
             for step in renamings:
@@ -45,13 +44,8 @@ class Converted:
                     break
             else:
                 self.names[name] = stored
-                self._stored.append(stored)
         for target, (step, sources) in groups.items():
             self._convert(step, target, sources, module)
-
-    def list_names(self) -> list[str]:
-        """Return what :meth:`load` knows."""
-        return [*self._stored, *self._made]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a weight's shape without reading it."""

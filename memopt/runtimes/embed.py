@@ -76,8 +76,7 @@ def embed(
         InputError: an input that cannot be used, or what is there to resume differs.
         ConfigurationError: an output ending that is not known, or the input's own file.
     """
-    target = Path(output)
-    _check(target, output, source, on_error)
+    target = _target(output, source, on_error)
     modality = engine.bundle.manifest.modality
     items = read_items(source, modality, column)
     parts = _Parts(target, engine, normalize, resume)
@@ -127,7 +126,8 @@ def embed(
     )
 
 
-def _check(target: Path, output: str | Path, source: str, on_error: str) -> None:
+def _target(output: str | Path, source: str, on_error: str) -> Path:
+    target = Path(output)
     if target.suffix not in OUTPUTS:
         raise ConfigurationError(
             f"output {target.name!r} has the ending {target.suffix!r}",
@@ -139,6 +139,7 @@ def _check(target: Path, output: str | Path, source: str, on_error: str) -> None
         raise ConfigurationError(f"on_error is {on_error!r}", fix="choose fail or skip")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise ConfigurationError(f"output {output} is the input", fix="give another file")
+    return target
 
 
 class _Parts:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -18,32 +16,23 @@ from memopt.bundle import MANIFEST, Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError
 from memopt.extras import require
 from memopt.runtimes import limits
-from memopt.runtimes.base import Backend, Candidate, Settings
-from memopt.runtimes.batching import FrontEnd, in_flight, prepared_batches
+from memopt.runtimes.base import Backend, Placement, Settings
+from memopt.runtimes.batching import FrontEnd, encode_items
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
+from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
-from memopt.runtimes.selection import candidates, tuned_record
-from memopt.runtimes.vectors import (
-    Encoded,
-    as_items,
-    is_bare,
-    progress,
-    refusal,
-    to_arrow,
-    unit_length,
-)
+from memopt.runtimes.selection import candidates, tuned_streams
+from memopt.runtimes.vectors import Encoded, as_items, is_bare, refusal, to_arrow, unit_length
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from memopt.runtimes.base import Feed
     from memopt.runtimes.coalesce import Coalescer
     from memopt.weights.locked import Unlocked
 
 
-_FIRST = np.zeros(1, np.intp)
 # What is no encoder, and what opens it.
 _OTHERS = {
     "text-generation": (
@@ -117,7 +106,6 @@ class ArrowEngine:
         verify: str = "open",
     ) -> None:
         given = _encoder(path_or_bundle)
-        self._given = given.path
         self._unlocked = _unlocked(given)
         self._bundle = bundle = self._unlocked.bundle if self._unlocked else given
         self._settings = Settings(
@@ -129,11 +117,10 @@ class ArrowEngine:
             compile_mode=compile_mode,
             use_ipex=use_ipex,
         )
-        self._max_delay_ms = max_delay_ms
         bundle.check(mode=verify)  # the mode itself
-        self._verify = verify
         # What opens it anew in another process.
         self._arguments = asdict(self._settings) | {
+            "path_or_bundle": given.path,
             "device": device,
             "variant": variant,
             "strict": strict,
@@ -143,9 +130,7 @@ class ArrowEngine:
             "verify": verify,
         }
         self._events: list[FallbackEvent] = []
-        self._lock = threading.Lock()
-        self._front: FrontEnd | None = None
-        self._coalescer: Coalescer | None = None
+        self.after_fork()
         try:
             self._chain = BackendChain(
                 candidates(bundle, device, variant, half=use_amp, cpu_fallback=fallback_to_cpu),
@@ -158,38 +143,27 @@ class ArrowEngine:
                 self._unlocked.close()
             raise
         watch(self)
-        metrics.gauge(
-            "memory_usage_bytes", lambda: limits.resident_mb() * 2**20, component="process"
-        )
-        if self._chain.candidate.provider == "cuda":
-            metrics.gauge("vram_usage_bytes", _vram_bytes, device="cuda")
+        limits.show_memory(gpu=self._chain.candidate.provider == "cuda")
 
     def after_fork(self) -> None:
         """In a child of fork(): tokenizer, queue and locks of the parent are not used again."""
         self._lock = threading.Lock()
-        self._front = self._coalescer = None
+        self._front: FrontEnd | None = None
+        self._coalescer: Coalescer | None = None
 
     # What a fake engine replaces.
-    def _open(self, candidate: Candidate) -> Backend:
+    def _open(self, candidate: Placement) -> Backend:
         open_backend = opener(candidate.provider)
         variant = candidate.variant
         if self._unlocked is not None:
             self._unlocked.need(variant.file, *variant.companions)
         # Small files are often edited by hand, to good purpose; "always" takes them at their hash.
-        more = self._bundle.manifest.files if self._verify == "always" else ()
-        self._bundle.check(variant.file, *variant.companions, *more, mode=self._verify)
-        settings = self._settings
-        if candidate.provider == "cuda":
-            size = self._bundle.file(candidate.variant).stat().st_size / 2**20
-            allowed = limits.check_vram(settings.vram_threshold, size)
-            limit = min(x for x in (allowed, settings.memory_limit_mb, float("inf")) if x)
-            settings = replace(settings, memory_limit_mb=limit if limit < float("inf") else None)
-        elif settings.memory_limit_mb is not None:
-            limits.check_memory(self._bundle, candidate.variant, settings.memory_limit_mb)
+        verify = self._arguments["verify"]
+        more = self._bundle.manifest.files if verify == "always" else ()
+        self._bundle.check(variant.file, *variant.companions, *more, mode=verify)
+        settings = limits.check(self._bundle, candidate, self._settings)
         if settings.streams is None:
-            tuned = tuned_record(self._bundle).get("streams")
-            known = tuned.get(str(candidate)) if isinstance(tuned, dict) else None
-            settings = replace(settings, streams=known if isinstance(known, int) else None)
+            settings = replace(settings, streams=tuned_streams(self._bundle, candidate))
         return open_backend(self._bundle, candidate, settings)
 
     def _make_front(self) -> FrontEnd:
@@ -198,20 +172,16 @@ class ArrowEngine:
     def __enter__(self) -> ArrowEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> Any:
         # To a worker that was spawned an engine goes as its arguments.
-        return partial(type(self), self._given, **self._arguments), ()
+        return partial(type(self), **self._arguments), ()
 
     def __repr__(self) -> str:
-        return f"ArrowEngine({str(self._given)!r} on {self._chain.candidate})"
+        path = str(self._arguments["path_or_bundle"])
+        return f"ArrowEngine({path!r} on {self._chain.candidate})"
 
     @property
     def bundle(self) -> Bundle:
@@ -352,7 +322,9 @@ class ArrowEngine:
             raise refusal(failures)
         vectors = np.empty((len(items), self.dimension), np.float32)
         with metrics.errors("inference"):
-            self._fill(front, items, vectors, failures, batch_size, show_progress, fail)
+            encode_items(
+                self._chain, front, items, vectors, failures, batch_size, show_progress, fail
+            )
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:
@@ -396,52 +368,9 @@ class ArrowEngine:
             if self._coalescer is None:
                 from memopt.runtimes.coalesce import Coalescer
 
-                self._coalescer = Coalescer(
-                    lambda items: self.encode_each(items, normalize=False), self._max_delay_ms
-                )
+                delay = self._arguments["max_delay_ms"]
+                self._coalescer = Coalescer(partial(self.encode_each, normalize=False), delay)
             return self._coalescer
-
-    def _fill(
-        self,
-        front: FrontEnd,
-        items: Sequence[Any],
-        vectors: NDArray[np.float32],
-        failures: dict[int, str],
-        batch_size: int | None,
-        show_progress: bool,
-        fail: bool,
-    ) -> None:
-        backend = self._chain.backend
-        cut = (batch_size, backend.tokens, backend.step)
-        if failures:
-            good = np.array([i for i in range(len(items)) if i not in failures], np.intp)
-            chunks = [good[chunk] for chunk in front.chunks([items[i] for i in good])]
-        else:
-            # One input is the commonest request: nothing to sort.
-            chunks = front.chunks(items) if len(items) > 1 else [_FIRST][: len(items)]
-        if not chunks:
-            return
-        batches = prepared_batches(front, items, chunks, cut, failures, fail)
-        if len(chunks) == 1:
-            ready = list(batches)
-            if len(ready) == 1:
-                # A batch alone gets all cores; on a stream it would get a part of them.
-                rows, feed = ready[0]
-                vectors[rows] = self._chain.run(feed)
-                return
-            batches = iter(ready)
-        with progress(len(items), show_progress) as advance:
-            for rows, values in self._results(batches):
-                vectors[rows] = values
-                advance(len(rows))
-
-    def _results(
-        self, batches: Iterator[tuple[NDArray[np.intp], Feed]]
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-        # One more than can run: the next is ready the moment a stream is free.
-        depth = self._chain.backend.streams + 1
-        for rows, feed, (backend, future) in in_flight(batches, self._chain.submit, depth):
-            yield rows, self._chain.result(backend, future, feed)
 
     def _front_end(self) -> FrontEnd:
         front = self._front
@@ -451,33 +380,8 @@ class ArrowEngine:
         return front
 
 
-def make_front_end(bundle: Bundle, inputs: Sequence[str]) -> FrontEnd:
-    """Return what turns this bundle's kind of input into its graph's ``inputs``."""
-    modality = bundle.manifest.modality
-    if modality == "text":
-        from memopt.runtimes.text import TextFrontEnd
-
-        return TextFrontEnd(bundle, inputs)
-    if modality == "image":
-        from memopt.runtimes.image import ImageFrontEnd
-
-        return ImageFrontEnd(bundle)
-    from memopt.runtimes.audio import AudioFrontEnd
-
-    return AudioFrontEnd(bundle, inputs)
-
-
-def _vram_bytes() -> float | None:
-    found = limits.vram()
-    return found.used_mb * 2**20 if found else None
-
-
 def _encoder(path_or_bundle: str | Path | Bundle) -> Bundle:
-    """Open an encoder's bundle.
-
-    Its folder is the one of now: tokenizer, streams and fallbacks are opened later, from wherever
-    the process is then.
-    """
+    """Open an encoder's bundle; what is opened later comes from the folder that it has now."""
     bundle = path_or_bundle if isinstance(path_or_bundle, Bundle) else open_bundle(path_or_bundle)
     if bundle.manifest.task in _OTHERS:
         what, fix = _OTHERS[bundle.manifest.task]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from memopt import metrics
 from memopt.errors import BundleError, DeviceError, InputError, WeightsError
-from memopt.runtimes.base import Backend, Candidate
+from memopt.runtimes.base import Backend, Placement
 from memopt.runtimes.limits import OverLimit
 from memopt.runtimes.processes import keep_for_ever, watch
 from memopt.runtimes.providers import FORKS, Unavailable, one_line
@@ -55,7 +55,7 @@ class FallbackEvent:
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    candidate: Candidate
+    candidate: Placement
     kind: str
     reason: str
 
@@ -77,8 +77,8 @@ class BackendChain:
 
     def __init__(
         self,
-        candidates: Sequence[Candidate],
-        open_backend: Callable[[Candidate], Backend],
+        candidates: Sequence[Placement],
+        open_backend: Callable[[Placement], Backend],
         *,
         strict: bool,
         events: list[FallbackEvent],
@@ -101,7 +101,7 @@ class BackendChain:
         return self._backend
 
     @property
-    def candidate(self) -> Candidate:
+    def candidate(self) -> Placement:
         """What is in use now."""
         if self._forked:
             self._open_own()
@@ -243,7 +243,7 @@ class BackendChain:
         self._backend, self._candidate = self._next([failure])
         failed.close()
 
-    def _next(self, failures: list[_Failure]) -> tuple[Backend, Candidate]:
+    def _next(self, failures: list[_Failure]) -> tuple[Backend, Placement]:
         while self._left:
             candidate = self._left.pop(0)
             try:
@@ -268,7 +268,7 @@ class BackendChain:
         told = "; ".join(f"{f.candidate}: {f.reason}" for f in failures)
         raise DeviceError(f"no provider can run this bundle: {told}", fix="run: memopt doctor")
 
-    def _tell(self, failures: list[_Failure], winner: Candidate) -> None:
+    def _tell(self, failures: list[_Failure], winner: Placement) -> None:
         steps = [f.candidate for f in failures] + [winner]
         for failure, following in zip(failures, steps[1:], strict=True):
             from_, to = failure.candidate, following

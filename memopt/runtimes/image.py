@@ -18,8 +18,7 @@ import numpy as np
 from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import MEDIA_BATCH, Batch, decoded, in_order
+from memopt.runtimes.batching import MEDIA_BATCH, USUAL, Batch, Budget, decoded, in_order
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,18 +139,12 @@ class ImageFrontEnd:
         """Return positions in chunks of one batch each."""
         return in_order(len(items), MEDIA_BATCH)
 
-    def prepare(
-        self,
-        items: Sequence[Any],
-        batch_size: int | None,
-        tokens: int = TOKENS_ON_CPU,
-        step: int = 1,
-    ) -> list[Batch]:
+    def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Decode and transform one chunk."""
         pixels = decoded(items, self.transform, "an image")
         return [
             Batch(rows, {"pixel_values": np.stack([pixels[row] for row in rows])})
-            for rows in in_order(len(pixels), batch_size or len(pixels))
+            for rows in in_order(len(pixels), budget.batch_size or len(pixels))
         ]
 
     def transform(self, item: Any) -> NDArray[np.float32]:

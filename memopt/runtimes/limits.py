@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from memopt import metrics
 from memopt.bundle import Bundle, Variant
 from memopt.errors import DeviceError
+from memopt.runtimes.base import Placement, Settings
 
 # Measured on MiniLM in float32 and int8, in MB of resident memory from a bare interpreter to a few
 # hundred texts encoded: what the library itself takes where it is not loaded yet, how many times
@@ -28,6 +30,22 @@ class Vram:
 
     used_mb: float
     total_mb: float
+
+
+def check(bundle: Bundle, candidate: Placement, settings: Settings) -> Settings:
+    """Return the settings to open a variant with, its memory limit that of the device.
+
+    Raises:
+        OverLimit: it would go past the limits of ``settings``.
+    """
+    if candidate.provider == "cuda":
+        size = bundle.file(candidate.variant).stat().st_size / 2**20
+        allowed = check_vram(settings.vram_threshold, size)
+        limit = min((x for x in (allowed, settings.memory_limit_mb) if x), default=None)
+        return replace(settings, memory_limit_mb=limit)
+    if settings.memory_limit_mb is not None:
+        check_memory(bundle, candidate.variant, settings.memory_limit_mb)
+    return settings
 
 
 def check_memory(bundle: Bundle, variant: Variant, limit_mb: float) -> None:
@@ -76,6 +94,18 @@ def vram() -> Vram | None:
         return Vram(float(used), float(total))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def show_memory(*, gpu: bool) -> None:
+    """Have the metrics show this process's memory, and that of the GPU."""
+    metrics.gauge("memory_usage_bytes", lambda: resident_mb() * 2**20, component="process")
+
+    def used() -> float | None:
+        found = vram()
+        return found.used_mb * 2**20 if found else None
+
+    if gpu:
+        metrics.gauge("vram_usage_bytes", used, device="cuda")
 
 
 def process_vram_mb(pid: int) -> float | None:

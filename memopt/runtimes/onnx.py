@@ -15,14 +15,13 @@ from memopt.extras import require
 from memopt.runtimes.base import (
     TOKENS_ON_CPU,
     TOKENS_ON_GPU,
-    Candidate,
+    Placement,
     Settings,
     usual_streams,
 )
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.graph_cache import open_cached
 from memopt.runtimes.providers import PROVIDERS
-from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -61,16 +60,6 @@ _HEAVY = frozenset(
         "SkipLayerNormalization",
     ]
 )
-
-
-def open_onnx(bundle: Bundle, candidate: Candidate, settings: Settings) -> OnnxBackend:
-    """Open an ONNX variant on one of ONNX Runtime's providers.
-
-    Raises:
-        DeviceError: the provider is not there, or would leave heavy operators to the CPU.
-        Exception: whatever onnxruntime raises on a graph or device it cannot use.
-    """
-    return OnnxBackend(bundle, candidate, settings)
 
 
 def probe(name: str) -> str:
@@ -116,9 +105,15 @@ class OnnxBackend:
 
     The first runs on all cores. With more than one stream, ``submit`` uses a second session whose
     runs take ``threads / streams`` cores each; both map the same weights.
+
+    Raises:
+        DeviceError: the provider is not there, or would leave heavy operators to the CPU.
+        Exception: whatever onnxruntime raises on a graph or device it cannot use.
     """
 
-    def __init__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         variant = candidate.variant
         self._provider = candidate.provider
         self._variant = variant
@@ -146,7 +141,7 @@ class OnnxBackend:
         self._submitted = 0
         self._run_options: Any = None
         self._lock = threading.Lock()
-        self._pool = Streams(self.streams, f"memopt-{candidate.provider}")
+        self._pool = ThreadPoolExecutor(self.streams, f"memopt-{candidate.provider}")
 
     def _open(self, threads: int) -> Any:
         def options() -> Any:
@@ -173,10 +168,7 @@ class OnnxBackend:
             late = self._submitted > BATCHES_BEFORE_STREAMS
             if late and self._many is None and self._session is not None:
                 self._many = self._open(max(1, self._threads // self.streams))
-        return self._pool.submit(self._run_stream, feed)
-
-    def _run_stream(self, feed: Feed) -> Rows:
-        return self._infer(self._many or self._session, feed)
+        return self._pool.submit(lambda: self._infer(self._many or self._session, feed))
 
     def _infer(self, session: Any, feed: Feed) -> Rows:
         import numpy as np
@@ -205,7 +197,7 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Drop the session; a run that another thread is in ends first."""
-        self._pool.close()
+        self._pool.shutdown(wait=False)
         with self._lock:
             self._session = self._many = None
 

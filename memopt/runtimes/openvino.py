@@ -6,16 +6,16 @@ import logging
 import os
 import threading
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings, usual_streams
+from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.processes import keep_for_ever
-from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,16 +44,6 @@ _warming = threading.Lock()
 _warm = False
 
 
-def open_openvino(bundle: Bundle, candidate: Candidate, settings: Settings) -> OpenvinoBackend:
-    """Open a variant on OpenVINO's CPU device.
-
-    Raises:
-        DeviceError: the file or its output is missing.
-        Exception: whatever openvino raises on a graph it cannot compile.
-    """
-    return OpenvinoBackend(bundle, candidate, settings)
-
-
 def probe(name: str) -> str:
     """Compile and run one matrix product; return what answered.
 
@@ -77,9 +67,15 @@ class OpenvinoBackend:
 
     A model compiled for throughput splits the cores into streams, which more than one batch can
     fill; a single sentence then would run on one stream's cores only.
+
+    Raises:
+        DeviceError: the file or its output is missing.
+        Exception: whatever openvino raises on a graph it cannot compile.
     """
 
-    def __init__(self, bundle: Bundle, candidate: Candidate, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         ov = _openvino()
         path = bundle.file(candidate.variant)
         if not path.is_file():
@@ -107,23 +103,22 @@ class OpenvinoBackend:
         self.dimension = width.get_length() if width.is_static else None
         self._model = model
         self._lock = threading.Lock()
-        self._threads_of_streams = Streams(self.streams, "memopt-openvino")
+        # Not OpenVINO's AsyncInferQueue: when an inference fails it never calls back (2026.4), and
+        # whoever waits for that batch would wait for ever instead of falling back.
+        self._pool = ThreadPoolExecutor(self.streams, "memopt-openvino")
         self._closed = False
         self._single = self._compile(1)
         self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
         weights = path.with_suffix(".bin")
         small = weights.is_file() and weights.stat().st_size <= _MOST_FIXED_BYTES
-        self._fixed = _FixedShapes(self._compile_fixed) if small else None
+        self._fixed = _FixedShapes(partial(self._compile, 1)) if small else None
 
     def _only_output(self, model: Any) -> Any:
         """Return the model that computes and copies out only what is asked for."""
         if len(model.outputs) == 1:
             return model
         return _openvino().Model([model.output(self._output)], model.get_parameters())
-
-    def _compile_fixed(self, shape: tuple[int, ...]) -> _Requests:
-        return self._compile(1, shape)
 
     def _compile(self, streams: int, shape: tuple[int, ...] | None = None) -> _Requests:
         """Return the model compiled for so many streams, and for one shape of all its inputs.
@@ -168,7 +163,7 @@ class OpenvinoBackend:
             if self._many is None and self._submitted > BATCHES_BEFORE_STREAMS:
                 self._many = self._compile(self.streams)
             requests = self._many or self._single
-        return self._threads_of_streams.submit(lambda batch: self._infer(requests, batch), feed)
+        return self._pool.submit(lambda batch: self._infer(requests, batch), feed)
 
     def _infer(self, requests: _Requests, feed: Feed) -> Rows:
         if self._closed:
@@ -194,7 +189,7 @@ class OpenvinoBackend:
         if self._closed:
             return
         self._closed = True
-        self._threads_of_streams.close()
+        self._pool.shutdown(wait=False)
         self._single.drop()
         if self._fixed is not None:
             self._fixed.close()

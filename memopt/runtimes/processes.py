@@ -10,22 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
-
-
-class Forkable(Protocol):
-    """What holds things that do not survive a fork."""
-
-    def after_fork(self) -> None:
-        """Put aside what the parent opened; called in the child, before anything else runs."""
-
 
 _watched: WeakSet[Any] = WeakSet()
 
 
-def watch(owner: Forkable) -> None:
-    """Have ``owner.after_fork()`` called in every child that fork() makes of this process."""
+def watch(owner: Any) -> None:
+    """Have ``owner.after_fork()`` called in every child of fork(), before anything else runs."""
     _watched.add(owner)
 
 

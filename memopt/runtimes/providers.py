@@ -30,7 +30,7 @@ class Provider(Entry):
     fused: bool = False  # runs graphs with ONNX Runtime's own operators
 
 
-_ORT = "memopt.runtimes.onnx:open_onnx"
+_ORT = "memopt.runtimes.onnx:OnnxBackend"
 # A GPU computes fp16 at twice the speed or more; both were checked against torch at export.
 _GPU = ("fp16", "fp32", "bf16", "int8", "int4", "int2", "nf4")
 PROVIDERS: dict[str, Provider] = {
@@ -62,7 +62,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             name="openvino",
-            target="memopt.runtimes.openvino:open_openvino",
+            target="memopt.runtimes.openvino:OpenvinoBackend",
             summary="OpenVINO on the CPU",
             extra="openvino",
             formats=("openvino", "onnx"),
@@ -86,7 +86,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider(
             name="torch",
-            target="memopt.runtimes.torch:open_torch",
+            target="memopt.runtimes.torch:TorchBackend",
             summary="the reference: transformers on torch, weights from weights.parquet",
             extra="export",
             formats=(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
 from memopt.registry import nearest
-from memopt.runtimes.base import Candidate
+from memopt.runtimes.base import Placement
 from memopt.runtimes.cpu import covers, machine_key
 from memopt.runtimes.providers import AUTO_ORDER, DEVICES, PROVIDERS, canonical, installed
 
@@ -21,11 +21,13 @@ _INPUTS = {
     "image": {"pixel_values"},
     "audio": {"input_features", "input_values"},
 }
+# What torch runs.
+_REFERENCE = Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
 
 
 def candidates(
     bundle: Bundle, device: str, variant: str, *, half: bool = True, cpu_fallback: bool = True
-) -> list[Candidate]:
+) -> list[Placement]:
     """Return what to try, best first.
 
     The provider asked for comes first, then what may take over: for the variant asked for (or
@@ -60,11 +62,11 @@ def candidates(
     return [c for c in found if c.provider in gpus] or found
 
 
-def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Candidate]:
+def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Placement]:
     wanted = _wanted(bundle, asked, forced, half)
     if asked not in ("auto", "torch") and not any(c.provider == asked for c in wanted):
         raise _nothing_for(bundle, asked, forced)
-    others: list[Candidate] = []
+    others: list[Placement] = []
     for provider in AUTO_ORDER:
         found = _of_provider(bundle, provider, half)
         if provider == "openvino":
@@ -74,7 +76,7 @@ def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list
         others += found
     others = _by_speed(others + foreign)
     usable = [c for c in others if installed(c.provider)]
-    unique: dict[tuple[str, str], Candidate] = {}
+    unique: dict[tuple[str, str], Placement] = {}
     for candidate in [*wanted, *usable]:
         unique.setdefault((candidate.provider, candidate.variant.name), candidate)
     ranked = list(unique.values()) or others
@@ -85,12 +87,12 @@ def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list
     return ranked
 
 
-def _wanted(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Candidate]:
+def _wanted(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Placement]:
     """Return what was asked for by name, or tuned here: told about even if it is not installed."""
     if asked == "torch":
-        return [Candidate("torch", forced or _reference())]
+        return [Placement("torch", forced or _REFERENCE)]
     if forced is not None:
-        able = [Candidate(p, forced) for p in _order(asked, forced) if runnable(forced, p)]
+        able = [Placement(p, forced) for p in _order(asked, forced) if runnable(forced, p)]
         here = [c for c in able if c.provider == asked or installed(c.provider)]
         wanted = here or able[-1:]
         # When its graph is what fails, a float one on the same provider is the nearest.
@@ -125,7 +127,7 @@ def of_modality(variant: Variant, bundle: Bundle) -> bool:
     return not variant.inputs or wanted is None or bool(wanted & set(variant.inputs))
 
 
-def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
+def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Placement]:
     """Return the variants for one provider, best first: its own format, float, fused."""
     row = PROVIDERS[provider]
     ranks = {name: rank for rank, name in enumerate(row.precisions)}
@@ -147,7 +149,7 @@ def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Candidate]:
             v.name,
         )
     )
-    return [Candidate(provider, v) for v in usable]
+    return [Placement(provider, v) for v in usable]
 
 
 def measured_speed(variant: Variant, provider: str) -> float | None:
@@ -162,7 +164,7 @@ def measured_speed(variant: Variant, provider: str) -> float | None:
     return float(speed) if covers(str(record.get("machine", ""))) else None
 
 
-def _by_speed(others: list[Candidate]) -> list[Candidate]:
+def _by_speed(others: list[Placement]) -> list[Placement]:
     """Put the CPU's measured candidates before its others, the fastest of all providers first."""
     hosts = [c for c in others if c.provider in ("openvino", "cpu")]
     hosts.sort(key=lambda c: -(measured_speed(c.variant, c.provider) or 0.0))
@@ -182,7 +184,14 @@ def tuned_record(bundle: Bundle) -> dict[str, object]:
     return dict(record) if isinstance(record, dict) else {}
 
 
-def _tuned(bundle: Bundle, asked: str) -> Candidate | None:
+def tuned_streams(bundle: Bundle, candidate: Placement) -> int | None:
+    """Return how many streams tune_streams measured as best for this on this machine."""
+    streams = tuned_record(bundle).get("streams")
+    known = streams.get(str(candidate)) if isinstance(streams, dict) else None
+    return known if isinstance(known, int) else None
+
+
+def _tuned(bundle: Bundle, asked: str) -> Placement | None:
     """Return the choice of `memopt optimize` for this machine when it fits what was asked."""
     record = tuned_record(bundle)
     name, device = record.get("variant"), record.get("device")
@@ -193,11 +202,7 @@ def _tuned(bundle: Bundle, asked: str) -> Candidate | None:
         return None
     if not of_modality(variant, bundle):
         return None
-    return Candidate(device, variant) if asked in ("auto", device) else None
-
-
-def _reference() -> Variant:
-    return Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
+    return Placement(device, variant) if asked in ("auto", device) else None
 
 
 def _nothing_for(bundle: Bundle, asked: str, forced: Variant | None) -> DeviceError:

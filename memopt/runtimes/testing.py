@@ -9,20 +9,18 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memopt.bundle import Bundle, Manifest, Variant
-from memopt.runtimes.base import TOKENS_ON_CPU, Backend, Candidate
-from memopt.runtimes.batching import Batch, FrontEnd, in_order
+from memopt.runtimes.base import TOKENS_ON_CPU, Backend, Placement
+from memopt.runtimes.batching import USUAL, Batch, Budget, FrontEnd, in_order
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
@@ -54,7 +52,7 @@ class FakeBackend:
         self._fail = fail
         self._room = room
         self._lock = threading.Lock()
-        self._pool = Streams(streams, "memopt-fake")
+        self._pool = ThreadPoolExecutor(streams, "memopt-fake")
 
     def run(self, feed: Feed) -> Rows:
         """Return one seeded normal vector per digest."""
@@ -84,7 +82,7 @@ class FakeBackend:
 
     def close(self) -> None:
         """Take no more work."""
-        self._pool.close()
+        self._pool.shutdown(wait=False)
 
 
 class FakeFrontEnd:
@@ -103,28 +101,22 @@ class FakeFrontEnd:
         """Return positions in chunks of 64."""
         return in_order(len(items), _CHUNK)
 
-    def prepare(
-        self,
-        items: Sequence[Any],
-        batch_size: int | None,
-        tokens: int = TOKENS_ON_CPU,
-        step: int = 1,
-    ) -> list[Batch]:
+    def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Hash every item."""
         digests = np.array(
             [np.frombuffer(hashlib.blake2b(_bytes(i), digest_size=_DIGEST).digest(), np.uint8)
              for i in items]
         )  # fmt: skip
-        runs = in_order(len(items), batch_size or len(items))
+        runs = in_order(len(items), budget.batch_size or len(items))
         return [Batch(rows, {"digest": digests[rows]}) for rows in runs]
 
 
 class _FakeEngine(ArrowEngine):
-    def __init__(self, bundle: Bundle, open_backend: Callable[[Candidate], Backend]) -> None:
+    def __init__(self, bundle: Bundle, open_backend: Callable[[Placement], Backend]) -> None:
         self._fake_open = open_backend
         super().__init__(bundle, device="cpu")
 
-    def _open(self, candidate: Candidate) -> Backend:
+    def _open(self, candidate: Placement) -> Backend:
         return self._fake_open(candidate)
 
     def _make_front(self) -> FrontEnd:
@@ -134,7 +126,7 @@ class _FakeEngine(ArrowEngine):
 def fake_engine(
     dimension: int = 384,
     modality: str = "text",
-    open_backend: Callable[[Candidate], Backend] | None = None,
+    open_backend: Callable[[Placement], Backend] | None = None,
 ) -> ArrowEngine:
     """Return an ArrowEngine that needs no model, no file and no runtime.
 

@@ -10,8 +10,7 @@ import numpy as np
 from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.positions import OFFSET_POSITIONS, position_limit
-from memopt.runtimes.base import TOKENS_ON_CPU
-from memopt.runtimes.batching import Batch, UnusableItems, bucket, by_budget
+from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems, bucket, by_budget
 from memopt.weights.sentence import default_prompt, lower_cased
 from memopt.weights.tokenizer import lower_case
 
@@ -71,7 +70,10 @@ class TextFrontEnd:
         self._types = any(self._tokenizer.encode("a").type_ids)
 
     def count_prompt(self) -> int:
-        """Return how many tokens stand before a text because of the default prompt."""
+        """Return how many tokens the default prompt puts before a text, the first special one too.
+
+        A trailing special token ends the text, not the prompt; so counts sentence-transformers.
+        """
         if not self._prompt:
             return 0
         encoding = self._tokenizer.encode(self._prompt)
@@ -107,13 +109,7 @@ class TextFrontEnd:
             start = stop
         return chunks
 
-    def prepare(
-        self,
-        items: Sequence[Any],
-        batch_size: int | None,
-        tokens: int = TOKENS_ON_CPU,
-        step: int = 1,
-    ) -> list[Batch]:
+    def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Tokenize one chunk and cut it into batches of similar length.
 
         Raises:
@@ -125,14 +121,15 @@ class TextFrontEnd:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
             length = len(encodings[0])
             if length <= LONGEST_ROUNDED:
-                length = min(-(-length // step) * step, self.max_length or LONGEST_ROUNDED)
+                rounded = -(-length // budget.step) * budget.step
+                length = min(rounded, self.max_length or LONGEST_ROUNDED)
             width = bucket(length, self.max_length)
             batches = [Batch(_FIRST, self._feed(encodings, width))]
         else:
             lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
             batches = [
                 Batch(rows, self._feed([encodings[row] for row in rows], width))
-                for rows, width in by_budget(lengths, batch_size, tokens, self.max_length)
+                for rows, width in by_budget(lengths, budget, self.max_length)
             ]
         # A runtime may answer an id beyond the table with whatever lies there.
         if any(batch.feed["input_ids"].max(initial=0) >= self._rows for batch in batches):
@@ -171,15 +168,6 @@ class TextFrontEnd:
                     types[row, : len(encoding)] = encoding.type_ids
             feed["token_type_ids"] = types
         return feed
-
-
-def prompt_tokens(bundle: Bundle) -> int:
-    """Return how many tokens the default prompt puts before a text, the first special one included.
-
-    A trailing special token ends the text, not the prompt; so counts sentence-transformers.
-    """
-    front = TextFrontEnd(bundle, ())
-    return front.count_prompt()
 
 
 def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:

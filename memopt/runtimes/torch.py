@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import BundleError, DeviceError, ExportError, MissingExtra
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU, Candidate, Settings
+from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
-from memopt.runtimes.streams import Streams
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
     from memopt.runtimes.torch_model import LoadedModel
 
 _POOLED = ("image_embeds", "text_embeds", "pooler_output")
-
-
-def open_torch(bundle: Bundle, candidate: Candidate, settings: Settings) -> TorchBackend:
-    """Build the bundle's model in torch, float32, on the CPU.
-
-    Raises:
-        MissingExtra: torch or transformers is not installed.
-        BundleError: the bundle has no weights, or they do not fit the architecture.
-    """
-    return TorchBackend(bundle, settings)
 
 
 def probe(name: str) -> str:
@@ -47,14 +36,18 @@ def probe(name: str) -> str:
 
 
 class TorchBackend:
-    """One transformers model with the head the manifest declares."""
+    """A bundle's transformers model in float32 on the CPU, with the head the manifest declares.
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+    Raises:
+        MissingExtra: torch or transformers is not installed.
+        BundleError: the bundle has no weights, or they do not fit the architecture.
+    """
+
+    def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
         torch = require("torch", extra="export", why="run the reference")
-        from memopt.runtimes.torch_model import reset
+        from concurrent.futures import ThreadPoolExecutor
 
         self._torch = torch
-        self._reset = reset
         self._manifest = bundle.manifest
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
@@ -70,7 +63,7 @@ class TorchBackend:
         if settings.use_compile:
             self._model = torch.compile(self._model, dynamic=True, mode=settings.compile_mode)
         self._compiled = settings.compile_mode if settings.use_compile else None
-        self._pool = Streams(1, "memopt-torch")
+        self._pool = ThreadPoolExecutor(1, "memopt-torch")
         # The modules are shared between threads; torch.compile is not safe to enter twice.
         self._lock = threading.Lock()
 
@@ -111,7 +104,7 @@ class TorchBackend:
         """Drop the model."""
         self._model = None
         self._loaded = None
-        self._pool.close()
+        self._pool.shutdown(wait=False)
 
 
 def _optimized(model: Any) -> Any:

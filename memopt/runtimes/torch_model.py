@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from memopt.bundle import Bundle
-from memopt.errors import ExportError
+from memopt.errors import ExportError, first_line
 from memopt.extras import require
 from memopt.runtimes.conversions import Converted
 from memopt.runtimes.image import image_shape
+from memopt.runtimes.torch_weights import assign, match_names
 from memopt.weights.kinds import DUAL
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import read_sentence
@@ -58,10 +57,6 @@ TOWERS = {"embedding": "get_text_features", "image-embedding": "get_image_featur
 # it may only be missing where the embedding is pooled from the hidden states.
 TRAINING_ONLY = "masked_spec_embed"
 POOLER = "pooler."
-# Constants that older releases of transformers saved with the weights; the model computes them.
-COMPUTED = re.compile(
-    r"(position_ids|token_type_ids|inv_freq|masked_bias|\.attn\.bias|num_batches_tracked)$"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +103,7 @@ def load_config(folder: Path) -> Any:
                 fix="use a model whose architecture is part of transformers",
             ) from error
         raise ExportError(
-            f"{where} is not a model config transformers knows: {_first_line(error)}",
+            f"{where} is not a model config transformers knows: {first_line(error)[:300]}",
             fix="check model_type and architectures",
         ) from error
 
@@ -141,14 +136,14 @@ def load_model(
         part = PARTS.get((config.model_type, task))
         if part:
             module = getattr(module, part)
-        names = _match(module, weights_now.names)
+        names = match_names(module, weights_now.names)
         optional = (
             (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
         )
         encoder = task == "embedding" and config.model_type in ENCODERS
         if encoder:
             optional = (*optional, "decoder.")
-        _assign(module, names, weights_now, optional)
+        assign(module, names, weights_now, optional)
         # A tied parameter is one tensor under two names, of which a checkpoint has one.
         stored = {id(module.get_parameter(name)): weight for name, weight in names.items()}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -180,12 +175,13 @@ def reset(module: Any, config: Any) -> None:
 
 def _sentence_head(bundle: Bundle) -> tuple[int, int | None]:
     """Return how many of the prompt's tokens are not pooled, and how much of the vector is kept."""
-    from memopt.runtimes.text import prompt_tokens
+    from memopt.runtimes.text import TextFrontEnd
 
     sentence = read_sentence(bundle.path)
     if sentence is None:
         return 0, None
-    return (0 if sentence.include_prompt else prompt_tokens(bundle)), sentence.truncate_dim
+    skip = 0 if sentence.include_prompt else TextFrontEnd(bundle, ()).count_prompt()
+    return skip, sentence.truncate_dim
 
 
 def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]:
@@ -212,7 +208,7 @@ def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]
                 module = auto.from_config(config, attn_implementation=attention)
     except ImportError as error:
         package = re.search(r"pip install ([\w.-]+)", str(error))
-        needed = package[1] if package else _first_line(error)
+        needed = package[1] if package else first_line(error)[:300]
         raise ExportError(
             f"the code of {config.model_type} needs a package that is not installed: {needed}",
             fix="install it and run the command again",
@@ -220,7 +216,7 @@ def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]
     except Exception as error:
         raise ExportError(
             f"transformers cannot build {config.model_type!r} for task {task!r} from config.json: "
-            f"{_first_line(error)}",
+            f"{first_line(error)[:300]}",
             fix="choose another --task, or check config.json",
         ) from error
     return module, config
@@ -259,158 +255,3 @@ def _meta_parameters() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register
-
-
-def _match(module: Any, current: dict[str, str]) -> dict[str, str]:
-    """Map each parameter to a weight: same name, or the same with one prefix added or removed.
-
-    Raises:
-        ExportError: weights below one of the module's own parts that it has no parameter for.
-    """
-    wanted = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    # Only heads a checkpoint can be wrapped in: all leading parts that weights in the file have.
-    prefixes = {""}
-    for name in current:
-        parts = name.split(".")
-        prefixes |= {".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts)))}
-    removals = {"", *(name.split(".")[0] + "." for name in wanted)}
-
-    def mapped(name: str, add: str, remove: str) -> str:
-        return add + (name.removeprefix(remove) if remove else name)
-
-    ranks = []
-    for remove in removals:
-        for add in prefixes:
-            hits = sum(mapped(name, add, remove) in current for name in wanted)
-            ranks.append((-hits, len(add) + len(remove), add, remove))
-    _, _, add, remove = min(ranks)
-    names = {}
-    for name in wanted:
-        options = (mapped(name, add, remove), name, add + name)
-        hit = next((option for option in options if option in current), None)
-        if hit is not None:
-            names[name] = current[hit]
-    _refuse_unexpected(module, current, names, add, remove)
-    return names
-
-
-def _buffers(module: Any, names: dict[str, str], current: dict[str, str]) -> dict[str, str]:
-    """Map each buffer that a checkpoint has (batch norm's statistics) to its weight.
-
-    Its name has the prefix that the parameters beside it have in the file.
-
-    Raises:
-        ExportError: the statistics of a layer whose weights are there are missing.
-    """
-    stored = {weight: name for name, weight in current.items()}
-    prefixes: dict[str, str] = {}
-    for name, weight in names.items():
-        folder = name.rpartition(".")[0]
-        prefixes.setdefault(folder, stored.get(weight, weight).rpartition(".")[0])
-    found, missing = {}, []
-    for name, buffer in module.named_buffers():
-        folder, _, last = name.rpartition(".")
-        options = (name, f"{prefixes[folder]}.{last}" if folder in prefixes else name)
-        hit = next((option for option in options if option in current), None)
-        if hit is not None and buffer.is_floating_point():
-            found[name] = current[hit]
-        elif last in ("running_mean", "running_var"):
-            missing.append(name)
-    if missing:
-        raise ExportError(
-            f"the weights do not fit the architecture: missing {_some(missing)}",
-            fix="check that config.json and the weights are of the same model",
-        )
-    return found
-
-
-def _refuse_unexpected(
-    module: Any, current: dict[str, str], names: dict[str, str], add: str, remove: str
-) -> None:
-    used = set(names.values())
-    own = {name for name, _ in module.named_children()}
-    known = {name for name, _ in module.named_buffers()}
-    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
-    left = []
-    for name, stored in current.items():
-        inside = remove + name.removeprefix(add)
-        if stored in used or not name.startswith(add) or inside.split(".")[0] not in own:
-            continue
-        if inside in known or COMPUTED.search(name) or any(re.search(p, name) for p in ignored):
-            continue
-        left.append(stored)
-    if left:
-        raise ExportError(
-            f"the architecture has no place for the weights {_some(left)}",
-            fix="check that config.json (number of layers, say) and the weights are of one model",
-        )
-
-
-def _assign(
-    module: Any, names: dict[str, str], stored: Converted, optional: tuple[str, ...]
-) -> None:
-    import torch
-
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    shared: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        shared.setdefault(id(parameter), []).append(name)
-    tied = set(getattr(module, "all_tied_weights_keys", None) or ())
-    missing, wrong = [], []
-    computed: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        if name not in names:
-            owner = module.get_submodule(name.rpartition(".")[0])
-            if hasattr(owner, "create_weight"):
-                # Sines of positions, which many checkpoints (Marian's) leave out.
-                computed[name] = owner.create_weight().to("cpu", torch.float32)
-                continue
-            twins = [twin for twin in shared[id(parameter)] if twin in names]
-            if not twins and name not in tied and not any(part in name for part in optional):
-                missing.append(name)
-            continue
-        shape = stored.shape(names[name])
-        if shape != tuple(parameter.shape):
-            wrong.append(f"{names[name]} is {shape}, not {tuple(parameter.shape)}")
-    if missing or wrong:
-        problems = [*(f"missing {name}" for name in missing), *wrong]
-        raise ExportError(
-            f"the weights do not fit the architecture: {_some(problems)}",
-            fix="check that config.json and the weights are of the same model",
-        )
-    buffers = _buffers(module, names, stored.names)
-    made: dict[str, Any] = {}
-    for name, weight in names.items():
-        if weight not in made:
-            values = np.asarray(stored.load(weight)).astype(np.float32)
-            made[weight] = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
-        _set(module, name, made[weight])
-    for name, values in computed.items():
-        _set(module, name, torch.nn.Parameter(values, requires_grad=False))
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-        if parameter.is_meta:
-            # An unused part: zeros keep the module whole, and the exporter drops what is not used.
-            zeros = torch.zeros(parameter.shape, dtype=torch.float32)
-            _set(module, name, torch.nn.Parameter(zeros, requires_grad=False))
-    for name, weight in buffers.items():
-        values = torch.from_numpy(np.asarray(stored.load(weight)).astype(np.float32))
-        module.get_buffer(name).copy_(values)
-
-
-def _set(module: Any, name: str, parameter: Any) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        module = getattr(module, part)
-    module._parameters[last] = parameter
-
-
-def _some(items: list[str]) -> str:
-    """Return the first five, and how many there are besides."""
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return f"{', '.join(items[:5])}{more}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,56 +234,65 @@ def _write(
     shards: list[SafetensorsFile], path: Path, compression: str | None, on_step: Step | None
 ) -> list[str]:
     """Write the weight file; return the names of weights with NaN or infinite values."""
-    tensors = [t for shard in shards for t in shard.tensors.values()]
-    dtypes = {t.name: (t.dtype, t.nbytes) for t in tensors}
-    total, not_finite, digests = sum(t.nbytes for t in tensors), [], {}
+    sizes = {t.name: (t.dtype, t.nbytes) for shard in shards for t in shard.tensors.values()}
+    digests: dict[str, str] = {}
     metadata: dict[str, str] = {}
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
-        done = 0
         for shard in shards:
             # A header's tensors cover the file without gaps, so this is the file's own SHA-256.
             header = header_json(shard.path)
             digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
-            for name, tensor in shard.tensors.items():
+            for name in shard.tensors:
                 array = shard.read(name)
                 digest.update(array.reshape(-1).view(np.uint8).data)
-                if not _finite(array):
-                    not_finite.append(name)
                 yield name, array
                 del array
-                done += tensor.nbytes
-                if on_step:
-                    on_step(name, done, total)
             digests[shard.path.name] = digest.hexdigest()
         metadata[SOURCE_KEY] = json.dumps(digests, sort_keys=True)
 
     if len(shards) == 1:
         metadata[_HEADER_KEY] = header_json(shards[0].path).decode("utf-8")
-    write_weights(path, stream(), dtypes=dtypes, metadata=metadata, compression=compression)
-    return not_finite
+    return _write_checked(path, stream(), sizes, metadata, compression, on_step)
 
 
 def _rewrite(source: Path, path: Path, compression: str | None, on_step: Step | None) -> list[str]:
     """Write the weight file from another one, V2 dequantized; return what is not finite."""
-    not_finite = []
     with WeightLoader(source) as loader:
         infos = [loader.info(name) for name in loader.names()]
         sizes = {i.name: (i.dtype, i.size * numpy_dtype(i.dtype).itemsize) for i in infos}
-        total = sum(size for _, size in sizes.values())
-
-        def stream() -> Iterator[tuple[str, np.ndarray]]:
-            done = 0
-            for name, array in loader.items():
-                if not _finite(array):
-                    not_finite.append(name)
-                yield name, array
-                done += sizes[name][1]
-                if on_step:
-                    on_step(name, done, total)
-
         metadata = {SOURCE_KEY: json.dumps({source.name: sha256_file(source)})}
-        write_weights(path, stream(), dtypes=sizes, metadata=metadata, compression=compression)
+        return _write_checked(path, loader.items(), sizes, metadata, compression, on_step)
+
+
+def _write_checked(
+    path: Path,
+    weights: Iterator[tuple[str, np.ndarray]],
+    sizes: Mapping[str, tuple[str, int]],
+    metadata: Mapping[str, str],
+    compression: str | None,
+    on_step: Step | None,
+) -> list[str]:
+    """Write weights as they come, each looked at; return the names of those not finite.
+
+    Args:
+        sizes: dtype and bytes of each.
+        metadata: of the file; may grow until the last weight came.
+    """
+    total, not_finite = sum(size for _, size in sizes.values()), []
+
+    def stream() -> Iterator[tuple[str, np.ndarray]]:
+        done = 0
+        for name, array in weights:
+            if not _finite(array):
+                not_finite.append(name)
+            yield name, array
+            del array
+            done += sizes[name][1]
+            if on_step:
+                on_step(name, done, total)
+
+    write_weights(path, stream(), dtypes=sizes, metadata=metadata, compression=compression)
     return not_finite
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import WeightsError
+from memopt.errors import WeightsError, brief
 from memopt.extras import require
 from memopt.weights.sentence import MODULES, read_modules
 
@@ -79,15 +78,15 @@ def download(
                 f"the hub refuses {source} (HTTP status {status})",
                 fix="check your token with: hf auth whoami",
             ) from error
-        why = f"HTTP status {status}" if status else f"{type(error).__name__}: {_line(error)}"
+        why = f"HTTP status {status}" if status else f"{type(error).__name__}: {brief(error)}"
         return _cached(source, revision, side_files, f"the hub does not answer ({why})")
     except (ValueError, KeyError, TypeError) as error:
-        return _cached(source, revision, side_files, f"no hub answers there ({_line(error)})")
+        return _cached(source, revision, side_files, f"no hub answers there ({brief(error)})")
     try:
         return Snapshot(_fetch(hub, source, revision or "main", listed, side_files, weights))
     except (client_error, OSError, ValueError) as error:
         raise WeightsError(
-            f"{source} cannot be downloaded: {_line(error)}",
+            f"{source} cannot be downloaded: {brief(error)}",
             fix="run it again: what arrived is kept",
         ) from error
 
@@ -160,8 +159,3 @@ def _cached(source: str, revision: str | None, side_files: Sequence[str], why: s
     if why.startswith("HF_HUB_OFFLINE"):
         return Snapshot(folder)
     return Snapshot(folder, (f"{source} is taken from the local cache as it is there: {why}",))
-
-
-def _line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text[:200] or type(error).__name__

@@ -30,11 +30,6 @@ _CACHES = ".ort-cache"  # optimized copies of graphs, in the clear
 _REPORTS = (".html", ".json", ".svg", ".png", ".md")
 
 
-def is_encrypted(bundle: Bundle) -> bool:
-    """Whether files of the bundle are under a key."""
-    return bundle.encrypted
-
-
 def encrypt_bundle(bundle: Bundle, key: bytes) -> Bundle:
     """Encrypt every file of weights in a bundle, all or none; return the bundle anew.
 
@@ -167,7 +162,7 @@ def unlocked(bundle: Bundle, key: bytes | None = None) -> Iterator[Bundle]:
     Args:
         key: of the bundle; None takes the environment's (:func:`memopt.sealing.load_key`).
     """
-    if not is_encrypted(bundle):
+    if not bundle.encrypted:
         yield bundle
         return
     copy = Unlocked(bundle, key)

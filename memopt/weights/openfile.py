@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from memopt.errors import WeightsError
+from memopt.errors import WeightsError, first_line
 from memopt.jsontext import parse_json
 from memopt.parquetfile import one_line, open_parquet
 from memopt.weights import schema
@@ -34,39 +34,29 @@ def _numpy_dtype(kind: pa.DataType) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
+    """Where a weight is."""
+
+    name: str
     row: int
     group: int
     offset: int  # row within its row group
     alone: bool  # the only row of its group
 
 
-class _CountingFile(io.RawIOBase):
+class _CountingFile(io.FileIO):
     """A file that counts what is read from it."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb", buffering=0)
-        self.count = 0
+    count = 0
 
     def readinto(self, buffer: Any) -> int:
-        got = self._file.readinto(buffer) or 0
+        got = super().readinto(buffer) or 0
         self.count += got
         return got
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size) or b""
+        self.count += len(data)
+        return data
 
 
 class OpenFile:
@@ -137,7 +127,7 @@ class OpenFile:
             for offset, name in enumerate(self._group_names(group, count)):
                 if name in places:
                     raise WeightsError(f"{self.path}, row {row}: weight {name!r} is there twice")
-                places[name] = Place(row, group, offset, count == 1)
+                places[name] = Place(name, row, group, offset, count == 1)
                 row += 1
         return places
 
@@ -171,12 +161,25 @@ class OpenFile:
             return table
         except _DAMAGE as error:
             raise WeightsError(
-                f"{self.path}, {what}: cannot be read ({_first_line(error)})",
+                f"{self.path}, {what}: cannot be read ({first_line(error)})",
                 fix="the file is damaged; convert the model again",
             ) from error
 
-    def _column(self, place: Place, column: str, name: str) -> pa.ChunkedArray:
-        what = f"row {place.row} ({name})"
+    def damaged(self, place: Place, problem: str) -> WeightsError:
+        """Return the error that says what is wrong with a weight."""
+        return WeightsError(
+            f"{self.path}, row {place.row} ({place.name}): {problem}", fix="convert the model again"
+        )
+
+    def expect(
+        self, place: Place, shape: tuple[int, ...], got: int, needed: int, what: str = "values"
+    ) -> None:
+        """Raise unless a weight of this shape has as many values (or bytes) as it needs."""
+        if got != needed:
+            raise self.damaged(place, f"{got} {what}, shape {list(shape)} needs {needed}")
+
+    def _column(self, place: Place, column: str) -> pa.ChunkedArray:
+        what = f"row {place.row} ({place.name})"
         if place.alone:
             return self._read(place.group, [column], what).column(column)
         with self._lock:
@@ -189,25 +192,25 @@ class OpenFile:
             self._decoded = (place.group, {**kept, column: read})
         return read
 
-    def small(self, place: Place, name: str) -> dict[str, Any]:
+    def small(self, place: Place) -> dict[str, Any]:
         """Read the columns that describe a weight, not its values."""
         wanted = ("shape", "dtype", "quant_type", "quant_axis")
         columns = [c for c in wanted if c in self._leaf]
         if place.alone:
-            table = self._read(place.group, columns, f"row {place.row} ({name})")
+            table = self._read(place.group, columns, f"row {place.row} ({place.name})")
             return {c: table.column(c)[place.offset].as_py() for c in columns}
-        return {c: self._column(place, c, name)[place.offset].as_py() for c in columns}
+        return {c: self._column(place, c)[place.offset].as_py() for c in columns}
 
     def carrier(self) -> str:
         """The dtype of the V1 weight_data column."""
         value = self._arrow.field("weight_data").type.value_type
         return str(_numpy_dtype(value))
 
-    def loaded_dtype(self, row: dict[str, Any], name: str) -> str:
+    def loaded_dtype(self, row: dict[str, Any], place: Place) -> str:
         if self.version == 1:
             return row.get("dtype") or self.carrier()
         kind = row["quant_type"]
-        return {"fp16": "float16", "raw": self.raw_dtype(name)}.get(kind, "float32")
+        return {"fp16": "float16", "raw": self.raw_dtype(place.name)}.get(kind, "float32")
 
     def raw_dtype(self, name: str) -> str:
         return str(self._rows.get(name, {}).get("dtype", "float32"))
@@ -218,46 +221,35 @@ class OpenFile:
             raise WeightsError(f"{self.path}: {name!r} has group size {size!r}")
         return size
 
-    def float_values(self, place: Place, row: dict[str, Any], name: str) -> np.ndarray:
+    def float_values(self, place: Place, row: dict[str, Any]) -> np.ndarray:
         carrier = self.carrier()
         kind = row.get("dtype") or carrier
         if kind == carrier:
-            return self.values(place, "weight_data", name)
+            return self.values(place, "weight_data")
         dtype = schema.numpy_dtype(kind)
         if "weight_bytes" not in self._leaf:
             raise WeightsError(
-                f"{self.path}, row {place.row} ({name}): dtype {kind} needs the column "
+                f"{self.path}, row {place.row} ({place.name}): dtype {kind} needs the column "
                 "'weight_bytes', which is not there"
             )
-        data = self.values(place, "weight_bytes", name)
+        data = self.values(place, "weight_bytes")
         if data.size % dtype.itemsize:
-            raise WeightsError(
-                f"{self.path}, row {place.row} ({name}): {data.size} bytes are not whole {kind} "
-                "values",
-                fix="convert the model again",
-            )
+            raise self.damaged(place, f"{data.size} bytes are not whole {kind} values")
         return data.view(dtype)
 
-    def values(self, place: Place, column: str, name: str) -> np.ndarray:
+    def values(self, place: Place, column: str) -> np.ndarray:
         """Return a flat array of a list or binary column: a view of the map, or decoded."""
         if place.alone:
             view = self._mapped_values(place, column)
             if view is not None:
                 return view
-        scalar = self._column(place, column, name)[place.offset]
+        scalar = self._column(place, column)[place.offset]
         if not scalar.is_valid:
-            raise WeightsError(
-                f"{self.path}, row {place.row} ({name}): {column} is null",
-                fix="convert the model again",
-            )
+            raise self.damaged(place, f"{column} is null")
         if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
             return np.frombuffer(scalar.as_buffer(), np.uint8)
         if scalar.values.null_count:
-            raise WeightsError(
-                f"{self.path}, row {place.row} ({name}): {column} holds "
-                f"{scalar.values.null_count} null values",
-                fix="convert the model again",
-            )
+            raise self.damaged(place, f"{column} holds {scalar.values.null_count} null values")
         out: np.ndarray = scalar.values.to_numpy(zero_copy_only=False)
         return out
 
@@ -309,7 +301,3 @@ class OpenFile:
             length = end * mmap.PAGESIZE - start
             if length > 0:
                 self._map.madvise(mmap.MADV_DONTNEED, start, length)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

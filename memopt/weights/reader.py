@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -64,12 +63,7 @@ class WeightLoader:
     def __enter__(self) -> WeightLoader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.unload()
 
     def __len__(self) -> int:
@@ -109,15 +103,9 @@ class WeightLoader:
         """
         opened = self._file()
         place = self._place(name)
-        row = opened.small(place, name)
-        return WeightInfo(
-            name,
-            opened.loaded_dtype(row, name),
-            _shape(row, name, place, self.path),
-            place.row,
-            place.group,
-            row.get("quant_type"),
-        )
+        row = opened.small(place)
+        shape, dtype = _shape(row, place, opened), opened.loaded_dtype(row, place)
+        return WeightInfo(name, dtype, shape, place.row, place.group, row.get("quant_type"))
 
     def load(self, name: str) -> np.ndarray:
         """Return a weight in its shape: V1 in its stored dtype, V2 dequantized to float32.
@@ -130,16 +118,16 @@ class WeightLoader:
         """
         opened = self._file()
         place = self._place(name)
-        row = opened.small(place, name)
-        shape = _shape(row, name, place, self.path)
+        row = opened.small(place)
+        shape = _shape(row, place, opened)
         kind = row.get("quant_type")
         if opened.version == 1:
-            flat = opened.float_values(place, row, name)
+            flat = opened.float_values(place, row)
         elif kind in schema.QUANT_BITS:
             return self.load_quantized(name).dequantize()
         elif kind in ("fp16", "raw"):
             stored = "float16" if kind == "fp16" else opened.raw_dtype(name)
-            data = opened.values(place, "weight_data", name)
+            data = opened.values(place, "weight_data")
             dtype = schema.numpy_dtype(stored)
             if kind == "fp16" and data.size == math.prod(shape) > 0:
                 raise WeightsError(
@@ -148,11 +136,11 @@ class WeightLoader:
                     "column, and what they were is lost",
                     fix="make it again from the float weights (memopt quantize keeps float16)",
                 )
-            self._expect(data.size, math.prod(shape) * dtype.itemsize, "bytes", place, name, shape)
+            opened.expect(place, shape, data.size, math.prod(shape) * dtype.itemsize, "bytes")
             flat = data.view(np.int8).view(dtype)
         else:
-            raise self._damaged(place, name, f"quant_type {kind!r} is not known")
-        self._expect(flat.size, math.prod(shape), "values", place, name, shape)
+            raise opened.damaged(place, f"quant_type {kind!r} is not known")
+        opened.expect(place, shape, flat.size, math.prod(shape))
         out = flat.reshape(shape)
         out.flags.writeable = False
         return out
@@ -171,42 +159,37 @@ class WeightLoader:
                 f"{self.path} is schema V1 (float): {name!r} is not quantized",
                 fix="quantize it first, or use load()",
             )
-        row = opened.small(place, name)
+        row = opened.small(place)
         bits = schema.QUANT_BITS.get(row["quant_type"])
         if bits is None:
             raise WeightsError(
                 f"weight {name!r} is kept as {row['quant_type']}, not quantized", fix="use load()"
             )
-        shape = _shape(row, name, place, self.path)
+        shape = _shape(row, place, opened)
         count = math.prod(shape)
-        data = opened.values(place, "weight_data", name)
+        data = opened.values(place, "weight_data")
         whole = data.size == count and schema.PACKING_KEY not in opened.metadata
         if not whole:
-            self._expect(data.size, packed_length(count, bits), "bytes", place, name, shape)
+            opened.expect(place, shape, data.size, packed_length(count, bits), "bytes")
         axis, group = row["quant_axis"], opened.group_size(name)
-        scales = opened.values(place, "scales", name).astype(np.float32)
-        points = opened.values(place, "zero_points", name).astype(np.int8)
+        scales = opened.values(place, "scales").astype(np.float32)
+        points = opened.values(place, "zero_points").astype(np.int8)
         try:
             if axis is None or not -1 <= axis < max(len(shape), 1) or (axis >= 0 and not shape):
                 raise WeightsError(f"quant_axis {axis} does not exist in shape {list(shape)}")
             expected = scale_shape(shape, axis, group)
-            if scales.size != math.prod(expected):
-                raise WeightsError(
-                    f"{scales.size} scales, shape {list(shape)} with axis {axis} and group size "
-                    f"{group} needs {math.prod(expected)}"
-                )
-            if points.size not in (0, scales.size):
-                raise WeightsError(f"{points.size} zero points for {scales.size} scales")
+            # Too many or too few stay as they are, for QuantizedWeight to say so.
+            fits = math.prod(expected)
             return QuantizedWeight(
                 (one_a_byte if whole else unpack)(data, count, bits).reshape(shape),
-                scales.reshape(expected),
-                points.reshape(expected) if points.size else points,
+                scales.reshape(expected) if scales.size == fits else scales,
+                points.reshape(expected) if points.size == fits else points,
                 axis,
                 group,
                 bits,
             )
         except WeightsError as error:
-            raise self._damaged(place, name, error.problem) from None
+            raise opened.damaged(place, error.problem) from None
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (name, array) in file order; pages of a passed weight are given back to the system.
@@ -241,23 +224,9 @@ class WeightLoader:
             raise WeightsError(f"{self.path} has no weight {name!r}", fix=nearest(name, places))
         return places[name]
 
-    def _expect(
-        self, got: int, needed: int, what: str, place: Place, name: str, shape: tuple[int, ...]
-    ) -> None:
-        if got != needed:
-            raise self._damaged(place, name, f"{got} {what}, shape {list(shape)} needs {needed}")
 
-    def _damaged(self, place: Place, name: str, problem: str) -> WeightsError:
-        return WeightsError(
-            f"{self.path}, row {place.row} ({name}): {problem}", fix="convert the model again"
-        )
-
-
-def _shape(row: dict[str, Any], name: str, place: Place, path: Path) -> tuple[int, ...]:
+def _shape(row: dict[str, Any], place: Place, opened: OpenFile) -> tuple[int, ...]:
     shape = row["shape"]
     if shape is None or any(size is None or size < 0 for size in shape):
-        raise WeightsError(
-            f"{path}, row {place.row} ({name}): shape {shape} is not a shape",
-            fix="convert the model again",
-        )
+        raise opened.damaged(place, f"shape {shape} is not a shape")
     return tuple(shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from memopt.errors import WeightsError
 from memopt.files import atomic_path
-from memopt.jsontext import parse_json
+from memopt.jsontext import parse_json, unique_keys
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import numpy_dtype
 
@@ -42,6 +42,8 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# A header has this entry beside those of its tensors.
+METADATA = "__metadata__"
 CODES = {name: code for code, name in DTYPES.items()}
 # The reference implementation refuses longer headers.
 _HEADER_LIMIT = 100_000_000
@@ -122,11 +124,11 @@ def open_safetensors(path: Path, content: bytes | None = None) -> SafetensorsFil
             f"the header of {path}",
             error=WeightsError,
             fix=_DAMAGED,
-            pairs=_no_duplicates,
+            pairs=unique_keys,
         )
     if not isinstance(header, dict):
         raise WeightsError(f"{path} has a header that is not an object", fix=_DAMAGED)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop(METADATA, None) or {}
     if not isinstance(metadata, dict):
         raise WeightsError(f"{path} has metadata that is not an object", fix=_DAMAGED)
     base = 8 + length
@@ -144,13 +146,6 @@ def open_safetensors(path: Path, content: bytes | None = None) -> SafetensorsFil
     if at != size:
         raise WeightsError(f"{path} has {size:,} bytes, its header describes {at:,}", fix=_DAMAGED)
     return SafetensorsFile(path, {t.name: t for t in by_place}, metadata, tuple(header), content)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return out
 
 
 def _tensor(path: Path, name: str, entry: Any, base: int) -> Tensor:
@@ -207,7 +202,11 @@ def write_safetensors(weights: Path, output: Path, *, header: bytes | None = Non
         infos = {name: loader.info(name) for name in loader.names()}
         plan = _placed(header, infos)
         if plan is None:
-            header, plan = _fresh_header(infos)
+            plan = list(infos)
+            header = new_header(
+                (n, i.dtype, i.shape, i.size * numpy_dtype(i.dtype).itemsize)
+                for n, i in infos.items()
+            )
         assert header is not None
         with atomic_path(output) as part, part.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
@@ -229,23 +228,23 @@ def _placed(header: bytes | None, infos: Mapping[str, Any]) -> list[str] | None:
     if header is None:
         return None
     entries = json.loads(header)
-    entries.pop("__metadata__", None)
+    entries.pop(METADATA, None)
     described = {n: (DTYPES.get(e["dtype"]), tuple(e["shape"])) for n, e in entries.items()}
     if described != {n: (i.dtype, i.shape) for n, i in infos.items()}:
         return None
     return sorted(entries, key=lambda n: tuple(entries[n]["data_offsets"]))
 
 
-def _fresh_header(infos: Mapping[str, Any]) -> tuple[bytes, list[str]]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def new_header(tensors: Iterable[tuple[str, str, Iterable[int], int]]) -> bytes:
+    """Return the header of a file of these tensors: name, dtype, shape and bytes of each."""
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     at = 0
-    for name, info in infos.items():
-        size = info.size * numpy_dtype(info.dtype).itemsize
+    for name, dtype, shape, size in tensors:
         header[name] = {
-            "dtype": CODES[info.dtype],
-            "shape": list(info.shape),
+            "dtype": CODES[dtype],
+            "shape": list(shape),
             "data_offsets": [at, at + size],
         }
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), list(infos)  # data starts at a multiple of 8
+    return text + b" " * (-len(text) % 8)  # data starts at a multiple of 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import MissingExtra, WeightsError
+from memopt.errors import MissingExtra, WeightsError, first_line
 from memopt.extras import require
 from memopt.weights.sentence import Sentence
 
@@ -96,7 +96,7 @@ def _load(source: Path, sentence: Sentence | None) -> Any:
     except MissingExtra as error:
         raise WeightsError(str(error)) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(f"transformers cannot read the tokenizer: {reason}") from error
 
 

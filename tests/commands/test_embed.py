@@ -150,13 +150,11 @@ def test_a_csv_without_header_is_read_by_position(tmp_path: Path) -> None:
 
 def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
     """fail names it and writes nothing; skip leaves it out of Parquet and reports it."""
-    from memopt.runtimes.batching import Batch, UnusableItems
+    from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems
     from memopt.runtimes.testing import FakeFrontEnd
 
     class Decoding(FakeFrontEnd):
-        def prepare(
-            self, items: object, batch_size: int | None, tokens: int, step: int
-        ) -> list[Batch]:
+        def prepare(self, items: object, budget: Budget = USUAL) -> list[Batch]:
             broken = {}
             for index, item in enumerate(items):  # type: ignore[var-annotated, arg-type]
                 try:
@@ -165,7 +163,7 @@ def test_a_corrupt_image_among_good_ones(tmp_path: Path) -> None:
                     broken[index] = f"({item}) {error}"
             if broken:
                 raise UnusableItems(broken)
-            return super().prepare(items, batch_size, tokens, step)  # type: ignore[arg-type]
+            return super().prepare(items, budget)  # type: ignore[arg-type]
 
     folder = tmp_path / "images"
     folder.mkdir()

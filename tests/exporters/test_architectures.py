@@ -22,7 +22,7 @@ import transformers
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.exporters.base import export
-from memopt.runtimes.base import Candidate, Settings
+from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 from memopt.weights.reader import WeightLoader
@@ -461,7 +461,7 @@ def test_the_torch_backend_gives_what_the_graph_gives(
     session = ort.InferenceSession(bundle.file(variant), providers=["CPUExecutionProvider"])
     feeds = _feeds(session, transformers.AutoConfig.from_pretrained(bundle.path))
     (wanted,) = session.run(["sentence_embedding"], feeds)
-    backend = opener("torch")(bundle, Candidate("torch", TORCH), Settings(threads=1))
+    backend = opener("torch")(bundle, Placement("torch", TORCH), Settings(threads=1))
     np.testing.assert_allclose(
         backend.run(feeds), wanted, atol=1e-5 * max(1.0, float(np.abs(wanted).max()))
     )

@@ -179,7 +179,7 @@ def _tokenizer(folder: Path) -> None:
         name="m", task="embedding", modality="text", architecture="B", model_type="bert"
     )
     front = TextFrontEnd(Bundle(folder, manifest), ["input_ids", "attention_mask"])
-    front.prepare(["a bird", ""], None)
+    front.prepare(["a bird", ""])
 
 
 def model_folder_seeds() -> list[bytes]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.bundle import Bundle
-from memopt.runtimes.batching import bucket, by_budget
+from memopt.runtimes.batching import Budget, bucket, by_budget
 from memopt.runtimes.engine import ArrowEngine
 
 TEXTS = st.lists(st.text(max_size=60) | st.text("abc \n", max_size=400), max_size=12)
@@ -38,7 +38,7 @@ LENGTHS = st.lists(st.integers(0, 5000), min_size=1, max_size=200)
 @given(lengths=LENGTHS, size=st.none() | st.integers(1, 64))
 def test_batches_hold_every_row_once_and_fit(lengths: list[int], size: int | None) -> None:
     """Each row is in one batch, wide enough for it, within the budget or alone."""
-    batches = by_budget(np.array(lengths), size, 1024, None)
+    batches = by_budget(np.array(lengths), Budget(batch_size=size, tokens=1024), None)
     rows = np.concatenate([rows for rows, _ in batches])
     assert sorted(rows) == list(range(len(lengths)))
     for rows, width in batches:

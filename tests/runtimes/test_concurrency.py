@@ -12,7 +12,7 @@ import pytest
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
 from memopt.runtimes import limits
-from memopt.runtimes.base import Candidate
+from memopt.runtimes.base import Placement
 from memopt.runtimes.cpu import machine_key
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.testing import FakeBackend, fake_engine
@@ -209,7 +209,7 @@ def test_the_fake_follows_the_real_contract() -> None:
     """A fake backend that fails twice is passed over like a real one."""
     opened: list[str] = []
 
-    def open_backend(candidate: Candidate) -> FakeBackend:
+    def open_backend(candidate: Placement) -> FakeBackend:
         opened.append(candidate.variant.name)
         if len(opened) == 1:
             raise RuntimeError("first one is broken")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +17,11 @@ from memopt.bundle import Bundle, Manifest, Variant
 from memopt.errors import BundleError, DeviceError, InputError
 from memopt.metrics import FALLBACK_EVENTS
 from memopt.runtimes import providers
-from memopt.runtimes.base import Backend, Candidate, Opener, Settings
+from memopt.runtimes.base import Backend, Opener, Placement, Settings
 from memopt.runtimes.cpu import machine_key
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.selection import candidates
-from memopt.runtimes.streams import Streams
 from memopt.runtimes.testing import FakeBackend
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def chain(
     variant = Variant(name="v", format="onnx", precision="fp32", file="f")
     table = {chr(97 + i): plan for i, plan in enumerate(plans)}
 
-    def open_backend(candidate: Candidate) -> Backend:
+    def open_backend(candidate: Placement) -> Backend:
         plan = table[candidate.provider]
         if isinstance(plan, Exception):
             raise plan
@@ -48,7 +47,7 @@ def chain(
         opened.append(backend)
         return backend
 
-    rungs = [Candidate(name, variant) for name in table]
+    rungs = [Placement(name, variant) for name in table]
     return BackendChain(rungs, open_backend, strict=strict, events=events), events, opened
 
 
@@ -90,7 +89,7 @@ def test_a_batch_that_finds_no_memory_is_halved_until_it_fits() -> None:
     variant = Variant(name="v", format="onnx", precision="fp32", file="f")
     small, large = FakeBackend(8, room=3), FakeBackend(8)
     backends: dict[str, Backend] = {"cuda": small, "cpu": large}
-    rungs = [Candidate(name, variant) for name in backends]
+    rungs = [Placement(name, variant) for name in backends]
     used = BackendChain(rungs, lambda c: backends[c.provider], strict=True, events=events)
     feed = {"digest": np.arange(13 * 32, dtype=np.uint8).reshape(13, 32)}
     tokens = small.tokens
@@ -110,7 +109,7 @@ def test_where_not_even_one_row_fits_the_next_provider_answers() -> None:
     events: list[FallbackEvent] = []
     variant = Variant(name="v", format="onnx", precision="fp32", file="f")
     backends: dict[str, Backend] = {"cuda": FakeBackend(8, room=0), "cpu": FakeBackend(8)}
-    rungs = [Candidate(name, variant) for name in backends]
+    rungs = [Placement(name, variant) for name in backends]
     used = BackendChain(rungs, lambda c: backends[c.provider], strict=False, events=events)
     np.testing.assert_array_equal(used.run(FEED), FakeBackend(8).run(FEED))
     assert [(e.from_, e.to, e.kind) for e in events] == [("cuda", "cpu", "memory")]
@@ -187,7 +186,7 @@ class Failing:
         self.real, self.first, self.error, self.runs = real, first, error, 0
         self.inputs, self.dimension = real.inputs, real.dimension
         self.streams, self.tokens, self.step = real.streams, real.tokens, real.step
-        self.pool = Streams(1, "failing")
+        self.pool = ThreadPoolExecutor(1, "failing")
 
     def run(self, feed: Feed) -> Rows:
         self.runs += 1
@@ -205,7 +204,7 @@ class Failing:
         return self.real.info()
 
     def close(self) -> None:
-        self.pool.close()
+        self.pool.shutdown(wait=False)
         self.real.close()
 
 
@@ -223,7 +222,7 @@ def test_encode_survives_a_gpu_that_fails_on_its_third_batch(
         if name != "cuda":
             return real(name)
 
-        def open_gpu(bundle: Bundle, candidate: Candidate, settings: Settings) -> Backend:
+        def open_gpu(bundle: Bundle, candidate: Placement, settings: Settings) -> Backend:
             on_cpu = real("cpu")(bundle, replace(candidate, provider="cpu"), settings)
             failing.append(Failing(on_cpu, 3, RuntimeError(message)))
             return failing[0]
@@ -308,7 +307,7 @@ INT8 = Variant(name="onnx-int8-static", format="onnx", precision="int8", file="c
 IR = Variant(name="openvino-fp32", format="openvino", precision="fp32", file="d.xml")
 
 
-def names(found: list[Candidate]) -> list[str]:
+def names(found: list[Placement]) -> list[str]:
     return [str(candidate) for candidate in found]
 
 

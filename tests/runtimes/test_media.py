@@ -76,7 +76,7 @@ def test_paths_bytes_pil_and_arrays_are_the_same_image(
     image.save(path)
     items = [path, str(path), path.read_bytes(), image, array, array.transpose(2, 0, 1)]
     items.append(array / np.float32(255))
-    (batch,) = images.prepare(items, None, 512)
+    (batch,) = images.prepare(items)
     pixels = batch.feed["pixel_values"]
     assert pixels.shape == (7, 3, 224, 224)
     for other in pixels[1:]:
@@ -105,7 +105,7 @@ def test_unusable_images_are_named(images: ImageFrontEnd, tmp_path: Path) -> Non
     cut.write_bytes(whole.getvalue()[:2000])
     items = [picture(8, 8), cut, b"no image", tmp_path / "gone.png", np.zeros((2, 2, 9), np.uint8)]
     with pytest.raises(UnusableItems) as caught:
-        images.prepare(items, None, 512)
+        images.prepare(items)
     reasons = caught.value.reasons
     assert sorted(reasons) == [1, 2, 3, 4]
     assert "cut.png" in reasons[1]
@@ -144,7 +144,7 @@ def test_wav2vec2_samples_equal_transformers(tmp_path: Path) -> None:
     extractor.save_pretrained(tmp_path)
     front = AudioFrontEnd(bundle(tmp_path, "audio"), ["input_values"])
     sounds = [wave(9000), wave(5000), wave(9000)]
-    batches = front.prepare(sounds, None, 512)
+    batches = front.prepare(sounds)
     assert [list(batch.rows) for batch in batches] == [[0, 2], [1]]
     for batch in batches:
         for row, values in zip(batch.rows, batch.feed["input_values"], strict=True):
@@ -179,7 +179,7 @@ def test_unusable_sounds_are_named(sounds: AudioFrontEnd) -> None:
     """Noise bytes, silence of no length and NaN."""
     items = [wave(400), b"no wav", np.zeros(0, np.float32), np.array([np.nan], np.float32)]
     with pytest.raises(UnusableItems) as caught:
-        sounds.prepare(items, None, 512)
+        sounds.prepare(items)
     assert sorted(caught.value.reasons) == [1, 2, 3]
     assert "NaN" in caught.value.reasons[3]
     assert sounds.check("a.wav") is None

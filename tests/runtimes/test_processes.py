@@ -17,7 +17,7 @@ import pytest
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import DeviceError
-from memopt.runtimes.base import Candidate
+from memopt.runtimes.base import Placement
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.testing import FakeBackend, fake_engine
@@ -159,7 +159,7 @@ def test_importing_starts_no_thread_that_reports_usage() -> None:
 def _chain(provider: str, *, strict: bool = False) -> tuple[BackendChain, list[FallbackEvent]]:
     variant = Variant(name="v", format="onnx", precision="fp32", file="f")
     events: list[FallbackEvent] = []
-    rungs = [Candidate(name, variant) for name in (provider, "cpu")]
+    rungs = [Placement(name, variant) for name in (provider, "cpu")]
     made = BackendChain(rungs, lambda c: FakeBackend(8), strict=strict, events=events)
     return made, events
 

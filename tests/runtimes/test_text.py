@@ -39,7 +39,7 @@ def change(bundle: Bundle, name: str, **values: Any) -> None:
 
 
 def tokens(bundle: Bundle, text: str) -> list[int]:
-    (batch,) = TextFrontEnd(bundle, INPUTS).prepare([text], None)
+    (batch,) = TextFrontEnd(bundle, INPUTS).prepare([text])
     return [int(i) for i in batch.feed["input_ids"][0]]
 
 
@@ -103,10 +103,10 @@ def test_a_token_beyond_the_table_is_an_input_error(tiny: Bundle, tmp_path: Path
     rows = config["vocab_size"] = config["vocab_size"] - 1  # "dog" is the last word
     (folder / "config.json").write_text(json.dumps(config))
     front = TextFrontEnd(Bundle(folder, tiny.manifest), ("input_ids", "attention_mask"))
-    assert front.prepare(["a cat"], None)
+    assert front.prepare(["a cat"])
     for texts in (["a cat", "the dog"], ["the dog"]):
         with pytest.raises(UnusableItems) as error:
-            front.prepare(texts, None)
+            front.prepare(texts)
         ((index, why),) = error.value.reasons.items()
         assert index == len(texts) - 1
         assert f"'dog' with id {rows}" in why

@@ -17,7 +17,7 @@ from memopt.runtimes.engine import ArrowEngine
 from memopt.sealing import KEY_FILE_VARIABLE, KEY_VARIABLE, load_key
 from memopt.weights import locked
 from memopt.weights.crypto import MAGIC
-from memopt.weights.locked import encrypt_bundle, is_encrypted
+from memopt.weights.locked import encrypt_bundle
 
 TEXTS = ["a bird on the roof", "rain"]
 
@@ -98,7 +98,7 @@ def test_what_commands_make_of_encrypted_weights_is_encrypted(
     before = private_folders(private_place)
     run("export", path, "--format", "onnx")
     bundle = open_bundle(path)
-    assert is_encrypted(bundle)
+    assert bundle.encrypted
     assert set(bundle.manifest.variants) >= {"onnx-fp32"}
     assert (path / "onnx" / "model.onnx").read_bytes().startswith(MAGIC)
     assert bundle.verify() == []
@@ -130,4 +130,4 @@ def test_a_key_is_never_overwritten(tiny: Bundle, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="exists already"):
         run("encrypt", tiny.path, "--new-key", "--key-file", tmp_path / "key")
     assert (tmp_path / "key").read_text() == "mine"
-    assert not is_encrypted(open_bundle(tiny.path))
+    assert not open_bundle(tiny.path).encrypted

@@ -41,7 +41,7 @@ def ours(bundle: Bundle) -> list[list[int]]:
     front = TextFrontEnd(bundle, ("input_ids", "attention_mask"))
     found = []
     for text in TEXTS:
-        (batch,) = front.prepare([text], None)
+        (batch,) = front.prepare([text])
         kept = batch.feed["attention_mask"][0].astype(bool)
         found.append(batch.feed["input_ids"][0][kept].tolist())
     return found
