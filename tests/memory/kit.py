@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,16 @@ from PIL import Image
 from memopt.memory.model.schema import Content, NewMemory
 
 DIM = 16
+
+
+class Clock:
+    """A store's clock that a test sets: ``now``."""
+
+    def __init__(self, now: datetime) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
 
 
 class Hashing:

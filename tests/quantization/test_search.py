@@ -76,7 +76,7 @@ def test_search_reaches_a_gate_that_plain_int2_misses(tiny_copy: Bundle, texts: 
     assert open_bundle(tiny_copy.path).variant("onnx-int2-weight-only").passed
 
 
-class Clock:
+class Ticks:
     """Seconds that pass only when somebody looks: one each time."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ def test_a_budget_ends_the_search_and_is_said(tiny_copy: Bundle, texts: Path) ->
     compare = comparer(validator, recipe, tiny_copy.path)
     results = []
     for budget in (50.0, 50.0, 1e9):
-        clock = Clock()
+        clock = Ticks()
         results.append(search(make, compare, gate, budget=budget, clock=clock))
         assert results[-1].trail.seconds <= budget + 5
     assert not results[0].trail.complete
@@ -111,7 +111,7 @@ def test_a_budget_ends_the_search_and_is_said(tiny_copy: Bundle, texts: Path) ->
     assert len(results[2].kept) <= len(results[0].kept)
     assert len(results[2].trail.sensitivity) > len(results[0].trail.sensitivity)
     with pytest.raises(QuantizationError, match="budget ended before any"):
-        search(make, compare, gate, budget=2.0, clock=Clock())
+        search(make, compare, gate, budget=2.0, clock=Ticks())
     assert not list(tiny_copy.path.glob("trial*"))
 
 

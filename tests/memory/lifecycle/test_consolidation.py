@@ -23,6 +23,7 @@ from memopt.memory.lifecycle.worker import ConsolidationWorker, Triggers
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.privacy.erase import reclaim
+from tests.memory.kit import Clock
 from tests.memory.llm_server import serve
 
 DIM = 16
@@ -30,17 +31,9 @@ NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 FAST = ConsolidationRecipe(duty=1)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOW
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(NOW)
 
 
 @pytest.fixture

@@ -15,22 +15,14 @@ from memopt.memory.lifecycle.consolidation import consolidate
 from memopt.memory.lifecycle.retention import retain
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
-from tests.memory.kit import DIM, Hashing, files_with
+from tests.memory.kit import DIM, Clock, Hashing, files_with
 
 START = datetime(2026, 1, 1, 15, tzinfo=UTC)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(START)
 
 
 @pytest.fixture

@@ -14,22 +14,14 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model import content as incoming
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.privacy.keys import AesGcm
-from tests.memory.kit import Hashing, note, png
+from tests.memory.kit import Clock, Hashing, note, png
 
 HOUR = timedelta(hours=1)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = datetime(2026, 1, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(datetime(2026, 1, 1, 12, tzinfo=UTC))
 
 
 @pytest.fixture(params=["plain", "encrypted", "uri"])

@@ -20,6 +20,7 @@ from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.schema import Content, NewMemory
 from memopt.memory.privacy.erase import expire, forget
 from memopt.memory.privacy.keys import AesGcm
+from tests.memory.kit import Clock
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 WRONG = datetime(2099, 1, 1, tzinfo=UTC)
@@ -27,18 +28,10 @@ FAST = ConsolidationRecipe(duty=1)
 TEXTS = ("The guest code is tulip.", "Tulip is the code of the guest.", "The guest code: tulip!")
 
 
-class Clock:
-    def __init__(self, now: datetime = NOW) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
 @pytest.fixture(params=["plain", "encrypted"])
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> MemoryStore:
     cipher = AesGcm((bytes(32),)) if request.param == "encrypted" else None
-    return MemoryStore(tmp_path / "s", dim=8, clock=Clock(), cipher=cipher, background=False)
+    return MemoryStore(tmp_path / "s", dim=8, clock=Clock(NOW), cipher=cipher, background=False)
 
 
 def put(store: MemoryStore, *texts: str, axis: int = 0, **fields: object) -> list[str]:
@@ -88,7 +81,7 @@ def test_forgetting_a_dropped_original_takes_what_repeats_it(store: MemoryStore)
 
 def test_a_summary_lives_no_longer_than_its_shortest_lived_source(tmp_path: Path) -> None:
     """Retention is set after condensing memories of different days."""
-    clock = Clock()
+    clock = Clock(NOW)
     store = MemoryStore(tmp_path / "s", dim=8, clock=clock, background=False)
     old = put(store, TEXTS[0], timestamp=NOW - timedelta(days=9))
     young = put(store, TEXTS[1], timestamp=NOW)
@@ -103,7 +96,7 @@ def test_a_summary_lives_no_longer_than_its_shortest_lived_source(tmp_path: Path
 
 def test_archived_words_are_found(tmp_path: Path) -> None:
     """By consolidation, by tiering, and those that an older memopt packed away."""
-    store = MemoryStore(tmp_path / "s", dim=8, clock=Clock(), background=False)
+    store = MemoryStore(tmp_path / "s", dim=8, clock=Clock(NOW), background=False)
     put(store, "The boiler takes part QX7731", timestamp=NOW - timedelta(days=40))
     kept = put(store, "The kettle takes part ZV4410", axis=1)
     consolidate(store, FAST)
