@@ -1,7 +1,4 @@
-"""A bad network for tests: a TCP proxy that drops, delays, truncates, flips, doubles and stalls.
-
-It ships with the package so that a fleet's own tests can put it between their nodes.
-"""
+"""A bad network for tests: a TCP proxy that drops, delays, truncates, flips, doubles and stalls."""
 
 from __future__ import annotations
 

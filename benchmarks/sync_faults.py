@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from chaos import ChaosProxy, Fault
 
 from memopt.federation.client.client import SyncClient
 from memopt.federation.client.manager import DeltaSyncManager
@@ -31,7 +32,6 @@ from memopt.federation.delta.settings import DeltaSettings
 from memopt.federation.failures import SyncFailure
 from memopt.federation.trust.nodes import Trust, add_trusted
 from memopt.federation.trust.signing import SigningKey
-from memopt.federation.wire.chaos import ChaosProxy, Fault
 
 CODECS = ("int8", "int4", "fp16", "lossless", "topk")
 KINDS = ("drop", "truncate", "flip", "duplicate", "stall", "delay")

@@ -10,6 +10,7 @@ from typing import Any
 
 from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
+from memopt.jsontext import unique_keys
 
 MIB = 1 << 20
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,99}\Z")
@@ -133,7 +134,7 @@ def strict_json(
     if text.count(b"{") + text.count(b"[") > containers:
         raise SyncFailure("too-large", f"{what} has more than {containers} objects and lists")
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(data, object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise SyncFailure("malformed", f"{what} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -158,13 +159,6 @@ def canonical_json(value: object) -> bytes:
     b'{"a":[true],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key is there twice")
-    return value
 
 
 def _no_constant(name: str) -> None:

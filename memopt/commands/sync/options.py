@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -42,11 +41,11 @@ class SyncAccess:
     plain: Plain = False
     insecure: Insecure = False
 
-    def connect(self) -> NodeSession:
+    def connect(self, deadline: float | None = None) -> NodeSession:
         """Return the client, the node's files and the settings in force."""
         from memopt.federation.client.session import connect
 
-        return connect(**asdict(self))
+        return connect(**asdict(self), deadline=deadline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +61,11 @@ class SyncTransfer:
         float | None, typer.Option(help="Seconds that all of it may take, retries included.")
     ] = None
 
-    def connect(self, access: SyncAccess) -> NodeSession:
-        """Return what :meth:`Access.connect` does, with the deadline."""
-        from memopt.federation.client.session import connect
-
-        return connect(**asdict(access), deadline=self.deadline)
-
-    @contextmanager
-    def manager(self, adapter: str, settings: DeltaSettings) -> Iterator[DeltaSyncManager]:
+    def manager(self, adapter: str, settings: DeltaSettings) -> DeltaSyncManager:
         """Open this node's state of an adapter."""
         from memopt.federation.client.session import open_state
 
-        with open_state(self.state, adapter, settings, key_file=self.key_file) as manager:
-            yield manager
+        return open_state(self.state, adapter, settings, key_file=self.key_file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def pull(
     from memopt.federation.delta.settings import DeltaSettings
 
     check_target(output, folder=output.suffix not in (".safetensors", ".parquet"))
-    session = transfer.connect(access)
+    session = access.connect(transfer.deadline)
     settings = DeltaSettings(dictionary=read_dictionary(transfer.dictionary))
     with transfer.manager(adapter, settings) as manager, moving("pulling") as progress:
         report = session.client.pull(manager, trust=session.files.trust(), progress=progress)

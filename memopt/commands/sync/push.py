@@ -24,12 +24,12 @@ def push(
     """Send what changed since the last push, signed."""
     from dataclasses import asdict
 
-    from memopt.federation.client.session import read_dictionary, report_json
+    from memopt.federation.client.session import delta_settings, read_dictionary, report_json
     from memopt.federation.delta.adapters import read_weights
 
-    session = transfer.connect(access)
+    session = access.connect(transfer.deadline)
     dictionary = read_dictionary(transfer.dictionary)
-    settings = session.delta_settings(dictionary=dictionary or None, **asdict(coding))
+    settings = delta_settings(session.config, dictionary=dictionary or None, **asdict(coding))
     # Before the state's folder is made: what cannot be read leaves nothing behind.
     new = read_weights(weights)
     with transfer.manager(adapter, settings) as manager, moving("pushing") as progress:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.errors import ConfigurationError
-from memopt.federation.client.jobs import Progress, PullJob, Push, PushJob, silent
+from memopt.federation.client.jobs import Progress, PullJob, PushJob, silent
 from memopt.federation.client.link import ServerLink
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.client.retries import Retries
@@ -140,15 +140,16 @@ class SyncClient:
         for name in weights:
             # What the server would refuse is known before anything is sent.
             check_tensor_name(name, self.limits)
-        push = Push(
+        job = PushJob(
+            manager=manager,
             weights=check_weights(weights),
             key=key,
             node=node,
+            timeout=self._link.timeout,
             full=full,
             settings=settings,
             progress=progress,
         )
-        job = PushJob(push, manager, self._link.timeout)
         started = time.perf_counter()
         attempts = self._run(job)
         delta = job.delta
@@ -186,7 +187,13 @@ class SyncClient:
         Raises:
             SyncFailure: refused, nothing there, or still failing after the retries.
         """
-        job = PullJob(self._link.timeout, self.limits, manager, trust, progress)
+        job = PullJob(
+            manager=manager,
+            trust=trust,
+            limits=self.limits,
+            timeout=self._link.timeout,
+            progress=progress,
+        )
         started = time.perf_counter()
         attempts = self._run(job)
         return PullReport(
@@ -194,7 +201,7 @@ class SyncClient:
             sequence=manager.state.sequence,
             versions=job.versions,
             kind=job.kind,
-            payload_bytes=job.bytes,
+            payload_bytes=job.received,
             seconds=time.perf_counter() - started,
             attempts=attempts,
             weights_hash=manager.state.weights_hash,

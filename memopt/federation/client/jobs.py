@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from memopt.federation.client.link import Exchange
@@ -40,41 +40,34 @@ _COMMIT_BYTES_PER_SECOND = 5e6
 _MAX_ITEMS = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Push:
-    """What is to be pushed, by whom and how."""
+@dataclass(slots=True, kw_only=True)
+class PushJob:
+    """One push across its attempts: what is pushed, by whom and how."""
 
+    manager: DeltaSyncManager
     weights: dict[str, Array]
     key: SigningKey
     node: str
+    timeout: float
     full: bool = False
     settings: DeltaSettings | None = None
     progress: Progress = silent
-
-
-class PushJob:
-    """One push across its attempts."""
-
-    def __init__(self, push: Push, manager: DeltaSyncManager, timeout: float) -> None:
-        self._push = push
-        self._manager = manager
-        self._timeout = timeout
-        self._full = push.full
-        self._head = Head()  # of the server, that the delta is made for
-        self._signed: Signed | None = None
-        self.delta: Delta | None = None
-        self.sequence = 0
-        self.moved = self.resumed = 0
+    head: Head = field(default_factory=Head)  # of the server, that the delta is made for
+    delta: Delta | None = None
+    signed: Signed | None = None
+    sequence: int = 0
+    moved: int = 0
+    resumed: int = 0
 
     def fall_back(self) -> bool:
         """Send everything from now on; False when that was tried already."""
-        again, self._full = not self._full, True
+        again, self.full = not self.full, True
         self.delta = None
         return again
 
     def run(self, exchange: Exchange) -> None:
         """Make one attempt."""
-        manager, weights = self._manager, self._push.weights
+        manager, weights = self.manager, self.weights
         exchange.send(protocol.HELLO, {"operation": "push", "adapter": manager.adapter})
         state = exchange.receive(protocol.STATE).fields
         head = Head(
@@ -94,7 +87,7 @@ class PushJob:
             exchange.send(protocol.BYE)
             return
         # The same manifest in every attempt: should an earlier one arrive late, it is this one.
-        signed = self._signed = self._signed or self._sign(delta, head)
+        signed = self.signed = self.signed or self._sign(delta, head)
         manager.begin(signed, delta, weights)
         exchange.send(protocol.OFFER, {"signed": signed.to_json()})
         self._transfer(exchange, delta.payload)
@@ -103,23 +96,21 @@ class PushJob:
 
     def _delta(self, head: Head) -> Delta:
         """Return the delta for the server's head; the same one as long as the head is the same."""
-        if self.delta is None or self._head.digest != head.digest:
-            mine = self._manager.state
+        if self.delta is None or self.head.digest != head.digest:
+            mine = self.manager.state
             same = (mine.sequence, mine.weights_hash) == (head.sequence, head.weights_hash)
-            full = self._full or not same or head.sequence == 0
-            self.delta = self._manager.delta(
-                self._push.weights, full=full, settings=self._push.settings
-            )
-            self._head, self._signed = head, None
+            full = self.full or not same or head.sequence == 0
+            self.delta = self.manager.delta(self.weights, full=full, settings=self.settings)
+            self.head, self.signed = head, None
             self.moved = 0
         return self.delta
 
     def _sign(self, delta: Delta, head: Head) -> Signed:
-        return self._push.key.sign(
+        return self.key.sign(
             VersionManifest.following(
                 head,
-                adapter=self._manager.adapter,
-                node=self._push.node,
+                adapter=self.manager.adapter,
+                node=self.node,
                 kind=delta.kind,
                 new_hash=delta.new_hash,
                 payload=delta.payload,
@@ -128,17 +119,17 @@ class PushJob:
 
     def _transfer(self, exchange: Exchange, payload: bytes) -> None:
         total = len(payload)
-        within = self._timeout + total / _COMMIT_BYTES_PER_SECOND
+        within = self.timeout + total / _COMMIT_BYTES_PER_SECOND
         frame = exchange.receive(protocol.RESUME, protocol.DONE, within=within)
         if frame.kind == protocol.DONE:
             return
         offset = check_count("offset", frame.fields.get("offset"), total)
         self.resumed = max(self.resumed, offset)
-        self._push.progress(offset, total)
+        self.progress(offset, total)
 
         def reached(there: int) -> None:
             self.moved = max(self.moved, there)
-            self._push.progress(there, total)
+            self.progress(there, total)
 
         size, view = protocol.CHUNK_BYTES, memoryview(payload)
         parts = (view[start : start + size] for start in range(offset, total, size))
@@ -156,45 +147,40 @@ class PlanItem:
     full: bool
 
 
+@dataclass(slots=True, kw_only=True)
 class PullJob:
     """One pull across its attempts; bytes already here are kept in a file of the state folder."""
 
-    def __init__(
-        self,
-        timeout: float,
-        limits: Limits,
-        manager: DeltaSyncManager,
-        trust: Trust,
-        progress: Progress = silent,
-    ) -> None:
-        self._limits = limits
-        self._manager = manager
-        self._trust = trust
-        self._progress = progress
-        self._timeout = timeout
-        self._full = False
-        self.moved = self.bytes = self.versions = 0
-        self.kind = "nothing"
+    manager: DeltaSyncManager
+    trust: Trust
+    limits: Limits
+    timeout: float
+    progress: Progress = silent
+    full: bool = False
+    kind: str = "nothing"
+    moved: int = 0
+    received: int = 0
+    versions: int = 0
 
     def fall_back(self) -> bool:
         """Ask for everything from now on; False when that was tried already."""
-        again, self._full = not self._full, True
+        again, self.full = not self.full, True
         return again
 
     def run(self, exchange: Exchange) -> None:
         """Make one attempt."""
-        manager, mine = self._manager, self._manager.state
+        manager, mine = self.manager, self.manager.state
         exchange.send(
             protocol.HELLO,
             {
                 "operation": "pull",
                 "adapter": manager.adapter,
-                "sequence": 0 if self._full else mine.sequence,
-                "weights_hash": NO_HASH if self._full else mine.weights_hash,
+                "sequence": 0 if self.full else mine.sequence,
+                "weights_hash": NO_HASH if self.full else mine.weights_hash,
             },
         )
         # The server may have to rebuild and pack everything first.
-        plan = exchange.receive(protocol.PLAN, within=4 * self._timeout).fields
+        plan = exchange.receive(protocol.PLAN, within=4 * self.timeout).fields
         items = self._check_plan(plan)
         done, total = 0, sum(item.size for item in items)
         weights = manager.weights()
@@ -206,7 +192,7 @@ class PullJob:
         if items:
             manager.adopt(items[-1].signed, weights)
             self.kind = "full" if items[-1].full else "delta"
-            self.bytes, self.versions = total, len(items)
+            self.received, self.versions = total, len(items)
         exchange.send(protocol.BYE)
         for path in manager.folder.glob("*.incoming"):
             path.unlink(missing_ok=True)
@@ -216,7 +202,7 @@ class PullJob:
         rows = plan.get("items")
         if not isinstance(rows, list) or len(rows) > _MAX_ITEMS:
             raise SyncFailure("malformed", f"the plan is not a list of at most {_MAX_ITEMS} items")
-        mine = self._manager.state
+        mine = self.manager.state
         head = Head(sequence=mine.sequence, weights_hash=mine.weights_hash, digest=mine.digest)
         items = []
         for row in rows:
@@ -227,9 +213,9 @@ class PullJob:
     def _check_item(self, row: object, head: Head) -> PlanItem:
         """Return a row of the plan, which must lead on from ``head``."""
         fields = check_keys("plan item", row, ("signed", "bytes", "sha256", "full"))
-        signed, full = parse_signed(fields["signed"], self._limits), fields["full"] is True
+        signed, full = parse_signed(fields["signed"], self.limits), fields["full"] is True
         manifest = signed.manifest
-        if manifest.adapter != self._manager.adapter:
+        if manifest.adapter != self.manager.adapter:
             raise SyncFailure("forbidden", f"a version of {manifest.adapter!r} was offered")
         self._verify(signed, full=full)
         if manifest.kind == "aggregate":
@@ -240,7 +226,7 @@ class PullJob:
                 f"the server offers version {manifest.sequence}, this node has {head.sequence}",
                 fix="if the server was reset on purpose, remove this node's state folder",
             )
-        size = check_count("bytes", fields["bytes"], self._limits.payload_bytes)
+        size = check_count("bytes", fields["bytes"], self.limits.payload_bytes)
         sha256 = check_hash("sha256", fields["sha256"])
         follows = (manifest.sequence, manifest.base_hash, manifest.previous) == (
             head.sequence + 1,
@@ -259,9 +245,9 @@ class PullJob:
         of a node that lost its role: then the newest alone is asked for, whole.
         """
         try:
-            self._trust.verify(signed, fresh=False)
+            self.trust.verify(signed, fresh=False)
         except SyncFailure as error:
-            if full or self._full or error.code not in ("unknown-signer", "forbidden"):
+            if full or self.full or error.code not in ("unknown-signer", "forbidden"):
                 raise
             raise SyncFailure("need-full", error.problem, fix=error.fix) from error
 
@@ -272,15 +258,15 @@ class PullJob:
 
         def reached(there: int) -> None:
             self.moved = max(self.moved, done + there)
-            self._progress(done + there, total)
+            self.progress(done + there, total)
 
-        path = self._manager.folder / f"{item.sha256}.incoming"
-        with Appending(path, self._manager.vault) as file:
+        path = self.manager.folder / f"{item.sha256}.incoming"
+        with Appending(path, self.manager.vault) as file:
             if file.size > item.size:
                 file.clear()
             exchange.send(protocol.GET, {"item": number, "offset": file.size})
             receive_chunks(exchange, file, item.size, reached)
-        data = self._manager.vault.read(path)
+        data = self.manager.vault.read(path)
         if hashlib.sha256(data).hexdigest() != item.sha256:
             path.unlink(missing_ok=True)
             self.moved = 0

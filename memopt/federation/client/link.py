@@ -132,7 +132,7 @@ class ServerLink:
     @contextmanager
     def client(self, *, ends: float = float("inf")) -> Iterator[Any]:
         """Yield a Flight client on a fresh connection; ``ends`` as in :meth:`exchange`."""
-        seconds = _left(self.timeout, ends)
+        seconds, tls = _left(self.timeout, ends), self._tls
         self.probe(seconds)
         options = [
             # Without this, clients of one process share a connection, and a broken one its backoff.
@@ -143,18 +143,13 @@ class ServerLink:
             ("grpc.min_reconnect_backoff_ms", max(1000, int(seconds * 1000))),
         ]
         try:
-            if self._tls:
-                client = flight.FlightClient(
-                    f"grpc+tls://{_bracket(self.host)}:{self.port}",
-                    tls_root_certs=self._tls.ca.read_bytes(),
-                    cert_chain=self._tls.certificate.read_bytes(),
-                    private_key=self._tls.key.read_bytes(),
-                    generic_options=options,
-                )
-            else:
-                client = flight.FlightClient(
-                    f"grpc://{_bracket(self.host)}:{self.port}", generic_options=options
-                )
+            client = flight.FlightClient(
+                f"{'grpc+tls' if tls else 'grpc'}://{_bracket(self.host)}:{self.port}",
+                tls_root_certs=tls and tls.ca.read_bytes(),
+                cert_chain=tls and tls.certificate.read_bytes(),
+                private_key=tls and tls.key.read_bytes(),
+                generic_options=options,
+            )
         except BROKEN as error:
             raise translate(error) from error
         try:

@@ -19,7 +19,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -117,12 +116,7 @@ class DeltaSyncManager:
     def __enter__(self) -> DeltaSyncManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -247,7 +241,7 @@ class DeltaSyncManager:
         weights = self.weights()
         if not self.state.residual_sha256:
             return weights
-        path = self._residual_path(self.state)
+        path = self.folder / f"{self.state.residual_sha256}.residual"
         data = self.vault.read(path)
         if hashlib.sha256(data).hexdigest() != self.state.residual_sha256:
             raise SyncError(f"residual {path} is damaged", fix="push the full weights again")
@@ -323,9 +317,6 @@ class DeltaSyncManager:
                 fix=f"remove {self.folder}: the next sync is a full one",
             )
         return weights
-
-    def _residual_path(self, state: State) -> Path:
-        return self.folder / f"{state.residual_sha256}.residual"
 
     def _clean(self) -> None:
         used = set()

@@ -27,17 +27,6 @@ class Progressing(Protocol):
         """Take the other way from now on; False when there is none."""
 
 
-@dataclass
-class Still:
-    """Something that cannot come half-way, and that has no other way: a question, an order."""
-
-    moved: int = 0
-
-    def fall_back(self) -> bool:
-        """There is no other way."""
-        return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class Retries:
     """How often and how long something is attempted.
@@ -55,27 +44,26 @@ class Retries:
 
     def run(self, attempt: Callable[[float], None], job: Progressing | None = None) -> int:
         """Call ``attempt`` with the time (``time.monotonic()``) at which it must be over, until it
-        returns; return the number of attempts.
+        returns; return the number of attempts. Without a ``job`` nothing can come half-way.
 
         Raises:
             SyncFailure: refused for good, still failing after the retries, or out of time.
         """
-        job = job or Still()
         attempts = failures = 0
         ends = time.monotonic() + (self.deadline or float("inf"))
         while True:
             attempts += 1
-            before = job.moved
+            before = job.moved if job else 0
             try:
                 attempt(ends)
                 return attempts
             except SyncFailure as error:
-                if error.code in _FALL_BACK and job.fall_back():
+                if job and error.code in _FALL_BACK and job.fall_back():
                     fallback("delta", "full", error.code, told=f"delta -> full: {error.problem}")
                     continue
                 if not error.retryable:
                     raise
-                failures = 1 if job.moved > before else failures + 1
+                failures = 1 if job and job.moved > before else failures + 1
                 if failures > self.most:
                     raise
                 pause = self.chance.uniform(

@@ -78,10 +78,6 @@ class NodeSession:
     files: NodeFiles
     config: FederationSection
 
-    def delta_settings(self, **chosen: Any) -> DeltaSettings:
-        """Return settings from the configuration, options that were given over it."""
-        return delta_settings(self.config, **chosen)
-
     def push(
         self, manager: DeltaSyncManager, new: Weights, *, full: bool, progress: Progress
     ) -> PushReport:

@@ -14,14 +14,12 @@ from memopt.federation.delta.arrays import Array, Weights, check_weights, dtype_
 from memopt.federation.trust.vault import Vault
 from memopt.files import atomic_path
 from memopt.weights.reader import WeightLoader
-from memopt.weights.safetensors import CODES, open_safetensors
+from memopt.weights.safetensors import METADATA, new_header, open_safetensors
 from memopt.weights.writer import write_weights as write_parquet
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # The adapter's config travels as one more tensor, so that it is hashed, signed and versioned too.
 CONFIG_TENSOR = "__adapter_config__"
-# A safetensors header has this entry beside those of its tensors.
-_METADATA = "__metadata__"
 _LIKE_METADATA = re.compile(r"__metadata___*")
 
 
@@ -96,25 +94,15 @@ def safetensors_parts(weights: Weights) -> Iterator[bytes | memoryview]:
     Raises:
         SyncError: a tensor has the name under which the format keeps other things.
     """
-    if _METADATA in weights:
+    if METADATA in weights:
         raise SyncError(
-            f"a safetensors file cannot hold a tensor called {_METADATA!r}",
+            f"a safetensors file cannot hold a tensor called {METADATA!r}",
             fix="write .parquet, or call it something else",
         )
-    header: dict[str, object] = {_METADATA: {"format": "pt"}}
-    start = 0
-    for name in sorted(weights):
-        array = weights[name]
-        header[name] = {
-            "dtype": CODES[dtype_name(array)],
-            "shape": list(array.shape),
-            "data_offsets": [start, start + array.nbytes],
-        }
-        start += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+    arrays = sorted(weights.items())
+    header = new_header((name, dtype_name(a), a.shape, a.nbytes) for name, a in arrays)
+    yield len(header).to_bytes(8, "little")
+    yield header
     for name in sorted(weights):
         yield raw(np.ascontiguousarray(weights[name])).data
 
@@ -130,7 +118,7 @@ def _kept_name(name: str) -> str:
 
 
 def _given_name(name: str) -> str:
-    return name[:-1] if name != _METADATA and _LIKE_METADATA.fullmatch(name) else name
+    return name[:-1] if name != METADATA and _LIKE_METADATA.fullmatch(name) else name
 
 
 def read_kept(path: Path, vault: Vault) -> dict[str, Array]:

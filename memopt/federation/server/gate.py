@@ -26,7 +26,7 @@ from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
 from memopt.federation.server.guard import StreamGuard
-from memopt.federation.server.relay import Relay
+from memopt.federation.server.relay import READ_BYTES, End, relay
 from memopt.federation.server.tickets import Identity, Tickets
 from memopt.federation.trust.authority import node_of
 from memopt.metrics import count
@@ -152,41 +152,34 @@ class SyncGate:
         try:
             async with asyncio.timeout(_HANDSHAKE_SECONDS):
                 await ready.wait()
-        finally:
+        except BaseException:
             self._loop.remove_reader(plain)
+            plain.close()
+            raise
+        self._loop.remove_reader(plain)
 
     async def _serve(self, plain: socket.socket) -> None:
         task = asyncio.current_task()
         assert task is not None
         ticket = secrets.token_hex(16)
-        relay = Relay(StreamGuard(self._limits.message_bytes, self._limits.connection_streams))
+        guard = StreamGuard(self._limits.message_bytes, self._limits.connection_streams)
+        ends: list[End] = []
         try:
             try:
-                try:
-                    await self._spoken(plain)
-                except BaseException:
-                    plain.close()
-                    raise
-                await self._loop.connect_accepted_socket(
-                    lambda: relay.client,
-                    plain,
-                    ssl=self._context,
-                    ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
-                )
+                await self._spoken(plain)
+                ends.append(await self._shake_hands(plain))
             finally:
                 self._pending.pop(task, None)
-            assert relay.client.transport is not None
-            self._tickets.add(ticket, self._identify(relay.client.transport))
-            await self._loop.create_unix_connection(
-                lambda: relay.server, sock=self._connect_inner(ticket)
-            )
-            await relay.run(self._alive(ticket))
+            self._tickets.add(ticket, self._identify(ends[0][1]))
+            inner = self._connect_inner(ticket)
+            ends.append(await asyncio.open_unix_connection(sock=inner, limit=READ_BYTES))
+            await relay(ends[0], ends[1], guard, self._alive(ticket))
         except SyncFailure as error:
             self._refuse(error.problem)
         except ssl.SSLError as error:
             self._refuse(str(error))
         except OSError as error:
-            if relay.client.transport is None:
+            if not ends:
                 # TLS 1.2, no certificate, a port scan.
                 self._refuse(f"the TLS handshake failed ({error})")
             else:
@@ -194,7 +187,20 @@ class SyncGate:
                 count("memopt_sync_broken_connections_total")
         finally:
             self._tickets.remove(ticket)
-            relay.abort()
+            for _, writer in reversed(ends):
+                # At once: a peer that does not read must not keep a socket.
+                writer.transport.abort()
+
+    async def _shake_hands(self, plain: socket.socket) -> End:
+        reader = asyncio.StreamReader(limit=READ_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await self._loop.connect_accepted_socket(
+            lambda: protocol,
+            plain,
+            ssl=self._context,
+            ssl_handshake_timeout=_HANDSHAKE_SECONDS if self._context else None,
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, self._loop)
 
     def _connect_inner(self, ticket: str) -> socket.socket:
         """Connect to Flight from an address that is the ticket: what Flight calls the peer."""
@@ -211,12 +217,12 @@ class SyncGate:
             path.unlink(missing_ok=True)
         return inner
 
-    def _identify(self, transport: asyncio.BaseTransport) -> Identity:
+    def _identify(self, writer: asyncio.StreamWriter) -> Identity:
         if self._context is None:
             return Identity(node=None)
-        if transport.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
+        if writer.get_extra_info("ssl_object").selected_alpn_protocol() != "h2":
             raise SyncFailure("malformed", "the client does not offer HTTP/2")
-        certificate = transport.get_extra_info("peercert") or {}
+        certificate = writer.get_extra_info("peercert") or {}
         return Identity(
             node=node_of(certificate),
             expires=float(ssl.cert_time_to_seconds(certificate["notAfter"])),

@@ -46,6 +46,7 @@ MANIFEST, PAYLOAD, WEIGHTS, SNAPSHOT = (
 )
 # Weights are kept for the newest versions and every so many, so that a rebuild is a short chain.
 _KEEP_WEIGHTS, _WEIGHTS_EVERY = 2, 20
+_CACHE_BYTES = 1 << 30  # of decoded weights, in memory
 
 
 class Store:
@@ -56,7 +57,6 @@ class Store:
         limits: sizes that are believed when reading back.
         dictionaries: zstd dictionaries by SHA-256.
         keep: versions kept for history and rollback; older ones are removed.
-        cache_bytes: decoded weights kept in memory.
         vault: keeps payloads and weights as they are, or sealed; what is still plain in a store
             that gets a key is sealed when it is opened.
 
@@ -71,14 +71,12 @@ class Store:
         *,
         dictionaries: Mapping[str, bytes] | None = None,
         keep: int = 200,
-        cache_bytes: int = 1 << 30,
         vault: Vault | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.limits = limits or Limits()
         self._dictionaries = dict(dictionaries or {})
         self._keep = max(keep, 2)
-        self._cache_bytes = cache_bytes
         self.vault = vault or Vault()
         self._cache: OrderedDict[str, dict[str, Array]] = OrderedDict()
         self._locks: dict[str, threading.RLock] = {}
@@ -316,7 +314,7 @@ class Store:
         with self._guard:
             self._cache[key] = weights
             while len(self._cache) > 1 and (
-                sum(total_bytes(w) for w in self._cache.values()) > self._cache_bytes
+                sum(total_bytes(w) for w in self._cache.values()) > _CACHE_BYTES
             ):
                 self._cache.popitem(last=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Tickets:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._identities: dict[str, Identity] = {}
-        self._busy: dict[str, int] = {}
+        self._busy: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def add(self, ticket: str, identity: Identity) -> None:
@@ -82,7 +83,7 @@ class Tickets:
         """While inside, the connection ``peer`` may be silent: the server is working for it."""
         ticket = _ticket(peer)
         with self._lock:
-            self._busy[ticket] = self._busy.get(ticket, 0) + 1
+            self._busy[ticket] += 1
         try:
             yield
         finally:

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
@@ -60,15 +59,8 @@ class Upload:
         """Whether no other exchange has taken this upload over."""
         return self._holder.token is self._token
 
-    def __enter__(self) -> Upload:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -98,9 +90,9 @@ class Uploads:
             holder = self._holders.setdefault(path, _Holder())
             upload = Upload(path, manifest.payload_bytes, holder, self._vault)
         try:
-            with upload:
-                yield upload
+            yield upload
         finally:
+            upload.close()
             with self._lock:
                 if upload.held:
                     self._holders.pop(path, None)

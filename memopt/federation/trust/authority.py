@@ -20,7 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
 from memopt.federation.trust.manifest import check_node
-from memopt.federation.trust.signing import one_at_a_time
+from memopt.federation.trust.signing import one_at_a_time, pem_of
 from memopt.files import atomic_path
 from memopt.sealing import check_private, write_private
 
@@ -45,7 +45,7 @@ def init_ca(folder: str | Path, *, days: float = 3650, name: str = "memopt test 
         .sign(key, hashes.SHA256())
     )
     # Of two at once one is refused here, before it writes a certificate.
-    write_private(key_file, _pem_key(key), new=True)
+    write_private(key_file, pem_of(key), new=True)
     _write(certificate, built)
     return certificate
 
@@ -91,7 +91,7 @@ def issue(
     certificate, key_file = Path(folder) / f"{node}.pem", Path(folder) / f"{node}.key"
     # A key and its certificate go together.
     with one_at_a_time(Path(folder)):
-        write_private(key_file, _pem_key(key))
+        write_private(key_file, pem_of(key))
         _write(certificate, built)
     return certificate, key_file
 
@@ -187,14 +187,6 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
 
 
 def _write(path: Path, certificate: x509.Certificate) -> None:

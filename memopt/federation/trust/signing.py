@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
@@ -57,12 +58,7 @@ class SigningKey:
         Args:
             new: refuse (ConfigurationError) to take the place of a key that is there.
         """
-        pem = self._private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        write_private(Path(path), pem, new=new)
+        write_private(Path(path), pem_of(self._private), new=new)
 
     def public(self) -> str:
         """Return the public key as 64 hex digits."""
@@ -72,6 +68,15 @@ class SigningKey:
         """Return the manifest with this key's signature."""
         signature = self._private.sign(manifest.text())
         return Signed(manifest=manifest, key=self.public(), signature=signature.hex())
+
+
+def pem_of(key: Ed25519PrivateKey | EllipticCurvePrivateKey) -> bytes:
+    """Return a private key as PEM (PKCS 8), not encrypted."""
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 @contextmanager

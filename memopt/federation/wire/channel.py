@@ -71,16 +71,12 @@ class Sink(Protocol):
         """Write the next piece."""
 
 
-def _nothing(reached: int) -> None:
-    pass
-
-
 def send_chunks(
     channel: Channel,
     parts: Iterator[bytes | memoryview],
     offset: int,
     total: int,
-    reached: Callable[[int], None] = _nothing,
+    reached: Callable[[int], None] = lambda there: None,
 ) -> None:
     """Send ``parts``, which are the bytes from ``offset`` to ``total``, and wait for the last ACK.
 
@@ -109,7 +105,7 @@ def send_chunks(
 
 
 def receive_chunks(
-    channel: Channel, sink: Sink, total: int, reached: Callable[[int], None] = _nothing
+    channel: Channel, sink: Sink, total: int, reached: Callable[[int], None] = lambda there: None
 ) -> None:
     """Append chunks to ``sink`` until it has ``total`` bytes, each acknowledged when it is there.
 

@@ -33,8 +33,8 @@ CHUNK_BYTES = 2 * MIB
 # a peer that only writes would block for ever.
 WINDOW_BYTES = 8 * MIB
 
-HELLO, STATE, OFFER, RESUME, CHUNK, ACK, DONE, PLAN, GET, BYE, ERROR = range(1, 12)
-KINDS = (HELLO, STATE, OFFER, RESUME, CHUNK, ACK, DONE, PLAN, GET, BYE, ERROR)
+KINDS = range(1, 12)
+HELLO, STATE, OFFER, RESUME, CHUNK, ACK, DONE, PLAN, GET, BYE, ERROR = KINDS
 
 
 @dataclass(frozen=True, slots=True)

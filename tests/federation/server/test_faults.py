@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.chaos import ChaosProxy, Fault
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.failures import SyncFailure
 from memopt.federation.server.store import Store
 from memopt.federation.trust.nodes import Trust
 from memopt.federation.wire import protocol
-from memopt.federation.wire.chaos import ChaosProxy, Fault
 from tests.federation.conftest import lora, step
 
 

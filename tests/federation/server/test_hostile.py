@@ -18,6 +18,7 @@ import pyarrow.flight as flight
 import pytest
 from pyarrow.ipc import IpcWriteOptions
 
+from benchmarks.chaos import ChaosProxy, Fault
 from memopt.errors import ConfigurationError
 from memopt.federation.delta.arrays import weights_hash
 from memopt.federation.delta.compute import compute_delta, full_payload
@@ -31,7 +32,6 @@ from memopt.federation.trust.manifest import NO_HASH, VersionManifest
 from memopt.federation.trust.nodes import Node, Trust, add_trusted
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire import protocol
-from memopt.federation.wire.chaos import ChaosProxy, Fault
 from tests.federation.conftest import lora, step
 from tests.federation.test_sync import exchange
 
