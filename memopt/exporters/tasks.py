@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,12 +18,10 @@ from memopt.bundle import Manifest
 from memopt.errors import ExportError
 from memopt.exporters.masks import attention_arguments
 from memopt.exporters.pooling import pool_numpy, pool_torch, without_prompt
+from memopt.graphs.session import Observe
 from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.runtimes.vectors import unit_rows
-
-if TYPE_CHECKING:
-    from memopt.graphs.session import Observe
 
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.

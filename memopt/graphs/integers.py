@@ -7,17 +7,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from memopt.extras import require
 from memopt.graphs.openvino import read_openvino
-from memopt.graphs.session import THREADS
+from memopt.graphs.session import THREADS, Feed
 from memopt.runtimes.onnx import cpu_session, session_options
-
-if TYPE_CHECKING:
-    from memopt.graphs.session import Feed
 
 # Operators of ONNX Runtime whose product runs on integers.
 INTEGER_OPS = frozenset(

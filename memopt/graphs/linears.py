@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.bundle import Bundle
 from memopt.errors import WeightsError
@@ -15,10 +16,7 @@ from memopt.graphs.ir import constant, made_by
 from memopt.graphs.openvino import constant_of, folded, nodes_of, value_name
 from memopt.weights.reader import WeightLoader
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.floating[Any]]
+Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.extras import require
 from memopt.graphs.openvino import read_openvino, value_name
-from memopt.graphs.session import THREADS, open_onnx, open_openvino
+from memopt.graphs.session import THREADS, Feed, Observe, open_onnx, open_openvino
 from memopt.runtimes.onnx import session_options
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.graphs.session import Feed, Observe
-
-    Array = NDArray[np.floating[Any]]
+Array = NDArray[np.floating[Any]]
 
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": THREADS}
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.bundle import Bundle
 from memopt.errors import InputError
@@ -16,13 +17,10 @@ from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.onnx import cpu_session, session_options
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Feed = Mapping[str, NDArray[Any]]
-    # Runs the graph and returns the values named when it was opened, in that order.
-    Observe = Callable[[Feed], Sequence[NDArray[Any]]]
-    Run = Callable[[Feed], NDArray[np.float32]]
+Feed = Mapping[str, NDArray[Any]]
+# Runs the graph and returns the values named when it was opened, in that order.
+Observe = Callable[[Feed], Sequence[NDArray[Any]]]
+Run = Callable[[Feed], NDArray[np.float32]]
 
 # Both sides of every comparison get the same two numbers.
 THREADS = 2

@@ -94,16 +94,14 @@ def optimize(
     """
     gate = Gate(min_cosine=min_cosine)
     budgeted = Budget(budget)
-    if plan and targets:
-        plan = plan.only(targets)
+    plan = plan.only(targets) if plan and targets else plan
     if not Path(calibration).exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
     altair()  # not missed at the end
     step("resolve the model")
     resolved = _encoder(source)
-    manifest = resolved.manifest
     inputs = Inputs.read(resolved, Path(calibration), samples, seed)
-    wanted = plan.candidates if plan else candidates(manifest, targets or _here(), cpu_features())
+    wanted = plan.candidates if plan else _candidates(resolved.manifest, targets)
     made = Plan(
         source=str(source),
         min_cosine=min_cosine,
@@ -203,8 +201,9 @@ def _encoder(source: str | Path) -> Bundle:
     return bundle
 
 
-def _here() -> list[str]:
-    return [name for name in TARGETS if installed(canonical(name))]
+def _candidates(manifest: Manifest, targets: Sequence[str] | None) -> tuple[Candidate, ...]:
+    here = [name for name in TARGETS if installed(canonical(name))]
+    return candidates(manifest, targets or here, cpu_features())
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome | None:

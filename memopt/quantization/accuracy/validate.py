@@ -6,24 +6,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import QuantizationError
-from memopt.graphs.session import feeds, open_graph
+from memopt.graphs.session import Feed, Run, feeds, open_graph
 from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.quantization.accuracy.gate import Validation
 from memopt.runtimes.vectors import row_cosines, unit_rows
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.graphs.session import Feed, Run
-
-    Rows = NDArray[np.floating[Any]]
+Rows = NDArray[np.floating[Any]]
 
 # Neighbours compared for the retrieval overlap.
 NEIGHBOURS = 10

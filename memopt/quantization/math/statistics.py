@@ -6,18 +6,14 @@ Memory depends on the number of layers and channels, never on how many inputs ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.errors import QuantizationError
-from memopt.graphs.observe import valid_rows
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.graphs.observe import Array
-    from memopt.graphs.session import Feed, Observe
+from memopt.graphs.observe import Array, valid_rows
+from memopt.graphs.session import Feed, Observe
 
 # Rows kept per layer: enough for the error of a choice of alpha to be known within a few percent.
 ROWS = 1536

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from memopt.graphs.ir import constant, integers, made_by, new_node, only_use, set_constant, store
 from memopt.graphs.linears import Linear
+from memopt.graphs.observe import Array
+from memopt.quantization.math.smooth import Smoothing
 from memopt.quantization.methods.static import Rounded
-
-if TYPE_CHECKING:
-    from memopt.graphs.observe import Array
-    from memopt.quantization.math.smooth import Smoothing
 
 # What splits a projection into heads, and joins heads again: (batch, length, heads, width).
 _HEADS = (0, 2, 1, 3)

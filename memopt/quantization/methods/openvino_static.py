@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from memopt.graphs.linears import openvino_linears
+from memopt.graphs.observe import Array
 from memopt.graphs.openvino import (
     constant_of,
     feed_from,
@@ -24,6 +25,7 @@ from memopt.graphs.openvino import (
     read_openvino,
     users_of,
 )
+from memopt.quantization.math.smooth import Smoothing
 from memopt.quantization.method import Context, Layer, Make, Quantized, float_layer, kept_layers
 from memopt.quantization.methods.static import (
     Rounded,
@@ -33,10 +35,6 @@ from memopt.quantization.methods.static import (
     round_table,
     share_of_power,
 )
-
-if TYPE_CHECKING:
-    from memopt.graphs.observe import Array
-    from memopt.quantization.math.smooth import Smoothing
 
 # Tables below this many bytes stay float: token types are not worth a second Gather.
 SMALLEST_TABLE = 1 << 18

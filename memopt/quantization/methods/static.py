@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memopt.graphs.linears import Linear
-from memopt.graphs.observe import observer, valid_rows
+from memopt.graphs.observe import Array, observer, valid_rows
+from memopt.graphs.session import Feed, Observe
 from memopt.progress import Step, silent
 from memopt.quantization.math.smooth import Smoothing, choose, round_weight, with_range
 from memopt.quantization.math.statistics import Histogram, Observed, observe
 from memopt.quantization.method import Context, Layer, MethodRecipe
-
-if TYPE_CHECKING:
-    from memopt.graphs.observe import Array
-    from memopt.graphs.session import Feed, Observe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ DequantizeLinear x 2 -> MatMul into MatMulIntegerToFloat, an integer product wit
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +23,11 @@ from memopt.graphs.ir import (
     to_proto,
 )
 from memopt.graphs.linears import Linear, onnx_linears
+from memopt.quantization.math.smooth import Smoothing
 from memopt.quantization.method import Context, Layer, Make, Quantized, float_layer, kept_layers
 from memopt.quantization.methods.fold import fold_smoothing
 from memopt.quantization.methods.static import Rounded, StaticRecipe, int8_layer, round_layers
 from memopt.quantization.methods.tables import find_tables, quantize_tables
-
-if TYPE_CHECKING:
-    from memopt.quantization.math.smooth import Smoothing
 
 
 def prepare(context: Context[StaticRecipe]) -> Make:

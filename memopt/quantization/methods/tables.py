@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.graphs.ir import constant, new_node, replace_node, store
+from memopt.graphs.observe import Array
 from memopt.quantization.method import Layer
 from memopt.quantization.methods.static import round_table, share_of_power
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.graphs.observe import Array
 
 # Tables below this many bytes stay float: token types are not worth a second Gather.
 SMALLEST_TABLE = 1 << 18

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from memopt.graphs.blocks import to_blocks
 from memopt.graphs.ir import (
@@ -37,11 +38,7 @@ from memopt.quantization.method import (
     kept_layers,
 )
 from memopt.quantization.methods.tables import find_tables, quantize_tables
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from memopt.weights.quantized import QuantizedWeight
+from memopt.weights.quantized import QuantizedWeight
 
 # accuracy_level 4 lets the kernel round activations to int8 per block and multiply integers: on
 # MiniLM 8 bits keep min cosine .998 and run about twice as fast as with float activations.
