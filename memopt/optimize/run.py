@@ -36,7 +36,7 @@ TUNING_SAMPLES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class TimeBudget:
     """Seconds for all, counted from when it was made."""
 
     seconds: float
@@ -93,7 +93,7 @@ def optimize(
         MemoptError: the float model itself cannot be exported.
     """
     gate = Gate(min_cosine=min_cosine)
-    budgeted = Budget(budget)
+    budgeted = TimeBudget(budget)
     plan = plan.only(targets) if plan and targets else plan
     if not Path(calibration).exists():
         raise InputError(f"no calibration data at {str(calibration)!r}", fix="check the path")
@@ -145,7 +145,7 @@ def _build_all(
     wanted: Sequence[Candidate],
     inputs: Inputs,
     gate: Gate,
-    budget: Budget,
+    budget: TimeBudget,
     say: Step,
     on_outcome: Callable[[int, int, Outcome], None] | None,
 ) -> list[Outcome]:
