@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -112,13 +111,16 @@ class OpenvinoBackend:
         self._many: _Requests | None = self._single if self.streams == 1 else None
         weights = path.with_suffix(".bin")
         small = weights.is_file() and weights.stat().st_size <= _MOST_FIXED_BYTES
-        self._fixed = _FixedShapes(partial(self._compile, 1)) if small else None
+        self._fixed = _FixedShapes(self._compile_fixed) if small else None
 
     def _only_output(self, model: Any) -> Any:
         """Return the model that computes and copies out only what is asked for."""
         if len(model.outputs) == 1:
             return model
         return _openvino().Model([model.output(self._output)], model.get_parameters())
+
+    def _compile_fixed(self, shape: tuple[int, ...]) -> _Requests:
+        return self._compile(1, shape)
 
     def _compile(self, streams: int, shape: tuple[int, ...] | None = None) -> _Requests:
         """Return the model compiled for so many streams, and for one shape of all its inputs.
