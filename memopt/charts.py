@@ -243,28 +243,13 @@ def tradeoff(
     kinds = [kind for kind in _KINDS if any(point.style == kind for point in points)]
     scale = alt.Scale(domain=[_KINDS[k] for k in kinds], range=[_COLOURS[k] for k in kinds])
     legend = alt.Legend(**below, columns=1, symbolOpacity=1)
-    sizes = sorted(
-        {min(row["megabytes"] for row in values), max(row["megabytes"] for row in values)}
-    )
-    area = alt.Size(
-        "megabytes:Q",
-        scale=alt.Scale(domain=[0, sizes[-1]], range=[60, 900]),
-        legend=alt.Legend(
-            **below,
-            columns=1,
-            values=sizes,
-            labelExpr="format(datum.value, ',.0f') + ' MB'",
-            symbolFillColor="transparent",
-            symbolStrokeColor="var(--soft)",
-        ),
-    )
     front = base.transform_filter("datum.front").mark_line(stroke=_COLOURS["soft"], strokeWidth=1.5)
     layers = [
         front.encode(order="x:Q", tooltip=alt.value(None)),
         base.mark_rule(strokeOpacity=0.5).encode(x="x_low:Q", x2="x_high:Q"),
         base.mark_rule(strokeOpacity=0.5).encode(y=alt.Y("nines_low:Q"), y2="nines:Q"),
         base.mark_point(filled=True, fillOpacity=0.3, strokeWidth=1.5).encode(
-            size=area,
+            size=_area(alt, [row["megabytes"] for row in values], below),
             fill=alt.Fill("kind:N", scale=scale, legend=legend),
             stroke=alt.Stroke("kind:N", scale=scale, legend=legend),
         ),
@@ -280,6 +265,22 @@ def tradeoff(
         )
         layers[:0] = [zone, _gate(alt, nines(gate), f"below the gate of {gate:g}", across=True)]
     return alt.layer(*layers).properties(width="container", height=380)
+
+
+def _area(alt: Any, megabytes: Sequence[float], legend: dict[str, Any]) -> Any:
+    """Return the channel that tells a file's size by a bubble's, with the ends in the legend."""
+    return alt.Size(
+        "megabytes:Q",
+        scale=alt.Scale(domain=[0, max(megabytes)], range=[60, 900]),
+        legend=alt.Legend(
+            **legend,
+            columns=1,
+            values=sorted({min(megabytes), max(megabytes)}),
+            labelExpr="format(datum.value, ',.0f') + ' MB'",
+            symbolFillColor="transparent",
+            symbolStrokeColor="var(--soft)",
+        ),
+    )
 
 
 def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
