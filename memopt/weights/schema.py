@@ -111,8 +111,8 @@ def split_name(name: str) -> tuple[str, str]:
     >>> split_name("logit_scale")
     ('', 'logit_scale')
     """
-    layer, dot, weight = name.rpartition(".")
-    return (layer, weight) if dot and layer else ("", name)
+    layer, _, weight = name.rpartition(".")
+    return (layer, weight) if layer and weight else ("", name)
 
 
 def join_name(layer: str, weight: str) -> str:
