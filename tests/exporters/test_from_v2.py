@@ -141,6 +141,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         quantized_graph(graph, v1, v2)
 
 
+@pytest.mark.slow
 def test_minilm_int4_runs_with_the_files_integers(minilm_copy: Bundle) -> None:
     """The real model: checked against torch with the dequantized weights, and recorded."""
     path = minilm_copy.path / "weights_int4.parquet"

@@ -210,6 +210,7 @@ def test_fused_graph_is_right_and_complete(name: str) -> None:
     assert fuse(model, config)[0].SerializeToString() == fused.SerializeToString()
 
 
+@pytest.mark.slow
 def test_what_does_not_fuse_is_reported() -> None:
     """Rotary attention keeps its nodes and the report names each with the reason."""
     _, report = fuse(*exported("modernbert"))

@@ -255,6 +255,7 @@ def test_unknown_choices_are_answered_with_what_there_is(copy: Bundle) -> None:
 
 
 @pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.slow
 def test_the_oldest_and_newest_opset_export(copy: Bundle, opset: int) -> None:
     """The ends of the opset range pass the same check."""
     portable = export(copy, opset=opset, fused=False)[0]

@@ -66,6 +66,7 @@ def test_bf16_shares_the_file_and_differs_in_options(exported: Bundle) -> None:
     assert exported.verify() == []
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(exported: Bundle, tmp_path: Path) -> None:
     """Graph and weights are byte-identical; rewriting the shared file renews both variants."""
     copy = open_bundle(shutil.copytree(exported.path, tmp_path / "bundle"))

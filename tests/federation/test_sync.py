@@ -137,6 +137,7 @@ def test_any_flight_client_can_look(fleet, plain, tmp_path: Path) -> None:
             client.get_flight_info(flight.FlightDescriptor.for_path("other"))
 
 
+@pytest.mark.slow
 def test_256_mib_pass_without_deadlock(fleet, plain, tmp_path: Path) -> None:
     """A payload far past Flight's 16 MiB of buffers goes through, acknowledged in a window."""
     rng = np.random.default_rng(0)

@@ -61,6 +61,7 @@ def test_static_openvino(bundle: Bundle, samples: Samples) -> None:
     )
 
 
+@pytest.mark.slow
 def test_static_onnx(bundle: Bundle, samples: Samples) -> None:
     """QDQ int8 lowers to MatMulIntegerToFloat for every weighted product, and is as right."""
     result = run(bundle, samples, method="static", target="cpu", smooth=0.8)
@@ -85,6 +86,7 @@ def eight(bundle: Bundle, samples: Samples) -> Result:
     return run(bundle, samples, method="weight-only")
 
 
+@pytest.mark.slow
 def test_weight_only(bundle: Bundle, samples: Samples, eight: Result) -> None:
     """int8 weights are nearly exact; at four bits GPTQ is clearly better than rounding."""
     nearest = run(bundle, samples, method="weight-only", weight_type="int4")

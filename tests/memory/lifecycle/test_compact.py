@@ -150,6 +150,7 @@ def test_stats_name_the_near_duplicates_and_every_fact_stays_findable(tmp_path: 
     assert after.duplicate_rate < rate
 
 
+@pytest.mark.slow
 def test_a_thousand_ways_to_say_fifty_facts_leave_each_findable(
     tmp_path: Path, minilm: Bundle
 ) -> None:

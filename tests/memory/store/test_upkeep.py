@@ -60,6 +60,7 @@ def folder_size(path: Path) -> int:
     return sum(sizes)
 
 
+@pytest.mark.slow
 def test_memories_added_one_at_a_time_stay_in_few_files(tmp_path: Path) -> None:
     """As an agent adds them; nothing is asked for, and every memory and link is there."""
     with MemoryStore(tmp_path / "s", dim=DIM) as store:
@@ -190,6 +191,7 @@ def test_a_search_whose_version_went_is_repeated(tmp_path: Path) -> None:
     assert store.database.fetch(Once()).num_rows == 1
 
 
+@pytest.mark.slow
 def test_consolidation_takes_little_room_while_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
