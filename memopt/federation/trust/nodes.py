@@ -177,8 +177,10 @@ def _add_trusted(
 def _parse_trust(data: bytes, origin: str) -> dict[str, Node]:
     try:
         document = check_keys(origin, strict_json(data, what=origin), ("nodes",))
+        if not isinstance(document["nodes"], dict):
+            raise SyncFailure("malformed", f"{origin}: nodes is not an object")
         nodes = {}
-        for name, raw in check_keys(origin, document["nodes"], list(document["nodes"])).items():
+        for name, raw in document["nodes"].items():
             check_node(name)
             entry = check_keys(f"{origin}: {name}", raw, ("roles", "keys", "adapters"))
             for field in entry:
