@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "memopt.federation.adapters": "memopt.federation.delta.adapters",
@@ -62,6 +63,35 @@ MOVED = {
     "memopt.quantization.statistics": "memopt.quantization.math.statistics",
     "memopt.quantization.validate": "memopt.quantization.accuracy.validate",
 }
+
+# What a module's public names are called now, and where they lie.
+RENAMED = {
+    "memopt.memory.io.models": {
+        "remember": "memopt.memory.io.models:write_models",
+        "remembered": "memopt.memory.io.models:read_models",
+    },
+    "memopt.memory.lifecycle.llm": {"Limits": "memopt.memory.lifecycle.llm:CallLimits"},
+    "memopt.memory.privacy.erase": {"Erased": "memopt.memory.privacy.erase:Erasure"},
+    "memopt.memory.privacy.redaction": {"Found": "memopt.memory.privacy.redaction:Redaction"},
+    "memopt.quantization.accuracy.validate": {"Gate": "memopt.quantization.accuracy.gate:Gate"},
+    "memopt.runtimes.base": {"Candidate": "memopt.runtimes.base:Placement"},
+    "memopt.weights.crypto": {
+        name: f"memopt.sealing:{name}" for name in ("load_key", "parse_key", "write_key")
+    },
+}
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose names are others now; each use is warned of."""
+
+    def find(name: str) -> Any:
+        if name not in RENAMED[module]:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = RENAMED[module][name].partition(":")
+        warnings.warn(f"{module}.{name} is {home}.{new} now", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(home), new)
+
+    return find
 
 
 class _Old:

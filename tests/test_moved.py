@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from memopt.moved import MOVED
+from memopt.moved import MOVED, RENAMED
 
 CODE = """
 import importlib, warnings
@@ -56,3 +56,15 @@ def test_a_package_gives_the_names_of_the_module_before_it(module: str, names: l
     package = importlib.import_module(module)
     assert all(callable(getattr(package, name)) for name in names)
     assert not hasattr(package, "nothing_of_that_name")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in RENAMED.items() for name in names]
+)
+def test_a_name_of_before_is_found_under_its_new_one(module: str, name: str) -> None:
+    """With a warning that says where it is; others are missing as ever."""
+    home, _, new = RENAMED[module][name].partition(":")
+    with pytest.warns(DeprecationWarning, match=f"{name} is {home}.{new} now"):
+        old = getattr(importlib.import_module(module), name)
+    assert old is getattr(importlib.import_module(home), new)
+    assert not hasattr(importlib.import_module(module), "nothing_of_that_name")

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ConfigurationError
+from memopt.moved import old_names
+
+__getattr__ = old_names(__name__)
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

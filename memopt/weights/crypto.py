@@ -13,7 +13,10 @@ from pathlib import Path
 
 from memopt.errors import WeightsError
 from memopt.files import atomic_path
+from memopt.moved import old_names
 from memopt.sealing import KEY_VARIABLE, TAG_BYTES, Envelope, WrongKey
+
+__getattr__ = old_names(__name__)
 
 MAGIC = b"MEMOPT-GCM1"
 _SEGMENT = 4 << 20

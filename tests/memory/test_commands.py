@@ -117,7 +117,9 @@ def test_forget_erases(minilm: Bundle, tmp_path: Path) -> None:
     assert json.loads(memopt("stats", path, "--json").stdout)["memories"] == 1
 
 
-def test_bad_input_is_one_line(store: Path, minilm: Bundle, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(
+    store: Path, minilm: Bundle, tmp_path: Path, unmeasured: None
+) -> None:
     """Each kind of bad input: exit 1 or 2, one line that names it, nothing added."""
     (tmp_path / "broken.png").write_bytes(png(1)[:60])
     (tmp_path / "broken.wav").write_bytes(b"RIFF\x10\0\0\0WAVEjunk")

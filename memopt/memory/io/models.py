@@ -11,6 +11,9 @@ from memopt.files import atomic_path, read_plain
 from memopt.jsontext import parse_json
 from memopt.memory.model.schema import Embedder
 from memopt.memory.store.meta import MODELS_FILE
+from memopt.moved import old_names
+
+__getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,9 @@ from memopt.errors import ConfigurationError, ConsolidationError
 from memopt.memory.lifecycle.backends import BACKENDS, DEFAULT_MODELS, CallLimits, Refused, Send
 from memopt.memory.privacy.redaction import redactor
 from memopt.metrics import count
+from memopt.moved import old_names
+
+__getattr__ = old_names(__name__)
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 # What reasoning models think aloud before they answer, by the tags of their chat templates.

@@ -16,6 +16,9 @@ from memopt.memory.store.ends import mend_times
 from memopt.memory.store.meta import TABLES
 from memopt.memory.store.reembed import unfinished
 from memopt.memory.store.stats import folder_bytes
+from memopt.moved import old_names
+
+__getattr__ = old_names(__name__)
 
 _BATCH = 1024
 # What holds content or vectors; the others hold ids and are only compacted.

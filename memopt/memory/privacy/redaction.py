@@ -13,6 +13,9 @@ from memopt.errors import ConfigurationError
 from memopt.extras import require
 from memopt.memory.model.unicode import FILLER, normalised
 from memopt.memory.privacy.redaction_rules import RULES
+from memopt.moved import old_names
+
+__getattr__ = old_names(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle, Variant
 from memopt.errors import QuantizationError
 from memopt.graphs.session import Feed, Run, feeds, open_graph
+from memopt.moved import old_names
 from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.quantization.accuracy.gate import Validation
 from memopt.runtimes.vectors import row_cosines, unit_rows
+
+__getattr__ = old_names(__name__)
 
 Rows = NDArray[np.floating[Any]]
 
