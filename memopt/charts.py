@@ -133,11 +133,13 @@ def bars(
         tooltip=[alt.Tooltip("label:N", title=" "), alt.Tooltip("shown:N", title="value")],
     )
     x = alt.X("at:Q", scale=scale, axis=axis)
-    scale = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
-    colour = alt.Color("style:N", legend=None, scale=scale)
-    mark = base.mark_circle(size=80, yOffset=9, opacity=1) if shares else None
+    colours = alt.Scale(domain=list(_COLOURS), range=list(_COLOURS.values()))
+    colour = alt.Color("style:N", legend=None, scale=colours)
+    mark = base.mark_bar(size=14, yOffset=9)
+    if shares:
+        mark = base.mark_circle(size=80, yOffset=9, opacity=1)
     layers = [
-        (mark or base.mark_bar(size=14, yOffset=9)).encode(x=x, color=colour),
+        mark.encode(x=x, color=colour),
         base.mark_text(align="left", yOffset=-8, limit=alt.ExprRef("width")).encode(
             x=alt.value(2), text="label:N"
         ),

@@ -91,7 +91,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def brief(error: BaseException, most: int = 200) -> str:
+def brief(error: object, most: int = 200) -> str:
     """Return the beginning of what an error says, or its kind where it says nothing.
 
     >>> brief(ValueError("no such\\n  file"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memopt.errors import InputError, MemoptError
+from memopt.errors import InputError, MemoptError, first_line
 from memopt.extras import require
 from memopt.thrift import read_struct
 
@@ -147,9 +147,8 @@ class one_line:  # noqa: N801 - used as a function
 
         known = (*_DAMAGE, pa.ArrowException)
         if isinstance(value, known) and not isinstance(value, MemoptError):
-            line = (str(value).splitlines() or [type(value).__name__])[0]
             raise self._error(
-                f"{self._path} is not a readable Parquet file: {line}",
+                f"{self._path} is not a readable Parquet file: {first_line(value)}",
                 fix="it was cut short or changed; make it again",
             ) from value
 

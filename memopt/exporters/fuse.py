@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from memopt.errors import ExportError
+from memopt.errors import ExportError, first_line
 from memopt.exporters.fuse_attention import AttentionFusion, weight_name
 from memopt.exporters.fuse_embed import fuse_embeddings
 from memopt.exporters.fuse_match import Projection
@@ -162,7 +162,7 @@ def _check(fused: onnx.ModelProto) -> None:
             onnx.checker.check_model(fused)
     except onnx.checker.ValidationError as error:
         raise ExportError(
-            f"the fused graph is not valid: {str(error).splitlines()[0]}",
+            f"the fused graph is not valid: {first_line(error)}",
             fix="use the portable graph and report the model's architecture",
         ) from error
 

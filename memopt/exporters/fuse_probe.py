@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from memopt.errors import first_line
 from memopt.extras import require
 from memopt.graphs.ir import constant
 from memopt.graphs.session import open_onnx
@@ -140,7 +141,7 @@ class Probe:
             run = open_onnx(proto, [value.name], options)
             return [np.asarray(run(feed)[0]) for feed in feeds]
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
-            raise ProbeError(str(error).splitlines()[0]) from error
+            raise ProbeError(first_line(error)) from error
 
     def _feeds(self, longest: int) -> list[dict[str, np.ndarray]]:
         rng = np.random.default_rng(0)

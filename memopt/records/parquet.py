@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from memopt.errors import InputError
+from memopt.errors import InputError, first_line
 from memopt.extras import require
 from memopt.parquetfile import batches, open_parquet
 from memopt.records.record import Record, Records
@@ -57,7 +57,7 @@ def _row_values(pa: Any, batch: Any) -> Iterator[dict[str, Any] | str]:
             yield {n: column[row].as_py() for n, column in zip(names, columns, strict=True)}
         except (ValueError, OverflowError, ArithmeticError) as error:
             # A date before the year 1, or text that is no UTF-8.
-            yield f"cannot be read: {(str(error).splitlines() or [''])[0]}"
+            yield f"cannot be read: {first_line(error)}"
 
 
 def _without_nanoseconds(pa: Any, column: Any) -> Any:

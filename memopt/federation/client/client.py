@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memopt.errors import ConfigurationError
-from memopt.federation.client.jobs import Progress, PullJob, PushJob, silent
+from memopt.federation.client.jobs import PullJob, PushJob
 from memopt.federation.client.link import ServerLink
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.client.retries import Retries
@@ -38,6 +38,7 @@ from memopt.federation.trust.nodes import Trust
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.wire.tls import TlsFiles, check_plain
 from memopt.metrics import count, errors
+from memopt.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +26,7 @@ from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Appending
 from memopt.federation.wire import protocol
 from memopt.federation.wire.channel import receive_chunks, send_chunks
-
-Progress = Callable[[int, int], None]
-
-
-def silent(done: int, total: int) -> None:
-    """Say nothing."""
-
+from memopt.progress import Progress, silent
 
 # What a slow server may need to decode and store, on top of the timeout.
 _COMMIT_BYTES_PER_SECOND = 5e6

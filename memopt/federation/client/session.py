@@ -16,7 +16,6 @@ from typing import Any
 from memopt.config import load_config
 from memopt.errors import ConfigurationError, SyncError
 from memopt.federation.client.client import PullReport, PushReport, SyncClient
-from memopt.federation.client.jobs import Progress
 from memopt.federation.client.link import parse_address
 from memopt.federation.client.manager import DeltaSyncManager
 from memopt.federation.delta.arrays import Weights
@@ -26,6 +25,7 @@ from memopt.federation.trust.nodes import Trust
 from memopt.federation.trust.signing import SigningKey
 from memopt.federation.trust.vault import Vault
 from memopt.federation.wire.tls import TlsFiles
+from memopt.progress import Progress
 from memopt.sealing import KEY_VARIABLE, load_key
 from memopt.settings import FederationSection
 

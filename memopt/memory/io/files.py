@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from memopt.errors import InputError
+from memopt.errors import InputError, first_line
 from memopt.memory.model import content as incoming
 from memopt.memory.model.rows import holds_vectors
 from memopt.memory.model.schema import (
@@ -275,9 +275,9 @@ def _column(batch: pa.RecordBatch, path: Path, field: pa.Field) -> list[Any]:
             raise pa.ArrowInvalid("a time before the year 1 or after 9999")
         return list(column.to_pylist())
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        line = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"{path}: column {field.name!r} is {batch[field.name].type}, not {field.type} ({line})",
+            f"{path}: column {field.name!r} is {batch[field.name].type}, not {field.type} "
+            f"({first_line(error)})",
             fix=_FIX,
         ) from error
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from memopt.errors import ConfigurationError
+from memopt.errors import ConfigurationError, brief
 from memopt.extras import require
 
 # Statuses that may pass by themselves: timeout, conflict, too early, too many, any server error.
@@ -102,9 +102,9 @@ def _ollama(model: str, url: str | None, limits: CallLimits) -> Send:
         except httpx.TimeoutException as error:
             raise _silent(limits) from error
         except (httpx.HTTPError, ConnectionError) as error:
-            raise Refused(_line(error), passing=True) from error
+            raise Refused(brief(error), passing=True) from error
         except (ValueError, AttributeError) as error:  # no JSON, or JSON of another shape
-            raise _unreadable(_line(error)) from error
+            raise _unreadable(brief(error)) from error
 
     return send
 
@@ -120,7 +120,7 @@ def _anthropic(model: str, url: str | None, limits: CallLimits) -> Send:
         )
     except anthropic.AnthropicError as error:
         raise ConfigurationError(
-            f"anthropic cannot be used: {_line(error)}", fix="set ANTHROPIC_API_KEY"
+            f"anthropic cannot be used: {brief(error)}", fix="set ANTHROPIC_API_KEY"
         ) from error
 
     def send(system: str, prompt: str) -> str:
@@ -140,14 +140,14 @@ def _anthropic(model: str, url: str | None, limits: CallLimits) -> Send:
             wait = error.response.headers.get("retry-after")
             raise _status(error.status_code, error.message, wait) from error
         except anthropic.APIConnectionError as error:
-            raise Refused(_line(error.__cause__ or error), passing=True) from error
+            raise Refused(brief(error.__cause__ or error), passing=True) from error
         except (anthropic.APIResponseValidationError, ValueError) as error:
-            raise _unreadable(_line(error)) from error
+            raise _unreadable(brief(error)) from error
         except (AttributeError, TypeError) as error:
             # The client hands on whatever the server sent, a string or an object without content.
             raise _unreadable("not a message") from error
         except anthropic.AnthropicError as error:  # no key, found out at the first request
-            raise Refused(_line(error), passing=False) from error
+            raise Refused(brief(error), passing=False) from error
 
     return send
 
@@ -177,13 +177,13 @@ def _openai(model: str, url: str | None, limits: CallLimits) -> Send:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise _silent(limits) from error
-            raise Refused(_line(error.reason), passing=True) from error
+            raise Refused(brief(error.reason), passing=True) from error
         except TimeoutError as error:
             raise _silent(limits) from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise _unreadable(_line(error)) from error
+            raise _unreadable(brief(error)) from error
         except (OSError, http.client.HTTPException) as error:
-            raise Refused(_line(error), passing=True) from error
+            raise Refused(brief(error), passing=True) from error
 
     return send
 
@@ -249,7 +249,7 @@ def _status(status: int, text: object, retry_after: str | None) -> Refused:
             f"HTTP {status}: redirects are not followed, give the address itself", passing=False
         )
     passing = status in _PASSING or status >= 500
-    return Refused(f"HTTP {status}: {_line(text)}", passing=passing, wait=_seconds(retry_after))
+    return Refused(f"HTTP {status}: {brief(text)}", passing=passing, wait=_seconds(retry_after))
 
 
 def _seconds(retry_after: str | None) -> float | None:
@@ -262,7 +262,3 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
         return None
-
-
-def _line(problem: Any) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__

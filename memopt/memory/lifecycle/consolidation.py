@@ -41,6 +41,7 @@ from memopt.memory.model.rows import chunks, new_rows, vectors_array, with_colum
 from memopt.memory.model.schema import ARCHIVED, LONG_TERM, SHORT_TERM
 from memopt.memory.privacy.erase import erase, expire
 from memopt.metrics import ERRORS, count
+from memopt.progress import Progress
 
 STALE = "consolidation-stale"
 # A commit leaves files that every later search must look into, so several groups go into one: until
@@ -76,9 +77,6 @@ class Consolidation:
     stale: int = 0
     stopped: bool = False
     seconds: float = 0.0
-
-
-Progress = Callable[[int, int], None]
 
 
 def plan(store: MemoryStore, recipe: ConsolidationRecipe | None = None) -> Consolidation:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from memopt.errors import ConfigurationError, ConsolidationError
-from memopt.memory.lifecycle.consolidation import Consolidation, Progress, consolidate, plan
+from memopt.memory.lifecycle.consolidation import Consolidation, consolidate, plan
 from memopt.memory.lifecycle.llm import Summariser
 from memopt.memory.lifecycle.plan import FAILED, ConsolidationRecipe
 from memopt.memory.lifecycle.schedule import SAVED, Triggers, due
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.privacy.erase import reclaim
+from memopt.progress import Progress
 
 _LOG = logging.getLogger(__name__)
 

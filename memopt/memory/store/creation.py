@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memopt.errors import ConsolidationError, MemoptError
+from memopt.errors import ConsolidationError, MemoptError, first_line
 from memopt.memory.model import payload
 from memopt.memory.model.schema import (
     ACCESS_LOG,
@@ -262,7 +262,7 @@ def named_errors(place: Location, what: str) -> Iterator[None]:
     except MemoptError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         # Rust adds the place in its own source, which tells a user nothing.
         reason = reason.partition(", /")[0].partition(": rust/")[0]
         # A local store says it by its lock, before anything is tried.
@@ -288,7 +288,7 @@ def _whole(place: Location, name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ConsolidationError(
             f"{place} is damaged: its table {name!r} cannot be opened ({reason})",
             fix="restore it from a copy",
