@@ -25,7 +25,13 @@ import memopt
 TARGET = Path(__file__).with_name("rooms.svg")
 FILES, COMMANDS = "single files", "commands"
 # The command line finds its commands by name, not by importing them: to a reader they are one.
-ROOM_OF = {"memopt": "", "memopt.cli": COMMANDS, "memopt.__main__": COMMANDS}
+# A bundle is above the table of tasks, which is above the other single files.
+ROOM_OF = {
+    "memopt": "",
+    "memopt.cli": COMMANDS,
+    "memopt.__main__": COMMANDS,
+    "memopt.bundle": "bundle",
+}
 WIDTH, LETTER, LINE, GAP = 900, 6.8, 16, 36  # pixels
 SHORT, LONG = 36, 120  # letters of a line, in a room and in that of the single files
 
@@ -45,6 +51,7 @@ def rooms() -> tuple[dict[str, list[str]], dict[str, set[str]]]:
     """Return the inner rooms, or files, of each room, and the rooms that each one imports."""
     graph = grimp.build_graph("memopt", cache_dir=None)
     room_of, inside = dict(ROOM_OF), defaultdict(list)
+    inside |= {name: [] for name in ROOM_OF.values() if name and name != COMMANDS}
     for module in sorted(graph.find_children("memopt") - set(ROOM_OF)):
         children = graph.find_children(module)
         name = module.partition(".")[2] if children else FILES
@@ -63,7 +70,9 @@ def text_of(room: str, inside: Sequence[str]) -> list[str]:
     """Return the lines of a room: what it says of itself, then its inner rooms or files."""
     if room == FILES:
         return wrap(", ".join(inside), LONG)
-    source = Path(memopt.__path__[0], room, "__init__.py").read_text(encoding="utf-8")
+    folder = Path(memopt.__path__[0])
+    paths = (folder / room / "__init__.py", folder / f"{room}.py")
+    source = next(path for path in paths if path.is_file()).read_text(encoding="utf-8")
     said = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0].replace("`", "")
     return [*wrap(said, SHORT), *(f"– {line}" for line in wrap(", ".join(inside), SHORT))]
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 
-class Task:
+class BackgroundTask:
     """One piece of work that is done in a thread whenever it is called for.
 
     In a process that was forked meanwhile nothing is started: the work is the other one's.
@@ -19,7 +19,7 @@ class Task:
         daemon: False lets the interpreter wait for it at its end.
 
     >>> done, failed = [], []
-    >>> task = Task(lambda: done.append(1), "example", on_error=failed.append)
+    >>> task = BackgroundTask(lambda: done.append(1), "example", on_error=failed.append)
     >>> task.start()
     >>> task.close()
     >>> done, failed, task.busy

@@ -21,18 +21,12 @@ from memopt.files import atomic_path, open_plain, sha256_file, stays_below, swap
 from memopt.foreign import taken_by
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
+from memopt.tasks.table import MODALITIES, Task, task_of
+from memopt.tasks.table import TASKS as TASKS
 from memopt.verified import has_hash
 
 MANIFEST = "memopt.json"
 FORMAT_VERSION = 1
-TASKS = (
-    "embedding",
-    "image-embedding",
-    "audio-embedding",
-    "text-generation",
-    "joint-embedding",
-)
-MODALITIES = ("text", "image", "audio", "joint")
 POOLINGS = ("mean", "cls", "max", "last", "model", "none")
 FORMATS = ("onnx", "openvino")
 # How the hashes of files are checked when they are opened.
@@ -161,6 +155,11 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @property
+    def task(self) -> Task:
+        """The row of its task."""
+        return task_of(self.manifest.task)
 
     @property
     def encrypted(self) -> bool:

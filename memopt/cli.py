@@ -30,6 +30,8 @@ COMMANDS: tuple[str, ...] = (
     "quantize",
     "optimize",
     "embed",
+    "classify",
+    "rerank",
     "bench",
     "pack",
     "encrypt",

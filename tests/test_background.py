@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 
 
 def test_it_runs_once_at_a_time_and_close_waits_for_it() -> None:
@@ -19,7 +19,7 @@ def test_it_runs_once_at_a_time_and_close_waits_for_it() -> None:
         go.wait(10)
         done.append(threading.current_thread().name)
 
-    task = Task(work, "example", on_error=done.append)
+    task = BackgroundTask(work, "example", on_error=done.append)
     task.start()
     task.start()
     assert task.busy
@@ -38,7 +38,7 @@ def test_an_error_is_told_and_the_next_call_works() -> None:
     def work() -> None:
         raise ValueError(len(told))
 
-    task = Task(work, "example", on_error=told.append)
+    task = BackgroundTask(work, "example", on_error=told.append)
     task.start()
     task.close()
     task.run()
@@ -48,7 +48,7 @@ def test_an_error_is_told_and_the_next_call_works() -> None:
 def test_what_waits_to_begin_does_not_begin_after_close() -> None:
     """A delay ends at once; the work is not done."""
     done: list[int] = []
-    task = Task(lambda: done.append(1), "example", on_error=lambda _: None)
+    task = BackgroundTask(lambda: done.append(1), "example", on_error=lambda _: None)
     begin = time.monotonic()
     task.start(after=60)
     task.close()
@@ -64,7 +64,7 @@ def test_what_waits_to_begin_does_not_begin_after_close() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_starts_nothing() -> None:
     """What the parent would do twice is left to it."""
-    task = Task(lambda: None, "example", on_error=lambda _: None)
+    task = BackgroundTask(lambda: None, "example", on_error=lambda _: None)
     child = os.fork()
     if not child:
         task.start(after=60)

@@ -13,13 +13,14 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
 from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, brief
-from memopt.exporters import check, onnx, openvino, tasks
+from memopt.exporters import check, interface, onnx, openvino
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
 from memopt.files import staged_directory
 from memopt.progress import Step, silent
 from memopt.registry import nearest
 from memopt.runtimes.torch_model import LoadedModel
+from memopt.tasks.table import task_of
 from memopt.verified import has_hash
 from memopt.weights.reader import WeightLoader
 
@@ -27,8 +28,6 @@ _log = logging.getLogger(__name__)
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
 PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
-# Tasks whose models are not transformers': the module that loads, calls and checks them.
-_FAMILIES = {"joint-embedding": "memopt.joint.graph"}
 # File and variant names of a second tower in one bundle (CLIP's text side, say).
 TOWERS = {"embedding": "text", "image-embedding": "vision", "audio-embedding": "audio"}
 
@@ -41,7 +40,7 @@ class _Job:
     task: str
     precision: str
     loaded: LoadedModel
-    signature: tasks.Signature
+    signature: interface.Signature
     cases: list[Case]
     folder: Path  # where files wait to be published
     limit: int  # bytes of weights that stay inside an ONNX file
@@ -140,7 +139,7 @@ def _export(
             cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
-            variants = _onnx(job, graph, fused=fused and task not in _FAMILIES)
+            variants = _onnx(job, graph, fused=fused and not task_of(task).family)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
@@ -226,11 +225,12 @@ def _check_weights(path: Path) -> None:
 
 def _kind(task: str) -> Any:
     """Return the module that knows how this family of models is loaded, called and checked."""
-    return importlib.import_module(_FAMILIES[task]) if task in _FAMILIES else tasks
+    family = task_of(task).family
+    return importlib.import_module(family) if family else interface
 
 
 def reference_cases(
-    loaded: LoadedModel, manifest: Manifest, task: str, signature: tasks.Signature
+    loaded: LoadedModel, manifest: Manifest, task: str, signature: interface.Signature
 ) -> list[Case]:
     """Return what a graph is checked with: inputs of several shapes, and torch's answers."""
     cases: list[Case] = []

@@ -33,6 +33,10 @@ TOLERANCES = {
     "bf16": Tolerance(min_cosine=0.995, max_abs_error=2e-1),
 }
 
+# Narrower rows, the scores of a few labels, are near zero as often as not, where rounding turns
+# them round: they are compared as one vector, and by size.
+FEWEST_DIRECTIONS = 16
+
 
 def compare(
     run: Run,
@@ -125,7 +129,7 @@ def _batch_invariance(
     absolute difference relative to the output's largest value, at least 1.
     """
     feeds, expected = max(cases, key=lambda case: len(next(iter(case[0].values()))))
-    output = "sentence_embedding" if "sentence_embedding" in expected else next(iter(expected))
+    output = list(expected)[-1]  # the answer
     together = np.asarray(run(feeds)[output], dtype=np.float32)
     mask = feeds.get("attention_mask")
     worst = 0.0
@@ -185,6 +189,8 @@ def _kept(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray | None) -> Any:
 
 
 def _min_cosine(got: np.ndarray, wanted: np.ndarray) -> float:
+    if wanted.shape[-1] < FEWEST_DIRECTIONS:
+        got, wanted = got.reshape(1, -1), wanted.reshape(1, -1)
     lengths = np.linalg.norm(wanted.astype(np.float64), axis=-1)
     cosines = row_cosines(got, wanted)
     # What a ReLU left of a dead row is rounding, which has no direction; its size is checked too.

@@ -20,7 +20,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ExportError
-from memopt.exporters import check, onnx, tasks
+from memopt.exporters import check, interface, onnx
 from memopt.exporters.base import reference_cases
 from memopt.extras import require
 from memopt.files import sha256_file, staged_directory
@@ -73,7 +73,7 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
     on_step("compute the torch reference from the dequantized weights")
     manifest, task = bundle.manifest, bundle.manifest.task
     loaded = load_model(bundle, task, path)
-    signature = tasks.signature(loaded, manifest, task)
+    signature = interface.signature(loaded, manifest, task)
     cases = reference_cases(loaded, manifest, task, signature)
     with staged_directory(bundle.path) as folder:
         file = folder / f"model_{name.removeprefix('onnx-').replace('-', '_')}.onnx"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-# Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
-# stays finite, and unlike float32's lowest value it survives a conversion to float16.
-MASK_BIAS = -10_000.0
+from memopt.runtimes.heads import MASK_BIAS
+
 # Encoders whose mask function hands a ready 4-D mask through unchanged.
 FOUR_D_MASK = frozenset(
     {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "mpnet", "electra", "t5"}

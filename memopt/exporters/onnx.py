@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ExportError, MissingExtra, brief
-from memopt.exporters.tasks import Signature, by_name
+from memopt.exporters.interface import Signature, by_name
 from memopt.extras import require
 from memopt.graphs.ir import constant
 from memopt.graphs.session import open_onnx

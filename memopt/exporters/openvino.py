@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import ExportError
-from memopt.exporters.tasks import by_name
+from memopt.exporters.interface import by_name
 from memopt.extras import require, root_log_kept
 from memopt.graphs.session import open_openvino
 from memopt.runtimes.openvino_file import save_openvino

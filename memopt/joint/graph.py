@@ -1,4 +1,4 @@
-"""The joint layer to a graph: the functions of :mod:`memopt.exporters.tasks`, for three inputs.
+"""The joint layer to a graph: the functions of :mod:`memopt.exporters.interface`, for three inputs.
 
 The reference is torch with the absent slots at zero, the graph gets them full of garbage: a graph
 in which an absent modality leaks into the answer fails the check like any other wrong one.
@@ -13,7 +13,8 @@ import numpy as np
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import ExportError
-from memopt.exporters.tasks import Shape, Signature
+from memopt.exporters.examples import Shape
+from memopt.exporters.interface import Signature
 from memopt.joint.model import (
     JOINT_INPUTS,
     JOINT_MODALITIES,

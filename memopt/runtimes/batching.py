@@ -16,7 +16,7 @@ from memopt.runtimes.vectors import progress, refusal
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from memopt.runtimes.base import Feed
+    from memopt.runtimes.base import Feed, Rows
     from memopt.runtimes.fallback import BackendChain
 
 T = TypeVar("T")
@@ -197,17 +197,20 @@ def prepared_batches(
         yield from coming.result()
 
 
-def encode_items(
+def run_items(
     chain: BackendChain,
     front: FrontEnd,
     items: Sequence[Any],
-    vectors: NDArray[np.float32],
+    store: Callable[[NDArray[np.intp], Feed, Rows], None],
     failures: dict[int, str],
     batch_size: int | None,
     show_progress: bool,
     fail: bool,
 ) -> None:
-    """Fill the rows of ``vectors`` whose items are not in ``failures``, and add to those."""
+    """Hand rows, inputs and outputs of each batch to ``store``, of items not in ``failures``.
+
+    What cannot be read is added to those.
+    """
     backend = chain.backend
     if failures:
         good = np.array([i for i in range(len(items)) if i not in failures], np.intp)
@@ -224,12 +227,12 @@ def encode_items(
         if len(ready) == 1:
             # A batch alone gets all cores; on a stream it would get a part of them.
             rows, feed = ready[0]
-            vectors[rows] = chain.run(feed)
+            store(rows, feed, chain.run(feed))
             return
         batches = iter(ready)
     with progress(len(items), show_progress) as advance:
         # One more than can run: the next is ready the moment a stream is free.
         depth = backend.streams + 1
         for rows, feed, (used, future) in in_flight(batches, chain.submit, depth):
-            vectors[rows] = chain.result(used, future, feed)
+            store(rows, feed, chain.result(used, future, feed))
             advance(len(rows))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from memopt.bundle import Bundle
 from memopt.config import OptimizationConfig, load_config
 from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.task_engine import Engine
+
+E = TypeVar("E", bound=Engine)
 
 
 def open_engine(
@@ -19,7 +23,29 @@ def open_engine(
 ) -> ArrowEngine:
     """Open a bundle as the settings say, the way ``memopt embed`` does.
 
+    Args and errors: as of :func:`open_configured`.
+
+    >>> open_engine("/nowhere")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.BundleError: no bundle at '/nowhere'; run: memopt convert SOURCE -o /nowhere
+    """
+    return open_configured(ArrowEngine, path_or_bundle, device, variant, strict, config=config)
+
+
+def open_configured(
+    engine: type[E],
+    path_or_bundle: str | Path | Bundle,
+    device: str | None = None,
+    variant: str = "auto",
+    strict: bool = False,
+    *,
+    config: OptimizationConfig | None = None,
+) -> E:
+    """Open a bundle with an engine as the settings say.
+
     Args:
+        engine: its class.
         path_or_bundle, device, variant, strict: as of :class:`ArrowEngine`; None takes
             ``device.target``, and ``device.fallback_enabled: false`` is strict.
         config: the settings; None reads ``memopt.yaml`` and the environment.
@@ -28,14 +54,14 @@ def open_engine(
         ConfigurationError: the settings are wrong.
         BundleError, DeviceError: as :class:`ArrowEngine`.
 
-    >>> open_engine("/nowhere")
+    >>> open_configured(ArrowEngine, "/nowhere")
     Traceback (most recent call last):
     ...
     memopt.errors.BundleError: no bundle at '/nowhere'; run: memopt convert SOURCE -o /nowhere
     """
     chosen = config or load_config()
     on, cpu, gpu = chosen.device, chosen.cpu, chosen.gpu
-    return ArrowEngine(
+    return engine(
         path_or_bundle,
         device or on.target,
         variant,

@@ -29,11 +29,17 @@ LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
 
 
+# What one input is, for error messages.
+_TAKES = {"one": "str", "pair": "a pair of str", "either": "str or a pair of str"}
+
+
 class TextFrontEnd:
-    """Turns texts into padded batches of ``input_ids`` and what else the graph wants.
+    """Turns texts, or pairs of texts, into padded batches of what the graph wants.
+
+    Of a pair that is too long the longer text is cut, token by token, as transformers does.
 
     Args:
-        bundle: where ``tokenizer.json`` lies and how long inputs may be.
+        bundle: where ``tokenizer.json`` lies, how long inputs may be, and whether they are pairs.
         inputs: the names of the graph's inputs.
     """
 
@@ -51,6 +57,7 @@ class TextFrontEnd:
         if lower_cased(bundle.path):
             lower_case(self._tokenizer)
         self._prompt = default_prompt(bundle.path)
+        self._takes = bundle.task.takes
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
         padding = self._tokenizer.padding
@@ -79,23 +86,21 @@ class TextFrontEnd:
         encoding = self._tokenizer.encode(self._prompt)
         return len(encoding) - encoding.special_tokens_mask[-1]
 
-    def check(self, item: object) -> str | None:
+    def check(self, item: Any) -> str | None:
         """Return why ``item`` cannot be encoded, None when it can."""
-        if not isinstance(item, str):
-            return f"is {type(item).__name__}, not str"
-        try:
-            item.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return f"holds a lone surrogate at position {error.start}"
-        return None
+        if isinstance(item, str) and self._takes != "pair":
+            return _unencodable(item)
+        if self._takes != "one" and _is_pair(item):
+            return _unencodable(item[0]) or _unencodable(item[1])
+        return f"is {type(item).__name__}, not {_TAKES[self._takes]}"
 
-    def chunks(self, items: Sequence[str]) -> list[NDArray[np.intp]]:
+    def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return the positions of ``items`` in chunks of similar length, longest first.
 
         Characters stand for tokens here, so that a chunk can be tokenized while another runs. The
         longest come first: memory peaks at once, not at the end of an hour.
         """
-        lengths = np.fromiter((len(text) for text in items), np.intp, len(items))
+        lengths = np.fromiter((_characters(item) for item in items), np.intp, len(items))
         order = np.argsort(-lengths, kind="stable")
         if len(order) <= 2 * CHUNKS[0]:
             return [order] if len(order) else []
@@ -115,8 +120,14 @@ class TextFrontEnd:
         Raises:
             UnusableItems: texts with a token that the model has no embedding of.
         """
-        texts = [self._prompt + text for text in items] if self._prompt else list(items)
-        encodings = self._tokenizer.encode_batch_fast(texts)
+        return self.batches(self._tokenizer.encode_batch_fast(self._texts(items)), budget)
+
+    def batches(self, encodings: list[Any], budget: Budget = USUAL) -> list[Batch]:
+        """Cut what was tokenized into batches of similar length.
+
+        Raises:
+            UnusableItems: texts with a token that the model has no embedding of.
+        """
         if len(encodings) == 1:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
             length = len(encodings[0])
@@ -135,6 +146,12 @@ class TextFrontEnd:
         if any(batch.feed["input_ids"].max(initial=0) >= self._rows for batch in batches):
             self._refuse_beyond(encodings)
         return batches
+
+    def _texts(self, items: Sequence[Any]) -> list[Any]:
+        """Return what the tokenizer is given: texts with the prompt, pairs as tuples."""
+        if self._takes != "one":
+            return [item if isinstance(item, str) else tuple(item) for item in items]
+        return [self._prompt + text for text in items] if self._prompt else list(items)
 
     def _refuse_beyond(self, encodings: list[Any]) -> None:
         highest = [max(encoding.ids, default=0) for encoding in encodings]
@@ -163,11 +180,28 @@ class TextFrontEnd:
             feed["attention_mask"] = mask
         if self._wants_types:
             types = np.zeros(shape, np.int64)
-            if self._types:
+            if self._types or self._takes != "one":
                 for row, encoding in enumerate(encodings):
                     types[row, : len(encoding)] = encoding.type_ids
             feed["token_type_ids"] = types
         return feed
+
+
+def _unencodable(text: str) -> str | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds a lone surrogate at position {error.start}"
+    return None
+
+
+def _is_pair(item: Any) -> bool:
+    pair = isinstance(item, tuple | list) and len(item) == 2
+    return pair and all(isinstance(text, str) for text in item)
+
+
+def _characters(item: Any) -> int:
+    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from memopt.errors import BundleError, DeviceError, ExportError, MissingExtra
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.heads import head_outputs
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from memopt.runtimes.base import Feed, Rows
     from memopt.runtimes.torch_model import LoadedModel
-
-_POOLED = ("image_embeds", "text_embeds", "pooler_output")
 
 
 def probe(name: str) -> str:
@@ -48,7 +47,6 @@ class TorchBackend:
         from concurrent.futures import ThreadPoolExecutor
 
         self._torch = torch
-        self._manifest = bundle.manifest
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
         self.step = 1
@@ -78,9 +76,7 @@ class TorchBackend:
         with self._lock, torch.inference_mode():
             result = getattr(model, self._loaded.method or "__call__")(**tensors)
             mask = tensors.get("attention_mask")
-            if mask is not None and self._loaded.skip:
-                mask = mask * (mask.cumsum(1) > self._loaded.skip)
-            rows = _head(torch, result, mask, self._manifest)[:, : self._loaded.keep]
+            rows = head_outputs(self._loaded.head, result, mask)[-1]
         return np.asarray(rows.float().numpy(), dtype=np.float32)
 
     def submit(self, feed: Feed) -> Future[Rows]:
@@ -142,26 +138,3 @@ def _inputs(config: Any, manifest: Manifest) -> tuple[str, ...]:
         return ("input_features",) if config.model_type == "whisper" else ("input_values",)
     types = (getattr(config, "type_vocab_size", 0) or 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
-
-
-def _head(torch: Any, result: Any, mask: Any, manifest: Manifest) -> Any:
-    """Pool and normalise as sentence-transformers does (Reimers and Gurevych 2019)."""
-    if manifest.pooling == "model":
-        pooled = next(v for n in _POOLED if (v := getattr(result, n, None)) is not None)
-    else:
-        pooled = _pool(torch, result.last_hidden_state, mask, manifest.pooling)
-    return torch.nn.functional.normalize(pooled, dim=-1) if manifest.normalize else pooled
-
-
-def _pool(torch: Any, hidden: Any, mask: Any, pooling: str) -> Any:
-    if mask is None:
-        mask = torch.ones(hidden.shape[:2], dtype=torch.int64)
-    kept = mask.bool().unsqueeze(-1)
-    rows = torch.arange(len(hidden))
-    if pooling == "cls":
-        return hidden[rows, mask.argmax(1)]
-    if pooling == "last":
-        return hidden[rows, (mask * torch.arange(mask.shape[1])).argmax(1)]
-    if pooling == "max":
-        return hidden.masked_fill(~kept, -torch.inf).amax(1)
-    return hidden.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1)

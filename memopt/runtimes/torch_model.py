@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from memopt.bundle import Bundle
 from memopt.errors import ExportError, first_line
 from memopt.extras import require
 from memopt.runtimes.conversions import Converted
+from memopt.runtimes.heads import TaskHead
 from memopt.runtimes.image import image_shape
 from memopt.runtimes.torch_weights import assign, match_names
+from memopt.tasks.table import Task, task_of
 from memopt.weights.kinds import DUAL
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import read_sentence
@@ -61,17 +63,12 @@ POOLER = "pooler."
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A torch module in float32, its config, and how its parameters are called in the file.
-
-    ``skip`` leading tokens, a prompt's, are seen by the model but not pooled; ``keep`` leading
-    values of the vector are kept after normalising, None for all.
-    """
+    """A torch module in float32, its config, and how its parameters are called in the file."""
 
     module: Any
     config: Any
     names: dict[str, str]  # parameter name of the module -> weight name of the file
-    skip: int = 0
-    keep: int | None = None
+    head: TaskHead = field(default_factory=TaskHead)
     # (channels, height, width) that the bundle's image front end gives; None without one.
     picture: tuple[int, int, int] | None = None
     # The method of the module that answers; "" is the module itself.
@@ -129,17 +126,16 @@ def load_model(
         WeightsError: the weight file is damaged.
     """
     require("torch", extra="export", why="build the model")
-    config = load_config(bundle.path)
-    module, config = _construct(config, task, attention)
+    row, config = task_of(task), load_config(bundle.path)
+    module, config = _construct(config, row, attention)
     with WeightLoader(weights or bundle.weights) as loader:
         weights_now = Converted(loader, module)
         part = PARTS.get((config.model_type, task))
         if part:
             module = getattr(module, part)
         names = match_names(module, weights_now.names)
-        optional = (
-            (TRAINING_ONLY,) if bundle.manifest.pooling == "model" else (TRAINING_ONLY, POOLER)
-        )
+        pooler = bundle.manifest.pooling == "model" or not row.embeds
+        optional = (TRAINING_ONLY,) if pooler else (TRAINING_ONLY, POOLER)
         encoder = task == "embedding" and config.model_type in ENCODERS
         if encoder:
             optional = (*optional, "decoder.")
@@ -152,11 +148,10 @@ def load_model(
         if encoder:
             # Only now: its embeddings are shared with the decoder's, under whose name they lie.
             module, names = _encoder(module, names)
-    skip, keep = _sentence_head(bundle) if task == "embedding" else (0, None)
-    picture = image_shape(bundle) if task == "image-embedding" else None
+    picture = image_shape(bundle) if row.modality == "image" else None
     method = TOWERS.get(task, "") if (config.model_type, task) not in CLASSES else ""
     method = method if config.model_type in DUAL else ""
-    return LoadedModel(module.eval(), config, names, skip, keep, picture, method)
+    return LoadedModel(module.eval(), config, names, _head(bundle, row), picture, method)
 
 
 def _encoder(module: Any, names: dict[str, str]) -> tuple[Any, dict[str, str]]:
@@ -173,20 +168,24 @@ def reset(module: Any, config: Any) -> None:
         module.set_attention_type(config.attention_type)
 
 
-def _sentence_head(bundle: Bundle) -> tuple[int, int | None]:
-    """Return how many of the prompt's tokens are not pooled, and how much of the vector is kept."""
+def _head(bundle: Bundle, row: Task) -> TaskHead:
+    """Return what is done with the model's output for an answer."""
     from memopt.runtimes.text import TextFrontEnd
 
-    sentence = read_sentence(bundle.path)
+    # A head that is asked for beside the bundle's own task (CLIP's text tower) is pooled too.
+    pooling = "mean" if bundle.manifest.pooling == "none" else bundle.manifest.pooling
+    head = TaskHead(row.name, pooling, bundle.manifest.normalize)
+    sentence = read_sentence(bundle.path) if row.name == "embedding" else None
     if sentence is None:
-        return 0, None
+        return head
     skip = 0 if sentence.include_prompt else TextFrontEnd(bundle, ()).count_prompt()
-    return skip, sentence.truncate_dim
+    return replace(head, skip=skip, keep=sentence.truncate_dim)
 
 
-def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]:
+def _construct(config: Any, row: Task, attention: str | None) -> tuple[Any, Any]:
     import transformers
 
+    task = row.name
     name = CLASSES.get((config.model_type, task))
     plain = (name or "").removesuffix("WithProjection")
     if plain in (getattr(config, "architectures", None) or ()):
@@ -200,11 +199,7 @@ def _construct(config: Any, task: str, attention: str | None) -> tuple[Any, Any]
                     config = _tower(config, wanted)
                 module = cls._from_config(config, attn_implementation=attention)
             else:
-                auto = (
-                    transformers.AutoModelForCausalLM
-                    if task == "text-generation"
-                    else transformers.AutoModel
-                )
+                auto = getattr(transformers, row.model)
                 module = auto.from_config(config, attn_implementation=attention)
     except ImportError as error:
         package = re.search(r"pip install ([\w.-]+)", str(error))

@@ -98,8 +98,12 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         task=task,
         sentence=sentence,
     )
-    told = [*found.told, *([] if task or found.known else announcements(manifest, sentence))]
     shards = checkpoint(files) if found.parquet is None else []
+    names = [name for shard in shards for name in shard.order]
+    model = model_config(files, sentence)
+    told = [*found.told]
+    if not found.known:
+        told += announcements(manifest, sentence, model, names)
     target = Path(output) if output is not None else Path("models") / found.name
     _check_target(target)
     with staged_directory(target.resolve().parent) as staging:
@@ -107,7 +111,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         folder.mkdir()
         _copy_side_files(found.folder, files, folder, sentence)
         if sentence and sentence.config:
-            _write_json(folder / "config.json", model_config(files, sentence))
+            _write_json(folder / "config.json", model)
         if manifest.modality == "text":
             told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import POOLINGS, TASKS, Manifest, read_json
+from memopt.bundle import POOLINGS, Manifest, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
 from memopt.positions import position_limit
 from memopt.registry import nearest
+from memopt.tasks.table import Task, task_of, task_of_class
 from memopt.weights.kinds import AUDIO, DUAL, IMAGE, refusal
 from memopt.weights.sentence import Sentence, read_sentence
 
@@ -23,14 +25,8 @@ _OWN_HEAD = {*DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"
     m for m in IMAGE if m.startswith(("clip", "siglip"))
 }
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-# Heads that are the model's answer: without them another model would be served under its name.
-_ANSWERS = tuple(
-    f"For{what}"
-    for what in (
-        *("SequenceClassification", "TokenClassification", "QuestionAnswering"),
-        *("MultipleChoice", "NextSentencePrediction"),
-    )
-)
+# What old sentence-transformers wrote into the config.json of a reranker.
+_CROSS_ENCODER = ("sentence_transformers", "sbert_ce_default_activation_function")
 # Keys of a model's YAML entry; `quantize` is a recipe, read by memopt quantize.
 _KNOWN = frozenset(
     {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension", "quantize"}
@@ -74,25 +70,16 @@ def describe(
     files = folder / sentence.transformer if sentence else folder
     config = model_config(files, sentence)
     architecture, model_type = _identity(files, config)
-    stated = task or known.get("task")
-    task = stated or _task(architecture, model_type, sentence)
-    if task not in TASKS:
-        raise ConfigurationError(f"task {task!r} is not known", fix=nearest(task, TASKS))
-    modality = {"image-embedding": "image", "audio-embedding": "audio"}.get(task, "text")
-    if modality == "text" and not stated and not sentence and architecture.endswith(_ANSWERS):
-        raise WeightsError(
-            f"{files / 'config.json'} is of a {architecture}: a cross-encoder (reranker) or a "
-            "classifier, whose answer comes from a head that memopt does not serve",
-            fix="convert an embedding model, or say --task embedding for its trunk without the "
-            "head",
-        )
+    row = task_of(task or known.get("task") or _task(architecture, config, sentence))
+    _refuse_other_kinds(files, config, row)
+    task, modality = row.name, row.modality
     pooling = known.get("pooling", _pooling(task, model_type, architecture, sentence))
     if pooling not in POOLINGS:
         raise ConfigurationError(
             f"pooling {pooling!r} is not known", fix=nearest(pooling, POOLINGS)
         )
     dimension = None
-    if task != "text-generation":
+    if row.answer == "vector" or task == "late-interaction":
         dimension = known.get("dimension", sentence.width if sentence else None)
         dimension = dimension or _dimension(config, modality, architecture)
         if sentence and sentence.truncate_dim and dimension:
@@ -143,16 +130,35 @@ def model_config(files: Path, sentence: Sentence | None) -> dict[str, Any]:
     return {**config, **(sentence.config if sentence else {})}
 
 
-def announcements(manifest: Manifest, sentence: Sentence | None) -> list[str]:
-    """Return a line for each thing the bundle leaves out or that a user has to know."""
+def announcements(
+    manifest: Manifest, sentence: Sentence | None, config: Mapping[str, Any], weights: Sequence[str]
+) -> list[str]:
+    """Return a line for each thing the bundle leaves out or that a user has to know.
+
+    Args:
+        manifest: of the bundle.
+        sentence: what ``read_sentence`` returned.
+        config: the model's ``config.json``.
+        weights: names of the checkpoint's tensors.
+    """
     lines = []
     head = manifest.architecture.find("For")
-    if head > 0 and not sentence and manifest.task.endswith("embedding"):
+    if head > 0 and not sentence and task_of(manifest.task).embeds:
         trunk = manifest.architecture[:head]
+        unused = _heads(weights)
+        named = f" (head {', '.join(f'{name}.*' for name in unused)} unused)" if unused else ""
         lines.append(
-            f"{manifest.architecture} has a head that is left out: the bundle gives the "
+            f"{manifest.architecture} has a head that is left out{named}: the bundle gives the "
             f"embeddings of {trunk} (pooling {manifest.pooling})"
         )
+    labels = config.get("id2label")
+    if task_of(manifest.task).answer == "classes" and isinstance(labels, Mapping):
+        gaps = sorted({str(i) for i in range(len(labels))} - {str(key) for key in labels})
+        if gaps:
+            lines.append(
+                f"id2label of config.json has no label {', '.join(gaps)}: what it does not name is "
+                "called LABEL_<number>"
+            )
     if sentence and sentence.similarity not in (None, "cosine") and not sentence.normalize:
         lines.append(
             f"the model was made for {sentence.similarity!r} similarity: encode with "
@@ -169,29 +175,55 @@ def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
                 f"{folder / 'config.json'} has no {key} (it says {value!r})",
                 fix="add it, as transformers' save_pretrained does",
             )
-    if other := refusal(config):
-        raise WeightsError(
-            f"{folder / 'config.json'} is of a {model_type}, which {other}: memopt knows no one "
-            "vector for what it takes",
-            fix="convert an encoder of text, pictures or sound; docs/runtime.md says which",
-        )
     first = architectures if isinstance(architectures, str) else architectures[0]  # type: ignore[index]
     return str(first), str(model_type)
 
 
-def _task(architecture: str, model_type: str, sentence: Sentence | None) -> str:
+def _heads(weights: Sequence[str]) -> list[str]:
+    """Return the parts of a checkpoint beside its trunk, by the first word of the names.
+
+    >>> _heads(["bert.embeddings.w", "bert.encoder.w", "classifier.weight", "classifier.bias"])
+    ['classifier']
+    """
+    parts = Counter(name.partition(".")[0] for name in weights)
+    trunk, _ = max(parts.items(), key=lambda part: part[1], default=("", 0))
+    return [part for part in parts if part != trunk]
+
+
+def _refuse_other_kinds(files: Path, config: Mapping[str, Any], row: Task) -> None:
+    """Refuse a model that has no vector for its input, or whose input memopt does not make."""
+    other = refusal(config) if row.embeds or row.modality == "audio" else None
+    if other:
+        raise WeightsError(
+            f"{files / 'config.json'} is of a {config['model_type']}, which {other}: memopt knows "
+            "no one vector for what it takes",
+            fix="convert an encoder of text, pictures or sound; docs/runtime.md says which",
+        )
+
+
+def _task(architecture: str, config: Mapping[str, Any], sentence: Sentence | None) -> str:
+    model_type = str(config["model_type"])
+    stated = None if sentence else task_of_class(architecture)
+    if stated is not None and stated.name == "text-classification":
+        one = _label_count(config) == 1 and config.get("problem_type") != "regression"
+        return "reranking" if one or any(key in config for key in _CROSS_ENCODER) else stated.name
+    if stated is not None:
+        return stated.name
     if model_type in AUDIO:
         return "audio-embedding"
     pictures = sentence is None or "image" in sentence.modalities
     if model_type in IMAGE or (model_type in DUAL and "Text" not in architecture and pictures):
         return "image-embedding"
-    if architecture.endswith(_CAUSAL) and sentence is None:
-        return "text-generation"
     return "embedding"
 
 
+def _label_count(config: Mapping[str, Any]) -> int:
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, Mapping) else int(config.get("num_labels", 2))
+
+
 def _pooling(task: str, model_type: str, architecture: str, sentence: Sentence | None) -> str:
-    if task == "text-generation":
+    if not task_of(task).embeds:
         return "none"
     if sentence:
         return sentence.pooling

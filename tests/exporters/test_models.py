@@ -18,7 +18,7 @@ from PIL import Image
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import BundleError, ExportError
-from memopt.exporters import base, tasks
+from memopt.exporters import base, examples, interface
 from memopt.runtimes.image import _PROCESSORS, ImageFrontEnd, image_shape
 from memopt.runtimes.torch_model import LoadedModel, load_model
 from memopt.weights.convert import convert
@@ -55,8 +55,8 @@ def loaded(name: str, config: Any) -> LoadedModel:
 
 def wrapped(model: LoadedModel, made: Manifest, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """What the graph would compute."""
-    module = tasks.wrap(model, made, made.task)
-    names = tasks.signature(model, made, made.task).inputs
+    module = interface.wrap(model, made, made.task)
+    names = interface.signature(model, made, made.task).inputs
     with torch.no_grad():
         return [o.numpy() for o in module(*[torch.from_numpy(feeds[n]) for n in names])]
 
@@ -73,12 +73,14 @@ def test_a_decoder_that_is_not_causal_looks_both_ways(window: int | None) -> Non
         **TEXT, num_key_value_heads=2, head_dim=8, is_causal=False, **(extra if window else {})
     )
     model, made = loaded("Qwen3Model", config), manifest("qwen3")
-    feeds = tasks.example(model, ("input_ids", "attention_mask"), tasks.Shape(3, 13, "right"), 1)
-    right = tasks.reference(model, made, "embedding", feeds)
+    feeds = examples.example(
+        model, ("input_ids", "attention_mask"), examples.Shape(3, 13, "right"), 1
+    )
+    right = interface.reference(model, made, "embedding", feeds)
     got = wrapped(model, made, feeds)
     np.testing.assert_allclose(got[1], right["sentence_embedding"], atol=1e-5)
     config.is_causal = True
-    causal = tasks.reference(model, made, "embedding", feeds)["sentence_embedding"]
+    causal = interface.reference(model, made, "embedding", feeds)["sentence_embedding"]
     assert np.abs(causal - got[1]).max() > 1e-3
 
 
@@ -94,8 +96,8 @@ def test_bigbird_attends_in_blocks_where_a_text_is_long_enough() -> None:
     model, made = loaded("BigBirdModel", config), manifest("big_bird")
     names = ("input_ids", "attention_mask", "token_type_ids")
     for length in (1, 28, 29, 32, 49, 64, 8, 50):
-        feeds = tasks.example(model, names, tasks.Shape(1, length), length)
-        right = tasks.reference(model, made, "embedding", feeds)
+        feeds = examples.example(model, names, examples.Shape(1, length), length)
+        right = interface.reference(model, made, "embedding", feeds)
         got = wrapped(model, made, feeds)
         np.testing.assert_allclose(got[0], right["last_hidden_state"], atol=1e-4)
     # In a batch a text has the answer it has alone.
@@ -107,14 +109,14 @@ def test_every_export_is_checked_at_the_longest_text_once() -> None:
     """All that the position table holds, as far as memory allows."""
     config = hf.BertConfig(**TEXT, max_position_embeddings=512)
     model = LoadedModel(None, config, {})
-    assert max(s.length for s in tasks.check_shapes(model, "embedding", None)) == 512
-    assert max(s.length for s in tasks.check_shapes(model, "embedding", 300)) == 300
-    assert max(s.length for s in tasks.check_shapes(model, "embedding", 40)) == 40
+    assert max(s.length for s in examples.check_shapes(model, "embedding", None)) == 512
+    assert max(s.length for s in examples.check_shapes(model, "embedding", 300)) == 300
+    assert max(s.length for s in examples.check_shapes(model, "embedding", 40)) == 40
     long = LoadedModel(None, hf.BertConfig(**TEXT, max_position_embeddings=32_768), {})
-    longest = max(s.length for s in tasks.check_shapes(long, "embedding", 32_768))
-    assert 4 * 4 * longest**2 <= tasks.LONGEST_SCORES < 4 * 4 * (longest + 1) ** 2
+    longest = max(s.length for s in examples.check_shapes(long, "embedding", 32_768))
+    assert 4 * 4 * longest**2 <= examples.LONGEST_SCORES < 4 * 4 * (longest + 1) ** 2
     roberta = hf.RobertaConfig(**TEXT, max_position_embeddings=130)
-    shapes = tasks.check_shapes(LoadedModel(None, roberta, {}), "embedding", None)
+    shapes = examples.check_shapes(LoadedModel(None, roberta, {}), "embedding", None)
     assert max(s.length for s in shapes) == 128
 
 
@@ -126,10 +128,10 @@ def test_the_first_patch_is_not_taken_for_the_picture() -> None:
     convnext = hf.ConvNextConfig(image_size=32, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
     for name, config in (("SwinModel", swin), ("ConvNextModel", convnext)):
         model = loaded(name, config)
-        feeds = tasks.example(model, ("pixel_values",), tasks.Shape(2, 0), 1)
+        feeds = examples.example(model, ("pixel_values",), examples.Shape(2, 0), 1)
         bad = manifest(config.model_type, "image-embedding", "cls")
         with pytest.raises(ExportError, match=r"no class token|no tokens"):
-            tasks.reference(model, bad, "image-embedding", feeds)
+            interface.reference(model, bad, "image-embedding", feeds)
         made = manifest(config.model_type, "image-embedding", "model")
         with torch.no_grad():
             own = model.module(torch.from_numpy(feeds["pixel_values"])).pooler_output.numpy()
@@ -155,7 +157,7 @@ def test_statistics_of_batch_norm_come_from_the_checkpoint(tmp_path: Path) -> No
     bundle = convert(tmp_path / "source", tmp_path / "bundle")
     assert (bundle.manifest.task, bundle.manifest.pooling) == ("image-embedding", "model")
     made = load_model(bundle, "image-embedding")
-    feeds = tasks.example(made, ("pixel_values",), tasks.Shape(2, 0), 1)
+    feeds = examples.example(made, ("pixel_values",), examples.Shape(2, 0), 1)
     assert feeds["pixel_values"].shape == (2, 3, 32, 32)
     with torch.no_grad():
         own = model.resnet(torch.from_numpy(feeds["pixel_values"])).pooler_output.flatten(1)

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.errors import ConfigurationError
 from memopt.federation.failures import SyncFailure
 from memopt.federation.limits import Limits
@@ -82,7 +82,7 @@ class SyncGate:
             ) from error
         self.port: int = self._listeners[0].getsockname()[1]
         self._loop = asyncio.new_event_loop()
-        self._task = Task(
+        self._task = BackgroundTask(
             self._run, "sync-gate", on_error=lambda error: self._refuse(f"the gate ended: {error}")
         )
         self._task.start()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.memory.memory_store import MemoryStore
 from memopt.memory.model.filters import all_of, utc
 from memopt.memory.model.schema import ACCESS_LOG
@@ -59,7 +59,7 @@ class AccessLog(StoreObserver):
         self._store, self._database = store, store.database
         self._pending: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._task = Task(
+        self._task = BackgroundTask(
             self._keep,
             "memopt-access-log",
             # The lines stay; the next flush() raises what is still wrong.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.errors import ConsolidationError
 from memopt.memory.model.schema import BITS
 from memopt.memory.store.creation import named_errors
@@ -86,7 +86,7 @@ class VectorIndex(StoreObserver):
         self._state: IndexState | None = None
         self._looked = -_LOOK_S
         self._seen_version = -1
-        self._task = Task(self.ensure, "memopt-index", on_error=self._failed)
+        self._task = BackgroundTask(self.ensure, "memopt-index", on_error=self._failed)
         self._one_at_a_time = threading.Lock()
         self._counted = 0
 

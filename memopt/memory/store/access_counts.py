@@ -14,7 +14,7 @@ from datetime import datetime
 
 import pyarrow as pa
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.memory.model.filters import id_list
 from memopt.memory.store.database import Database
 from memopt.memory.store.locking import ReadOnlyError
@@ -35,7 +35,7 @@ class AccessCounts(StoreObserver):
         self._guard = threading.Lock()
         self._pending: dict[str, tuple[int, datetime]] = {}
         self._since = time.monotonic()
-        self._task = Task(
+        self._task = BackgroundTask(
             lambda: database.keep_book(self._write_or_drop),
             "memopt-access-counts",
             # Nothing is lost: the counts stay pending, and flush() raises what is still wrong.

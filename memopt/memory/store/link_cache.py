@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.memory.model.filters import one_of
 from memopt.memory.model.schema import EDGES
 from memopt.memory.store.database import Database
@@ -74,7 +74,7 @@ class LinkCache(StoreObserver):
         self._guard = threading.Lock()
         self._links: _Links | None = None
         self._count = 0
-        self._task = Task(self.read, "memopt-links", on_error=self._failed)
+        self._task = BackgroundTask(self.read, "memopt-links", on_error=self._failed)
         self._rest_until = 0.0
 
     def network(self) -> Network:

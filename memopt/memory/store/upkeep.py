@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt.background import Task
+from memopt.background import BackgroundTask
 from memopt.memory.model.rows import chunks
 from memopt.memory.store.database import Database
 from memopt.memory.store.link_cache import LinkCache
@@ -61,7 +61,7 @@ class Upkeep(StoreObserver):
         self._database, self._links, self._then = database, links, then
         self._background = background and database.place.local is not None
         self._commits = 0
-        self._task = Task(
+        self._task = BackgroundTask(
             self._look,
             "memopt-upkeep",
             # Untidy files cost time; nothing else may fail by them.

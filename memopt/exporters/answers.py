@@ -1,0 +1,99 @@
+"""What a model's answer should be, in numpy: written a second time on purpose.
+
+The graph's head is :mod:`memopt.runtimes.heads`, in torch; a mistake there shows only beside
+something that does not share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from memopt.runtimes.heads import TaskHead, own_vector, refuse_unpoolable
+from memopt.runtimes.vectors import unit_rows
+
+Outputs = dict[str, np.ndarray]
+
+
+def answers(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    """Return what is compared of a graph, by the output's name.
+
+    Args:
+        head: which answer is wanted.
+        result: what the transformers model returned for ``feeds``.
+        feeds: the graph's inputs; its mask says which tokens count.
+    """
+    return _ANSWERS.get(head.task, _logits)(head, result, feeds)
+
+
+def _vector(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    hidden = result.last_hidden_state.numpy()
+    mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
+    if head.skip:
+        mask = mask * (np.cumsum(mask, axis=1) > head.skip)
+    pooled = pool_numpy(result, hidden, mask, head.pooling)
+    if head.normalize:
+        pooled = unit_rows(pooled)
+    return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : head.keep]}
+
+
+def pool_numpy(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
+    """Return the pooled output of a model, one row an input."""
+    if pooling == "model":
+        return np.asarray(own_vector(result).numpy())
+    refuse_unpoolable(hidden, pooling)
+    if hidden.shape[1] != mask.shape[1]:
+        mask = np.ones(hidden.shape[:2], dtype=np.int64)
+    rows = []
+    for tokens, keep in zip(hidden, mask.astype(bool), strict=True):
+        kept = tokens[keep] if keep.any() else tokens[:1]
+        rows.append({"cls": kept[0], "last": kept[-1], "max": kept.max(0), "mean": kept.mean(0)})
+    return np.stack([row[pooling] for row in rows])
+
+
+def _logits(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    return {"logits": result.logits.numpy()}
+
+
+def _spans(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    ends = (result.start_logits.numpy(), result.end_logits.numpy())
+    return {"span_logits": np.stack(ends, axis=2)}
+
+
+def _words(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    weights = np.log(1 + np.maximum(result.logits.numpy(), 0))
+    rows = [tokens[kept].max(0) for tokens, kept in _kept(weights, feeds)]
+    return {"sparse_embedding": np.stack(rows)}
+
+
+def _tokens(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    unit = unit_rows(result.last_hidden_state.numpy())
+    for tokens, kept in _kept(unit, feeds):
+        tokens[~kept] = 0
+    return {"token_embeddings": unit}
+
+
+def _kept(values: np.ndarray, feeds: Mapping[str, Any]) -> Any:
+    return zip(values, feeds["attention_mask"].astype(bool), strict=True)
+
+
+def _boxes(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
+    logits, boxes = result.logits.numpy(), result.pred_boxes.numpy()
+    return {
+        "logits": logits,
+        "pred_boxes": boxes,
+        "detections": np.concatenate([logits, boxes], axis=2),
+    }
+
+
+_ANSWERS: dict[str, Callable[[TaskHead, Any, Mapping[str, Any]], Outputs]] = {
+    "embedding": _vector,
+    "image-embedding": _vector,
+    "audio-embedding": _vector,
+    "question-answering": _spans,
+    "sparse-embedding": _words,
+    "late-interaction": _tokens,
+    "object-detection": _boxes,
+}
