@@ -36,6 +36,10 @@ def quantize(
     max_perplexity_increase: Annotated[
         float | None, typer.Option(help="Gate of language models [default: 0.15].")
     ] = None,
+    gates: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Bound of a task's measure, NAME=VALUE: agreement=0.99."),
+    ] = None,
     keep_failing: Annotated[
         bool, typer.Option("--keep-failing", help="Write a variant that fails, marked.")
     ] = False,
@@ -72,7 +76,7 @@ def quantize(
             plain,
             samples,
             chosen,
-            gate=gate_of(settings, chosen, min_cosine, max_perplexity_increase),
+            gate=gate_of(settings, chosen, min_cosine, max_perplexity_increase, gates or ()),
             keep_failing=keep_failing,
             budget=seconds(budget) if search else None,
             step=step,

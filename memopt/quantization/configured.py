@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ def gate_of(
     recipe: Recipe,
     min_cosine: float | None = None,
     max_perplexity_increase: float | None = None,
+    bounds: Sequence[str] = (),
 ) -> Gate:
     """Return the bounds: those of the flags, of the settings that are set, of the method."""
     if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
@@ -48,7 +49,29 @@ def gate_of(
         max_perplexity_increase=(
             settings.ppl_threshold if max_perplexity_increase is None else max_perplexity_increase
         ),
+        bounds=parse_bounds(bounds),
     )
+
+
+def parse_bounds(texts: Sequence[str]) -> dict[str, float]:
+    """Return the bounds that ``NAME=VALUE`` texts say.
+
+    Raises:
+        ConfigurationError: one that says nothing.
+
+    >>> parse_bounds(["agreement=0.99"])
+    {'agreement': 0.99}
+    """
+    bounds = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            bounds[name.strip()] = float(value)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"--gate {text!r} is no bound", fix="write NAME=VALUE, as in agreement=0.99"
+            ) from error
+    return bounds
 
 
 def recipe_fields(settings: QuantizationSection) -> dict[str, Any]:

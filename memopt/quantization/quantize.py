@@ -31,6 +31,7 @@ from memopt.quantization.method import Context, Make, Quantized
 from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
 from memopt.runtimes.openvino_file import save_openvino
+from memopt.runtimes.text import takes_pairs
 
 __all__ = ["Samples", "quantize"]
 
@@ -293,6 +294,7 @@ def read_samples(bundle: Bundle, samples: Samples) -> tuple[CalibrationSet, Cali
             fix=f"use {most} or less",
         )
     common = {"modality": modality, "seed": samples.seed, "column": samples.column}
+    common["pairs"] = takes_pairs(bundle)
     calibration, held_out = split(
         samples.calibration,
         samples=samples.samples,

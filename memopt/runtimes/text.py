@@ -11,6 +11,7 @@ from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.positions import OFFSET_POSITIONS, position_limit
 from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems, bucket, by_budget
+from memopt.tasks.classes import infers
 from memopt.weights.sentence import default_prompt, lower_cased
 from memopt.weights.tokenizer import lower_case
 
@@ -202,6 +203,12 @@ def _is_pair(item: Any) -> bool:
 
 def _characters(item: Any) -> int:
     return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
+def takes_pairs(bundle: Bundle) -> bool:
+    """Say whether an input of a bundle is a pair of texts: rerankers, and models of inference."""
+    takes = bundle.task.takes
+    return takes == "pair" or (takes == "either" and infers(bundle.config()))
 
 
 def _tokenizer_config(bundle: Bundle) -> dict[str, Any]:

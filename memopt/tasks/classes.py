@@ -70,6 +70,17 @@ def label_names(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
     return tuple(named.get(str(number), f"LABEL_{number}") for number in range(count))
 
 
+def infers(config: Mapping[str, Any]) -> bool:
+    """Say whether a classifier judges if one text follows from another.
+
+    >>> infers({"id2label": {"0": "entailment", "1": "neutral", "2": "contradiction"}})
+    True
+    """
+    labels = config.get("id2label")
+    names = labels.values() if isinstance(labels, Mapping) else ()
+    return any(str(name).lower().startswith("entail") for name in names)
+
+
 def ranked_labels(
     scores: NDArray[np.float32], names: Sequence[str], top: int | None = None
 ) -> Classification:

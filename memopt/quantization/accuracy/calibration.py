@@ -68,6 +68,7 @@ def split(
     validation: int = 512,
     seed: int = 0,
     column: str | None = None,
+    pairs: bool = False,
 ) -> tuple[CalibrationSet, CalibrationSet]:
     """Choose calibration and validation inputs from one file or folder.
 
@@ -75,6 +76,7 @@ def split(
     text with them, as many of each length class (by powers of sqrt 2) as there are, so that the few
     short and long ones set ranges too. A file with too little keeps two thirds to calibrate.
     The file is read twice, as a stream: memory holds a hash and a length per text.
+    With ``pairs`` an input is the two texts of a row.
 
     Raises:
         InputError: missing, empty, too few, of another modality, or without the wanted column.
@@ -87,7 +89,7 @@ def split(
     path = Path(path)
     keys: list[tuple[int, ...]] = []
     lengths: dict[int, int] = {}
-    for record in read(path, modality=modality, column=column):
+    for record in read(path, modality=modality, column=column, pairs=pairs):
         keys.append(tuple(_key(item) for item in record.items))
         lengths.update(zip(keys[-1], (_length(item) for item in record.items), strict=True))
     _enough(path, len(lengths), modality)
@@ -103,7 +105,7 @@ def split(
     chosen = {
         rest[i] for i in stratified([lengths[key] for key in rest], min(samples, len(rest)), seed)
     }
-    return _collect(path, modality, column, chosen, held_rows, held)
+    return _collect(path, modality, column, pairs, chosen, held_rows, held)
 
 
 def load(
@@ -113,6 +115,7 @@ def load(
     samples: int = 512,
     seed: int = 0,
     column: str | None = None,
+    pairs: bool = False,
 ) -> CalibrationSet:
     """Read up to ``samples`` inputs of one file or folder, rows kept whole (for validation).
 
@@ -123,11 +126,12 @@ def load(
         raise InputError(f"{samples} samples cannot prove anything", fix="give at least 1")
     path = Path(path)
     keys = [
-        tuple(_key(item) for item in r.items) for r in read(path, modality=modality, column=column)
+        tuple(_key(item) for item in r.items)
+        for r in read(path, modality=modality, column=column, pairs=pairs)
     ]
     _enough(path, len({key for row in keys for key in row}), modality)
     rows, held = _draw_rows(keys, samples, np.random.default_rng(seed))
-    return _collect(path, modality, column, set(), rows, held)[1]
+    return _collect(path, modality, column, pairs, set(), rows, held)[1]
 
 
 def check_disjoint(calibration: CalibrationSet, validation: CalibrationSet) -> None:
@@ -167,8 +171,12 @@ def stratified(lengths: Sequence[int], count: int, seed: int) -> list[int]:
     return chosen
 
 
-def read(path: Path, *, modality: str = "text", column: str | None = None) -> Iterator[Example]:
+def read(
+    path: Path, *, modality: str = "text", column: str | None = None, pairs: bool = False
+) -> Iterator[Example]:
     """Yield the records of a file (text) or folder (images, audio), one at a time.
+
+    With ``pairs`` the two texts of a row are one input; ``column`` then names both, with a comma.
 
     Raises:
         InputError: as :func:`split`.
@@ -181,7 +189,7 @@ def read(path: Path, *, modality: str = "text", column: str | None = None) -> It
             raise InputError(
                 f"{path} is {kind}, and this is a text model", fix="give " + ", ".join(TEXT_FILES)
             )
-        yield from _read_text(path, column)
+        yield from _read_pairs(path, column) if pairs else _read_text(path, column)
         return
     suffixes = IMAGE_FILES if modality == "image" else AUDIO_FILES
     if not path.is_dir():
@@ -208,6 +216,24 @@ def _read_text(path: Path, column: str | None) -> Iterator[Example]:
         record = _record(dict(row.values), column, path)
         if record.items:
             yield record
+
+
+def _read_pairs(path: Path, column: str | None) -> Iterator[Example]:
+    names = [name.strip() for name in column.split(",")] if column else None
+    if names is not None and len(names) != 2:
+        raise InputError(f"--column {column!r} names no pair", fix="give two, as in query,document")
+    if names is not None:
+        halves = zip(*(_read_text(path, name) for name in names), strict=True)
+        rows: Iterator[Example] = (Example(left.items + right.items) for left, right in halves)
+    else:
+        rows = _read_text(path, None)
+    for number, row in enumerate(rows):
+        if len(row.items) < 2:
+            raise InputError(
+                f"row {number} of {path} holds {len(row.items)} texts, and this model takes pairs",
+                fix="give rows of two texts, or name the columns: --column query,document",
+            )
+        yield Example((row.items[:2],), row.score)
 
 
 def _record(row: dict[str, Any], column: str | None, path: Path) -> Example:
@@ -258,6 +284,8 @@ def _key(item: Any) -> int:
 
 
 def _length(item: Any) -> int:
+    if isinstance(item, tuple):
+        return sum(map(len, item))
     return len(item) if isinstance(item, str) else 1
 
 
@@ -289,6 +317,7 @@ def _collect(
     path: Path,
     modality: str,
     column: str | None,
+    two: bool,
     chosen: set[int],
     held_rows: set[int],
     held: set[int],
@@ -297,7 +326,7 @@ def _collect(
     places: dict[int, int] = {}
     items: list[Any] = []
     pairs: list[tuple[int, int, float]] = []
-    for number, record in enumerate(read(path, modality=modality, column=column)):
+    for number, record in enumerate(read(path, modality=modality, column=column, pairs=two)):
         keyed = [(_key(item), item) for item in record.items]
         if number in held_rows:
             for key, item in keyed:

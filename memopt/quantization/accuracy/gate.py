@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from memopt.errors import ConfigurationError
+from memopt.tasks import quality
 
 # What users of an index notice, and what GPTQ can be asked for.
 MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
 MAX_PERPLEXITY_INCREASE = 0.15
-# Number of a validation -> what people call it, and how it is written.
-MEASURES = {
+# Number of a validation -> what people call it, and how it is written; of embeddings and language
+# models, the other tasks' are in memopt.tasks.quality.
+NUMBERS = {
     "cosine_min": ("cosine, least", ".4f"),
     "cosine_low": ("cosine, least, expected on other inputs", ".4f"),
     "cosine_p1": ("cosine, 1st percentile", ".4f"),
@@ -29,6 +32,9 @@ MEASURES = {
 class Gate:
     """What a variant must reach to be written and picked.
 
+    ``bounds`` are of the measures of :mod:`memopt.tasks.quality`; what it does not name has the
+    default that stands there.
+
     >>> Gate(min_cosine=2)
     Traceback (most recent call last):
     ...
@@ -37,8 +43,10 @@ class Gate:
 
     min_cosine: float = MIN_COSINE["rtn"]
     max_perplexity_increase: float = MAX_PERPLEXITY_INCREASE
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        quality.check_bounds(self.bounds)
         if not -1 <= self.min_cosine <= 1:
             raise ConfigurationError(
                 f"min_cosine {self.min_cosine} is not in [-1, 1]", fix="use 0.95"
@@ -52,7 +60,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """How a quantized graph compares with the float one; embeddings or perplexity, not both."""
+    """How a quantized graph compares with the float one: cosines, a perplexity, or measures."""
 
     samples: int
     cosine_min: float | None = None
@@ -65,6 +73,7 @@ class Validation:
     perplexity: float | None = None
     perplexity_float: float | None = None
     perplexity_increase: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)  # of the task, the first decides
     speedup: float | None = None  # against the float variant of the same runtime
     set_sha256: str | None = None  # of the inputs
     worst: tuple[tuple[str, float], ...] = ()
@@ -72,15 +81,17 @@ class Validation:
 
     @property
     def quality(self) -> float:
-        """The min cosine, or of a language model minus the perplexity increase."""
+        """What a search raises: min cosine, minus the perplexity increase, or the first measure."""
         if self.perplexity_increase is not None:
             return -self.perplexity_increase
+        if self.measures:
+            return next(iter(self.measures.values()))
         assert self.cosine_min is not None
         return self.cosine_min
 
     def failures(self, gate: Gate) -> list[str]:
         """Return one line per number that misses the gate; empty means it passes."""
-        misses = []
+        misses = quality.misses(self.measures, gate.bounds)
         if self.cosine_min is not None and not self.cosine_min >= gate.min_cosine:
             misses.append(f"min cosine {self.cosine_min:.4f} is below {gate.min_cosine}")
         elif self.cosine_low is not None and not self.cosine_low >= gate.min_cosine:
@@ -97,10 +108,14 @@ class Validation:
         least = f"at least {gate.min_cosine:g}"
         most = f"at most {gate.max_perplexity_increase:.0%}"
         bounds = {"cosine_min": least, "cosine_low": least, "perplexity_increase": most}
-        return [
+        known = [
             (label, format(value, form), bounds.get(key, ""))
-            for key, (label, form) in MEASURES.items()
+            for key, (label, form) in NUMBERS.items()
             if (value := getattr(self, key)) is not None
+        ]
+        return known + [
+            (quality.MEASURES[name].label, f"{value:.4f}", quality.words(name, gate.bounds))
+            for name, value in self.measures.items()
         ]
 
     def record(self, gate: Gate) -> dict[str, Any]:
@@ -108,9 +123,12 @@ class Validation:
         numbers = {
             key: round(value, 6) if isinstance(value, float) else value
             for key, value in asdict(self).items()
-            if value is not None and key not in ("cosines", "worst")
+            if value is not None and key not in ("cosines", "worst", "measures")
         }
-        return {**numbers, "gate": asdict(gate)}
+        measures = {name: round(value, 6) for name, value in self.measures.items()}
+        # Bounds only where they count: manifests of embeddings stay as they were.
+        bound = {key: value for key, value in asdict(gate).items() if key != "bounds" or measures}
+        return {**numbers, **measures, "gate": bound}
 
 
 def near(cosine: float | None, low: float, bound: float) -> str:

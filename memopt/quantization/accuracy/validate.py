@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.bundle import Bundle, Variant
+from memopt.bundle import Bundle, Variant, read_json
 from memopt.errors import QuantizationError
 from memopt.graphs.session import Feed, Run, feeds, open_graph
 from memopt.moved import old_names
@@ -19,6 +20,8 @@ from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.quantization.accuracy.gate import Validation
 from memopt.runtimes.vectors import row_cosines, unit_rows
+from memopt.tasks.quality import About, quality_of
+from memopt.tasks.table import task_of
 
 __getattr__ = old_names(__name__)
 
@@ -58,7 +61,8 @@ class PrecisionValidator:
         max_length: int | None = None,
     ) -> None:
         self._data = data
-        self._generates = bundle.manifest.task == "text-generation"
+        self._task = bundle.manifest.task
+        self._about = About(_config(bundle), data.items)
         self.output = reference.output
         self._batches = Replay(
             lambda: feeds(bundle, data.items, reference.inputs, max_length=max_length)
@@ -67,13 +71,13 @@ class PrecisionValidator:
             bundle.file(reference), reference.format, reference.output, reference.options
         )
         self._expected = self._measure(self._float)
-        if not np.isfinite(self._expected).all():
+        if not all(np.isfinite(row).all() for row in self._expected):
             raise QuantizationError(f"the float variant {reference.name} gives NaN or infinity")
 
     @property
     def float_perplexity(self) -> float:
         """Perplexity of the float model on the validation texts."""
-        return float(np.exp(self._expected[:, 0].sum() / self._expected[:, 1].sum()))
+        return _perplexity(np.stack(self._expected))
 
     def validate(self, run: Run, *, limit: int | None = None, timed: bool = True) -> Validation:
         """Compare one graph with the float one.
@@ -83,14 +87,25 @@ class PrecisionValidator:
         """
         got = self._measure(run, limit)
         expected = self._expected if limit is None else self._expected[:limit]
-        if got.shape != expected.shape:
-            raise QuantizationError(f"output {got.shape} beside float output {expected.shape}")
-        if not np.isfinite(got).all():
-            raise QuantizationError("the quantized graph gives NaN or infinity on validation data")
+        for ours, theirs in zip(got, expected, strict=True):
+            if ours.shape != theirs.shape:
+                raise QuantizationError(f"output {ours.shape} beside float output {theirs.shape}")
+            if not np.isfinite(ours).all():
+                raise QuantizationError(
+                    "the quantized graph gives NaN or infinity on validation data"
+                )
         speedup = self._speedup(run) if timed else None
-        if self._generates:
-            return self._language(got, expected, speedup)
-        return self._embedding(got, expected, speedup)
+        if self._task == "text-generation":
+            return self._language(np.stack(got), np.stack(expected), speedup)
+        if task_of(self._task).embeds:
+            return self._embedding(np.stack(got), np.stack(expected), speedup)
+        about = replace(self._about, items=self._about.items[: len(got)])
+        return Validation(
+            samples=len(got),
+            measures=quality_of(self._task).compare(got, expected, about),
+            speedup=speedup,
+            set_sha256=self._data.digest,
+        )
 
     def _embedding(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
         cosines = row_cosines(got, expected)
@@ -117,7 +132,7 @@ class PrecisionValidator:
         )
 
     def _language(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
-        before, after = (float(np.exp(t[:, 0].sum() / t[:, 1].sum())) for t in (expected, got))
+        before, after = _perplexity(expected), _perplexity(got)
         each = (got[:, 0] - expected[:, 0]) / np.maximum(expected[:, 1], 1)
         worst = np.argsort(-each)[:10]
         return Validation(
@@ -130,18 +145,24 @@ class PrecisionValidator:
             worst=tuple((str(self._data.items[i]), float(each[i])) for i in worst),
         )
 
-    def _measure(self, run: Run, limit: int | None = None) -> Rows:
-        """Return one row per input: its embedding, or (negative log likelihood, tokens)."""
+    def _measure(self, run: Run, limit: int | None = None) -> list[Rows]:
+        """Return what is compared of each input: its vector, likelihood, or what its task keeps."""
         rows: dict[int, Rows] = {}
         for positions, feed in self._batches:
             wanted = [p for p in positions if limit is None or p < limit]
             if not wanted:
                 continue
             output = run(feed)
-            values = _likelihood(output, feed) if self._generates else output
-            rows.update(zip(positions, values, strict=True))
+            rows.update(zip(positions, self._kept(output, feed), strict=True))
         count = len(self._data) if limit is None else min(limit, len(self._data))
-        return np.stack([rows[i] for i in range(count)])
+        return [rows[i] for i in range(count)]
+
+    def _kept(self, output: Rows, feed: Feed) -> Sequence[Rows]:
+        if self._task == "text-generation":
+            return list(_likelihood(output, feed))
+        if task_of(self._task).embeds:
+            return list(output)
+        return quality_of(self._task).rows(output, feed)
 
     def _speedup(self, run: Run) -> float:
         sample = self._timing_sample()
@@ -235,6 +256,16 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return np.asarray((last - (counts - 1) / 2)[inverse], np.float64)
+
+
+def _config(bundle: Bundle) -> dict[str, Any]:
+    path = bundle.path / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _perplexity(totals: Rows) -> float:
+    """Return the perplexity of rows of (negative log likelihood, tokens)."""
+    return float(np.exp(totals[:, 0].sum() / totals[:, 1].sum()))
 
 
 def _likelihood(logits: Rows, feed: Mapping[str, NDArray[Any]]) -> Rows:

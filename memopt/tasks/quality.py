@@ -1,0 +1,216 @@
+"""How near the answers of two graphs are: the measures of each task, and what a variant must reach.
+
+The right answers are the float graph's. A task's first measure is the one that a search raises.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memopt.registry import check_keys
+from memopt.tasks.classes import label_scores
+from memopt.tasks.ranking import kendall_tau, ndcg
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Rows = Sequence[NDArray[Any]]
+
+# Words of the vocabulary, or neighbours, that are compared of a sparse vector.
+TOP_TERMS = 32
+# Of a set of texts, the first so many are queries and the others documents, for MaxSim.
+QUERIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number that tells how near two graphs are.
+
+    ``bound`` is what a variant must reach by default, None where it is only told; ``rising`` says
+    that more is better.
+    """
+
+    label: str
+    bound: float | None = None
+    rising: bool = True
+
+    def misses(self, value: float, bound: float) -> bool:
+        """Say whether a value is on the wrong side of its bound; NaN is."""
+        return not (value >= bound if self.rising else value <= bound)
+
+
+MEASURES: Mapping[str, Measure] = {
+    "agreement": Measure("same first answer, share", 0.98),
+    "max_shift": Measure("largest change of a probability", 0.25, rising=False),
+    "kendall": Measure("Kendall's tau of the order", 0.95),
+    "ndcg_at_10": Measure("NDCG@10 against the float order", 0.98),
+    "term_cosine": Measure("cosine, least", 0.95),
+    "term_overlap": Measure(f"overlap of the {TOP_TERMS} heaviest words", 0.9),
+    "span_f1": Measure("F1 of the spans", 0.97),
+    "exact_match": Measure("same answer to the letter, share"),
+    "box_iou": Measure("overlap of the boxes (IoU), mean", 0.9),
+    "class_agreement": Measure("same class of a box, share", 0.95),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a comparison may need to know beside the answers."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    items: Sequence[Any] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How the answers of one task are kept and compared.
+
+    ``rows`` makes of a batch's output what is kept of each input; ``compare`` tells the measures of
+    (these, the right ones).
+    """
+
+    rows: Callable[[NDArray[np.float32], Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
+    compare: Callable[[Rows, Rows, About], dict[str, float]]
+
+
+def quality_of(task: str) -> Quality:
+    """Return how answers of a task are compared.
+
+    >>> right = [np.array([0.0, 4.0]), np.array([4.0, 0.0])]
+    >>> found = quality_of("image-classification").compare(right, right, About())
+    >>> found["agreement"], found["max_shift"]
+    (1.0, 0.0)
+    """
+    return _QUALITIES[task]
+
+
+def misses(found: Mapping[str, float], bounds: Mapping[str, float]) -> list[str]:
+    """Return one line per measure that misses its bound; those not named have their default.
+
+    >>> misses({"agreement": 0.9}, {})
+    ['same first answer, share 0.9000 misses 0.98']
+    """
+    lines = []
+    for name, value in found.items():
+        bound = bounds.get(name, MEASURES[name].bound)
+        if bound is not None and MEASURES[name].misses(value, bound):
+            lines.append(f"{MEASURES[name].label} {value:.4f} misses {bound:g}")
+    return lines
+
+
+def words(name: str, bounds: Mapping[str, float]) -> str:
+    """Return a measure's bound in words, "" where it has none.
+
+    >>> words("kendall", {"kendall": 0.9})
+    'at least 0.9'
+    """
+    bound = bounds.get(name, MEASURES[name].bound)
+    side = "at least" if MEASURES[name].rising else "at most"
+    return "" if bound is None else f"{side} {bound:g}"
+
+
+def check_bounds(bounds: Mapping[str, float]) -> None:
+    """Refuse a bound of no measure.
+
+    Raises:
+        ConfigurationError: naming the nearest that is one.
+    """
+    check_keys("the gate", bounds, MEASURES)
+
+
+def _whole(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    return list(output)
+
+
+def _trimmed(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    mask = feed.get("attention_mask")
+    if mask is None:
+        return list(output)
+    return [row[kept.astype(bool)] for row, kept in zip(output, mask, strict=True)]
+
+
+def _likeliest(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    # A vocabulary a token is 4 MB a text: what is compared of it is the word that wins.
+    return [row.argmax(axis=-1) for row in _trimmed(output, feed)]
+
+
+def _classes(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    ours, theirs = (label_scores(np.stack(rows), about.config) for rows in (got, right))
+    if about.config.get("problem_type") == "multi_label_classification":
+        same = float(((ours > 0.5) == (theirs > 0.5)).mean())
+    else:
+        same = float((ours.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    return {"agreement": same, "max_shift": float(np.abs(ours - theirs).max(initial=0.0))}
+
+
+def _order(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    """Of the documents of each query; of all pairs together where no query comes twice."""
+    ours, theirs = (np.stack(rows)[:, 0].astype(np.float64) for rows in (got, right))
+    queries: dict[Any, list[int]] = defaultdict(list)
+    for position, (query, _) in enumerate(about.items):
+        queries[query].append(position)
+    groups = [rows for rows in queries.values() if len(rows) > 1]
+    # Kendall's tau of one order of all scores: a query's documents are a part of it.
+    groups = groups if len(groups) > 1 else [list(range(len(ours)))]
+    gains = 1 / (1 + np.exp(-theirs))
+    return {
+        "kendall": kendall_tau(ours, theirs),
+        "ndcg_at_10": float(np.mean([ndcg(ours[rows], gains[rows]) for rows in groups])),
+    }
+
+
+def _labels(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    ours, theirs = (np.concatenate([row.argmax(axis=-1) for row in rows]) for rows in (got, right))
+    return {"agreement": float((ours == theirs).mean())}
+
+
+def _words(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    return {"agreement": float((np.concatenate(got) == np.concatenate(right)).mean())}
+
+
+def _terms(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    cosines, overlaps = [], []
+    for ours, theirs in zip(got, right, strict=True):
+        lengths = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+        cosines.append(float(ours @ theirs) / lengths if lengths else float(not theirs.any()))
+        count = min(TOP_TERMS, int((theirs > 0).sum()))
+        if count:
+            best = (set(np.argpartition(-row, count - 1)[:count]) for row in (ours, theirs))
+            overlaps.append(len(set.intersection(*best)) / count)
+    overlap = float(np.mean(overlaps)) if overlaps else 1.0
+    return {"term_cosine": min(cosines), "term_overlap": overlap}
+
+
+def _late(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    cut = min(QUERIES, len(right) // 2)
+    taus, gains = [], []
+    for number in range(cut):
+        ours, theirs = (
+            np.array([(rows[number] @ document.T).max(axis=1).sum() for document in rows[cut:]])
+            for rows in (got, right)
+        )
+        taus.append(kendall_tau(ours, theirs))
+        spread = theirs - theirs.min(initial=0.0)
+        gains.append(ndcg(ours, spread))
+    return {
+        "kendall": float(np.mean(taus)) if taus else 1.0,
+        "ndcg_at_10": float(np.mean(gains)) if gains else 1.0,
+    }
+
+
+_QUALITIES: Mapping[str, Quality] = {
+    "text-classification": Quality(_whole, _classes),
+    "image-classification": Quality(_whole, _classes),
+    "audio-classification": Quality(_whole, _classes),
+    "reranking": Quality(_whole, _order),
+    "token-classification": Quality(_trimmed, _labels),
+    "question-answering": Quality(_trimmed, _labels),
+    "fill-mask": Quality(_likeliest, _words),
+    "sparse-embedding": Quality(_whole, _terms),
+    "late-interaction": Quality(_trimmed, _late),
+}
