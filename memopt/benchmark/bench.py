@@ -19,6 +19,7 @@ from memopt.errors import BundleError, ConfigurationError, InputError, MemoptErr
 from memopt.progress import Step, silent
 from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
+from memopt.runtimes.text import takes_pairs
 
 
 def bench(
@@ -65,6 +66,8 @@ def bench(
         on_step=on_step,
         reference=_reference(bundle, contenders[0]),
         origin=str(inputs.absolute()) if inputs else "",
+        task=bundle.manifest.task,
+        config=bundle.config(),
     )
 
 
@@ -86,10 +89,10 @@ def _passed_here(bundle: Bundle, device: str, say: Step) -> list[str]:
 
 def _encoder(path: str | Path) -> Bundle:
     bundle = open_bundle(path)
-    if bundle.manifest.modality == "joint" or bundle.manifest.task == "text-generation":
+    if not bundle.task.engine or bundle.task.answer == "any":
         raise ConfigurationError(
-            f"{bundle.path} has task {bundle.manifest.task}; bench measures encoders",
-            fix="give the bundle of an embedding model",
+            f"{bundle.path} has task {bundle.manifest.task}, of which bench has no measure",
+            fix="give the bundle of another task",
         )
     if not bundle.manifest.variants:
         raise BundleError(
@@ -100,8 +103,8 @@ def _encoder(path: str | Path) -> Bundle:
 
 def _inputs(bundle: Bundle, file: Path | None, count: int) -> list[Any]:
     if file is None:
-        return default_inputs(bundle.manifest, count)
-    return read_inputs(file, bundle.manifest.modality, count)
+        return default_inputs(bundle.manifest, count, pairs=takes_pairs(bundle))
+    return read_inputs(file, bundle.manifest.modality, count, pairs=takes_pairs(bundle))
 
 
 def _contender(bundle: Bundle, variant: str, device: str) -> Contender:
@@ -172,6 +175,8 @@ def compare(
         on_step=on_step,
         reference=_reference(bundle, contenders[0]),
         origin=origin,
+        task=bundle.manifest.task,
+        config=bundle.config(),
     )
 
 
@@ -194,9 +199,9 @@ def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
 
 def _peers(bundle: Bundle, names: list[str], say: Step) -> list[Contender]:
     check_peers(names)
-    if bundle.manifest.modality != "text":
+    if bundle.manifest.task != "embedding":
         raise ConfigurationError(
-            f"peers embed text, {bundle.path} is an {bundle.manifest.modality} model",
+            f"peers embed text, {bundle.path} is of task {bundle.manifest.task}",
             fix="leave --peers out; device torch gives the reference",
         )
     say("the peers' own environment: about 2 GB in .peers, minutes on first use")

@@ -30,7 +30,7 @@ class Worker:
     def __init__(self, contender: Contender, environment: Mapping[str, str]) -> None:
         self.contender = contender
         self.opened: dict[str, Any] = {}
-        self.embedding: np.ndarray[Any, Any] = np.empty((0, 0), np.float32)
+        self.answers: Any = np.empty((0, 0), np.float32)  # vectors, or a row an input
         self.seconds: list[float] = []
         self.latencies: list[float] = []
         self.memory: dict[str, float] = {}
@@ -121,11 +121,11 @@ class Race:
         for worker in self.workers[::way]:  # a copy: one that fails is taken off the list
             self._step(what, worker.contender, partial(work, worker))
 
-    def leave(self) -> np.ndarray[Any, Any]:
-        """End the only one; return its vectors."""
+    def leave(self) -> Any:
+        """End the only one; return its answers."""
         worker = self.workers.pop()
         worker.leave(None)
-        return worker.embedding
+        return worker.answers
 
     def _step(self, what: str, contender: Contender, work: Callable[[], object]) -> None:
         self._say(f"{what} {contender.label}")

@@ -61,6 +61,12 @@ class BenchmarkMetrics:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  # of the contender's own environment
     vram_mb: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
+
+    @property
+    def nearness(self) -> float | None:
+        """How near the answers are to the reference's: min cosine, or the task's first measure."""
+        return next(iter(self.measures.values()), None) if self.measures else self.cosine_min
 
     def save(self, folder: Path) -> Path:
         """Write ``<folder>/<label>-<run_id>.json`` and return its path."""

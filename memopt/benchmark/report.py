@@ -10,6 +10,7 @@ from typing import Any
 from memopt import charts, pages
 from memopt.benchmark.record import BenchmarkMetrics, interval, ratio
 from memopt.files import atomic_path
+from memopt.tasks.quality import MEASURES
 
 HEADER = (
     "contender",
@@ -28,7 +29,9 @@ HEADER = (
 
 def header(records: Sequence[BenchmarkMetrics]) -> tuple[str, ...]:
     """Return the columns of a run; GPU memory only where a GPU was used."""
-    return HEADER if not _on_gpu(records) else (*HEADER, "VRAM MB")
+    measure = next(iter(records[0].measures), None)
+    named = (*HEADER[:-1], MEASURES[measure].label) if measure else HEADER
+    return named if not _on_gpu(records) else (*named, "VRAM MB")
 
 
 def _on_gpu(records: Sequence[BenchmarkMetrics]) -> bool:
@@ -53,7 +56,7 @@ def rows(records: Sequence[BenchmarkMetrics]) -> list[list[str]]:
                 f"{record.first_vector_seconds:.2f}",
                 f"{record.rss_mb:.0f}",
                 f"{record.rss_increase_mb:.0f}",
-                "-" if record.cosine_min is None else f"{record.cosine_min:.5f}",
+                "-" if record.nearness is None else f"{record.nearness:.5f}",
             ]
         )
         if _on_gpu(records):
@@ -69,7 +72,7 @@ def table(records: Sequence[BenchmarkMetrics]) -> Any:
     made = Table(
         *header(records),
         title=f"{records[0].items} inputs, medians of paired rounds"
-        + (f", cosine against {reference}" if reference else ""),
+        + (f", answers against {reference}" if reference else ""),
     )
     for line in rows(records):
         made.add_row(*line)

@@ -26,6 +26,9 @@ from memopt.errors import InputError
 from memopt.progress import Step, silent
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.runtimes.limits import process_vram_mb
+from memopt.tasks.quality import About, quality_of
+from memopt.tasks.rows import load_rows
+from memopt.tasks.table import task_of
 
 
 def run(
@@ -41,6 +44,8 @@ def run(
     failures: dict[str, str] | None = None,
     deadline: float | None = None,
     origin: str = "",
+    task: str = "embedding",
+    config: Mapping[str, Any] | None = None,
 ) -> list[BenchmarkMetrics]:
     """Measure every contender on the same inputs in one run.
 
@@ -61,6 +66,8 @@ def run(
         deadline: in terms of ``time.monotonic``; no round that would pass it begins, except the
             first.
         origin: the file the inputs are of, recorded so that they can be found again.
+        task: whose measures compare the answers.
+        config: of the model, for measures that need the names of labels.
 
     Returns:
         One record per contender, in order, sharing a ``run_id``.
@@ -96,7 +103,7 @@ def run(
         race.each("memory of", _weigh)
     workers = race.workers
     if vectors is not None:
-        vectors.update({worker.contender.label: worker.embedding for worker in workers})
+        vectors.update({worker.contender.label: worker.answers for worker in workers})
     common = {
         "run_id": uuid.uuid4().hex[:12],
         "items": len(inputs),
@@ -105,14 +112,15 @@ def run(
         "reference": (reference or contenders[0]).label,
         "hardware": hardware(),
     }
-    against = workers[0].embedding if right is None else right
-    return [_record(worker, against, common) for worker in workers]
+    against = workers[0].answers if right is None else right
+    about = None if task_of(task).embeds else About(config or {}, inputs)
+    return [_record(worker, against, common, task, about) for worker in workers]
 
 
 def _encode(worker: Worker, folder: Path) -> None:
     out = folder / "vectors.npy"
     worker.ask(do="encode", repeats=1, out=str(out))
-    worker.embedding = np.load(out)
+    worker.answers = load_rows(out)
 
 
 def _time_round(worker: Worker, repeats: int) -> None:
@@ -147,9 +155,10 @@ def _weigh(worker: Worker) -> None:
 
 
 def _record(
-    worker: Worker, against: np.ndarray[Any, Any], common: Mapping[str, Any]
+    worker: Worker, against: Any, common: Mapping[str, Any], task: str, about: About | None
 ) -> BenchmarkMetrics:
-    cosines = _cosines(against, worker.embedding)
+    cosines = _cosines(against, worker.answers) if about is None else None
+    measures = quality_of(task).compare(worker.answers, against, about) if about else {}
     p50, p95, p99 = (float(v) * 1e3 for v in np.percentile(worker.latencies, (50, 95, 99)))
     return BenchmarkMetrics(
         label=worker.contender.label,
@@ -169,13 +178,14 @@ def _record(
         cosine_mean=None if cosines is None else float(cosines.mean()),
         cosine_low=None if cosines is None else expected_minimum(cosines),
         vram_mb=worker.vram_mb,
+        measures=measures,
         versions=worker.opened["versions"],
         **common,
     )
 
 
 def _write_inputs(inputs: Sequence[Any], folder: Path) -> Path:
-    if isinstance(inputs[0], str | Path):
+    if isinstance(inputs[0], str | Path | tuple | list):
         path = folder / "inputs.json"
         named = [str(item.absolute()) if isinstance(item, Path) else item for item in inputs]
         path.write_text(json.dumps(named), encoding="utf-8")

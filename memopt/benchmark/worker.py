@@ -27,10 +27,10 @@ WAKING = (0.15, 4)
 
 
 def open_memopt(spec: dict[str, Any]) -> Encode:
-    """memopt's own engine."""
-    from memopt import ArrowEngine
+    """memopt's own engine of the bundle's task."""
+    from memopt.runtimes.task_engine import open_task
 
-    engine = ArrowEngine(
+    engine = open_task(
         spec["path"],
         device=spec.get("device", "auto"),
         variant=spec.get("variant", "auto"),
@@ -40,7 +40,7 @@ def open_memopt(spec: dict[str, Any]) -> Encode:
     auto = spec.get("variant", "auto") == spec.get("device", "auto") == "auto"
     if engine.events and not (auto and engine.events[-1].kind == "unavailable"):
         raise RuntimeError(f"fell back: {engine.events[0]}")
-    return lambda inputs: engine.encode(inputs)
+    return lambda inputs: engine.comparable(inputs)
 
 
 def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
@@ -134,6 +134,20 @@ def load_inputs(path: str) -> list[Any]:
     return inputs
 
 
+def save(path: str, answers: Any) -> None:
+    """Write answers: vectors as one array, of other tasks (memopt's alone) a row an input."""
+    if isinstance(answers, list):
+        from pathlib import Path
+
+        from memopt.tasks.rows import save_rows
+
+        save_rows(Path(path), answers)
+        return
+    import numpy as np
+
+    np.save(path, np.asarray(answers, dtype=np.float32))
+
+
 def warm_up(encode: Encode, inputs: list[Any], seconds: float, passes: int) -> None:
     """Encode one by one, untimed: runtimes that adapt to single inputs do so now, all alike."""
     until = time.perf_counter() + seconds
@@ -188,7 +202,6 @@ def main() -> None:
             if command["do"] == "open":
                 inputs = load_inputs(command["inputs"])
                 # numpy is loaded before the clock starts: every contender needs it alike.
-                import numpy as np
 
                 before = memory()
                 begin = time.perf_counter()
@@ -208,7 +221,7 @@ def main() -> None:
                 vectors = encode(inputs * command["repeats"])
                 answer = {"seconds": (time.perf_counter() - begin) / command["repeats"]}
                 if command.get("out"):
-                    np.save(command["out"], np.asarray(vectors, dtype=np.float32))
+                    save(command["out"], vectors)
             elif command["do"] == "adapt":
                 assert encode is not None
                 warm_up(encode, inputs[: command["count"]], *ADAPTING)

@@ -38,7 +38,9 @@ IMAGE_SIZE = 224
 AUDIO_SECONDS, AUDIO_RATE = 30, 16_000
 
 
-def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any]:
+def default_inputs(
+    manifest: Manifest, count: int, *, seed: int = 0, pairs: bool = False
+) -> list[Any]:
     """Return ``count`` inputs for the bundle's modality, the same for the same seed.
 
     Text is str; an image is uint8 (224, 224, 3); audio is float32 (480000,), 30 s at 16 kHz.
@@ -49,6 +51,8 @@ def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any
     True
     """
     generator = np.random.default_rng(seed)
+    if pairs:
+        return [(_sentence(generator), _sentence(generator)) for _ in range(count)]
     if manifest.modality == "text":
         return [_sentence(generator) for _ in range(count)]
     if manifest.modality == "image":
@@ -58,7 +62,9 @@ def default_inputs(manifest: Manifest, count: int, *, seed: int = 0) -> list[Any
     return list(generator.normal(0, 0.1, samples).astype(np.float32))
 
 
-def read_inputs(path: Path, modality: str, limit: int | None = None) -> list[Any]:
+def read_inputs(
+    path: Path, modality: str, limit: int | None = None, *, pairs: bool = False
+) -> list[Any]:
     """Read inputs to measure with: texts of a file, or the images or sounds of a folder.
 
     The same files as for calibration: every text column of .csv, .tsv and .parquet, lines of .txt,
@@ -69,7 +75,7 @@ def read_inputs(path: Path, modality: str, limit: int | None = None) -> list[Any
     """
     if not path.exists():
         raise InputError(f"no inputs at {str(path)!r}", fix="check the path")
-    found = (item for record in read(path, modality=modality) for item in record.items)
+    found = (item for record in read(path, modality=modality, pairs=pairs) for item in record.items)
     inputs = list(islice(found, limit))
     if not inputs:
         raise InputError(f"{path} is empty: nothing to measure with", fix="give some inputs")

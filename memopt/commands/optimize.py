@@ -25,6 +25,10 @@ def optimize(
     min_cosine: Annotated[
         float | None, typer.Option(help="Worst cosine to float32 a variant may have. [0.98]")
     ] = None,
+    gates: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Bound of a task's measure, NAME=VALUE: agreement=0.99."),
+    ] = None,
     targets: Annotated[
         str, typer.Option(help="cpu,openvino,cuda,rocm,coreml,vulkan [default: all usable here].")
     ] = "",
@@ -45,7 +49,7 @@ def optimize(
     from memopt.optimize.plan import Plan, check_targets
     from memopt.optimize.report import told
     from memopt.optimize.run import optimize as run
-    from memopt.quantization.configured import seconds
+    from memopt.quantization.configured import parse_bounds, seconds
 
     replayed = Plan.load(plan) if plan else None
     source, calibration = _from(replayed, source, calibration)
@@ -65,6 +69,7 @@ def optimize(
             samples=int(pick(samples, "samples", 300)),
             seed=int(pick(seed, "seed", 0)),
             rounds=rounds,
+            bounds=parse_bounds(gates) if gates else (replayed.gate if replayed else None),
             plan=replayed,
             step=say,
             on_outcome=lambda *outcome: errors.print(told(*outcome)),

@@ -11,6 +11,7 @@ from typing import Any
 from memopt.benchmark.peers import Contender
 from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
+from memopt.bundle import open_bundle
 from memopt.optimize.plan import Outcome
 from memopt.progress import Step
 from memopt.quantization.accuracy.gate import Gate, Validation
@@ -45,7 +46,7 @@ def judge(
     path: Path,
     outcomes: Sequence[Outcome],
     inputs: Sequence[Any],
-    min_cosine: float,
+    gate: Gate,
     *,
     rounds: int,
     deadline: float | None,
@@ -64,6 +65,7 @@ def judge(
     built = [outcome for outcome in outcomes if outcome.status == "kept"]
     if not built:
         return Judged(tuple(outcomes), None)
+    bundle = open_bundle(path)
     contenders = [_contender(path, "reference", REFERENCE, "cpu")]
     contenders += [
         _contender(path, o.candidate.label, o.candidate.name, o.candidate.device) for o in built
@@ -78,6 +80,8 @@ def judge(
         on_step=say,
         failures=failed,
         deadline=deadline,
+        task=bundle.manifest.task,
+        config=bundle.config(),
     )
     found = {record.label: record for record in records}
     measured: list[Outcome] = []
@@ -88,7 +92,7 @@ def judge(
         elif label in failed:
             measured.append(replace(outcome, status="dropped", reason=failed[label]))
         else:
-            measured.append(_gated(outcome, found[label], min_cosine))
+            measured.append(_gated(outcome, found[label], gate))
     return Judged(tuple(choose(_as_at_home(measured))), records[0].items_per_second)
 
 
@@ -123,7 +127,7 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
     def merit(outcome: Outcome) -> tuple[float, float]:
         # Rounded: a tenth of a nine and a few percent of the size decide nothing.
-        error = max(1.0 - (outcome.cosine_min or 0.0), _NO_ERROR)
+        error = max(1.0 - (outcome.quality or 0.0), _NO_ERROR)
         return round(-math.log10(error), 1), -round(outcome.bytes / largest, 1)
 
     best = max(near, key=merit)
@@ -137,7 +141,7 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
             outcome = replace(outcome, status="chosen", reason=why)
         elif outcome.status == "kept":
             share = _speed(outcome) / _speed(best)
-            closer = (outcome.cosine_min or 0.0) > (best.cosine_min or 0.0)
+            closer = (outcome.quality or 0.0) > (best.quality or 0.0)
             quality = "closer to float32, but" if closer else "no closer to float32, and"
             reason = f"right, {quality} {share:.2f}x as fast as the choice"
             outcome = replace(outcome, reason=reason)
@@ -145,13 +149,14 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return decided
 
 
-def _gated(outcome: Outcome, record: BenchmarkMetrics, min_cosine: float) -> Outcome:
+def _gated(outcome: Outcome, record: BenchmarkMetrics, gate: Gate) -> Outcome:
     # The validator of quantize and the engine of this run batch the same inputs otherwise, which
     # changes the answers of some graphs (dynamic int8): the worst that was measured counts.
     cosine = _least(outcome.cosine_min, record.cosine_min)
     low = _least(outcome.cosine_low, record.cosine_low)
-    seen = Validation(samples=record.items, cosine_min=cosine, cosine_low=low)
-    failures = seen.failures(Gate(min_cosine=min_cosine)) if cosine is not None else ["no cosine"]
+    measures = record.measures
+    seen = Validation(samples=record.items, cosine_min=cosine, cosine_low=low, measures=measures)
+    failures = seen.failures(gate) if measures or cosine is not None else ["no cosine"]
     return replace(
         outcome,
         status="dropped" if failures else "kept",
@@ -159,6 +164,7 @@ def _gated(outcome: Outcome, record: BenchmarkMetrics, min_cosine: float) -> Out
         cosine_min=cosine,
         cosine_low=low,
         cosine_mean=record.cosine_mean,
+        measures=measures,
         items_per_second=record.items_per_second,
         latency_ms_p50=record.latency_ms_p50,
         rounds_seconds=record.rounds_seconds,

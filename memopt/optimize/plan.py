@@ -67,8 +67,14 @@ class Outcome:
     cosine_mean: float | None = None
     cosine_low: float | None = None  # what the minimum of as many other inputs stays above
     items_per_second: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
     latency_ms_p50: float | None = None
     rounds_seconds: tuple[float, ...] = ()  # paired by position with those of the others
+
+    @property
+    def quality(self) -> float | None:
+        """How near its answers are to float32's: min cosine, or the task's first measure."""
+        return next(iter(self.measures.values())) if self.measures else self.cosine_min
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +94,7 @@ class Plan:
     calibration: str = ""
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, float] = field(default_factory=dict)  # bounds of a task's measures
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from memopt import charts, pages
 from memopt.benchmark.record import interval
 from memopt.files import atomic_path
 from memopt.optimize.plan import Optimized, Outcome
+from memopt.tasks.quality import MEASURES
 
 HEADER = (
     "candidate",
@@ -52,7 +53,7 @@ def rows(result: Optimized) -> list[list[str]]:
                 outcome.candidate.name,
                 outcome.candidate.device,
                 outcome.status,
-                number(outcome.cosine_min, ".4f"),
+                number(outcome.quality, ".4f"),
                 number(outcome.cosine_mean, ".5f"),
                 number(speed, ",.0f"),
                 number(times, ".2f"),
@@ -69,13 +70,28 @@ def table(result: Optimized) -> Any:
     """Return a rich table of the outcomes."""
     from rich.table import Table
 
-    made = Table(title=f"{result.inputs} inputs, gate: min cosine {result.plan.min_cosine}")
-    for name in HEADER:
+    measure, bound = _gate(result)
+    made = Table(title=f"{result.inputs} inputs, gate: {measure} {bound:g}")
+    for name in _header(result):
         numeric = name not in ("candidate", "device", "result", "why")
         made.add_column(name, justify="right" if numeric else "left")
     for outcome, line in zip(ranked(result.outcomes), rows(result), strict=True):
         made.add_row(*line, style=_COLOURS.get(outcome.status))
     return made
+
+
+def _gate(result: Optimized) -> tuple[str, float]:
+    """Return what decides, in words, and its bound."""
+    measured = next((o.measures for o in result.outcomes if o.measures), None)
+    if not measured:
+        return "min cosine", result.plan.min_cosine
+    name = next(iter(measured))
+    return MEASURES[name].label, result.plan.gate.get(name, MEASURES[name].bound or 0.0)
+
+
+def _header(result: Optimized) -> tuple[str, ...]:
+    name = _gate(result)[0]
+    return tuple(name if column == "min cosine" else column for column in HEADER)
 
 
 def told(number: int, count: int, outcome: Outcome) -> str:
@@ -95,7 +111,7 @@ def summary(result: Optimized) -> str:
     times = f", {best.items_per_second / result.reference:.1f}x float32" if result.reference else ""
     return (
         f"chosen: {best.candidate.label}, {best.items_per_second:,.0f} items/s{times}, "
-        f"min cosine {best.cosine_min:.4f}, {best.bytes / 1e6:.1f} MB"
+        f"{_gate(result)[0]} {best.quality:.4f}, {best.bytes / 1e6:.1f} MB"
     )
 
 
@@ -109,7 +125,8 @@ def write_html(result: Optimized, target: Path) -> None:
     points = [p for number, o in enumerate(order, 1) if (p := _point(number, o)) is not None]
     chart: list[Any] = ["<p>no candidate could be measured</p>"]
     if points:
-        chart = [charts.tradeoff(points, "items per second", "min cosine", gate=plan.min_cosine)]
+        measure, bound = _gate(result)
+        chart = [charts.tradeoff(points, "items per second", measure, gate=bound)]
     reference = f"{result.reference:,.0f} items/s" if result.reference else "not measured"
     numbered = [[number, *row] for number, row in enumerate(rows(result), 1)]
     styles = [STYLES[outcome.status] for outcome in order]
@@ -123,12 +140,13 @@ def write_html(result: Optimized, target: Path) -> None:
         },
         [
             ("Quality against speed", [f"<p>{escape(summary(result))}</p>", *chart]),
-            ("Candidates", [pages.table(("#", *HEADER), numbered, styles=styles)]),
+            ("Candidates", [pages.table(("#", *_header(result)), numbered, styles=styles)]),
             ("Machine", [pages.table(("what", "value"), list(plan.machine.items()))]),
         ],
         note=" ".join(
             [
-                f"Cosines are against float32 on {result.inputs} inputs not used for calibration;",
+                f"Answers are compared with float32's on {result.inputs} inputs",
+                "not used for calibration;",
                 "below each a whisker to what other inputs are expected to keep, beside it the",
                 "95 % interval of its speed;",
                 f"portable float32 on ONNX Runtime gives {reference}.",
@@ -144,14 +162,14 @@ def write_html(result: Optimized, target: Path) -> None:
 def _point(number: int, outcome: Outcome) -> charts.Point | None:
     """Return the bubble of an outcome, None where it was not measured."""
     speed, times = outcome.items_per_second, outcome.rounds_seconds
-    if speed is None or outcome.cosine_min is None:
+    if speed is None or outcome.quality is None:
         return None
     fast, slow = interval(times) if times else (1.0, 1.0)
     middle = median(times or (1.0,))
     return charts.Point(
         number=number,
         x=speed,
-        y=outcome.cosine_min,
+        y=outcome.quality,
         size=outcome.bytes,
         label=outcome.candidate.label,
         style=STYLES[outcome.status],

@@ -62,6 +62,7 @@ def optimize(
     samples: int = 300,
     seed: int = 0,
     rounds: int = 5,
+    bounds: Mapping[str, float] | None = None,
     plan: Plan | None = None,
     step: Step = silent,
     on_outcome: Callable[[int, int, Outcome], None] | None = None,
@@ -83,6 +84,7 @@ def optimize(
             begun but one timed pass of what was built.
         samples: calibration inputs.
         rounds: timed passes per candidate.
+        bounds: of the measures of a task without vectors, see :mod:`memopt.tasks.quality`.
         plan: candidates of an earlier call, to be replayed instead of this machine's own list.
         step: called with a line before each step.
         on_outcome: called with number, count and outcome when a candidate was built, or was not.
@@ -92,7 +94,7 @@ def optimize(
         ConfigurationError: a value out of range, or a model that is no encoder.
         MemoptError: the float model itself cannot be exported.
     """
-    gate = Gate(min_cosine=min_cosine)
+    gate = Gate(min_cosine=min_cosine, bounds=bounds or {})
     budgeted = TimeBudget(budget)
     plan = plan.only(targets) if plan and targets else plan
     if not Path(calibration).exists():
@@ -111,6 +113,7 @@ def optimize(
         calibration=str(calibration),
         calibration_sha256=_digest(Path(calibration)),
         machine={"key": machine_key(), **hardware(), **versions()},
+        gate=bounds or {},
     )
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
@@ -120,7 +123,7 @@ def optimize(
             bundle.path,
             outcomes,
             inputs.held_out.items,
-            min_cosine,
+            gate,
             rounds=rounds,
             deadline=budgeted.begin + budget,
             say=step,
@@ -193,9 +196,9 @@ def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -
 
 def _encoder(source: str | Path) -> Bundle:
     bundle = resolve(source)
-    if bundle.manifest.task in ("text-generation", "joint-embedding"):
+    if not bundle.task.engine or bundle.task.answer == "any":
         raise ConfigurationError(
-            f"{bundle.path} has task {bundle.manifest.task}; optimize chooses among encoders",
+            f"{bundle.path} has task {bundle.manifest.task}, of which optimize has no measure",
             fix="use memopt quantize, which proves perplexity",
         )
     return bundle
@@ -269,6 +272,7 @@ def _judged(
         "items_per_second": round(outcome.items_per_second or 0.0, 1),
         "latency_ms_p50": round(outcome.latency_ms_p50 or 0.0, 3),
         "cosine_min": outcome.cosine_min,
+        **outcome.measures,
         "device": outcome.candidate.device,
         "machine": key,
     }
@@ -280,8 +284,9 @@ def _judged(
         **(variant.validation or {}),
         "cosine_min": outcome.cosine_min,
         "cosine_low": outcome.cosine_low,
+        **outcome.measures,
         "set_sha256": proven["sha256"],
-        "gate": asdict(Gate(min_cosine=plan.min_cosine)),
+        "gate": asdict(Gate(min_cosine=plan.min_cosine, bounds=plan.gate)),
     }
     passed = outcome.status in ("kept", "chosen")
     return replace(variant, benchmark=record, passed=passed, validation=proof)

@@ -161,6 +161,10 @@ class ArrowEngine(Engine):
             unit_length(vectors)
         return Encoded(vectors, failures)
 
+    def comparable(self, inputs: Any) -> NDArray[np.float32]:
+        """Return the vectors, as :meth:`encode`."""
+        return self.encode(inputs)
+
     async def aencode(self, inputs: Any, normalize: bool = True) -> NDArray[np.float32]:
         """Like :meth:`encode`, for event loops: callers at the same time share one batch.
 

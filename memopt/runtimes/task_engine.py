@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates, tuned_streams
 from memopt.runtimes.vectors import as_items, refusal
+from memopt.tasks.quality import quality_of
+from memopt.tasks.rows import trimmed_rows, whole_rows
 from memopt.tasks.table import Task
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.base import Feed, Rows
     from memopt.weights.locked import Unlocked
 
-Answers = list["NDArray[np.float32]"]
+Answers: TypeAlias = "list[NDArray[np.float32]]"
 
 
 class Engine:
@@ -207,6 +209,7 @@ class Engine:
         *,
         batch_size: int | None = None,
         show_progress: bool = False,
+        rows: Callable[[Rows, Feed], Answers] | None = None,
     ) -> Answers:
         """Return the graph's own answer to each input, before anything is made of it.
 
@@ -214,6 +217,8 @@ class Engine:
             inputs: as of the engine's verb.
             batch_size: inputs per batch; None lets a token budget decide, which is faster.
             show_progress: a progress bar on stderr, when that is a terminal.
+            rows: makes of a batch's output and inputs what is kept of each input; by default
+                its row of the output, without padding.
 
         Returns:
             float32 arrays, one an input: (labels,) of a classifier, (tokens, labels) of what
@@ -225,17 +230,23 @@ class Engine:
         """
         items = as_items(inputs, self._bundle.manifest.modality)
         found: Answers = [np.empty(0, np.float32)] * len(items)
-        per_token = self._bundle.task.answer == "tokens"
+        keep = rows or (trimmed_rows if self._bundle.task.answer == "tokens" else whole_rows)
 
-        def store(rows: NDArray[np.intp], feed: Feed, output: Rows) -> None:
-            lengths = feed["attention_mask"].sum(1) if per_token else None
-            for line, row in enumerate(rows):
-                whole = output[line]
+        def store(places: NDArray[np.intp], feed: Feed, output: Rows) -> None:
+            for place, row in zip(places, keep(output, feed), strict=True):
                 # A copy: the batch it is of is not kept for it.
-                found[row] = np.array(whole if lengths is None else whole[: lengths[line]])
+                found[place] = np.array(row)
 
         self._run(items, store, {}, batch_size, show_progress, fail=True)
         return found
+
+    def comparable(self, inputs: Any) -> Answers | NDArray[np.float32]:
+        """Return what is compared of each input's answer, where two graphs are measured.
+
+        Raises:
+            InputError, DeviceError: as :meth:`answers`.
+        """
+        return self.answers(inputs, rows=quality_of(self._bundle.task.name).rows)
 
     def _run(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import InputError
 from memopt.runtimes.cpu import machine_key, usable_cpus
-from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.task_engine import Engine, open_task
 
 ROUNDS = 5
 # One pass over few inputs is a dozen batches: over two streams their last ones run alone, which a
@@ -57,18 +57,18 @@ def tune_streams(
     cores = threads or usable_cpus()
     counts = [1 << power for power in range(cores.bit_length()) if 1 << power <= cores]
     engines = {
-        count: ArrowEngine(bundle, device, variant, threads=threads, streams=count)
+        count: open_task(bundle, device=device, variant=variant, threads=threads, streams=count)
         for count in counts
     }
     try:
         work = _enough(engines[1], inputs)
         for engine in engines.values():
-            engine.encode(work)  # compiles, fills caches
+            engine.comparable(work)  # compiles, fills caches
         rates: dict[int, list[float]] = {count: [] for count in counts}
         for turn in range(ROUNDS):
             for count in counts if turn % 2 == 0 else reversed(counts):
                 begin = time.perf_counter()
-                engines[count].encode(work)
+                engines[count].comparable(work)
                 rates[count].append(len(work) / (time.perf_counter() - begin))
         info = engines[1].device_info()
     finally:
@@ -84,11 +84,11 @@ def tune_streams(
     return tuning
 
 
-def _enough(engine: ArrowEngine, inputs: Sequence[Any]) -> list[Any]:
+def _enough(engine: Engine, inputs: Sequence[Any]) -> list[Any]:
     """Return the inputs as often as one stream needs a round's time for."""
-    engine.encode(inputs)
+    engine.comparable(inputs)
     begin = time.perf_counter()
-    engine.encode(inputs)
+    engine.comparable(inputs)
     once = max(time.perf_counter() - begin, 1e-6)
     return [*inputs] * max(1, min(_MOST_REPEATS, round(_ROUND_SECONDS / once)))
 

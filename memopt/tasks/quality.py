@@ -15,6 +15,7 @@ import numpy as np
 from memopt.registry import check_keys
 from memopt.tasks.classes import label_scores
 from memopt.tasks.ranking import kendall_tau, ndcg
+from memopt.tasks.rows import likeliest_rows, trimmed_rows, whole_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -123,22 +124,6 @@ def check_bounds(bounds: Mapping[str, float]) -> None:
     check_keys("the gate", bounds, MEASURES)
 
 
-def _whole(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    return list(output)
-
-
-def _trimmed(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    mask = feed.get("attention_mask")
-    if mask is None:
-        return list(output)
-    return [row[kept.astype(bool)] for row, kept in zip(output, mask, strict=True)]
-
-
-def _likeliest(output: NDArray[Any], feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    # A vocabulary a token is 4 MB a text: what is compared of it is the word that wins.
-    return [row.argmax(axis=-1) for row in _trimmed(output, feed)]
-
-
 def _classes(got: Rows, right: Rows, about: About) -> dict[str, float]:
     ours, theirs = (label_scores(np.stack(rows), about.config) for rows in (got, right))
     if about.config.get("problem_type") == "multi_label_classification":
@@ -204,13 +189,13 @@ def _late(got: Rows, right: Rows, about: About) -> dict[str, float]:
 
 
 _QUALITIES: Mapping[str, Quality] = {
-    "text-classification": Quality(_whole, _classes),
-    "image-classification": Quality(_whole, _classes),
-    "audio-classification": Quality(_whole, _classes),
-    "reranking": Quality(_whole, _order),
-    "token-classification": Quality(_trimmed, _labels),
-    "question-answering": Quality(_trimmed, _labels),
-    "fill-mask": Quality(_likeliest, _words),
-    "sparse-embedding": Quality(_whole, _terms),
-    "late-interaction": Quality(_trimmed, _late),
+    "text-classification": Quality(whole_rows, _classes),
+    "image-classification": Quality(whole_rows, _classes),
+    "audio-classification": Quality(whole_rows, _classes),
+    "reranking": Quality(whole_rows, _order),
+    "token-classification": Quality(trimmed_rows, _labels),
+    "question-answering": Quality(trimmed_rows, _labels),
+    "fill-mask": Quality(likeliest_rows, _words),
+    "sparse-embedding": Quality(whole_rows, _terms),
+    "late-interaction": Quality(trimmed_rows, _late),
 }

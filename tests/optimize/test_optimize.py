@@ -18,6 +18,7 @@ from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import _as_at_home, _gated, choose
 from memopt.optimize.plan import Candidate, Optimized, Outcome, Plan, check_targets
 from memopt.optimize.run import optimize
+from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.configured import seconds
 from memopt.sealing import KEY_VARIABLE, load_key
 from memopt.weights.crypto import MAGIC
@@ -209,16 +210,22 @@ def test_the_worst_that_was_measured_counts() -> None:
         cosine_min=0.9815,
         cosine_low=0.981,
         cosine_mean=0.99,
+        measures={},
         items=512,
         items_per_second=1.0,
         latency_ms_p50=1.0,
         rounds_seconds=(1.0,),
     )
-    judged = _gated(seen, record, 0.98)
+    judged = _gated(seen, record, Gate(min_cosine=0.98))
     assert (judged.status, judged.cosine_min, judged.cosine_low) == ("dropped", 0.9797, 0.97)
     assert judged.reason == "min cosine 0.9797 is below 0.98"
-    assert _gated(replace(seen, cosine_min=None, cosine_low=None), record, 0.98).status == "kept"
-    lucky = _gated(replace(seen, cosine_min=None), record, 0.98)
+    assert (
+        _gated(
+            replace(seen, cosine_min=None, cosine_low=None), record, Gate(min_cosine=0.98)
+        ).status
+        == "kept"
+    )
+    lucky = _gated(replace(seen, cosine_min=None), record, Gate(min_cosine=0.98))
     assert "too near to 0.98" in lucky.reason
 
 
