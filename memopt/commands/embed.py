@@ -6,12 +6,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from memopt.commands.console import echo, say
+from memopt.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from memopt.runtimes.embed import Embedded
@@ -47,9 +49,29 @@ def embed(
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option(help="What to do with an unreadable input.")
     ] = "fail",
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="A weight a word (SPLADE), .parquet or .jsonl.")
+    ] = False,
+    late: Annotated[
+        bool, typer.Option("--late", help="A vector a token (ColBERT), .parquet or .jsonl.")
+    ] = False,
+    query: Annotated[bool, typer.Option("--query", help="The texts are queries (--late).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
 ) -> None:
     """Encode texts, images or sounds into vectors; memory stays flat, a kill loses little."""
+    if sparse or late:
+        if sparse and late:
+            raise ConfigurationError("--sparse and --late are two kinds", fix="give one of them")
+        if resume or on_error != "fail":
+            raise ConfigurationError(
+                "--resume and --on-error are of dense vectors", fix="leave them out"
+            )
+        kind: Any = "sparse:SparseEncoder" if sparse else "late:LateEncoder"
+        with _engine(kind, bundle, device, variant, strict) as engine:
+            asked = {"query": query} if late else {}
+            encode = partial(engine.encode, batch_size=batch_size, **asked)
+            _rows(engine, encode, source, output, column, as_json)
+        return
     from memopt.runtimes.configured import open_engine
     from memopt.runtimes.embed import embed as embed_file
 
@@ -77,6 +99,32 @@ def embed(
         echo(json.dumps(summary, indent=1))
     else:
         _print(done, seconds, info)
+
+
+def _engine(kind: str, *arguments: Any) -> Any:
+    from memopt.registry import Entry
+    from memopt.runtimes.configured import open_configured
+
+    entry = Entry(name=kind, target=f"memopt.runtimes.engines.{kind}", summary="")
+    return open_configured(entry.load(), *arguments)
+
+
+def _rows(
+    engine: Any, encode: Any, source: str, output: Path, column: str | None, as_json: bool
+) -> None:
+    from memopt.runtimes.embed_rows import embed_rows
+
+    begin = time.perf_counter()
+    count = embed_rows(encode, source, output, column=column, show_progress=True)
+    seconds, info = time.perf_counter() - begin, engine.device_info()
+    if as_json:
+        summary = {"output": str(output), "inputs": count, "dimension": engine.dimension}
+        echo(json.dumps({**summary, "seconds": seconds, "device": info}, indent=1))
+        return
+    echo(
+        f"{count} texts in {seconds:.1f} s on {info['device']} ({info['variant']}), dimension "
+        f"{engine.dimension}: {output}"
+    )
 
 
 def _print(done: Embedded, seconds: float, info: Mapping[str, Any]) -> None:

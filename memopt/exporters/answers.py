@@ -64,7 +64,10 @@ def _spans(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
 
 def _words(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
     weights = np.log(1 + np.maximum(result.logits.numpy(), 0))
-    rows = [tokens[kept].max(0) for tokens, kept in _kept(weights, feeds)]
+    if head.splade.twice:
+        weights = np.log(1 + weights)
+    pooled: Any = {"max": np.max, "sum": np.sum}[head.splade.pooling]
+    rows = [pooled(tokens[kept], axis=0) for tokens, kept in _kept(weights, feeds)]
     return {"sparse_embedding": np.stack(rows)}
 
 

@@ -383,8 +383,9 @@ def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tup
 
 def _dimension(job: _Job) -> int | None:
     """Return the length of the vectors that torch gave; the manifest's is of its own task."""
-    vectors = job.cases[0][1].get("sentence_embedding")
     own = job.task == job.bundle.manifest.task
+    made = task_of(job.task).answer == "vector" or job.task == "late-interaction"
+    vectors = job.cases[0][1].get(job.signature.outputs[-1]) if made else None
     return int(vectors.shape[-1]) if own and vectors is not None else None
 
 

@@ -8,10 +8,11 @@ same in numpy, written a second time, and compare.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from memopt.errors import ExportError
+from memopt.weights.splade import Splade
 
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.
@@ -32,6 +33,7 @@ class TaskHead:
     normalize: bool = False
     skip: int = 0
     keep: int | None = None
+    splade: Splade = field(default_factory=Splade)
 
 
 def head_outputs(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
@@ -127,9 +129,17 @@ def _words(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
     """SPLADE: log-saturated, and of all tokens the most (Formal et al. 2021, arXiv 2109.10086)."""
     import torch
 
-    # A masked token gets weight 0, which is the least that relu leaves.
-    weights = torch.log1p(torch.relu(result.logits)) * mask.unsqueeze(-1).to(result.logits.dtype)
-    return (weights.amax(1),)
+    # A masked token has logit 0, which relu makes of every negative one too.
+    logits = result.logits * mask.unsqueeze(-1).to(result.logits.dtype)
+
+    def saturated(values: Any) -> Any:
+        once = torch.log1p(torch.relu(values))
+        return torch.log1p(once) if head.splade.twice else once
+
+    if head.splade.pooling == "sum":
+        return (saturated(logits).sum(1),)
+    # What rises with the logit has its most where that has it: a logarithm a word, not a token.
+    return (saturated(logits.amax(1)),)
 
 
 def _tokens(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:

@@ -45,16 +45,7 @@ class TextFrontEnd:
     """
 
     def __init__(self, bundle: Bundle, inputs: Sequence[str]) -> None:
-        from tokenizers import Tokenizer
-
-        path = bundle.path / "tokenizer.json"
-        try:
-            # Read here: from_file reports a missing file and a damaged one alike.
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise BundleError(f"{path} is missing", fix="convert the model again") from error
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{path} is not a tokenizer ({error})") from error
+        self._tokenizer = open_tokenizer(bundle)
         if lower_cased(bundle.path):
             lower_case(self._tokenizer)
         self._prompt = default_prompt(bundle.path)
@@ -85,7 +76,7 @@ class TextFrontEnd:
         if not self._prompt:
             return 0
         encoding = self._tokenizer.encode(self._prompt)
-        return len(encoding) - encoding.special_tokens_mask[-1]
+        return int(len(encoding) - encoding.special_tokens_mask[-1])
 
     def check(self, item: Any) -> str | None:
         """Return why ``item`` cannot be encoded, None when it can."""
@@ -203,6 +194,24 @@ def _is_pair(item: Any) -> bool:
 
 def _characters(item: Any) -> int:
     return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
+def open_tokenizer(bundle: Bundle) -> Any:
+    """Return a bundle's ``tokenizers.Tokenizer``, as it was saved.
+
+    Raises:
+        BundleError: its file is missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = bundle.path / "tokenizer.json"
+    try:
+        # Read here: from_file reports a missing file and a damaged one alike.
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing", fix="convert the model again") from error
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path} is not a tokenizer ({error})") from error
 
 
 def takes_pairs(bundle: Bundle) -> bool:

@@ -24,6 +24,7 @@ from memopt.tasks.table import Task, task_of
 from memopt.weights.kinds import DUAL
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import read_sentence
+from memopt.weights.splade import read_splade
 
 # Classes that differ from what AutoModel would pick; (model type, task) -> transformers class.
 CLASSES = {
@@ -175,6 +176,8 @@ def _head(bundle: Bundle, row: Task) -> TaskHead:
     # A head that is asked for beside the bundle's own task (CLIP's text tower) is pooled too.
     pooling = "mean" if bundle.manifest.pooling == "none" else bundle.manifest.pooling
     head = TaskHead(row.name, pooling, bundle.manifest.normalize)
+    if row.name == "sparse-embedding":
+        return replace(head, splade=read_splade(bundle.path))
     sentence = read_sentence(bundle.path) if row.name == "embedding" else None
     if sentence is None:
         return head

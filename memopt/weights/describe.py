@@ -79,7 +79,7 @@ def describe(
             f"pooling {pooling!r} is not known", fix=nearest(pooling, POOLINGS)
         )
     dimension = None
-    if row.answer == "vector" or task == "late-interaction":
+    if row.embeds:
         dimension = known.get("dimension", sentence.width if sentence else None)
         dimension = dimension or _dimension(config, modality, architecture)
         if sentence and sentence.truncate_dim and dimension:
