@@ -27,7 +27,8 @@ from memopt.verified import has_hash
 
 MANIFEST = "memopt.json"
 FORMAT_VERSION = 1
-POOLINGS = ("mean", "cls", "max", "last", "model", "none")
+# "chain": what modules.json says step by step, see memopt.weights.chain.
+POOLINGS = ("mean", "cls", "max", "last", "model", "chain", "none")
 FORMATS = ("onnx", "openvino")
 # How the hashes of files are checked when they are opened.
 VERIFY = ("open", "always", "never")

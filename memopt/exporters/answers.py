@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from memopt.runtimes.heads import TaskHead, own_vector, refuse_unpoolable
+from memopt.exporters.chain import run_chain_numpy
+from memopt.runtimes.heads import TaskHead
 from memopt.runtimes.vectors import unit_rows
+from memopt.weights.chain import VECTOR
 
 Outputs = dict[str, np.ndarray]
 
@@ -31,26 +33,9 @@ def answers(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
 def _vector(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
     hidden = result.last_hidden_state.numpy()
     mask = feeds.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
-    if head.skip:
-        mask = mask * (np.cumsum(mask, axis=1) > head.skip)
-    pooled = pool_numpy(result, hidden, mask, head.pooling)
-    if head.normalize:
-        pooled = unit_rows(pooled)
-    return {"last_hidden_state": hidden, "sentence_embedding": pooled[:, : head.keep]}
-
-
-def pool_numpy(result: Any, hidden: np.ndarray, mask: np.ndarray, pooling: str) -> np.ndarray:
-    """Return the pooled output of a model, one row an input."""
-    if pooling == "model":
-        return np.asarray(own_vector(result).numpy())
-    refuse_unpoolable(hidden, pooling)
-    if hidden.shape[1] != mask.shape[1]:
-        mask = np.ones(hidden.shape[:2], dtype=np.int64)
-    rows = []
-    for tokens, keep in zip(hidden, mask.astype(bool), strict=True):
-        kept = tokens[keep] if keep.any() else tokens[:1]
-        rows.append({"cls": kept[0], "last": kept[-1], "max": kept.max(0), "mean": kept.mean(0)})
-    return np.stack([row[pooling] for row in rows])
+    kept = feeds.get("pooling_mask", mask)
+    vectors = run_chain_numpy(head.steps, result, mask, kept, head.weights)[VECTOR]
+    return {"last_hidden_state": hidden, VECTOR: vectors[:, : head.keep]}
 
 
 def _logits(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:

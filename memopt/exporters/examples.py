@@ -46,7 +46,7 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
         if shape.padding:
             for row in range(1, shape.batch):
                 kept = shape.length - 1 - row * shape.length // (shape.batch + 1)
-                mask[row, max(1 + loaded.head.skip, kept) :] = 0
+                mask[row, max(1, kept) :] = 0
         if shape.padding == "left":
             mask = np.ascontiguousarray(mask[:, ::-1])
         ids[mask == 0] = pad
@@ -62,6 +62,8 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
             types = np.zeros_like(mask)
             types[:, shape.length // 2 :] = 1
             feeds["token_type_ids"] = types * mask
+        if "pooling_mask" in names:
+            feeds["pooling_mask"] = _without_prompt(mask)
     elif "pixel_values" in names:
         feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, *_picture(loaded)))
     elif "input_features" in names:
@@ -70,6 +72,12 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     else:
         feeds["input_values"] = generator.normal(0, 1, (shape.batch, shape.length))
     return {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in feeds.items()}
+
+
+def _without_prompt(mask: np.ndarray) -> np.ndarray:
+    """Return the mask without a prompt of some tokens; a token is left of every row."""
+    lengths = np.minimum(np.arange(len(mask)) % 3 + (mask.shape[1] > 2), mask.sum(axis=1) - 1)
+    return np.where(mask.cumsum(axis=1) > lengths[:, None], mask, 0)
 
 
 def _vocabulary(loaded: LoadedModel, config: Any) -> int:
@@ -119,9 +127,6 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             # Some models do something else with long texts (BigBird attends in blocks).
             *(((1, limit, ""),) if limit > longest else ()),
         )
-        # A prompt that is not pooled leaves nothing of a text shorter than itself.
-        limit = max(limit, min(loaded.head.skip + 17, max_length or loaded.head.skip + 17))
-        plan = tuple((b, min(length + loaded.head.skip, limit), side) for b, length, side in plan)
         return tuple(Shape(b, max(1, length), side) for b, length, side in plan)
     if task_of(task).modality == "image" or loaded.config.model_type == "whisper":
         return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -45,18 +45,19 @@ def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
         ExportError: the model must be given something that memopt does not make.
     """
     own = _signature(loaded, task)
+    inside = [name for name in own.inputs if name != "pooling_mask"]  # that is the head's
     takes = inspect.signature(loaded.call).parameters
     needed = [
         name
         for name, parameter in takes.items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name not in own.inputs
+        and name not in inside
     ]
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     # A mask that gets lost in **kwargs is a mask that is not used: padding would change vectors.
     foreign = [
-        name for name in own.inputs if name not in takes and (not free or name == "attention_mask")
+        name for name in inside if name not in takes and (not free or name == "attention_mask")
     ]
     if needed or foreign:
         what = [f"needs {name}" for name in needed] + [f"takes no {name}" for name in foreign]
@@ -79,6 +80,8 @@ def _signature(loaded: LoadedModel, task: str) -> Signature:
             and getattr(loaded.config, "type_vocab_size", 0) > 1
         ):
             names.append("token_type_ids")
+        if row.embeds and not loaded.head.include_prompt:
+            names.append("pooling_mask")
         axes = {0: "batch", 1: "sequence"}
         return Signature(tuple(names), row.outputs, {name: dict(axes) for name in names})
     if row.modality == "image":
@@ -104,14 +107,16 @@ def _module_classes() -> Any:
             self.config = loaded.config
             self.method = loaded.method or "forward"
             self.head = loaded.head
+            self.chain = torch.nn.ParameterList(loaded.head.weights.values()).requires_grad_(False)
             self.inputs = inputs
 
         def forward(self, *values: Any) -> Any:
             named = dict(zip(self.inputs, values, strict=True))
-            mask = named.get("attention_mask")
+            mask, kept = named.get("attention_mask"), named.pop("pooling_mask", None)
             masked = attention_arguments(self.model, self.config, mask)
             result = getattr(self.model, self.method)(**named | masked)
-            return head_outputs(self.head, result, mask)
+            weights = dict(zip(self.head.weights, self.chain, strict=True))
+            return head_outputs(replace(self.head, weights=weights), result, mask, kept)
 
     return Headed
 
@@ -134,6 +139,7 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     with torch.no_grad():
         tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
         cache = {"use_cache": False} if task == "text-generation" else {}
+        tensors.pop("pooling_mask", None)
         result = loaded.call(**tensors, **cache)
     row = task_of(task)
     if not row.embeds and task != "late-interaction":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from memopt.runtimes.heads import MASK_BIAS
+from memopt.runtimes.chain import MASK_BIAS
 
 # Encoders whose mask function hands a ready 4-D mask through unchanged.
 FOUR_D_MASK = frozenset(

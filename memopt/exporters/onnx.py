@@ -254,6 +254,7 @@ def _name_weights(graph: Any, loaded: LoadedModel) -> None:
     import onnx_ir as ir
 
     own = {f"model.{name}": weight for name, weight in loaded.names.items()}
+    own |= {f"chain.{number}": name for number, name in enumerate(loaded.head.weights)}
     unnamed = []
     names: dict[Any, str] = {}
     taken: set[str] = set()
@@ -295,6 +296,8 @@ def _by_content(loaded: LoadedModel) -> dict[str, list[str]]:
     for name, parameter in loaded.module.named_parameters():
         if name in loaded.names:
             add(parameter.detach().numpy(), loaded.names[name])
+    for name, tensor in loaded.head.weights.items():
+        add(tensor.detach().numpy(), name)
     return known
 
 

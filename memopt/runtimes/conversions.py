@@ -21,18 +21,25 @@ from memopt.weights.reader import WeightInfo, WeightLoader
 class Converted:
     """A weight file as the installed transformers sees it: current names, split and joined.
 
+    Args:
+        loader: of the file.
+        module: whose weights they are.
+        without: beginnings of the names of weights that are not the module's.
+
     Attributes:
         names: what the module may call a weight -> what this object calls it. A renamed weight is
             called as in the file; one that was split or joined has its current name only.
     """
 
-    def __init__(self, loader: WeightLoader, module: Any) -> None:
+    def __init__(self, loader: WeightLoader, module: Any, without: tuple[str, ...] = ()) -> None:
         self._loader = loader
         renamings, converters = _steps(module)
         self.names: dict[str, str] = {}
         self._made: dict[str, np.ndarray] = {}
         groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         for stored in loader.names():
+            if stored.startswith(without):
+                continue
             name = stored
             for step in renamings:
                 name, _ = step.rename_source_key(name)

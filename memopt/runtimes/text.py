@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from memopt.errors import BundleError
 from memopt.positions import OFFSET_POSITIONS, position_limit
 from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems, bucket, by_budget
 from memopt.tasks.classes import infers
-from memopt.weights.sentence import default_prompt, lower_cased
+from memopt.weights.sentence import default_prompt, lower_cased, read_sentence
 from memopt.weights.tokenizer import lower_case
 
 if TYPE_CHECKING:
@@ -48,10 +49,12 @@ class TextFrontEnd:
         self._tokenizer = open_tokenizer(bundle)
         if lower_cased(bundle.path):
             lower_case(self._tokenizer)
+        self._folder = bundle.path
         self._prompt = default_prompt(bundle.path)
         self._takes = bundle.task.takes
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
+        self._wants_pooling = "pooling_mask" in inputs
         padding = self._tokenizer.padding
         self._pad = padding["pad_id"] if padding else _pad_id(bundle, self._tokenizer)
         self.max_length = _max_length(bundle)
@@ -67,13 +70,34 @@ class TextFrontEnd:
             self._pad = 0  # padding is masked, any id will do
         # Single sequences have type 0 in nearly every tokenizer; ask once instead of per text.
         self._types = any(self._tokenizer.encode("a").type_ids)
+        self._skip = self._count_prompt()
 
-    def count_prompt(self) -> int:
-        """Return how many tokens the default prompt puts before a text, the first special one too.
+    def with_prompt(self, prompt: str) -> TextFrontEnd:
+        """Return a front end that puts ``prompt`` before every text; it shares the tokenizer.
+
+        Raises:
+            BundleError: the model does not pool its prompt, and the graph was made for one prompt.
+        """
+        if prompt == self._prompt:
+            return self
+        sentence = read_sentence(self._folder)
+        if sentence and not sentence.include_prompt and not self._wants_pooling:
+            raise BundleError(
+                f"the graph in {self._folder} leaves the tokens of {self._prompt!r} out of its "
+                "vectors, and no other prompt's",
+                fix=f"run: memopt export {self._folder}",
+            )
+        other = copy(self)
+        other._prompt = prompt
+        other._skip = other._count_prompt()
+        return other
+
+    def _count_prompt(self) -> int:
+        """Return how many tokens the prompt puts before a text, the first special one too.
 
         A trailing special token ends the text, not the prompt; so counts sentence-transformers.
         """
-        if not self._prompt:
+        if not self._prompt or not self._wants_pooling:
             return 0
         encoding = self._tokenizer.encode(self._prompt)
         return int(len(encoding) - encoding.special_tokens_mask[-1])
@@ -170,6 +194,9 @@ class TextFrontEnd:
         feed = {"input_ids": ids}
         if self._wants_mask:
             feed["attention_mask"] = mask
+        if self._wants_pooling:
+            feed["pooling_mask"] = mask.copy()
+            feed["pooling_mask"][:, : self._skip] = 0
         if self._wants_types:
             types = np.zeros(shape, np.int64)
             if self._types or self._takes != "one":

@@ -55,7 +55,7 @@ class TorchBackend:
         self._model: Any = self._loaded.module
         if settings.use_ipex:
             self._model = _optimized(self._model)
-        self.inputs = _inputs(self._model.config, bundle.manifest)
+        self.inputs = _inputs(self._loaded, bundle.manifest)
         self.dimension = bundle.manifest.dimension
         self.streams = 1
         if settings.use_compile:
@@ -74,9 +74,10 @@ class TorchBackend:
             raise DeviceError("the model on torch is closed")
         tensors = {name: torch.from_numpy(feed[name]) for name in self.inputs}
         with self._lock, torch.inference_mode():
+            kept = tensors.pop("pooling_mask", None)
             result = getattr(model, self._loaded.method or "__call__")(**tensors)
             mask = tensors.get("attention_mask")
-            rows = head_outputs(self._loaded.head, result, mask)[-1]
+            rows = head_outputs(self._loaded.head, result, mask, kept)[-1]
         return np.asarray(rows.float().numpy(), dtype=np.float32)
 
     def submit(self, feed: Feed) -> Future[Rows]:
@@ -131,10 +132,12 @@ def _load(bundle: Bundle) -> LoadedModel:
         raise BundleError(problem, fix=error.fix) from error
 
 
-def _inputs(config: Any, manifest: Manifest) -> tuple[str, ...]:
+def _inputs(loaded: LoadedModel, manifest: Manifest) -> tuple[str, ...]:
+    config, head = loaded.config, loaded.head
     if manifest.modality == "image":
         return ("pixel_values",)
     if manifest.modality == "audio":
         return ("input_features",) if config.model_type == "whisper" else ("input_values",)
     types = (getattr(config, "type_vocab_size", 0) or 0) > 1
-    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
+    further = ("token_type_ids",) * types + ("pooling_mask",) * (not head.include_prompt)
+    return ("input_ids", "attention_mask", *further)

@@ -16,14 +16,16 @@ from typing import Any
 from memopt.bundle import Bundle
 from memopt.errors import ExportError, first_line
 from memopt.extras import require
+from memopt.runtimes.chain import step_weights
 from memopt.runtimes.conversions import Converted
 from memopt.runtimes.heads import TaskHead
 from memopt.runtimes.image import image_shape
 from memopt.runtimes.torch_weights import assign, match_names
 from memopt.tasks.table import Task, task_of
 from memopt.weights.kinds import DUAL
+from memopt.weights.modules import WEIGHED
 from memopt.weights.reader import WeightLoader
-from memopt.weights.sentence import read_sentence
+from memopt.weights.sentence import CHAINED, Sentence, read_sentence
 from memopt.weights.splade import read_splade
 
 # Classes that differ from what AutoModel would pick; (model type, task) -> transformers class.
@@ -129,8 +131,10 @@ def load_model(
     require("torch", extra="export", why="build the model")
     row, config = task_of(task), load_config(bundle.path)
     module, config = _construct(config, row, attention)
+    sentence = read_sentence(bundle.path) if row.embeds else None
     with WeightLoader(weights or bundle.weights) as loader:
-        weights_now = Converted(loader, module)
+        head = _head(bundle, row, sentence, loader)
+        weights_now = Converted(loader, module, without=_prefixes(sentence))
         part = PARTS.get((config.model_type, task))
         if part:
             module = getattr(module, part)
@@ -152,7 +156,7 @@ def load_model(
     picture = image_shape(bundle) if row.modality == "image" else None
     method = TOWERS.get(task, "") if (config.model_type, task) not in CLASSES else ""
     method = method if config.model_type in DUAL else ""
-    return LoadedModel(module.eval(), config, names, _head(bundle, row), picture, method)
+    return LoadedModel(module.eval(), config, names, head, picture, method)
 
 
 def _encoder(module: Any, names: dict[str, str]) -> tuple[Any, dict[str, str]]:
@@ -169,20 +173,29 @@ def reset(module: Any, config: Any) -> None:
         module.set_attention_type(config.attention_type)
 
 
-def _head(bundle: Bundle, row: Task) -> TaskHead:
+def _head(bundle: Bundle, row: Task, sentence: Sentence | None, loader: WeightLoader) -> TaskHead:
     """Return what is done with the model's output for an answer."""
-    from memopt.runtimes.text import TextFrontEnd
-
     # A head that is asked for beside the bundle's own task (CLIP's text tower) is pooled too.
     pooling = "mean" if bundle.manifest.pooling == "none" else bundle.manifest.pooling
     head = TaskHead(row.name, pooling, bundle.manifest.normalize)
     if row.name == "sparse-embedding":
         return replace(head, splade=read_splade(bundle.path))
-    sentence = read_sentence(bundle.path) if row.name == "embedding" else None
-    if sentence is None:
+    if pooling == CHAINED:
+        if sentence is None:
+            raise ExportError(
+                f"{bundle.path} has pooling {CHAINED!r} and no modules.json that says which",
+                fix="convert the model again",
+            )
+        head = replace(head, chain=sentence.chain, weights=step_weights(sentence.chain, loader))
+    if sentence is None or row.name != "embedding":
         return head
-    skip = 0 if sentence.include_prompt else TextFrontEnd(bundle, ()).count_prompt()
-    return replace(head, skip=skip, keep=sentence.truncate_dim)
+    return replace(head, include_prompt=sentence.include_prompt, keep=sentence.truncate_dim)
+
+
+def _prefixes(sentence: Sentence | None) -> tuple[str, ...]:
+    """Return what the names of the modules' weights begin with, which are not the model's."""
+    modules = sentence.modules[1:] if sentence else ()
+    return tuple(module.prefix for module in modules if module.kind in WEIGHED)
 
 
 def _construct(config: Any, row: Task, attention: str | None) -> tuple[Any, Any]:

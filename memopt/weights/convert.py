@@ -24,11 +24,13 @@ from memopt.bundle import (
 )
 from memopt.errors import BundleError, WeightsError
 from memopt.files import publish, sha256_file, staged_directory
+from memopt.weights.chain import weight_shapes
 from memopt.weights.describe import announcements, describe, model_config
+from memopt.weights.modules import MODULES, WEIGHED, Module
 from memopt.weights.reader import WeightLoader
 from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
 from memopt.weights.schema import QUANT_BITS, SOURCE_KEY, is_float, numpy_dtype
-from memopt.weights.sentence import MODULES, Sentence, read_sentence
+from memopt.weights.sentence import Sentence, read_sentence
 from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
 from memopt.weights.tokenizer import write_tokenizer
 from memopt.weights.writer import write_weights
@@ -100,6 +102,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
     )
     shards = checkpoint(files) if found.parquet is None else []
     names = [name for shard in shards for name in shard.order]
+    modules = _module_shards(found.folder, sentence) if found.parquet is None else {}
     model = model_config(files, sentence)
     told = [*found.told]
     if not found.known:
@@ -119,7 +122,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
             told += _quantized(found.parquet, target)
             not_finite = _rewrite(found.parquet, folder / WEIGHTS, compression, on_step)
         else:
-            not_finite = _write(shards, folder / WEIGHTS, compression, on_step)
+            not_finite = _write(shards, modules, folder / WEIGHTS, compression, on_step)
         for line in (*_not_finite(not_finite), *told):
             (on_warning or _warn)(line)
         event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
@@ -164,9 +167,10 @@ package:NAME/FOLDER, nor a known model; did you mean 'minilm'?
 
 
 def to_safetensors(bundle: Bundle, output: str | Path | None = None) -> Path:
-    """Write the bundle's float weights as a safetensors file, streaming; return its path.
+    """Write the bundle's float weights as safetensors, streaming; return the model's file.
 
-    A bundle made from one safetensors file gives that file back bit for bit.
+    A bundle made from one safetensors file gives that file back bit for bit. Weights of
+    sentence-transformers' modules go into files of their own, in their folders beside it.
 
     Args:
         bundle: an opened bundle.
@@ -177,9 +181,23 @@ def to_safetensors(bundle: Bundle, output: str | Path | None = None) -> Path:
     """
     path = Path(output) if output is not None else bundle.path / "model.safetensors"
     with WeightLoader(bundle.weights) as loader:
-        header = loader.metadata.get(_HEADER_KEY)
+        metadata = loader.metadata
     bundle.check(WEIGHTS)
-    write_safetensors(bundle.weights, path, header=header.encode() if header else None)
+    sentence = read_sentence(bundle.path)
+    modules = [m for m in sentence.modules[1:] if m.kind in WEIGHED] if sentence else []
+    for module in modules:
+        write_safetensors(
+            bundle.weights,
+            path.parent / module.path / "model.safetensors",
+            header=metadata.get(f"{_HEADER_KEY}.{module.path}", "").encode() or None,
+            only=module.prefix,
+        )
+    write_safetensors(
+        bundle.weights,
+        path,
+        header=metadata.get(_HEADER_KEY, "").encode() or None,
+        without=tuple(module.prefix for module in modules),
+    )
     return path
 
 
@@ -234,29 +252,69 @@ def _one_max_length(folder: Path, max_length: int | None) -> None:
         _write_json(path, {**config, "model_max_length": max_length})
 
 
+def _module_shards(root: Path, sentence: Sentence | None) -> dict[Module, SafetensorsFile]:
+    """Open the weights of the modules behind the model, one file each.
+
+    Raises:
+        WeightsError: a module lacks its weights, or has some of another name or shape.
+    """
+    found: dict[Module, SafetensorsFile] = {}
+    if sentence is None:
+        return found
+    shapes = weight_shapes(sentence.chain)
+    for module in sentence.modules[1:]:
+        if module.kind not in WEIGHED:
+            continue
+        (shard,) = checkpoint(root / module.path)
+        wanted = {n: shape for n, shape in shapes.items() if n.startswith(module.prefix)}
+        there = {module.prefix + name: tensor.shape for name, tensor in shard.tensors.items()}
+        if there != wanted:
+            name = sorted(set(there.items()) ^ set(wanted.items()))[0][0]
+            raise WeightsError(
+                f"{shard.path} does not fit the config.json beside it: {name} is "
+                f"{there.get(name, 'missing')}, not {wanted.get(name, 'known')}",
+                fix="save the model again with sentence-transformers",
+            )
+        found[module] = shard
+    return found
+
+
 def _write(
-    shards: list[SafetensorsFile], path: Path, compression: str | None, on_step: Step | None
+    shards: list[SafetensorsFile],
+    modules: Mapping[Module, SafetensorsFile],
+    path: Path,
+    compression: str | None,
+    on_step: Step | None,
 ) -> list[str]:
     """Write the weight file; return the names of weights with NaN or infinite values."""
-    sizes = {t.name: (t.dtype, t.nbytes) for shard in shards for t in shard.tensors.values()}
+    # Where the file lay, what its weights are called here, and the file.
+    files = [(shard.path.name, "", shard) for shard in shards]
+    files += [(f"{m.path}/{shard.path.name}", m.prefix, shard) for m, shard in modules.items()]
+    sizes = {
+        prefix + t.name: (t.dtype, t.nbytes)
+        for _, prefix, shard in files
+        for t in shard.tensors.values()
+    }
     digests: dict[str, str] = {}
     metadata: dict[str, str] = {}
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
-        for shard in shards:
+        for place, prefix, shard in files:
             # A header's tensors cover the file without gaps, so this is the file's own SHA-256.
             header = header_json(shard.path)
             digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
             for name in shard.tensors:
                 array = shard.read(name)
                 digest.update(array.reshape(-1).view(np.uint8).data)
-                yield name, array
+                yield prefix + name, array
                 del array
-            digests[shard.path.name] = digest.hexdigest()
+            digests[place] = digest.hexdigest()
         metadata[SOURCE_KEY] = json.dumps(digests, sort_keys=True)
 
     if len(shards) == 1:
         metadata[_HEADER_KEY] = header_json(shards[0].path).decode("utf-8")
+    for module, shard in modules.items():
+        metadata[f"{_HEADER_KEY}.{module.path}"] = header_json(shard.path).decode("utf-8")
     return _write_checked(path, stream(), sizes, metadata, compression, on_step)
 
 

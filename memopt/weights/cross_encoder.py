@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from memopt.bundle import read_json
-from memopt.weights.sentence import SETTINGS
+from memopt.weights.modules import SETTINGS
 
 
 def activation(folder: Path) -> str:

@@ -12,6 +12,7 @@ from memopt.errors import BundleError, ConfigurationError, WeightsError
 from memopt.positions import position_limit
 from memopt.registry import nearest
 from memopt.tasks.table import Task, task_of, task_of_class
+from memopt.weights.chain import chain_width
 from memopt.weights.kinds import AUDIO, DUAL, IMAGE, refusal
 from memopt.weights.sentence import Sentence, read_sentence
 
@@ -80,8 +81,10 @@ def describe(
         )
     dimension = None
     if row.embeds:
-        dimension = known.get("dimension", sentence.width if sentence else None)
-        dimension = dimension or _dimension(config, modality, architecture)
+        dimension = _dimension(config, modality, architecture)
+        if sentence:
+            dimension = chain_width(sentence.chain, sentence.width or dimension)
+        dimension = known.get("dimension") or dimension
         if sentence and sentence.truncate_dim and dimension:
             dimension = min(dimension, sentence.truncate_dim)
     length = None

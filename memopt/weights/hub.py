@@ -10,7 +10,7 @@ from typing import Any
 
 from memopt.errors import WeightsError, brief
 from memopt.extras import require
-from memopt.weights.sentence import MODULES, read_modules
+from memopt.weights.modules import MODULES, WEIGHED, Module, read_modules
 
 _WAIT_AND_RETRY = (408, 429)  # too slow, too many: the hub's state, not an answer
 
@@ -111,16 +111,20 @@ def _fetch(
             # The first file fixes the commit, and writes down what the branch's name stands for.
             revision = folder.name
 
+    modules: tuple[Module, ...] = ()
     if MODULES in listed:
         get(MODULES)
         assert folder is not None
         modules = read_modules(folder)
         places += [m.path for m in modules if m.path]
-    transformer = next((m.path for m in modules), "") if MODULES in listed else ""
+    transformer = next((m.path for m in modules), "")
     sides = [name for name in listed if _beside(name, places, side_files)]
     inside = [n.removeprefix(f"{transformer}/") for n in listed if _parent(n) == transformer]
-    wanted = weights(source, inside)
-    for name in dict.fromkeys([*sides, *(f"{transformer}/{n}".lstrip("/") for n in wanted)]):
+    wanted = [f"{transformer}/{n}".lstrip("/") for n in weights(source, inside)]
+    for path in (m.path for m in modules if m.kind in WEIGHED):
+        own = [n.removeprefix(f"{path}/") for n in listed if _parent(n) == path]
+        wanted += [f"{path}/{n}" for n in weights(f"{source}/{path}", own)]
+    for name in dict.fromkeys([*sides, *wanted]):
         get(name)
     if folder is None:
         raise WeightsError(f"{source} has no files", fix="check the name")

@@ -181,7 +181,14 @@ def header_json(path: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
-def write_safetensors(weights: Path, output: Path, *, header: bytes | None = None) -> None:
+def write_safetensors(
+    weights: Path,
+    output: Path,
+    *,
+    header: bytes | None = None,
+    only: str = "",
+    without: tuple[str, ...] = (),
+) -> None:
     """Write a V1 weight file as safetensors, streaming.
 
     Args:
@@ -189,6 +196,8 @@ def write_safetensors(weights: Path, output: Path, *, header: bytes | None = Non
         output: the file to write, whole or not at all.
         header: the header of the file the weights came from; when it describes exactly these
             weights the output equals that file bit for bit.
+        only: what the names of the weights to write begin with, which is taken off.
+        without: what the names of those that are left out begin with.
 
     Raises:
         WeightsError: a quantized weight file, or a damaged one.
@@ -199,7 +208,8 @@ def write_safetensors(weights: Path, output: Path, *, header: bytes | None = Non
                 f"{weights} is quantized (schema V2), which safetensors cannot hold",
                 fix="give the float weights (weights.parquet)",
             )
-        infos = {name: loader.info(name) for name in loader.names()}
+        chosen = [n for n in loader.names() if n.startswith(only) and not n.startswith(without)]
+        infos = {name.removeprefix(only): loader.info(name) for name in chosen}
         plan = _placed(header, infos)
         if plan is None:
             plan = list(infos)
@@ -210,7 +220,7 @@ def write_safetensors(weights: Path, output: Path, *, header: bytes | None = Non
         assert header is not None
         with atomic_path(output) as part, part.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for name, array in _in_order(loader, plan):
+            for name, array in _in_order(loader, [only + name for name in plan]):
                 file.write(array.reshape(-1).view(np.uint8).data)
                 del array, name
 

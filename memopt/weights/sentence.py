@@ -11,28 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import read_json
 from memopt.errors import BundleError, MemoptError, WeightsError
-from memopt.files import stays_below
-from memopt.jsontext import parse_json
+from memopt.weights.chain import OWN, VECTOR, PoolStep, Step, UnitStep, read_chain
+from memopt.weights.modules import MODULES, SETTINGS, Module, json_object, read_modules
 
-MODULES = "modules.json"
-SETTINGS = "config_sentence_transformers.json"
 # The first of these that says something counts, in sentence-transformers' own order.
 TRANSFORMER_FILES = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_KINDS = ("Transformer", "CLIPModel", "Pooling", "Normalize", "Dropout")
-POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
+# Modes that one word of the manifest says, with or without normalising; else it says "chain".
+POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last", OWN: "model"}
+CHAINED = "chain"
 _OLD_NAMES = {
     "model_args": "model_kwargs",
     "tokenizer_args": "processor_kwargs",
@@ -51,24 +41,13 @@ _CALLS = {"padding": (True, "longest"), "truncation": (True,), "return_tensors":
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
-    """One line of ``modules.json``: the class's last name, and its folder relative to the root."""
-
-    kind: str
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
 class Sentence:
     """A sentence-transformers pipeline, as far as memopt runs it.
 
     Attributes:
         modules: in the order they run.
         transformer: the folder of the model's own files, relative to the root; "" is the root.
-        pooling: one of ``memopt.bundle.POOLINGS``; "model" where the model pools by itself.
-        width: what the pooling file says of the token vectors' width.
-        include_prompt: whether the prompt's tokens are pooled too.
-        normalize: whether the vector is made unit length.
+        chain: what is done with the model's output, step by step.
         truncate_dim: how many leading values are kept, after normalising.
         prompt: what is put before every text by default.
         max_length: ``max_seq_length``, None where the tokenizer and the config decide.
@@ -81,10 +60,7 @@ class Sentence:
 
     modules: tuple[Module, ...]
     transformer: str = ""
-    pooling: str = "mean"
-    width: int | None = None
-    include_prompt: bool = True
-    normalize: bool = False
+    chain: tuple[Step, ...] = ()
     truncate_dim: int | None = None
     prompt: str = ""
     max_length: int | None = None
@@ -93,6 +69,30 @@ class Sentence:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     modalities: tuple[str, ...] = ("text",)
     similarity: str | None = None
+
+    @property
+    def pooling(self) -> str:
+        """One of ``memopt.bundle.POOLINGS``; ``chain`` where one word does not say it all."""
+        pool, units = self.chain[0], set(self.chain[1:])
+        simple = isinstance(pool, PoolStep) and len(pool.modes) == 1 and units <= {UnitStep()}
+        mode = pool.modes[0] if isinstance(pool, PoolStep) and simple else ""
+        return POOLINGS.get(mode, CHAINED)
+
+    @property
+    def width(self) -> int | None:
+        """What the pooling file says of the token vectors' width."""
+        return next((s.width for s in self.chain if isinstance(s, PoolStep)), None)
+
+    @property
+    def include_prompt(self) -> bool:
+        """Whether the prompt's tokens are pooled too."""
+        return all(s.include_prompt for s in self.chain if isinstance(s, PoolStep))
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the vector comes out at unit length."""
+        makers = [step for step in self.chain if getattr(step, "gives", VECTOR) == VECTOR]
+        return isinstance(makers[-1], UnitStep)
 
 
 def read_sentence(folder: Path) -> Sentence | None:
@@ -115,7 +115,7 @@ def read_sentence(folder: Path) -> Sentence | None:
 
 
 def _read(folder: Path) -> Sentence | None:
-    stated = _object(folder / SETTINGS)
+    stated = json_object(folder / SETTINGS)
     kind = stated.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise WeightsError(
@@ -129,7 +129,7 @@ def _read(folder: Path) -> Sentence | None:
     first = modules[0]
     settings, origin = transformer_settings(folder, first.path)
     own_head = _check_settings(settings, origin, first.kind)
-    pooling, width, include_prompt = _pooling(folder, modules, own_head)
+    chain = read_chain(folder, modules[1:], own_head)
     truncate = stated.get("truncate_dim")
     if truncate is not None and (type(truncate) is not int or truncate < 1):
         raise WeightsError(
@@ -141,10 +141,7 @@ def _read(folder: Path) -> Sentence | None:
     return Sentence(
         modules=modules,
         transformer=first.path,
-        pooling=pooling,
-        width=width,
-        include_prompt=include_prompt,
-        normalize=any(m.kind == "Normalize" for m in modules),
+        chain=chain,
         truncate_dim=truncate,
         prompt=default_prompt(folder),
         max_length=int(limit) if isinstance(limit, int | float) and limit > 0 else None,
@@ -163,62 +160,11 @@ _KIND_NAMES = {
 }
 
 
-def read_modules(folder: Path) -> tuple[Module, ...]:
-    """Return the modules that ``modules.json`` names, checked as far as memopt runs them.
-
-    Raises:
-        WeightsError: the file is damaged, or names a module that memopt does not run.
-    """
-    path = folder / MODULES
-    try:
-        entries = parse_json(path.read_bytes(), "it", error=WeightsError)
-        found = [
-            (str(e["type"]), str(e.get("path", f"{i}_{str(e['type']).rpartition('.')[2]}")))
-            for i, e in enumerate(entries)
-        ]
-        bare = [i for i, e in enumerate(entries) if "path" not in e]
-    except (OSError, WeightsError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a list of modules ({error})") from error
-    modules = []
-    for index, (reference, inside) in enumerate(found):
-        kind = reference.rpartition(".")[2]
-        if not reference.startswith("sentence_transformers."):
-            raise WeightsError(
-                f"{path} has a module {reference!r} with Python code of its own, which memopt "
-                "never runs",
-                fix="use a model made of sentence-transformers' own modules",
-            )
-        if kind not in _KINDS:
-            raise WeightsError(
-                f"{path} has a {kind} module, which memopt does not run",
-                fix="models made of Transformer, Pooling, Normalize can be converted",
-            )
-        if index == 0 and index in bare:
-            inside = ""
-        if not stays_below(inside):
-            raise WeightsError(
-                f"{path} has the path {inside!r:.200}, which is not below the folder"
-            )
-        modules.append(Module(kind, "" if inside == "." else inside.rstrip("/")))
-    kinds = [m.kind for m in modules if m.kind != "Dropout"]
-    if not kinds or kinds[0] not in ("Transformer", "CLIPModel"):
-        raise WeightsError(f"{path} does not start with a Transformer module")
-    rest = [k for k in kinds[1:] if k != "Normalize"]
-    if rest not in ([], ["Pooling"]) or (rest and kinds[1] != "Pooling"):
-        raise WeightsError(
-            f"{path} has the modules {', '.join(kinds)} in an order memopt does not run",
-            fix="models made of Transformer, Pooling, Normalize can be converted",
-        )
-    for module in modules:
-        _check_plain(folder, module)
-    return tuple(modules)
-
-
 def transformer_settings(folder: Path, inside: str) -> tuple[dict[str, Any], Path]:
     """Return what the first module's settings file says, new key names, and which file it is."""
     for name in TRANSFORMER_FILES:
         path = folder / inside / name
-        if stated := _object(path):
+        if stated := json_object(path):
             for old, new in _OLD_NAMES.items():
                 if old in stated:
                     stated[new] = stated.pop(old)
@@ -232,7 +178,7 @@ def default_prompt(folder: Path) -> str:
     Raises:
         BundleError: the default is not among the prompts.
     """
-    stated = _object(folder / SETTINGS)
+    stated = json_object(folder / SETTINGS)
     name, prompts = stated.get("default_prompt_name"), stated.get("prompts") or {}
     if name is None or not (folder / MODULES).is_file():
         return ""
@@ -251,16 +197,6 @@ def lower_cased(folder: Path) -> bool:
     if not (folder / MODULES).is_file():
         return False
     return bool(transformer_settings(folder, "")[0].get("do_lower_case"))
-
-
-def _check_plain(folder: Path, module: Module) -> None:
-    if module.kind != "Normalize":
-        return
-    path = folder / module.path / "config.json"
-    stated = _object(path) if module.path else {}
-    for key in ("module_input_name", "module_output_name"):
-        if stated.get(key) not in (None, "sentence_embedding"):
-            raise WeightsError(f"{path}: {key} {stated[key]!r} is not a vector a text")
 
 
 def _check_settings(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:
@@ -316,41 +252,6 @@ def _own_head(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:
     return bool(output == "sentence_embedding")
 
 
-def _pooling(
-    folder: Path, modules: tuple[Module, ...], own_head: bool
-) -> tuple[str, int | None, bool]:
-    module = next((m for m in modules if m.kind == "Pooling"), None)
-    if module is None:
-        if not own_head:
-            raise WeightsError(
-                f"{folder / MODULES} has no Pooling module, so there is no vector a text",
-                fix="add the Pooling module the model was trained with",
-            )
-        return "model", None, True
-    path = folder / module.path / "config.json"
-    if not path.is_file():
-        raise WeightsError(f"{folder / MODULES} names {path}, which is missing")
-    config = _object(path)
-    known = {"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"}
-    if unknown := sorted(set(config) - known - set(_FLAGS)):
-        raise WeightsError(f"{path}: key {unknown[0]!r} is not known, so it is not honoured")
-    flagged = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
-    modes = config.get("pooling_mode", flagged)
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in POOLINGS:
-        raise WeightsError(
-            f"{path} asks for pooling {' + '.join(map(str, modes)) or 'none'}, which memopt does "
-            "not do",
-            fix=f"one of {', '.join(POOLINGS)} can be converted",
-        )
-    width = config.get("embedding_dimension", config.get("word_embedding_dimension"))
-    return (
-        POOLINGS[modes[0]],
-        width if type(width) is int else None,
-        config.get("include_prompt", True) is not False,
-    )
-
-
 def _modalities(settings: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     default = ("text", "image") if kind == "CLIPModel" else ("text",)
     return tuple(settings.get("modality_config") or default)
@@ -367,7 +268,3 @@ def _call_limit(settings: Mapping[str, Any], limit: Any) -> Any:
 
 def _arguments(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in (settings.get(key) or {}).items() if k not in _REPLACED}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

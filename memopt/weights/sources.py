@@ -16,8 +16,9 @@ from memopt.foreign import is_model_file, taken_by
 from memopt.jsontext import parse_json
 from memopt.registry import nearest
 from memopt.weights.hub import download
+from memopt.weights.modules import MODULES
 from memopt.weights.safetensors import SafetensorsFile, open_safetensors
-from memopt.weights.sentence import MODULES, TRANSFORMER_FILES
+from memopt.weights.sentence import TRANSFORMER_FILES
 
 # The small files that travel with a model, as glob patterns.
 SIDE_FILES = (

@@ -9,7 +9,7 @@ from typing import Any
 from memopt.bundle import read_json
 from memopt.errors import WeightsError
 from memopt.registry import nearest
-from memopt.weights.sentence import MODULES, SETTINGS, read_modules
+from memopt.weights.modules import MODULES, SETTINGS, read_modules
 
 POOLINGS = ("max", "sum")
 ACTIVATIONS = ("relu", "log1p_relu")

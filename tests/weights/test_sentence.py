@@ -105,6 +105,23 @@ HONOURED: dict[str, Change] = {
     "prompt left out": together(
         pipeline(**PROMPT), pooling(pooling_mode="mean", include_prompt=False)
     ),
+    "normalize first": lambda f: put(
+        f, "modules.json", [stated(f, "modules.json")[i] for i in (0, 2, 1)]
+    ),
+    "normalized tokens": together(
+        lambda f: put(f, "2_Normalize/config.json", {"module_input_name": "token_embeddings"}),
+        lambda f: put(f, "modules.json", [stated(f, "modules.json")[i] for i in (0, 2, 1)]),
+    ),
+    "weighted mean": pooling(pooling_mode="weightedmean"),
+    "prompt left out of a weighted mean": together(
+        pipeline(**PROMPT), pooling(pooling_mode="weightedmean", include_prompt=False)
+    ),
+    "mean by the root of the length": pooling(pooling_mode="mean_sqrt_len_tokens"),
+    "two poolings": pooling(pooling_mode=["mean", "cls"]),
+    "two flags": pooling(pooling_mode_mean_tokens=True, pooling_mode_cls_token=True),
+    "all poolings": pooling(
+        pooling_mode=["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+    ),
     "prompt left out of cls": together(
         pipeline(**PROMPT), pooling(pooling_mode="cls", include_prompt=False)
     ),
@@ -193,25 +210,24 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "truncate_dim": (pipeline(truncate_dim=0), "truncate_dim 0"),
     "prompt": (pipeline(default_prompt_name="passage"), "'passage' is not among the prompts"),
     "pooling key": (pooling(pooling_mode="mean", weights=[1]), "'weights'"),
-    "pooling mode": (pooling(pooling_mode="weightedmean"), "pooling weightedmean"),
-    "two poolings": (pooling(pooling_mode=["cls", "mean"]), r"pooling cls \+ mean"),
+    "pooling mode": (pooling(pooling_mode=["cls", "median"]), r"pooling cls \+ median"),
     "pooling gone": (without("1_Pooling/config.json"), "which is missing"),
     "no pooling": (
         lambda f: put(f, "modules.json", stated(f, "modules.json")[:1]),
         "no Pooling module",
     ),
-    "normalize first": (
-        lambda f: put(f, "modules.json", [stated(f, "modules.json")[i] for i in (0, 2, 1)]),
+    "transformer last": (
+        lambda f: put(f, "modules.json", [stated(f, "modules.json")[i] for i in (0, 1, 0)]),
         "order",
     ),
     "code": (module(0, type="custom_st.Transformer"), "Python code of its own"),
     "outside": (module(1, path="../1_Pooling"), "not below"),
     "a name too long": (module(1, path="1_" + "n" * 300), "not below"),
     "half a character": (module(1, path="1_\ud83d"), "not below"),
-    "dense": (module(2, type="sentence_transformers.models.Dense"), "a Dense module"),
-    "normalize what": (
-        lambda f: put(f, "2_Normalize/config.json", {"module_input_name": "token_embeddings"}),
-        "module_input_name 'token_embeddings'",
+    "layers": (module(2, type="sentence_transformers.models.CNN"), "a CNN module"),
+    "dense without a size": (
+        module(2, type="sentence_transformers.models.Dense"),
+        "in_features None",
     ),
     "unknown key": (settings(max_seq_len=3), "'max_seq_len'"),
     "model_kwargs": (settings(model_kwargs={"rotary_scaling_factor": 2}), "rotary_scaling_factor"),
@@ -269,21 +285,20 @@ def test_what_is_not_honoured_is_refused_by_name(source: Path, tmp_path: Path, n
     assert not (tmp_path / "made").exists() or not any((tmp_path / "made").iterdir())
 
 
-def test_a_head_is_refused_or_announced(source: Path, tmp_path: Path) -> None:
-    """A reranker or classifier is refused, unless its trunk is asked for; other heads are named."""
+def test_a_head_is_kept_or_announced(source: Path, tmp_path: Path) -> None:
+    """A classifier stays one, unless its trunk is asked for; other heads are named."""
     (source / "modules.json").unlink()
     config = stated(source, "config.json")
     put(source, "config.json", {**config, "architectures": ["BertForSequenceClassification"]})
-    with pytest.raises(WeightsError, match=r"cross-encoder \(reranker\) or a classifier"):
-        convert(source, tmp_path / "no")
-    assert convert(source, tmp_path / "trunk", task="embedding").manifest.pooling == "mean"
-    put(source, "config.json", {**config, "architectures": ["BertForMaskedLM"]})
+    assert convert(source, tmp_path / "whole").manifest.task == "text-classification"
     lines: list[str] = []
-    convert(source, tmp_path / "masked", on_warning=lines.append)
-    assert lines == [
-        "BertForMaskedLM has a head that is left out: the bundle gives the embeddings of Bert "
-        "(pooling mean)"
-    ]
+    trunk = convert(source, tmp_path / "trunk", task="embedding", on_warning=lines.append)
+    assert trunk.manifest.pooling == "mean"
+    assert "has a head that is left out" in lines.pop()
+    put(source, "config.json", {**config, "architectures": ["BertForMaskedLM"]})
+    convert(source, tmp_path / "masked", task="embedding", on_warning=lines.append)
+    assert lines[0].startswith("BertForMaskedLM has a head that is left out")
+    assert lines[0].endswith("the bundle gives the embeddings of Bert (pooling mean)")
 
 
 def test_weights_that_are_no_floats_are_named(source: Path, tmp_path: Path) -> None:

@@ -208,6 +208,6 @@ def token_probes(
         if number % 4 == 3:
             middle[:] = middle[0]
         ids = np.concatenate([real[:1], middle, real[-1:]])[None].astype(np.int64)
-        feed = {name: np.full_like(ids, 1 if name == "attention_mask" else 0) for name in template}
+        feed = {name: np.full_like(ids, 1 if name.endswith("_mask") else 0) for name in template}
         feeds.append({**feed, "input_ids": ids})
     return feeds
