@@ -44,8 +44,11 @@ def open_memopt(spec: dict[str, Any]) -> Encode:
 
 
 def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
-    """sentence-transformers with its torch, onnx or openvino backend, batch size 32 (default)."""
-    from sentence_transformers import SentenceTransformer
+    """sentence-transformers with its torch, onnx or openvino backend, batch size 32 (default).
+
+    ``class`` names another of its models than SentenceTransformer.
+    """
+    import sentence_transformers
 
     arguments: dict[str, Any] = {"device": "cpu", "backend": spec.get("backend", "torch")}
     if spec.get("file_name"):
@@ -54,7 +57,16 @@ def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
         arguments.setdefault("model_kwargs", {})["provider"] = spec["provider"]
     if spec.get("ov_config"):
         arguments.setdefault("model_kwargs", {})["ov_config"] = spec["ov_config"]
-    model = SentenceTransformer(spec["path"], **arguments)
+    kind = spec.get("class", "SentenceTransformer")
+    model = getattr(sentence_transformers, kind)(spec["path"], **arguments)
+    if kind == "CrossEncoder":
+        return lambda pairs: model.predict(pairs, show_progress_bar=False)[:, None]
+    if kind == "SparseEncoder":
+        return lambda texts: model.encode(
+            texts, convert_to_sparse_tensor=False, show_progress_bar=False
+        ).numpy()
+    if kind == "MultiVectorEncoder":
+        return lambda texts: model.encode(texts, convert_to_numpy=True, show_progress_bar=False)
     return lambda inputs: model.encode(inputs, show_progress_bar=False)
 
 

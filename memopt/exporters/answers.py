@@ -57,10 +57,7 @@ def _words(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
 
 
 def _tokens(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
-    unit = unit_rows(result.last_hidden_state.numpy())
-    for tokens, kept in _kept(unit, feeds):
-        tokens[~kept] = 0
-    return {"token_embeddings": unit}
+    return {"token_embeddings": unit_rows(result.last_hidden_state.numpy())}
 
 
 def _kept(values: np.ndarray, feeds: Mapping[str, Any]) -> Any:

@@ -96,8 +96,8 @@ def _words(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
 def _tokens(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
     import torch
 
-    hidden = torch.nn.functional.normalize(result.last_hidden_state, p=2.0, dim=-1)
-    return (hidden * mask.unsqueeze(-1).to(hidden.dtype),)
+    # Those of masked tokens too: a query's filling is scored, seen by the model or not.
+    return (torch.nn.functional.normalize(result.last_hidden_state, p=2.0, dim=-1),)
 
 
 def _boxes(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:

@@ -256,6 +256,7 @@ class Engine:
         batch_size: int | None,
         show_progress: bool,
         fail: bool,
+        front: FrontEnd | None = None,
     ) -> None:
         """Hand the answers of each batch to ``store``; add what cannot be used to ``failures``.
 
@@ -265,7 +266,7 @@ class Engine:
         begin = time.perf_counter()
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size is {batch_size!r}", fix="give 1 or more, or None")
-        front = self._front_end()
+        front = front or self._front_end()
         failures |= {i: why for i, item in enumerate(items) if (why := front.check(item))}
         if failures and fail:
             raise refusal(failures)
