@@ -13,8 +13,7 @@ import numpy as np
 
 from memopt.exporters.chain import run_chain_numpy
 from memopt.runtimes.heads import TaskHead
-from memopt.runtimes.vectors import unit_rows
-from memopt.weights.chain import VECTOR
+from memopt.weights.chain import TOKENS, VECTOR
 
 Outputs = dict[str, np.ndarray]
 
@@ -57,7 +56,9 @@ def _words(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
 
 
 def _tokens(head: TaskHead, result: Any, feeds: Mapping[str, Any]) -> Outputs:
-    return {"token_embeddings": unit_rows(result.last_hidden_state.numpy())}
+    mask = feeds["attention_mask"]
+    features = run_chain_numpy(head.steps, result, mask, mask, head.weights)
+    return {"token_embeddings": features[TOKENS]}
 
 
 def _kept(values: np.ndarray, feeds: Mapping[str, Any]) -> Any:

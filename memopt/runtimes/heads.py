@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memopt.runtimes.chain import run_chain
-from memopt.weights.chain import VECTOR, PoolStep, Step, UnitStep
+from memopt.weights.chain import TOKENS, VECTOR, PoolStep, Step, UnitStep
 from memopt.weights.splade import Splade
 
 # What the manifest calls a pooling -> sentence-transformers' mode, where the two differ.
@@ -94,10 +94,8 @@ def _words(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
 
 
 def _tokens(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:
-    import torch
-
     # Those of masked tokens too: a query's filling is scored, seen by the model or not.
-    return (torch.nn.functional.normalize(result.last_hidden_state, p=2.0, dim=-1),)
+    return (run_chain(head.steps, result, mask, None, head.weights)[TOKENS],)
 
 
 def _boxes(head: TaskHead, result: Any, mask: Any) -> tuple[Any, ...]:

@@ -22,7 +22,9 @@ from memopt.runtimes.heads import TaskHead
 from memopt.runtimes.image import image_shape
 from memopt.runtimes.torch_weights import assign, match_names
 from memopt.tasks.table import Task, task_of
+from memopt.weights.chain import TOKENS, DenseStep, Step, UnitStep
 from memopt.weights.kinds import DUAL
+from memopt.weights.late import PROJECTION
 from memopt.weights.modules import WEIGHED
 from memopt.weights.reader import WeightLoader
 from memopt.weights.sentence import CHAINED, Sentence, read_sentence
@@ -131,15 +133,16 @@ def load_model(
     require("torch", extra="export", why="build the model")
     row, config = task_of(task), load_config(bundle.path)
     module, config = _construct(config, row, attention)
-    sentence = read_sentence(bundle.path) if row.embeds else None
+    late = row.name == "late-interaction"
+    sentence = read_sentence(bundle.path) if row.embeds or late else None
     with WeightLoader(weights or bundle.weights) as loader:
         head = _head(bundle, row, sentence, loader)
-        weights_now = Converted(loader, module, without=_prefixes(sentence))
+        weights_now = Converted(loader, module, without=_prefixes(sentence, head))
         part = PARTS.get((config.model_type, task))
         if part:
             module = getattr(module, part)
         names = match_names(module, weights_now.names)
-        pooler = bundle.manifest.pooling == "model" or not row.embeds
+        pooler = bundle.manifest.pooling == "model" or not (row.embeds or late)
         optional = (TRAINING_ONLY,) if pooler else (TRAINING_ONLY, POOLER)
         encoder = task == "embedding" and config.model_type in ENCODERS
         if encoder:
@@ -180,6 +183,9 @@ def _head(bundle: Bundle, row: Task, sentence: Sentence | None, loader: WeightLo
     head = TaskHead(row.name, pooling, bundle.manifest.normalize)
     if row.name == "sparse-embedding":
         return replace(head, splade=read_splade(bundle.path))
+    if row.name == "late-interaction":
+        chain = sentence.chain if sentence else _projected(loader)
+        return replace(head, chain=chain, weights=step_weights(chain, loader))
     if pooling == CHAINED:
         if sentence is None:
             raise ExportError(
@@ -192,9 +198,24 @@ def _head(bundle: Bundle, row: Task, sentence: Sentence | None, loader: WeightLo
     return replace(head, include_prompt=sentence.include_prompt, keep=sentence.truncate_dim)
 
 
-def _prefixes(sentence: Sentence | None) -> tuple[str, ...]:
+def _projected(loader: WeightLoader) -> tuple[Step, ...]:
+    """Return the head of Stanford's ColBERT, whose projection lies beside the encoder's weights."""
+    unit = UnitStep(TOKENS, TOKENS)
+    if PROJECTION not in loader:
+        return (unit,)
+    outputs, inputs = loader.info(PROJECTION).shape
+    linear = DenseStep(
+        prefix="", inputs=inputs, outputs=outputs, bias=False, activation="Identity",
+        takes=TOKENS, gives=TOKENS,
+    )  # fmt: skip
+    return linear, unit
+
+
+def _prefixes(sentence: Sentence | None, head: TaskHead) -> tuple[str, ...]:
     """Return what the names of the modules' weights begin with, which are not the model's."""
-    modules = sentence.modules[1:] if sentence else ()
+    if sentence is None:
+        return tuple(head.weights)
+    modules = sentence.modules[1:]
     return tuple(module.prefix for module in modules if module.kind in WEIGHED)
 
 

@@ -168,6 +168,7 @@ _ROWS = (
         name="late-interaction",
         summary="a vector for each token, compared by MaxSim (ColBERT)",
         modality="text",
+        classes=("HF_ColBERT",),
         outputs=("token_embeddings",),
         answer="tokens",
         engine="memopt.runtimes.engines.late:LateEncoder",

@@ -8,7 +8,7 @@ Steps read and write named features, as sentence-transformers' modules do: ``tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from memopt.weights.modules import MODULES, Module
 
 TOKENS = "token_embeddings"
 VECTOR = "sentence_embedding"
+IO = "module_input_name"  # the key that says what a module works on
 # The mode of a model that pools by itself; sentence-transformers has no module for it.
 OWN = "model"
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -95,13 +96,17 @@ class UnitStep:
 Step = PoolStep | DenseStep | NormStep | UnitStep
 
 
-def read_chain(folder: Path, modules: Sequence[Module], own_head: bool) -> tuple[Step, ...]:
+def read_chain(
+    folder: Path, modules: Sequence[Module], own_head: bool, *, gives: str = VECTOR
+) -> tuple[Step, ...]:
     """Return what is done with the model's output, checked to give one vector an input.
 
     Args:
         folder: where ``modules.json`` lies.
         modules: those after the first.
         own_head: whether the model pools by itself.
+        gives: the feature that is the answer; where that is the tokens', a Dense module that does
+            not say what it takes works on these.
 
     Raises:
         WeightsError: a key that memopt does not honour, or a step without what it works on.
@@ -117,7 +122,9 @@ def read_chain(folder: Path, modules: Sequence[Module], own_head: bool) -> tuple
                 fix=f"known: {', '.join(_READERS)}",
             )
         step = _READERS[module.kind](folder, module)
-        takes, gives = _features(step)
+        if gives == TOKENS and isinstance(step, DenseStep) and not module.config(folder).get(IO):
+            step = replace(step, takes=TOKENS, gives=TOKENS)
+        takes, made = _features(step)
         if isinstance(step, UnitStep) and takes not in known:
             continue  # sentence-transformers passes over it without a word
         if takes not in known:
@@ -126,9 +133,9 @@ def read_chain(folder: Path, modules: Sequence[Module], own_head: bool) -> tuple
                 f"{takes}, which is not there yet: an order memopt does not run",
                 fix="put it behind the module that makes it",
             )
-        known.add(gives)
+        known.add(made)
         steps.append(step)
-    if VECTOR not in known:
+    if gives not in known:
         raise WeightsError(
             f"{folder / MODULES} has no Pooling module, so there is no vector a text",
             fix="add the Pooling module the model was trained with",

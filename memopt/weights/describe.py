@@ -28,6 +28,8 @@ _OWN_HEAD = {*DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 # What old sentence-transformers wrote into the config.json of a reranker.
 _CROSS_ENCODER = ("sentence_transformers", "sbert_ce_default_activation_function")
+# What sentence-transformers opens a folder with -> its task; a CrossEncoder's labels decide.
+_KINDS = {"SparseEncoder": "sparse-embedding", "MultiVectorEncoder": "late-interaction"}
 # Keys of a model's YAML entry; `quantize` is a recipe, read by memopt quantize.
 _KNOWN = frozenset(
     {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension", "quantize"}
@@ -80,9 +82,11 @@ def describe(
             f"pooling {pooling!r} is not known", fix=nearest(pooling, POOLINGS)
         )
     dimension = None
+    if row.name == "sparse-embedding" and isinstance(config.get("vocab_size"), int):
+        dimension = config["vocab_size"]
     if row.embeds:
         dimension = _dimension(config, modality, architecture)
-        if sentence:
+        if sentence and sentence.embeds:
             dimension = chain_width(sentence.chain, sentence.width or dimension)
         dimension = known.get("dimension") or dimension
         if sentence and sentence.truncate_dim and dimension:
@@ -206,7 +210,10 @@ def _refuse_other_kinds(files: Path, config: Mapping[str, Any], row: Task) -> No
 
 def _task(architecture: str, config: Mapping[str, Any], sentence: Sentence | None) -> str:
     model_type = str(config["model_type"])
-    stated = None if sentence else task_of_class(architecture)
+    if sentence and sentence.kind in _KINDS:
+        return _KINDS[sentence.kind]
+    read = sentence is None or sentence.kind == "CrossEncoder"
+    stated = task_of_class(architecture) if read else None
     if stated is not None and stated.name == "text-classification":
         one = _label_count(config) == 1 and config.get("problem_type") != "regression"
         return "reranking" if one or any(key in config for key in _CROSS_ENCODER) else stated.name

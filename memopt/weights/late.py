@@ -14,7 +14,8 @@ from typing import Any
 
 from memopt.bundle import read_json
 from memopt.errors import WeightsError
-from memopt.weights.sentence import MODULES, SETTINGS, read_modules, transformer_settings
+from memopt.weights.modules import MODULES, SETTINGS, read_modules
+from memopt.weights.sentence import transformer_settings
 
 STANFORD = "artifact.metadata"
 # The class of Stanford's checkpoints, and the name of their projection.

@@ -14,10 +14,12 @@ from memopt.jsontext import parse_json
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 # What can stand first, and what of the rest is run; Dropout does nothing when a model answers.
-FIRST = ("Transformer", "CLIPModel")
+FIRST = ("Transformer", "CLIPModel", "MLMTransformer")
 CHAIN = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 # Of other kinds of model, whose own readers know them.
-OTHER = ("SpladePooling",)
+OTHER = ("SpladePooling", "MultiVectorMask")
+# PyLate's classes that are sentence-transformers' own by another name.
+_ALIASES = {"pylate.models.Dense.Dense": "sentence_transformers.models.Dense"}
 # The modules with weights of their own beside the model's.
 WEIGHED = ("Dense", "LayerNorm")
 
@@ -83,6 +85,7 @@ def _entries(path: Path) -> list[tuple[str, str]]:
 
 
 def _module(path: Path, reference: str, inside: str) -> Module:
+    reference = _ALIASES.get(reference, reference)
     kind = reference.rpartition(".")[2]
     if not reference.startswith("sentence_transformers."):
         raise WeightsError(

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from memopt.errors import BundleError, MemoptError, WeightsError
-from memopt.weights.chain import OWN, VECTOR, PoolStep, Step, UnitStep, read_chain
+from memopt.weights.chain import OWN, TOKENS, VECTOR, PoolStep, Step, UnitStep, read_chain
 from memopt.weights.modules import MODULES, SETTINGS, Module, json_object, read_modules
 
 # The first of these that says something counts, in sentence-transformers' own order.
@@ -40,12 +40,16 @@ _ONLY_EMPTY = ("query_length", "document_length", "query_expansion", "tokenizer_
 _CALLS = {"padding": (True, "longest"), "truncation": (True,), "return_tensors": ("pt",)}
 
 
+Chain: TypeAlias = tuple[Step, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Sentence:
     """A sentence-transformers pipeline, as far as memopt runs it.
 
     Attributes:
         modules: in the order they run.
+        kind: the class that opens it.
         transformer: the folder of the model's own files, relative to the root; "" is the root.
         chain: what is done with the model's output, step by step.
         truncate_dim: how many leading values are kept, after normalising.
@@ -60,7 +64,7 @@ class Sentence:
 
     modules: tuple[Module, ...]
     transformer: str = ""
-    chain: tuple[Step, ...] = ()
+    chain: Chain = ()
     truncate_dim: int | None = None
     prompt: str = ""
     max_length: int | None = None
@@ -69,10 +73,18 @@ class Sentence:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     modalities: tuple[str, ...] = ("text",)
     similarity: str | None = None
+    kind: str = "SentenceTransformer"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it gives one vector an input."""
+        return self.kind == "SentenceTransformer"
 
     @property
     def pooling(self) -> str:
         """One of ``memopt.bundle.POOLINGS``; ``chain`` where one word does not say it all."""
+        if not self.embeds:
+            return "none"
         pool, units = self.chain[0], set(self.chain[1:])
         simple = isinstance(pool, PoolStep) and len(pool.modes) == 1 and units <= {UnitStep()}
         mode = pool.modes[0] if isinstance(pool, PoolStep) and simple else ""
@@ -91,6 +103,8 @@ class Sentence:
     @property
     def normalize(self) -> bool:
         """Whether the vector comes out at unit length."""
+        if not self.embeds:
+            return False
         makers = [step for step in self.chain if getattr(step, "gives", VECTOR) == VECTOR]
         return isinstance(makers[-1], UnitStep)
 
@@ -117,19 +131,18 @@ def read_sentence(folder: Path) -> Sentence | None:
 def _read(folder: Path) -> Sentence | None:
     stated = json_object(folder / SETTINGS)
     kind = stated.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":
+    if kind not in _TASKS:
         raise WeightsError(
-            f"{folder / SETTINGS} says model_type {kind!r}: "
-            + _KIND_NAMES.get(str(kind), "not an embedding model"),
-            fix="memopt serves models of one vector a text: convert a SentenceTransformer",
+            f"{folder / SETTINGS} says model_type {kind!r}, which memopt does not know",
+            fix=f"known: {', '.join(_TASKS)}",
         )
     if not (folder / MODULES).is_file():
         return None
     modules = read_modules(folder)
     first = modules[0]
     settings, origin = transformer_settings(folder, first.path)
-    own_head = _check_settings(settings, origin, first.kind)
-    chain = read_chain(folder, modules[1:], own_head)
+    own_head = _check_settings(settings, origin, first.kind, kind)
+    chain = _chain(folder, modules, kind, own_head)
     truncate = stated.get("truncate_dim")
     if truncate is not None and (type(truncate) is not int or truncate < 1):
         raise WeightsError(
@@ -150,14 +163,42 @@ def _read(folder: Path) -> Sentence | None:
         tokenizer=tokenizer,
         modalities=_modalities(settings, first.kind),
         similarity=stated.get("similarity_fn_name"),
+        kind="MultiVectorEncoder" if kind == "ColBERT" else kind,
     )
 
 
-_KIND_NAMES = {
-    "CrossEncoder": "a cross-encoder (reranker) scores pairs and has no vectors",
-    "SparseEncoder": "a sparse encoder gives a weight for every word, not a vector",
-    "MultiVectorEncoder": "a multi-vector encoder gives a vector for every token",
+# What opens a folder -> the task of transformers that its first module has. PyLate's ColBERT is a
+# MultiVectorEncoder of today.
+_TASKS = {
+    "SentenceTransformer": "feature-extraction",
+    "CrossEncoder": "sequence-classification",
+    "SparseEncoder": "fill-mask",
+    "MultiVectorEncoder": "feature-extraction",
+    "ColBERT": "feature-extraction",
 }
+_LATE = ("MultiVectorEncoder", "ColBERT")
+
+
+def _chain(folder: Path, modules: tuple[Module, ...], kind: str, own_head: bool) -> Chain:
+    """Return the steps behind the model; of a kind without any, check that there are none."""
+    rest = [m for m in modules[1:] if m.kind != "Dropout"]
+    if kind in _LATE:
+        kept = [m for m in rest if m.kind != "MultiVectorMask"]
+        chain = read_chain(folder, kept, own_head=False, gives=TOKENS)
+        # PyLate normalised in its own code.
+        return (*chain, UnitStep(TOKENS, TOKENS)) if kind == "ColBERT" else chain
+    wanted = {"CrossEncoder": [], "SparseEncoder": ["SpladePooling"]}.get(kind)
+    if wanted is None:
+        return read_chain(folder, modules[1:], own_head)
+    if [m.kind for m in rest] != wanted:
+        raise WeightsError(
+            f"{folder / MODULES}: a {kind} of the modules {', '.join(m.kind for m in modules)} is "
+            "not one that memopt runs",
+            fix=f"one of {', '.join(['Transformer', *wanted])} can be converted",
+        )
+    if kind == "CrossEncoder" and default_prompt(folder):
+        raise WeightsError(f"{folder / SETTINGS}: a default prompt of pairs is not honoured")
+    return ()
 
 
 def transformer_settings(folder: Path, inside: str) -> tuple[dict[str, Any], Path]:
@@ -199,7 +240,7 @@ def lower_cased(folder: Path) -> bool:
     return bool(transformer_settings(folder, "")[0].get("do_lower_case"))
 
 
-def _check_settings(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:
+def _check_settings(settings: Mapping[str, Any], origin: Path, first: str, kind: str) -> bool:
     """Refuse what memopt does not honour; return whether the model pools by itself."""
     allowed = {
         *("max_seq_length", "do_lower_case", "transformer_task", "modality_config"),
@@ -208,13 +249,13 @@ def _check_settings(settings: Mapping[str, Any], origin: Path, kind: str) -> boo
     }
     if unknown := sorted(set(settings) - allowed):
         raise WeightsError(f"{origin}: key {unknown[0]!r} is not known, so it is not honoured")
-    for key in _ONLY_EMPTY:
+    for key in _ONLY_EMPTY if kind not in _LATE else ():
         if settings.get(key) is not None:
             raise WeightsError(f"{origin}: {key} {settings[key]!r} is not honoured by memopt")
-    if (task := settings.get("transformer_task", "feature-extraction")) != "feature-extraction":
+    if (task := settings.get("transformer_task", _TASKS[kind])) != _TASKS[kind]:
         raise WeightsError(
-            f"{origin} says transformer_task {task!r}, which gives no vector a text",
-            fix="convert a model of transformer_task 'feature-extraction'",
+            f"{origin} says transformer_task {task!r}, which is not what memopt runs a {kind} for",
+            fix=f"convert a model of transformer_task {_TASKS[kind]!r}",
         )
     for key in set(_arguments(settings, "model_kwargs")) - _LOADING:
         value = settings["model_kwargs"][key]
@@ -227,7 +268,7 @@ def _check_settings(settings: Mapping[str, Any], origin: Path, kind: str) -> boo
                 raise WeightsError(
                     f"{origin}: processing_kwargs {key!r} ({value!r}) is not honoured"
                 )
-    return _own_head(settings, origin, kind)
+    return _own_head(settings, origin, first) if kind == "SentenceTransformer" else False
 
 
 def _own_head(settings: Mapping[str, Any], origin: Path, kind: str) -> bool:

@@ -39,6 +39,7 @@ SIDE_FILES = (
     "modules.json",
     *TRANSFORMER_FILES,
     "config_sentence_transformers.json",
+    "artifact.metadata",
     "LICENSE*",
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")

@@ -203,9 +203,8 @@ def test_a_prompt_that_is_not_pooled_is_left_out_by_every_graph(
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "cross-encoder": (pipeline(model_type="CrossEncoder"), "cross-encoder"),
+    "cross-encoder": (pipeline(model_type="CrossEncoder"), "a CrossEncoder of the modules"),
     "sparse": (pipeline(model_type="SparseEncoder"), "SparseEncoder"),
-    "several vectors": (pipeline(model_type="MultiVectorEncoder"), "vector for every token"),
     "unknown kind": (pipeline(model_type="Oracle"), "'Oracle'"),
     "truncate_dim": (pipeline(truncate_dim=0), "truncate_dim 0"),
     "prompt": (pipeline(default_prompt_name="passage"), "'passage' is not among the prompts"),

@@ -77,7 +77,8 @@ class LateEncoder(Engine):
                 found[place] = row[scored]
 
         self._run(texts, store, {}, batch_size, show_progress, fail=True, front=front)
-        vectors = stacked(found, self.dimension)
+        # Before an export only the vectors themselves say how long they are.
+        vectors = stacked(found, found[0].shape[1] if found else self.dimension)
         if normalize:
             return TokenVectors(unit_rows(vectors.values), vectors.starts)
         return vectors

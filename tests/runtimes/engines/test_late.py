@@ -34,7 +34,9 @@ def trunk(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> Path:
     torch.manual_seed(3)
     tokenizer = AutoTokenizer.from_pretrained(minilm.path)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(len(tokenizer), intermediate_size=64, **size, initializer_range=0.2)
+    config = BertConfig(
+        vocab_size=len(tokenizer), intermediate_size=64, **size, initializer_range=0.2
+    )
     made = tmp_path_factory.mktemp("trunk")
     BertModel(config, add_pooling_layer=False).save_pretrained(made)
     tokenizer.save_pretrained(made)

@@ -133,6 +133,24 @@ def test_scores_of_pairs_are_those_of_a_cross_encoder(made: Made) -> None:
     np.testing.assert_allclose(ranked.scores, [e["score"] for e in best], atol=1e-5)
 
 
+def test_a_cross_encoder_that_sentence_transformers_saved(made: Made, tmp_path: Path) -> None:
+    """Its modules.json, its length and its activation are honoured."""
+    from sentence_transformers import CrossEncoder
+
+    right = CrossEncoder(
+        str(made(num_labels=1)[0]),
+        device="cpu",
+        max_length=24,
+        activation_fn=torch.nn.Identity(),
+    )
+    right.save(str(tmp_path / "saved"))
+    bundle = convert(tmp_path / "saved", tmp_path / "bundle")
+    assert (bundle.manifest.task, bundle.manifest.max_length) == ("reranking", 24)
+    wanted = right.predict(PAIRS, show_progress_bar=False)
+    with Reranker(bundle, device="torch") as engine:
+        np.testing.assert_allclose(engine.score(PAIRS), wanted, atol=1e-5)
+
+
 def test_the_activation_of_older_cross_encoders_is_honoured(made: Made, tmp_path: Path) -> None:
     """config.json's key of before version 4, and the key of after it."""
     from sentence_transformers import CrossEncoder

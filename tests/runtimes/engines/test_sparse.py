@@ -75,6 +75,30 @@ def test_weights_are_those_of_sentence_transformers(
     np.testing.assert_allclose(few.dense(), kept, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["max", "sum"])
+@pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
+def test_a_sparse_encoder_that_sentence_transformers_saved(
+    folder: Path, tmp_path: Path, pooling: str, activation: str
+) -> None:
+    """Its pooling, its activation and its number of weights are honoured, in graph and torch."""
+    from sentence_transformers import SparseEncoder as Reference
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    trunk = Transformer(str(folder), transformer_task="fill-mask")
+    modules = [trunk, SpladePooling(pooling_strategy=pooling, activation_function=activation)]
+    right = Reference(modules=modules, device="cpu", max_active_dims=40)
+    right.save(str(tmp_path / "saved"))
+    bundle = convert(tmp_path / "saved", tmp_path / "bundle")
+    assert bundle.manifest.task == "sparse-embedding"
+    if pooling == "sum":
+        export(bundle)
+    wanted = right.encode(TEXTS, convert_to_sparse_tensor=False).numpy()
+    device = "cpu" if pooling == "sum" else "torch"
+    with SparseEncoder(open_bundle(bundle.path), device=device) as engine:
+        np.testing.assert_allclose(engine.encode(TEXTS).dense(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_a_vector_is_made_of(bundle: Bundle) -> None:
     """Columns rise, none is zero, words come by weight; no texts give no rows."""
     with SparseEncoder(bundle) as engine:
