@@ -48,10 +48,10 @@ class TokenVectors:
 
     def to_arrow(self) -> pa.ListArray:
         """Return a list<fixed_size_list<float>[dimension]> array over the same memory."""
-        from memopt.runtimes.vectors import to_arrow
-
         pa = require("pyarrow", extra="arrow", why="return Arrow arrays")
-        return pa.ListArray.from_arrays(pa.array(self.starts, pa.int32()), to_arrow(self.values))
+        flat = pa.array(self.values.reshape(-1))
+        tokens = pa.FixedSizeListArray.from_arrays(flat, self.values.shape[1])
+        return pa.ListArray.from_arrays(pa.array(self.starts, pa.int32()), tokens)
 
 
 def stacked(texts: Sequence[NDArray[np.float32]], dimension: int) -> TokenVectors:
