@@ -20,15 +20,39 @@ os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
 
 find_moved()
 __version__ = "0.1.0"
-__all__ = ["ArrowEngine", "Bundle", "__version__", "open_bundle"]
+__all__ = [
+    "ArrowEngine",
+    "Bundle",
+    "Classifier",
+    "LateEncoder",
+    "Reranker",
+    "SparseEncoder",
+    "__version__",
+    "open_bundle",
+    "open_task",
+]
 
 if TYPE_CHECKING:
     from memopt.bundle import Bundle, open_bundle
     from memopt.runtimes.engine import ArrowEngine
+    from memopt.runtimes.engines.classifier import Classifier
+    from memopt.runtimes.engines.late import LateEncoder
+    from memopt.runtimes.engines.reranker import Reranker
+    from memopt.runtimes.engines.sparse import SparseEncoder
+    from memopt.runtimes.task_engine import open_task
 
 # Loaded on first use, so that `import memopt` costs nothing.
 __getattr__ = names_on_use(
-    __name__, {"runtimes.engine": ("ArrowEngine",), "bundle": ("Bundle", "open_bundle")}
+    __name__,
+    {
+        "runtimes.engine": ("ArrowEngine",),
+        "runtimes.engines.classifier": ("Classifier",),
+        "runtimes.engines.late": ("LateEncoder",),
+        "runtimes.engines.reranker": ("Reranker",),
+        "runtimes.engines.sparse": ("SparseEncoder",),
+        "runtimes.task_engine": ("open_task",),
+        "bundle": ("Bundle", "open_bundle"),
+    },
 )
 
 
