@@ -1,0 +1,64 @@
+"""The examples of docs/tasks.md run as they stand, with small random models of each kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memopt import Bundle
+from memopt.exporters.base import export
+from memopt.weights.convert import convert
+
+PAGE = (Path(__file__).parent.parent / "docs/tasks.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+LABELS = ("contradiction", "neutral", "entailment")
+NLI = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+# The page's model -> the class of transformers, its config, and the task it is converted as.
+MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "nli": ("BertForSequenceClassification", NLI, None),
+    "reranker": ("BertForSequenceClassification", {"num_labels": 1}, None),
+    "splade": ("BertForMaskedLM", {}, "sparse-embedding"),
+    "colbert": ("BertModel", {}, "late-interaction"),
+}
+Make = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> tuple[Make, Path]:
+    """Return what makes one of the page's models, and where it does."""
+    import transformers
+
+    home = tmp_path_factory.mktemp("page")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm.path)
+
+    def bundle(name: str) -> None:
+        if (home / "models" / name).is_dir():
+            return
+        kind, more, task = MODELS[name]
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.BertConfig(
+            vocab_size=len(tokenizer), intermediate_size=64, **size, **more
+        )
+        torch.manual_seed(1)
+        getattr(transformers, kind)(config).save_pretrained(home / "source" / name)
+        tokenizer.save_pretrained(home / "source" / name)
+        export(convert(home / "source" / name, home / "models" / name, task=task))
+
+    return bundle, home
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0].split()[-1] for b in BLOCKS])
+def test_an_example_runs(
+    block: str, make: tuple[Make, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every model that a block names is made, and the block runs to its end."""
+    bundle, home = make
+    for name in set(re.findall(r"models/(\w+)", block)):
+        bundle(name)
+    monkeypatch.chdir(home)
+    exec(compile(block, "docs/tasks.md", "exec"), {})
