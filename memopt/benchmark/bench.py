@@ -20,6 +20,7 @@ from memopt.progress import Step, silent
 from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
 from memopt.runtimes.text import takes_pairs
+from memopt.tasks.quality import misses
 
 
 def bench(
@@ -185,13 +186,19 @@ def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
     lines = []
     for record in records:
         path, name = record.spec.get("path"), record.spec.get("variant")
-        if record.spec.get("kind") != "memopt" or record.cosine_min is None:
+        if record.spec.get("kind") != "memopt" or record.nearness is None:
             continue
         variant = open_bundle(str(path)).manifest.variants.get(str(name))
-        bound = ((variant and variant.validation) or {}).get("gate", {}).get("min_cosine")
-        if variant and variant.passed and bound is not None and record.cosine_min < bound:
+        gate = ((variant and variant.validation) or {}).get("gate", {})
+        if variant and variant.passed and gate:
+            missed = misses(record.measures, gate.get("bounds") or {})
+            lines += [f"{name} passed its gate on its validation set; here {m}" for m in missed]
+        bound, cosine = gate.get("min_cosine"), record.cosine_min
+        if cosine is None or bound is None:
+            continue
+        if variant and variant.passed and cosine < bound:
             lines.append(
-                f"{name} passed {bound:g} on its validation set and has {record.cosine_min:.4f} "
+                f"{name} passed {bound:g} on its validation set and has {cosine:.4f} "
                 "here: if these inputs are yours, calibrate and prove it with inputs like them"
             )
     return lines

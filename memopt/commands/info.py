@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memopt.commands.console import echo
+from memopt.tasks.quality import MEASURES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +113,12 @@ def _validation(record: Any, proven_on: Any) -> str:
     bound = (record.get("gate") or {}).get("min_cosine")
     if bound is not None and record.get("cosine_min") is not None:
         parts[0] += f" (gate {bound:g})"
+    bounds = (record.get("gate") or {}).get("bounds") or {}
+    for name, measure in MEASURES.items():
+        if record.get(name) is not None:
+            least = bounds.get(name, measure.bound)
+            gate = f" (gate {least:g})" if least is not None else ""
+            parts.append(f"{name} {record[name]:.4f}{gate}")
     if proven_on and record.get("set_sha256") not in (None, proven_on.get("sha256")):
         parts.append("on another set")
     return ", ".join(parts) or "-"

@@ -255,6 +255,7 @@ def _remember(path: Path, plan: Plan, judged: Judged, proof: Mapping[str, Any]) 
             "event": "optimize",
             "chosen": best.candidate.label if best else None,
             "min_cosine": plan.min_cosine,
+            **({"gate": dict(plan.gate)} if plan.gate else {}),
             "calibration_sha256": plan.calibration_sha256,
         }
         history = (*manifest.history, stamp(event))
