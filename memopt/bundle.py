@@ -61,6 +61,7 @@ class Variant:
     method: str = "export"
     inputs: tuple[str, ...] = ()
     output: str = "sentence_embedding"
+    task: str = ""  # that it answers, where it is not the bundle's own (a second tower)
     options: Mapping[str, str] = field(default_factory=dict)  # passed to the runtime at open
     passed: bool = True
     check: Mapping[str, Any] | None = None
@@ -71,6 +72,7 @@ class Variant:
     def __post_init__(self) -> None:
         _one_of("format", self.format, FORMATS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("task", self.task, ("", *TASKS))
         for name in (self.file, *self.companions):
             if not stays_below(name):
                 raise BundleError(f"variant file {name!r:.200} points outside the bundle")

@@ -360,7 +360,10 @@ def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tup
     bundle = job.bundle
     weights = bundle.manifest.files["weights.parquet"]["sha256"]
     made_of = {"weights": weights, "opset": opset}
-    variants = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in variants]
+    task = "" if job.task == bundle.manifest.task else job.task
+    variants = [
+        replace(v, check={**(v.check or {}), "made_of": made_of}, task=task) for v in variants
+    ]
     # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
     names = dict.fromkeys(n for v in variants for n in (*v.companions, v.file))
     versions = {package: _version(package) for package in PACKAGES}

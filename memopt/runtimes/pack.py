@@ -14,7 +14,7 @@ from memopt.bundle import MANIFEST, Bundle, Manifest, Variant, open_bundle, stam
 from memopt.errors import BundleError, ConfigurationError
 from memopt.files import atomic_path, sha256_file, staged_directory
 from memopt.runtimes.providers import AUTO_ORDER, canonical
-from memopt.runtimes.selection import candidates, of_modality, runnable
+from memopt.runtimes.selection import candidates, of_task, runnable
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 # What a fast tokenizer.json was made from; the engine reads that file alone.
@@ -102,7 +102,7 @@ def _wanted(bundle: Bundle, provider: str, names: Sequence[str]) -> list[Variant
                     f"variant {variant.name!r} failed its quality gate and no engine would take it",
                     fix=f"see: memopt info {bundle.path}",
                 )
-            if not of_modality(variant, bundle) or not any(runnable(variant, h) for h in hosts):
+            if not of_task(variant, bundle) or not any(runnable(variant, h) for h in hosts):
                 raise BundleError(
                     f"variant {variant.name!r} cannot run on {provider}",
                     fix="give another --target, or leave --variants out",

@@ -49,10 +49,10 @@ def candidates(
     """
     asked = canonical(device)
     forced = bundle.variant(variant) if variant != "auto" else None
-    if forced is not None and not of_modality(forced, bundle):
+    if forced is not None and not of_task(forced, bundle):
         raise BundleError(
-            f"variant {variant!r} takes {', '.join(forced.inputs)}: it is the other tower of "
-            f"{bundle.path}, whose modality is {bundle.manifest.modality}",
+            f"variant {variant!r} takes {', '.join(forced.inputs)}: it is another tower of "
+            f"{bundle.path}, whose task is {bundle.manifest.task}",
             fix="convert the model with another --task into a bundle of its own",
         )
     found = _all(bundle, asked, forced, half)
@@ -118,11 +118,14 @@ def runnable(variant: Variant, provider: str) -> bool:
     return row.fused or not variant.fused
 
 
-def of_modality(variant: Variant, bundle: Bundle) -> bool:
-    """Return whether a variant takes the bundle's kind of input, not that of a second tower.
+def of_task(variant: Variant, bundle: Bundle) -> bool:
+    """Return whether a variant answers the bundle's own task, not that of a second tower.
 
-    A variant that does not say what it takes is believed to.
+    Older bundles do not say a variant's task: there its inputs tell. One that does not say what it
+    takes either is believed to.
     """
+    if variant.task and variant.task != bundle.manifest.task:
+        return False
     wanted = _INPUTS.get(bundle.manifest.modality)
     return not variant.inputs or wanted is None or bool(wanted & set(variant.inputs))
 
@@ -136,7 +139,7 @@ def _of_provider(bundle: Bundle, provider: str, half: bool) -> list[Placement]:
     usable = [
         v
         for v in bundle.manifest.variants.values()
-        if v.passed and runnable(v, provider) and of_modality(v, bundle)
+        if v.passed and runnable(v, provider) and of_task(v, bundle)
     ]
     # Quantized variants come after float ones until `memopt optimize` measured them on a processor
     # like this: without that nobody knows that they are faster, or as right, here.
@@ -200,7 +203,7 @@ def _tuned(bundle: Bundle, asked: str) -> Placement | None:
     variant = bundle.manifest.variants.get(name)
     if variant is None or not variant.passed or not runnable(variant, device):
         return None
-    if not of_modality(variant, bundle):
+    if not of_task(variant, bundle):
         return None
     return Placement(device, variant) if asked in ("auto", device) else None
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from memopt import ArrowEngine, Bundle, open_bundle
-from memopt.errors import BundleError, ConfigurationError, InputError
+from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
 from memopt.exporters.base import export
 from memopt.runtimes.engines.classifier import Classifier
 from memopt.runtimes.engines.reranker import Reranker
@@ -220,3 +220,17 @@ def test_the_head_that_embedding_leaves_out_is_named(made: Made, tmp_path: Path)
     folder, _ = made(num_labels=1)
     convert(folder, tmp_path / "trunk", task="embedding", on_warning=told.append)
     assert any("head classifier.* unused" in line for line in told)
+
+
+def test_a_trunk_exported_beside_a_head_never_answers_for_it(made: Made, tmp_path: Path) -> None:
+    """Not even where its own graphs are gone, as a fallback would."""
+    folder = shutil.copytree(made(num_labels=1)[1].path, tmp_path / "two")
+    (tower, *_) = export(open_bundle(folder), task="embedding")
+    assert tower.task == "embedding"
+    bundle = open_bundle(folder)
+    with pytest.raises(BundleError, match="another tower"):
+        Reranker(bundle, variant=tower.name)
+    for name in [n for n, v in bundle.manifest.variants.items() if not v.task]:
+        bundle.file(bundle.variant(name)).unlink()
+    with pytest.raises(DeviceError, match="no provider can run"):
+        Reranker(bundle)
