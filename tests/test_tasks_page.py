@@ -20,6 +20,7 @@ LABELS = ("contradiction", "neutral", "entailment")
 NLI = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
 # The page's model -> the class of transformers, its config, and the task it is converted as.
 MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "encoder": ("BertModel", {}, None),
     "nli": ("BertForSequenceClassification", NLI, None),
     "reranker": ("BertForSequenceClassification", {"num_labels": 1}, None),
     "splade": ("BertForMaskedLM", {}, "sparse-embedding"),

@@ -45,6 +45,9 @@ def convert(
         typer.Option(help="Folder with config.json and tokenizer, for Parquet weights alone."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    route: Annotated[
+        str | None, typer.Option(help="Which model of a Router: query, document, ...")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Store a model's weights in Parquet with its config and tokenizer: a bundle."""
@@ -71,6 +74,7 @@ def convert(
             compression=None if compression == "none" else compression,
             revision=revision,
             config=config,
+            route=route,
             on_step=lambda name, done, total: update(
                 description=name[-40:], completed=done, total=total
             ),

@@ -40,6 +40,15 @@ def embed(
         int | None, typer.Option(min=1, help="Inputs per batch [default: by token budget].")
     ] = None,
     normalize: Annotated[bool, typer.Option(help="Make the vectors unit length.")] = True,
+    prompt: Annotated[
+        str | None, typer.Option(help="Put before every text [default: the model's own].")
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="The model's prompt of that name: query, document, ...")
+    ] = None,
+    dimension: Annotated[
+        int | None, typer.Option(min=1, help="Keep this many leading values of each vector.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail instead of falling back to another provider.")
     ] = False,
@@ -66,6 +75,10 @@ def embed(
             raise ConfigurationError(
                 "--resume and --on-error are of dense vectors", fix="leave them out"
             )
+        if (prompt, prompt_name, dimension) != (None, None, None):
+            raise ConfigurationError(
+                "--prompt, --prompt-name and --dimension are of dense vectors", fix="leave them out"
+            )
         kind: Any = "sparse:SparseEncoder" if sparse else "late:LateEncoder"
         with _engine(kind, bundle, device, variant, strict) as engine:
             asked = {"query": query} if late else {}
@@ -88,6 +101,9 @@ def embed(
                 resume=resume,
                 on_error=on_error,
                 show_progress=True,
+                prompt=prompt,
+                prompt_name=prompt_name,
+                dimension=dimension,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("what is done is kept; go on with --resume") from None

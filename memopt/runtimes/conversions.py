@@ -90,6 +90,8 @@ class Converted:
 
 
 def _steps(module: Any) -> tuple[list[Any], list[Any]]:
+    if not hasattr(module, "base_model_prefix"):
+        return [], []  # not a model of transformers
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming

@@ -58,6 +58,9 @@ def embed(
     resume: bool = False,
     on_error: Literal["fail", "skip"] = "fail",
     show_progress: bool = False,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    dimension: int | None = None,
 ) -> Embedded:
     """Encode every input of ``source`` into ``output``; memory does not grow with either.
 
@@ -71,6 +74,7 @@ def embed(
             and the same variant.
         on_error: ``skip`` leaves out inputs that cannot be read and reports them (in ``.npy``
             their rows are NaN, so that rows still count inputs).
+        prompt, prompt_name, dimension: as of :meth:`memopt.ArrowEngine.encode`.
 
     Raises:
         InputError: an input that cannot be used, or what is there to resume differs.
@@ -79,11 +83,13 @@ def embed(
     target = _target(output, source, on_error)
     modality = engine.bundle.manifest.modality
     items = read_items(source, modality, column)
-    parts = _Parts(target, engine, normalize, resume)
+    how: dict[str, Any] = {"normalize": normalize, "prompt": engine.prompt(prompt, prompt_name)}
+    width = engine.shortened(dimension)
+    parts = _Parts(target, engine, {**how, "dimension": width}, resume)
 
     def encode(chunk: list[Item], first: int) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
         encoded = engine.encode_each(
-            [item.value for item in chunk], normalize=normalize, batch_size=batch_size, fail=False
+            [item.value for item in chunk], batch_size=batch_size, dimension=width, **how
         )
         failures = {i: chunk[i].problem or why for i, why in sorted(encoded.failures.items())}
         if failures and on_error == "fail":
@@ -120,7 +126,7 @@ def embed(
         output=str(target),
         inputs=count,
         vectors=count - len(skipped),
-        dimension=engine.dimension,
+        dimension=width,
         resumed=resumed,
         skipped=skipped,
     )
@@ -145,10 +151,12 @@ def _target(output: str | Path, source: str, on_error: str) -> Path:
 class _Parts:
     """The finished parts of one output, in a hidden folder beside it."""
 
-    def __init__(self, target: Path, engine: ArrowEngine, normalize: bool, resume: bool) -> None:
+    def __init__(
+        self, target: Path, engine: ArrowEngine, how: dict[str, Any], resume: bool
+    ) -> None:
         self._target = target
         self._folder = target.parent / f".{target.name}.parts"
-        self._dimension = engine.dimension
+        self._dimension: int = how["dimension"]
         info = engine.device_info()
         record = engine.bundle.manifest.files.get(
             engine.bundle.manifest.variants[info["variant"]].file
@@ -159,8 +167,8 @@ class _Parts:
         state = {
             "variant": info["variant"],
             "sha256": record.get("sha256"),
-            "dimension": self._dimension,
-            "normalize": normalize,
+            # As before there were prompts, so that what was begun then goes on.
+            **{name: value for name, value in how.items() if value is not None},
             "parts": _PARTS,
         }
         if not resume:
@@ -169,7 +177,8 @@ class _Parts:
         if old.is_file():
             was = self._note(old)
             if was != state:
-                differs = ", ".join(key for key in state if was.get(key) != state[key])
+                names = [*state, *(name for name in was if name not in state)]
+                differs = ", ".join(n for n in names if was.get(n) != state.get(n))
                 raise InputError(
                     f"the unfinished {target} was made with another {differs}",
                     fix="run without --resume to start anew",

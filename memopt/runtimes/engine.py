@@ -9,14 +9,17 @@ import numpy as np
 
 from memopt.bundle import MANIFEST
 from memopt.errors import BundleError, ConfigurationError
+from memopt.registry import nearest
 from memopt.runtimes.task_engine import Engine
 from memopt.runtimes.vectors import Encoded, as_items, is_bare, to_arrow, unit_length
+from memopt.weights.sentence import named_prompts
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.batching import FrontEnd
     from memopt.runtimes.coalesce import Coalescer
 
 __all__ = ["ArrowEngine"]
@@ -73,6 +76,10 @@ class ArrowEngine(Engine):
         show_progress: bool = ...,
         output: Literal["numpy"] = ...,
         on_error: Literal["fail", "skip"] = ...,
+        *,
+        prompt: str | None = ...,
+        prompt_name: str | None = ...,
+        dimension: int | None = ...,
     ) -> NDArray[np.float32]: ...
 
     @overload
@@ -85,6 +92,9 @@ class ArrowEngine(Engine):
         *,
         output: Literal["arrow"],
         on_error: Literal["fail", "skip"] = ...,
+        prompt: str | None = ...,
+        prompt_name: str | None = ...,
+        dimension: int | None = ...,
     ) -> pa.FixedSizeListArray: ...
 
     def encode(
@@ -95,6 +105,10 @@ class ArrowEngine(Engine):
         show_progress: bool = False,
         output: Literal["numpy", "arrow"] = "numpy",
         on_error: Literal["fail", "skip"] = "fail",
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        dimension: int | None = None,
     ) -> Any:
         """Return one vector per input, in the order of the inputs; of one bare input its vector.
 
@@ -108,6 +122,10 @@ class ArrowEngine(Engine):
             show_progress: a progress bar on stderr, when that is a terminal.
             output: ``numpy``, or ``arrow`` for a FixedSizeListArray over the same memory.
             on_error: ``fail`` raises on an input that cannot be used, ``skip`` gives it a NaN row.
+            prompt: what is put before every text, in place of the model's default; "" is nothing.
+            prompt_name: ``query``, ``document`` or another name that the model has a prompt for.
+            dimension: leading values of each vector to keep, before it is made unit length; for
+                models that were trained for it (Kusupati et al. 2022, arXiv 2205.13147).
 
         Returns:
             float32 (n, dimension); (0, dimension) for no inputs, (dimension,) for one that is in
@@ -115,6 +133,7 @@ class ArrowEngine(Engine):
 
         Raises:
             InputError: an input that cannot be used, named by its position.
+            ConfigurationError: a prompt that the model does not have, or no such dimension.
             DeviceError: the engine is closed, or no provider is left.
         """
         if output not in ("numpy", "arrow"):
@@ -127,6 +146,9 @@ class ArrowEngine(Engine):
             batch_size=batch_size,
             show_progress=show_progress,
             fail=on_error == "fail",
+            prompt=prompt,
+            prompt_name=prompt_name,
+            dimension=dimension,
         )
         if output == "arrow":
             return to_arrow(encoded.vectors)
@@ -141,20 +163,26 @@ class ArrowEngine(Engine):
         batch_size: int | None = None,
         show_progress: bool = False,
         fail: bool = False,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        dimension: int | None = None,
     ) -> Encoded:
         """Like :meth:`encode`, but tell which inputs could not be used and why.
 
         Raises:
             InputError: an unusable input, only with ``fail``.
+            ConfigurationError: a prompt that the model does not have, or no such dimension.
         """
+        width = self.shortened(dimension)
+        front = self._prompted(self.prompt(prompt, prompt_name))
         items = as_items(inputs, self._bundle.manifest.modality)
-        vectors = np.empty((len(items), self.dimension), np.float32)
+        vectors = np.empty((len(items), width), np.float32)
         failures: dict[int, str] = {}
 
         def store(rows: NDArray[np.intp], feed: Feed, output: Rows) -> None:
-            vectors[rows] = output
+            vectors[rows] = output[:, :width]
 
-        self._run(items, store, failures, batch_size, show_progress, fail)
+        self._run(items, store, failures, batch_size, show_progress, fail, front)
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:
@@ -164,6 +192,51 @@ class ArrowEngine(Engine):
     def comparable(self, inputs: Any) -> NDArray[np.float32]:
         """Return the vectors, as :meth:`encode`."""
         return self.encode(inputs)
+
+    def shortened(self, dimension: int | None) -> int:
+        """Return the length of vectors cut to ``dimension`` values, None for all.
+
+        Raises:
+            ConfigurationError: the model gives no vectors of that length.
+        """
+        whole = self.dimension
+        if dimension is None:
+            return whole
+        if type(dimension) is not int or not 1 <= dimension <= whole:
+            raise ConfigurationError(
+                f"dimension is {dimension!r}, and {self._bundle.path} gives vectors of {whole}",
+                fix=f"give 1 to {whole}",
+            )
+        return dimension
+
+    def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str | None:
+        """Return what is put before every text, None for the model's default.
+
+        Args:
+            prompt: the words themselves.
+            prompt_name: the name of the model's own prompt; not beside ``prompt``.
+
+        Raises:
+            ConfigurationError: both, a name that the model does not have, or no model of texts.
+        """
+        if prompt is None and prompt_name is None:
+            return None
+        if self._bundle.manifest.modality != "text" or (prompt is not None and prompt_name):
+            why = "both a prompt and the name of one" if prompt_name else "a prompt"
+            what = f"got {why} for a model of {self._bundle.manifest.modality}s"
+            raise ConfigurationError(what, fix="give one, and only for texts")
+        if prompt is not None:
+            return prompt
+        known = named_prompts(self._bundle.path)
+        if prompt_name not in known:
+            raise ConfigurationError(
+                f"prompt_name {prompt_name!r} is not known", fix=nearest(str(prompt_name), known)
+            )
+        return known[prompt_name]
+
+    def _prompted(self, prompt: str | None) -> FrontEnd:
+        front = self._front_end()
+        return front if prompt is None else front.with_prompt(prompt)  # type: ignore[attr-defined]
 
     async def aencode(self, inputs: Any, normalize: bool = True) -> NDArray[np.float32]:
         """Like :meth:`encode`, for event loops: callers at the same time share one batch.

@@ -88,8 +88,9 @@ class FakeBackend:
 class FakeFrontEnd:
     """Takes anything hashable to bytes: text, bytes, paths, arrays, (samples, rate) pairs."""
 
-    def __init__(self, modality: str) -> None:
+    def __init__(self, modality: str, prompt: str = "") -> None:
         self._text = modality == "text"
+        self._prompt = prompt
 
     def check(self, item: object) -> str | None:
         """Return why an item cannot be encoded, None when it can."""
@@ -97,12 +98,18 @@ class FakeFrontEnd:
             return f"is {type(item).__name__}, not str"
         return None
 
+    def with_prompt(self, prompt: str) -> FakeFrontEnd:
+        """Return one that puts ``prompt`` before every text."""
+        return FakeFrontEnd("text", prompt)
+
     def chunks(self, items: Sequence[Any]) -> list[NDArray[np.intp]]:
         """Return positions in chunks of 64."""
         return in_order(len(items), _CHUNK)
 
     def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Hash every item."""
+        if self._prompt:
+            items = [self._prompt + item for item in items]
         digests = np.array(
             [np.frombuffer(hashlib.blake2b(_bytes(i), digest_size=_DIGEST).digest(), np.uint8)
              for i in items]

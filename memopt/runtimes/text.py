@@ -13,6 +13,7 @@ from memopt.errors import BundleError
 from memopt.positions import OFFSET_POSITIONS, position_limit
 from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems, bucket, by_budget
 from memopt.tasks.classes import infers
+from memopt.weights.kinds import STATIC
 from memopt.weights.sentence import default_prompt, lower_cased, read_sentence
 from memopt.weights.tokenizer import lower_case
 
@@ -54,6 +55,8 @@ class TextFrontEnd:
         self._takes = bundle.task.takes
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
+        # Static embeddings are the mean of the text's own tokens alone, of none it is zero.
+        self._special = bundle.manifest.model_type != STATIC
         self._wants_pooling = "pooling_mask" in inputs
         padding = self._tokenizer.padding
         self._pad = padding["pad_id"] if padding else _pad_id(bundle, self._tokenizer)
@@ -136,7 +139,10 @@ class TextFrontEnd:
         Raises:
             UnusableItems: texts with a token that the model has no embedding of.
         """
-        return self.batches(self._tokenizer.encode_batch_fast(self._texts(items)), budget)
+        return self.batches(
+            self._tokenizer.encode_batch_fast(self._texts(items), add_special_tokens=self._special),
+            budget,
+        )
 
     def batches(self, encodings: list[Any], budget: Budget = USUAL) -> list[Batch]:
         """Cut what was tokenized into batches of similar length.
@@ -190,7 +196,7 @@ class TextFrontEnd:
             length = len(encoding) or 1
             if len(encoding):
                 ids[row, :length] = encoding.ids
-            mask[row, :length] = 1
+            mask[row, : length if self._special else len(encoding)] = 1
         feed = {"input_ids": ids}
         if self._wants_mask:
             feed["attention_mask"] = mask

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import Bundle
+from memopt.bundle import Bundle, read_json
 from memopt.errors import ExportError, first_line
 from memopt.extras import require
 from memopt.runtimes.chain import step_weights
 from memopt.runtimes.conversions import Converted
 from memopt.runtimes.heads import TaskHead
 from memopt.runtimes.image import image_shape
+from memopt.runtimes.static_model import StaticConfig, static_model
 from memopt.runtimes.torch_weights import assign, match_names
 from memopt.tasks.table import Task, task_of
 from memopt.weights.chain import TOKENS, DenseStep, Step, UnitStep
-from memopt.weights.kinds import DUAL
+from memopt.weights.kinds import DUAL, STATIC
 from memopt.weights.late import PROJECTION
 from memopt.weights.modules import WEIGHED
 from memopt.weights.reader import WeightLoader
@@ -92,6 +93,9 @@ def load_config(folder: Path) -> Any:
         ExportError: transformers does not know the model type, or the config is unusable.
     """
     transformers = require("transformers", extra="export", why="build the model")
+    stated = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if stated.get("model_type") == STATIC:
+        return StaticConfig(stated["vocab_size"], stated["hidden_size"])
     try:
         # Code that came with a model is never run, and nobody is asked whether it should be.
         return transformers.AutoConfig.from_pretrained(
@@ -229,7 +233,9 @@ def _construct(config: Any, row: Task, attention: str | None) -> tuple[Any, Any]
         name = plain  # saved without the projection, as in what draws pictures
     try:
         with _meta_parameters():
-            if name:
+            if isinstance(config, StaticConfig):
+                module = static_model(config)
+            elif name:
                 cls = getattr(transformers, name)
                 wanted = cls.config_class
                 if not isinstance(config, wanted):

@@ -97,22 +97,22 @@ Step = PoolStep | DenseStep | NormStep | UnitStep
 
 
 def read_chain(
-    folder: Path, modules: Sequence[Module], own_head: bool, *, gives: str = VECTOR
+    folder: Path, modules: Sequence[Module], begin: Sequence[Step] = (), *, gives: str = VECTOR
 ) -> tuple[Step, ...]:
     """Return what is done with the model's output, checked to give one vector an input.
 
     Args:
         folder: where ``modules.json`` lies.
         modules: those after the first.
-        own_head: whether the model pools by itself.
+        begin: what the model itself gives a vector by; nothing, if it gives tokens.
         gives: the feature that is the answer; where that is the tokens', a Dense module that does
             not say what it takes works on these.
 
     Raises:
         WeightsError: a key that memopt does not honour, or a step without what it works on.
     """
-    steps: list[Step] = [PoolStep((OWN,))] if own_head else []
-    known = {VECTOR if own_head else TOKENS}
+    steps = list(begin)
+    known = {VECTOR if begin else TOKENS}
     for module in modules:
         if module.kind == "Dropout":
             continue  # it drops values in training only

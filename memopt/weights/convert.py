@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from memopt.bundle import (
     MANIFEST,
@@ -23,24 +21,26 @@ from memopt.bundle import (
     stamp,
 )
 from memopt.errors import BundleError, WeightsError
-from memopt.files import publish, sha256_file, staged_directory
-from memopt.weights.chain import weight_shapes
+from memopt.files import publish, staged_directory
 from memopt.weights.describe import announcements, describe, model_config
-from memopt.weights.modules import MODULES, WEIGHED, Module
+from memopt.weights.flatten import flatten
+from memopt.weights.kinds import STATIC
+from memopt.weights.modules import MODULES, WEIGHED
 from memopt.weights.reader import WeightLoader
-from memopt.weights.safetensors import SafetensorsFile, header_json, write_safetensors
-from memopt.weights.schema import QUANT_BITS, SOURCE_KEY, is_float, numpy_dtype
+from memopt.weights.safetensors import write_safetensors
+from memopt.weights.schema import QUANT_BITS
 from memopt.weights.sentence import Sentence, read_sentence
-from memopt.weights.sources import SIDE_FILES, checkpoint, find_source
+from memopt.weights.sources import SIDE_FILES, Source, checkpoint, find_source
 from memopt.weights.tokenizer import write_tokenizer
-from memopt.weights.writer import write_weights
+from memopt.weights.weight_file import (
+    HEADER_KEY,
+    Step,
+    module_shards,
+    rewrite,
+    write_shards,
+)
 
 WEIGHTS = "weights.parquet"
-_HEADER_KEY = "memopt.safetensors_header"
-# isfinite() makes one byte per value; in pieces it never shows beside the tensor.
-_FINITE_CHUNK = 1 << 20
-
-Step = Callable[[str, int, int], None]  # weight name, bytes done, bytes in all
 
 
 def convert(
@@ -51,6 +51,7 @@ def convert(
     compression: str | None = None,
     revision: str | None = None,
     config: str | Path | None = None,
+    route: str | None = None,
     on_step: Step | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Bundle:
@@ -69,6 +70,7 @@ def convert(
         compression: None (values can be memory-mapped) or "zstd".
         revision: branch, tag or commit of a hub id.
         config: the folder with config.json and tokenizer, for Parquet weights that lie alone.
+        route: which model of a sentence-transformers Router (``query`` or ``document``, say).
         on_step: called after each weight.
         on_warning: called with one line for NaN or infinite weights; ``warnings.warn`` by default.
 
@@ -90,6 +92,21 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
             f"{found.folder} is a bundle already",
             fix="go on with memopt export, or back with --to safetensors",
         )
+    with TemporaryDirectory(prefix="memopt-") as place:
+        if found.parquet is None:
+            folder, told = flatten(found.folder, Path(place), route)
+            found = replace(found, folder=folder, told=(*found.told, *told))
+        return _convert(found, output, task, compression, on_step, on_warning)
+
+
+def _convert(
+    found: Source,
+    output: str | Path | None,
+    task: str | None,
+    compression: str | None,
+    on_step: Step | None,
+    on_warning: Callable[[str], None] | None,
+) -> Bundle:
     sentence = read_sentence(found.folder)
     files = found.folder / sentence.transformer if sentence else found.folder
     manifest = describe(
@@ -102,7 +119,7 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
     )
     shards = checkpoint(files) if found.parquet is None else []
     names = [name for shard in shards for name in shard.order]
-    modules = _module_shards(found.folder, sentence) if found.parquet is None else {}
+    modules = module_shards(found.folder, sentence) if found.parquet is None else {}
     model = model_config(files, sentence)
     told = [*found.told]
     if not found.known:
@@ -115,14 +132,14 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
         _copy_side_files(found.folder, files, folder, sentence)
         if sentence and sentence.config:
             _write_json(folder / "config.json", model)
-        if manifest.modality == "text":
+        if manifest.modality == "text" and manifest.model_type != STATIC:
             told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)
         if found.parquet is not None:
             told += _quantized(found.parquet, target)
-            not_finite = _rewrite(found.parquet, folder / WEIGHTS, compression, on_step)
+            not_finite = rewrite(found.parquet, folder / WEIGHTS, compression, on_step)
         else:
-            not_finite = _write(shards, modules, folder / WEIGHTS, compression, on_step)
+            not_finite = write_shards(shards, modules, folder / WEIGHTS, compression, on_step)
         for line in (*_not_finite(not_finite), *told):
             (on_warning or _warn)(line)
         event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
@@ -189,13 +206,13 @@ def to_safetensors(bundle: Bundle, output: str | Path | None = None) -> Path:
         write_safetensors(
             bundle.weights,
             path.parent / module.path / "model.safetensors",
-            header=metadata.get(f"{_HEADER_KEY}.{module.path}", "").encode() or None,
+            header=metadata.get(f"{HEADER_KEY}.{module.path}", "").encode() or None,
             only=module.prefix,
         )
     write_safetensors(
         bundle.weights,
         path,
-        header=metadata.get(_HEADER_KEY, "").encode() or None,
+        header=metadata.get(HEADER_KEY, "").encode() or None,
         without=tuple(module.prefix for module in modules),
     )
     return path
@@ -252,112 +269,6 @@ def _one_max_length(folder: Path, max_length: int | None) -> None:
         _write_json(path, {**config, "model_max_length": max_length})
 
 
-def _module_shards(root: Path, sentence: Sentence | None) -> dict[Module, SafetensorsFile]:
-    """Open the weights of the modules behind the model, one file each.
-
-    Raises:
-        WeightsError: a module lacks its weights, or has some of another name or shape.
-    """
-    found: dict[Module, SafetensorsFile] = {}
-    if sentence is None:
-        return found
-    shapes = weight_shapes(sentence.chain)
-    for module in sentence.modules[1:]:
-        if module.kind not in WEIGHED:
-            continue
-        (shard,) = checkpoint(root / module.path)
-        wanted = {n: shape for n, shape in shapes.items() if n.startswith(module.prefix)}
-        there = {module.prefix + name: tensor.shape for name, tensor in shard.tensors.items()}
-        if there != wanted:
-            name = sorted(set(there.items()) ^ set(wanted.items()))[0][0]
-            raise WeightsError(
-                f"{shard.path} does not fit the config.json beside it: {name} is "
-                f"{there.get(name, 'missing')}, not {wanted.get(name, 'known')}",
-                fix="save the model again with sentence-transformers",
-            )
-        found[module] = shard
-    return found
-
-
-def _write(
-    shards: list[SafetensorsFile],
-    modules: Mapping[Module, SafetensorsFile],
-    path: Path,
-    compression: str | None,
-    on_step: Step | None,
-) -> list[str]:
-    """Write the weight file; return the names of weights with NaN or infinite values."""
-    # Where the file lay, what its weights are called here, and the file.
-    files = [(shard.path.name, "", shard) for shard in shards]
-    files += [(f"{m.path}/{shard.path.name}", m.prefix, shard) for m, shard in modules.items()]
-    sizes = {
-        prefix + t.name: (t.dtype, t.nbytes)
-        for _, prefix, shard in files
-        for t in shard.tensors.values()
-    }
-    digests: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-
-    def stream() -> Iterator[tuple[str, np.ndarray]]:
-        for place, prefix, shard in files:
-            # A header's tensors cover the file without gaps, so this is the file's own SHA-256.
-            header = header_json(shard.path)
-            digest = hashlib.sha256(len(header).to_bytes(8, "little") + header)
-            for name in shard.tensors:
-                array = shard.read(name)
-                digest.update(array.reshape(-1).view(np.uint8).data)
-                yield prefix + name, array
-                del array
-            digests[place] = digest.hexdigest()
-        metadata[SOURCE_KEY] = json.dumps(digests, sort_keys=True)
-
-    if len(shards) == 1:
-        metadata[_HEADER_KEY] = header_json(shards[0].path).decode("utf-8")
-    for module, shard in modules.items():
-        metadata[f"{_HEADER_KEY}.{module.path}"] = header_json(shard.path).decode("utf-8")
-    return _write_checked(path, stream(), sizes, metadata, compression, on_step)
-
-
-def _rewrite(source: Path, path: Path, compression: str | None, on_step: Step | None) -> list[str]:
-    """Write the weight file from another one, V2 dequantized; return what is not finite."""
-    with WeightLoader(source) as loader:
-        infos = [loader.info(name) for name in loader.names()]
-        sizes = {i.name: (i.dtype, i.size * numpy_dtype(i.dtype).itemsize) for i in infos}
-        metadata = {SOURCE_KEY: json.dumps({source.name: sha256_file(source)})}
-        return _write_checked(path, loader.items(), sizes, metadata, compression, on_step)
-
-
-def _write_checked(
-    path: Path,
-    weights: Iterator[tuple[str, np.ndarray]],
-    sizes: Mapping[str, tuple[str, int]],
-    metadata: Mapping[str, str],
-    compression: str | None,
-    on_step: Step | None,
-) -> list[str]:
-    """Write weights as they come, each looked at; return the names of those not finite.
-
-    Args:
-        sizes: dtype and bytes of each.
-        metadata: of the file; may grow until the last weight came.
-    """
-    total, not_finite = sum(size for _, size in sizes.values()), []
-
-    def stream() -> Iterator[tuple[str, np.ndarray]]:
-        done = 0
-        for name, array in weights:
-            if not _finite(array):
-                not_finite.append(name)
-            yield name, array
-            del array
-            done += sizes[name][1]
-            if on_step:
-                on_step(name, done, total)
-
-    write_weights(path, stream(), dtypes=sizes, metadata=metadata, compression=compression)
-    return not_finite
-
-
 def _quantized(source: Path, target: Path) -> list[str]:
     with WeightLoader(source) as loader:
         kinds = {loader.info(name).quant_type for name in loader.names()} & set(QUANT_BITS)
@@ -367,15 +278,6 @@ def _quantized(source: Path, target: Path) -> list[str]:
         f"{source} holds {', '.join(sorted(map(str, kinds)))} weights, which the bundle has "
         f"dequantized; a graph with exactly its integers: memopt export {target} --weights {source}"
     ]
-
-
-def _finite(array: np.ndarray) -> bool:
-    if not is_float(array.dtype):
-        return True
-    flat = array.reshape(-1)
-    return all(
-        np.isfinite(flat[i : i + _FINITE_CHUNK]).all() for i in range(0, flat.size, _FINITE_CHUNK)
-    )
 
 
 def _not_finite(names: list[str]) -> list[str]:

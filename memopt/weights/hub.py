@@ -10,7 +10,7 @@ from typing import Any
 
 from memopt.errors import WeightsError, brief
 from memopt.extras import require
-from memopt.weights.modules import MODULES, WEIGHED, Module, read_modules
+from memopt.weights.modules import MODULES, ROUTES, WEIGHED, Module, json_object, read_modules
 
 _WAIT_AND_RETRY = (408, 429)  # too slow, too many: the hub's state, not an answer
 
@@ -117,18 +117,30 @@ def _fetch(
         assert folder is not None
         modules = read_modules(folder)
         places += [m.path for m in modules if m.path]
-    transformer = next((m.path for m in modules), "")
+    models = [next((m.path for m in modules), "")]
+    if modules and modules[0].kind == "Router":
+        # All of its routes: which one is meant is not known here.
+        config = next((name for name in ROUTES if _below(models[0], name) in listed), ROUTES[0])
+        get(_below(models[0], config))
+        stated = json_object((folder or Path()) / _below(models[0], config)).get("types") or {}
+        parts = [_below(models[0], str(name)) for name in stated]
+        places += parts
+        tensors = [_parent(name) for name in listed if name.endswith(".safetensors")]
+        models = [part for part in parts if part in tensors]
     sides = [name for name in listed if _beside(name, places, side_files)]
-    inside = [n.removeprefix(f"{transformer}/") for n in listed if _parent(n) == transformer]
-    wanted = [f"{transformer}/{n}".lstrip("/") for n in weights(source, inside)]
-    for path in (m.path for m in modules if m.kind in WEIGHED):
-        own = [n.removeprefix(f"{path}/") for n in listed if _parent(n) == path]
-        wanted += [f"{path}/{n}" for n in weights(f"{source}/{path}", own)]
+    wanted = []
+    for path in [*models, *(m.path for m in modules if m.kind in WEIGHED)]:
+        own = [Path(name).name for name in listed if _parent(name) == path]
+        wanted += [_below(path, name) for name in weights(_below(source, path), own)]
     for name in dict.fromkeys([*sides, *wanted]):
         get(name)
     if folder is None:
         raise WeightsError(f"{source} has no files", fix="check the name")
     return folder
+
+
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}".strip("/")
 
 
 def _beside(name: str, places: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -28,6 +28,8 @@ AUDIO = frozenset(
         *("unispeech-sat", "data2vec-audio", "sew", "sew-d", "moonshine"),
     }
 )
+# A table of vectors, one a token, whose mean is the text's; transformers has no such type.
+STATIC = "static-embedding"
 # Two towers in one checkpoint: the image tower is the default, --task embedding takes the text one.
 DUAL = frozenset(
     {"clip", "siglip", "siglip2", "chinese_clip", "altclip", "align", "blip", "metaclip_2"}

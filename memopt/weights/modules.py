@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from memopt.jsontext import parse_json
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
+# What a Router says of its routes; the second file is of older versions.
+ROUTES = ("router_config.json", "config.json")
 # What can stand first, and what of the rest is run; Dropout does nothing when a model answers.
-FIRST = ("Transformer", "CLIPModel", "MLMTransformer")
+FIRST = ("Transformer", "CLIPModel", "MLMTransformer", "StaticEmbedding")
 CHAIN = ("Pooling", "Dense", "LayerNorm", "Normalize", "Dropout")
 # Of other kinds of model, whose own readers know them.
-OTHER = ("SpladePooling", "MultiVectorMask")
+OTHER = ("SpladePooling", "MultiVectorMask", "Router")
 # PyLate's classes that are sentence-transformers' own by another name.
 _ALIASES = {"pylate.models.Dense.Dense": "sentence_transformers.models.Dense"}
 # The modules with weights of their own beside the model's.
@@ -42,24 +45,35 @@ class Module:
 
 
 def read_modules(folder: Path) -> tuple[Module, ...]:
-    """Return the modules that ``modules.json`` names, checked as far as memopt runs them.
+    """Return the modules that ``modules.json`` names.
 
     Raises:
         WeightsError: the file is damaged, or names a module that memopt does not run.
     """
     path = folder / MODULES
-    modules = [_module(path, *entry) for entry in _entries(path)]
-    kinds = [m.kind for m in modules if m.kind != "Dropout"]
-    if not kinds or kinds[0] not in FIRST:
+    return tuple(_module(path, *entry) for entry in _entries(path))
+
+
+def refuse_order(folder: Path, modules: Sequence[Module]) -> None:
+    """Refuse what does not begin with the model, or has a second one.
+
+    Raises:
+        WeightsError: with the name of the module in the wrong place.
+    """
+    path = folder / MODULES
+    if modules and modules[0].kind == "Router":
         raise WeightsError(
-            f"{path} does not start with a {FIRST[0]} module (it has {', '.join(kinds) or 'none'})"
+            f"{path} begins with a Router, which leads to several models",
+            fix="convert one of them: memopt convert --route NAME",
         )
-    if later := next((k for k in kinds[1:] if k in FIRST), None):
+    if not modules or modules[0].kind not in FIRST:
+        kinds = ", ".join(module.kind for module in modules) or "none"
+        raise WeightsError(f"{path} does not start with a {FIRST[0]} module (it has {kinds})")
+    if later := next((m.kind for m in modules[1:] if m.kind in (*FIRST, "Router")), None):
         raise WeightsError(
-            f"{path} has a second {later} module, in an order memopt does not run",
+            f"{path} has a {later} module behind the model, in an order memopt does not run",
             fix=_RUNS,
         )
-    return tuple(modules)
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -6,14 +6,21 @@ without ``modules.json`` are not read here either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from memopt.errors import BundleError, MemoptError, WeightsError
 from memopt.weights.chain import OWN, TOKENS, VECTOR, PoolStep, Step, UnitStep, read_chain
-from memopt.weights.modules import MODULES, SETTINGS, Module, json_object, read_modules
+from memopt.weights.modules import (
+    MODULES,
+    SETTINGS,
+    Module,
+    json_object,
+    read_modules,
+    refuse_order,
+)
 
 # The first of these that says something counts, in sentence-transformers' own order.
 TRANSFORMER_FILES = tuple(
@@ -139,10 +146,14 @@ def _read(folder: Path) -> Sentence | None:
     if not (folder / MODULES).is_file():
         return None
     modules = read_modules(folder)
+    refuse_order(folder, modules)
     first = modules[0]
     settings, origin = transformer_settings(folder, first.path)
     own_head = _check_settings(settings, origin, first.kind, kind)
-    chain = _chain(folder, modules, kind, own_head)
+    begin = [PoolStep((OWN,))] if own_head else []
+    if first.kind == "StaticEmbedding":
+        begin = [PoolStep(("mean",))]
+    chain = _chain(folder, modules, kind, begin)
     truncate = stated.get("truncate_dim")
     if truncate is not None and (type(truncate) is not int or truncate < 1):
         raise WeightsError(
@@ -179,17 +190,17 @@ _TASKS = {
 _LATE = ("MultiVectorEncoder", "ColBERT")
 
 
-def _chain(folder: Path, modules: tuple[Module, ...], kind: str, own_head: bool) -> Chain:
+def _chain(folder: Path, modules: tuple[Module, ...], kind: str, begin: Sequence[Step]) -> Chain:
     """Return the steps behind the model; of a kind without any, check that there are none."""
     rest = [m for m in modules[1:] if m.kind != "Dropout"]
     if kind in _LATE:
         kept = [m for m in rest if m.kind != "MultiVectorMask"]
-        chain = read_chain(folder, kept, own_head=False, gives=TOKENS)
+        chain = read_chain(folder, kept, gives=TOKENS)
         # PyLate normalised in its own code.
         return (*chain, UnitStep(TOKENS, TOKENS)) if kind == "ColBERT" else chain
     wanted = {"CrossEncoder": [], "SparseEncoder": ["SpladePooling"]}.get(kind)
     if wanted is None:
-        return read_chain(folder, modules[1:], own_head)
+        return read_chain(folder, modules[1:], begin)
     if [m.kind for m in rest] != wanted:
         raise WeightsError(
             f"{folder / MODULES}: a {kind} of the modules {', '.join(m.kind for m in modules)} is "
@@ -219,18 +230,30 @@ def default_prompt(folder: Path) -> str:
     Raises:
         BundleError: the default is not among the prompts.
     """
-    stated = json_object(folder / SETTINGS)
-    name, prompts = stated.get("default_prompt_name"), stated.get("prompts") or {}
+    name = json_object(folder / SETTINGS).get("default_prompt_name")
     if name is None or not (folder / MODULES).is_file():
         return ""
-    # sentence-transformers always has these two, empty unless the file says something.
-    known = {"query": "", "document": "", **(prompts if isinstance(prompts, dict) else {})}
-    if not isinstance(name, str) or name not in known or not isinstance(known[name] or "", str):
+    known = named_prompts(folder)
+    if not isinstance(name, str) or name not in known:
         raise BundleError(
             f"{folder / SETTINGS}: the default prompt {name!r} is not among the prompts "
             f"{list(known)[2:]}"
         )
-    return str(known[name] or "")
+    return known[name]
+
+
+def named_prompts(folder: Path) -> dict[str, str]:
+    """Return what sentence-transformers puts before a text, by the name of the prompt.
+
+    ``query`` and ``document`` are always there, empty unless the file says something.
+
+    >>> named_prompts(Path("/nowhere"))
+    {'query': '', 'document': ''}
+    """
+    stated = json_object(folder / SETTINGS).get("prompts") if (folder / MODULES).is_file() else {}
+    known = stated if isinstance(stated, dict) else {}
+    texts = {name: text or "" for name, text in known.items() if isinstance(text or "", str)}
+    return {"query": "", "document": "", **texts}
 
 
 def lower_cased(folder: Path) -> bool:
