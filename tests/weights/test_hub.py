@@ -222,3 +222,36 @@ def test_a_transformer_in_a_folder_is_downloaded_from_there(
     assert "origin" in ask(address, tmp_path)[0]
     assert any("pool/config.json" in line for line in server.asked)
     assert not any("onnx" in line or ".bin" in line for line in server.asked)
+
+
+def test_weights_of_modules_and_of_every_route_are_downloaded(
+    hub: tuple[Hub, str], tmp_path: Path
+) -> None:
+    """A Dense layer has a file of its own, and of a Router each route's folder is fetched."""
+    server, address = hub
+    kind = "sentence_transformers.models."
+    model = {f"q_0_Transformer/{name}": content for name, content in server.files.items()}
+    dense = {"in_features": 4, "out_features": 2}
+    modules = [{"type": f"{kind}Router", "path": ""}, {"type": f"{kind}Dense", "path": "1_Dense"}]
+    types = {"q_0_Transformer": f"{kind}Transformer", "q_1_Pooling": f"{kind}Pooling"}
+    stated = {
+        "modules.json": modules,
+        "router_config.json": {"types": types, "structure": {"query": list(types)}},
+        "q_1_Pooling/config.json": {"embedding_dimension": 4},
+        "1_Dense/config.json": dense,
+    }
+    server.files = {
+        **model,
+        **{name: json.dumps(value).encode() for name, value in stated.items()},
+        "1_Dense/model.safetensors": b"weights",
+    }
+    (answer,) = ask(address, tmp_path)
+    assert "begins with a Router" in answer["error"]
+    fetched = {
+        line.partition("/resolve/")[2].partition("/")[2]
+        for line in server.asked
+        if line.startswith("GET /acme")
+    }
+    wanted = {f"q_0_Transformer/{name}" for name in ("config.json", "model.safetensors")}
+    assert {*stated, *wanted, "1_Dense/model.safetensors"} <= fetched
+    assert not any(name.endswith(".bin") for name in fetched)
