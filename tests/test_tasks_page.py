@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from memopt import Bundle
+from memopt.cli import app
 from memopt.exporters.base import export
 from memopt.weights.convert import convert
 
@@ -63,3 +66,21 @@ def test_an_example_runs(
         bundle(name)
     monkeypatch.chdir(home)
     exec(compile(block, "docs/tasks.md", "exec"), {})
+
+
+COMMANDS = re.findall(r"^    memopt (.*)$", PAGE, flags=re.M)
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=[line.split()[0] for line in COMMANDS])
+def test_a_command_line_runs(
+    line: str, make: tuple[Make, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of the page ends well, with the models and files that it names."""
+    bundle, home = make
+    for name in set(re.findall(r"models/(\w+)", line)):
+        bundle(name)
+    monkeypatch.chdir(home)
+    for file in re.findall(r"\b\w+\.txt\b", line):
+        Path(file).write_text("Cats sleep most of the day.\nThe market fell.\n", encoding="utf-8")
+    result = CliRunner().invoke(app, shlex.split(line))
+    assert result.exit_code == 0, result.exception
