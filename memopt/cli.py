@@ -32,6 +32,7 @@ COMMANDS: tuple[str, ...] = (
     "embed",
     "classify",
     "rerank",
+    "detect",
     "bench",
     "pack",
     "encrypt",

@@ -21,6 +21,8 @@ LONGEST_SCORES = 256 << 20
 class Shape:
     """One check: ``batch`` rows of ``length`` tokens or samples; ``padding`` is where, if anywhere.
 
+    Of pictures that may have any shape ``length`` is the height, and the width half more.
+
     Of a padded batch the first row is whole and the others get shorter and shorter.
     """
 
@@ -65,7 +67,9 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
         if "pooling_mask" in names:
             feeds["pooling_mask"] = _without_prompt(mask)
     elif "pixel_values" in names:
-        feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, *_picture(loaded)))
+        free = free_picture(loaded)
+        size = (3, shape.length, shape.length * 3 // 2) if free else _picture(loaded)
+        feeds["pixel_values"] = generator.normal(0, 1, (shape.batch, *size))
     elif "input_features" in names:
         frames = config.max_source_positions * 2
         feeds["input_features"] = generator.normal(0, 1, (shape.batch, config.num_mel_bins, frames))
@@ -94,6 +98,11 @@ def _vocabulary(loaded: LoadedModel, config: Any) -> int:
             fix="choose another --task, or an encoder of text whose config.json has a vocab_size",
         )
     return rows
+
+
+def free_picture(loaded: LoadedModel) -> bool:
+    """Say whether the model is given pictures of any shape: detectors keep the picture's own."""
+    return loaded.picture is None and task_of(loaded.head.task).answer == "boxes"
 
 
 def _picture(loaded: LoadedModel) -> tuple[int, int, int]:
@@ -128,6 +137,8 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             *(((1, limit, ""),) if limit > longest else ()),
         )
         return tuple(Shape(b, max(1, length), side) for b, length, side in plan)
+    if free_picture(loaded):
+        return tuple(Shape(batch, high) for batch, high in ((1, 64), (2, 96), (3, 80), (1, 160)))
     if task_of(task).modality == "image" or loaded.config.model_type == "whisper":
         return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))
     return tuple(
@@ -150,4 +161,6 @@ def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
 
 def trace_shape(task: str) -> Shape:
     """Return the shape to trace with: no dimension is 0 or 1, which would be taken as fixed."""
-    return Shape(2, 16_000, "") if task_of(task).modality == "audio" else Shape(2, 8, "right")
+    if task_of(task).modality == "audio":
+        return Shape(2, 16_000)
+    return Shape(2, 96) if task_of(task).answer == "boxes" else Shape(2, 8, "right")

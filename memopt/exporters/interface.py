@@ -11,7 +11,7 @@ from typing import Any
 from memopt.bundle import Manifest
 from memopt.errors import ExportError
 from memopt.exporters.answers import answers
-from memopt.exporters.examples import check_shapes, example, trace_shape
+from memopt.exporters.examples import check_shapes, example, free_picture, trace_shape
 from memopt.exporters.masks import attention_arguments
 from memopt.graphs.session import Observe
 from memopt.runtimes.heads import head_outputs
@@ -85,7 +85,8 @@ def _signature(loaded: LoadedModel, task: str) -> Signature:
         axes = {0: "batch", 1: "sequence"}
         return Signature(tuple(names), row.outputs, {name: dict(axes) for name in names})
     if row.modality == "image":
-        return Signature(("pixel_values",), row.outputs, {"pixel_values": {0: "batch"}})
+        shape = {0: "batch", 2: "height", 3: "width"} if free_picture(loaded) else {0: "batch"}
+        return Signature(("pixel_values",), row.outputs, {"pixel_values": shape})
     if loaded.config.model_type == "whisper":
         # The encoder's position table fixes 30 s of audio: only the batch is dynamic.
         return Signature(("input_features",), row.outputs, {"input_features": {0: "batch"}})

@@ -19,6 +19,7 @@ from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.extras import require
 from memopt.runtimes.batching import MEDIA_BATCH, USUAL, Batch, Budget, decoded, in_order
+from memopt.runtimes.picture_size import resized, stated_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,9 +31,21 @@ _OPENAI = {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _BILINEAR, _BICUBIC = 2, 3
+_ORIENTATION, _FIRST_SIDEWAYS = 0x0112, 5  # EXIF: 5 to 8 are turned by a quarter
 _SHORT = {"default_to_square": False}  # a size of one number is that of the shorter edge
 _CROP = {"do_center_crop": True, "crop_size": 224}
 _CLIP = {"size": {"shortest_edge": 224}, "resample": _BICUBIC, **_SHORT, **_CROP, **_OPENAI}
+_DETR = {
+    "size": {"shortest_edge": 800, "longest_edge": 1333}, "max_size": 1333, **_SHORT, **_IMAGENET
+}  # fmt: skip
+    "size": {"shortest_edge": 800, "longest_edge": 1333},
+    **_SHORT,
+    **_IMAGENET,
+    "max_size": 1333,
+}
+# Detectors see each picture in its own shape. Padding only makes a batch of several shapes, and
+# here a batch has one: the answer is what transformers gives for the picture alone.
+DETECTORS = frozenset({"ConditionalDetr", "DeformableDetr", "Detr", "RTDetr", "Yolos"})
 # What transformers' processor of each class does where its configuration file is silent (older
 # files leave keys out). These classes are followed to the last bit; any other is refused.
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -44,7 +57,10 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "ConvNext": {
         "resample": _BICUBIC, "size": {"shortest_edge": 384}, **_SHORT, "crop_pct": 224 / 256
     },
+    "ConditionalDetr": _DETR,
+    "DeformableDetr": _DETR,
     "DeiT": {"resample": _BICUBIC, "size": {"height": 256, "width": 256}, **_CROP},
+    "Detr": _DETR,
     "EfficientNet": {
         "resample": _BICUBIC,
         "size": {"height": 346, "width": 346},
@@ -77,8 +93,12 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "crop_pct": 0.9,
     },
     "Pvt": {"resample": _BICUBIC, **_IMAGENET},
+    "RTDetr": {
+        "size": {"height": 640, "width": 640}, "do_normalize": False, **_SHORT, **_IMAGENET
+    },
     "Siglip": {"resample": _BICUBIC, **_SHORT},
     "ViT": {},
+    "Yolos": _DETR,
 }  # fmt: skip
 _ALL: dict[str, Any] = {
     "size": {"height": 224, "width": 224},
@@ -112,7 +132,8 @@ _OTHER_KEYS = frozenset(
         *("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb"),
         *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
         *("do_reduce_labels", "reduce_labels", "model_input_names", "image_seq_length", "auto_map"),
-        *("_valid_processor_keys", "pad_size", "do_pad", "backend"),
+        *("_valid_processor_keys", "pad_size", "do_pad", "backend", "format"),
+        *("do_convert_annotations", "pad_and_return_pixel_mask"),
     }
 )
 
@@ -123,8 +144,8 @@ class ImageFrontEnd:
     def __init__(self, bundle: Bundle) -> None:
         self._pil = require("PIL.Image", extra="media", why="read images")
         self._class, self._config = _settings(bundle)
-        self._size = _size(self._config["size"], square=self._config["default_to_square"])
-        self._crop = _size(self._config["crop_size"] or self._size, square=True)
+        self._size = _edges(self._config)
+        self._crop = stated_size(self._config["crop_size"] or self._size, square=True)
         self._table = _table(self._class, self._config)
 
     def check(self, item: object) -> str | None:
@@ -142,16 +163,22 @@ class ImageFrontEnd:
     def prepare(self, items: Sequence[Any], budget: Budget = USUAL) -> list[Batch]:
         """Decode and transform one chunk."""
         pixels = decoded(items, self.transform, "an image")
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for row, values in enumerate(pixels):
+            shapes.setdefault(values.shape, []).append(row)
         return [
-            Batch(rows, {"pixel_values": np.stack([pixels[row] for row in rows])})
-            for rows in in_order(len(pixels), budget.batch_size or len(pixels))
+            Batch(
+                np.array(alike)[part], {"pixel_values": np.stack([pixels[alike[i]] for i in part])}
+            )
+            for alike in shapes.values()
+            for part in in_order(len(alike), budget.batch_size or len(alike))
         ]
 
     def transform(self, item: Any) -> NDArray[np.float32]:
         """Return ``pixel_values`` (3, height, width) of one image."""
         image = _on_white(self._open(item))
         if self._config["do_resize"]:
-            (width, height), crop = _resized(self._class, image.size, self._size, self._config)
+            (width, height), crop = resized(self._class, image.size, self._size, self._config)
             if (width, height) != image.size:
                 image = image.resize((width, height), self._config["resample"])
             if crop:
@@ -182,6 +209,38 @@ class ImageFrontEnd:
         return ImageOps.exif_transpose(image)
 
 
+def _batch(rows: NDArray[np.intp], pixels: Sequence[NDArray[np.float32]]) -> Batch:
+    return Batch(rows, {"pixel_values": np.stack([pixels[row] for row in rows])})
+
+
+def processor_kind(bundle: Bundle) -> str:
+    """Return the class of the bundle's image processor, without its suffix.
+
+    Raises:
+        BundleError: it is missing, or a class or a setting that is not supported.
+    """
+    return _settings(bundle)[0]
+
+
+def picture_size(item: Any) -> tuple[int, int]:
+    """Return (width, height) of a picture as it is looked at, without decoding a file's pixels.
+
+    >>> picture_size(np.zeros((4, 8, 3), np.uint8))
+    (8, 4)
+    """
+    if isinstance(item, np.ndarray):
+        height, width = _as_uint8(item).shape[:2]
+        return width, height
+    if hasattr(item, "convert"):
+        return int(item.width), int(item.height)
+    image_module = require("PIL.Image", extra="media", why="read images")
+    source = io.BytesIO(item) if isinstance(item, bytes | bytearray) else item
+    with image_module.open(source) as image:
+        sideways = image.getexif().get(_ORIENTATION, 1) >= _FIRST_SIDEWAYS
+        width, height = image.size
+    return (height, width) if sideways else (width, height)
+
+
 def image_shape(bundle: Bundle) -> tuple[int, int, int] | None:
     """Return the (channels, height, width) that every image is given; None where they differ.
 
@@ -192,9 +251,9 @@ def image_shape(bundle: Bundle) -> tuple[int, int, int] | None:
     if not any((bundle.path / name).is_file() for name in names):
         return None
     kind, config = _settings(bundle)
-    size = _size(config["size"], square=config["default_to_square"])
+    size = _edges(config)
     if config["do_center_crop"]:
-        crop = _size(config["crop_size"] or size, square=True)
+        crop = stated_size(config["crop_size"] or size, square=True)
         return 3, crop["height"], crop["width"]
     if config["do_resize"] and kind == "ConvNext":
         return 3, size["shortest_edge"], size["shortest_edge"]
@@ -225,9 +284,9 @@ def _settings(bundle: Bundle) -> tuple[str, dict[str, Any]]:
         elif key not in config and key not in _OTHER_KEYS and value:
             # transformers keeps it as an attribute that nothing reads.
             _log.warning("%s: %sImageProcessor has no setting %r", bundle.path, kind, key)
-    if stated.get("do_pad"):
+    if stated.get("do_pad") and (kind not in DETECTORS or stated.get("pad_size")):
         raise BundleError(f"{bundle.path}: do_pad in the image processor is not supported")
-    if kind == "ConvNext" and "shortest_edge" not in _size(config["size"], square=False):
+    if kind == "ConvNext" and "shortest_edge" not in stated_size(config["size"], square=False):
         raise BundleError(
             f"{bundle.path}: size {config['size']!r} of ConvNextImageProcessor is not supported",
             fix="it has a shortest_edge",
@@ -235,6 +294,11 @@ def _settings(bundle: Bundle) -> tuple[str, dict[str, Any]]:
     if kind == "MobileViT":
         config["do_normalize"] = False
     return kind, config
+
+
+def _edges(config: Mapping[str, Any]) -> dict[str, int]:
+    square, longest = config["default_to_square"], config.get("max_size")
+    return stated_size(config["size"], square=square, longest=longest)
 
 
 def _on_white(image: Any) -> Any:
@@ -263,44 +327,6 @@ def processor_config(bundle: Bundle, part: str) -> dict[str, Any]:
     raise BundleError(
         f"{bundle.path / 'preprocessor_config.json'} is missing", fix="convert the model again"
     )
-
-
-def _size(value: Any, *, square: bool) -> dict[str, int]:
-    if isinstance(value, int):
-        return {"height": value, "width": value} if square else {"shortest_edge": value}
-    if isinstance(value, Mapping):
-        size = {key: int(v) for key, v in value.items() if v is not None}
-        if set(size) in ({"height", "width"}, {"shortest_edge"}):
-            return size
-    raise BundleError(f"image size {value!r} in preprocessor_config.json is not supported")
-
-
-def _resized(
-    kind: str, old: tuple[int, int], size: Mapping[str, int], config: Mapping[str, Any]
-) -> tuple[tuple[int, int], int | None]:
-    """Return the new (width, height), and the edge of a square to cut out of that, if any."""
-    short = size.get("shortest_edge")
-    share = config.get("crop_pct")
-    if kind == "ConvNext" and short is not None and share is not None:
-        if short >= 384:  # the class squeezes large ones and cuts small ones
-            return (short, short), None
-        return _shortest(old, int(short / share)), short
-    if kind == "PoolFormer" and share is not None:
-        if short is None and size["height"] != size["width"]:
-            return (int(size["width"] / share), int(size["height"] / share)), None
-        return _shortest(old, int((short or size["height"]) / share)), None
-    if kind == "Levit" and short is not None:
-        short = int((256 / 224) * short)
-    if short is None:
-        return (size["width"], size["height"]), None
-    return _shortest(old, short), None
-
-
-def _shortest(old: tuple[int, int], short: int) -> tuple[int, int]:
-    width, height = old
-    if width <= height:
-        return short, int(short * height / width)
-    return int(short * width / height), short
 
 
 def _center_crop(array: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
