@@ -235,7 +235,6 @@ def _cosine(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
 
 def child(cell: Cell, folder: str, core: int) -> None:
     """Judge one type, with everything it prints in a file, and leave the row in another."""
-    os.setsid()
     path = Path(folder)
     with (path / "log.txt").open("w") as log:
         os.dup2(log.fileno(), 1)

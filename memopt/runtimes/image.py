@@ -38,11 +38,6 @@ _CLIP = {"size": {"shortest_edge": 224}, "resample": _BICUBIC, **_SHORT, **_CROP
 _DETR = {
     "size": {"shortest_edge": 800, "longest_edge": 1333}, "max_size": 1333, **_SHORT, **_IMAGENET
 }  # fmt: skip
-    "size": {"shortest_edge": 800, "longest_edge": 1333},
-    **_SHORT,
-    **_IMAGENET,
-    "max_size": 1333,
-}
 # Detectors see each picture in its own shape. Padding only makes a batch of several shapes, and
 # here a batch has one: the answer is what transformers gives for the picture alone.
 DETECTORS = frozenset({"ConditionalDetr", "DeformableDetr", "Detr", "RTDetr", "Yolos"})

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 HIGHEST: dict[str, int | None] = {"ConditionalDetr": 100, "DeformableDetr": 100, "RTDetr": None}
 
 
+# Whose processor a type of model comes with; those that are not here have DETR's.
+_PROCESSORS = {
+    **dict.fromkeys(("conditional_detr", "dab-detr"), "ConditionalDetr"),
+    **dict.fromkeys(("deformable_detr", "lw_detr"), "DeformableDetr"),
+    **dict.fromkeys(("rt_detr", "rt_detr_v2", "d_fine", "deimv2"), "RTDetr"),
+    "yolos": "Yolos",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Detection:
     """One thing in a picture.
@@ -85,6 +94,15 @@ def find_boxes(
     kept = scores > threshold
     scale = np.array([*size, *size], np.float32)
     return Boxes(scores[kept], classes[kept], boxes[rows[kept]] * scale)
+
+
+def detector_kind(model_type: str) -> str:
+    """Return the class of image processor that a type of detector comes with, without its suffix.
+
+    >>> detector_kind("d_fine"), detector_kind("detr")
+    ('RTDetr', 'Detr')
+    """
+    return _PROCESSORS.get(model_type, "Detr")
 
 
 def box_overlap(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

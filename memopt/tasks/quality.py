@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.registry import check_keys
+from memopt.tasks.boxes import box_agreement, detector_kind, find_boxes
 from memopt.tasks.classes import label_scores
 from memopt.tasks.ranking import kendall_tau, ndcg
 from memopt.tasks.rows import likeliest_rows, trimmed_rows, whole_rows
@@ -188,6 +189,16 @@ def _late(got: Rows, right: Rows, about: About) -> dict[str, float]:
     }
 
 
+def _boxes(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    """Boxes past a score of .5, relative to the picture; past half the best, where none is."""
+    kind = detector_kind(str(about.config.get("model_type")))
+    everything = [find_boxes(row, (1, 1), kind, 0.0).scores.max(initial=0.0) for row in right]
+    least = min(0.5, max(everything, default=0.0) / 2)
+    ours, theirs = ([find_boxes(row, (1, 1), kind, least) for row in rows] for rows in (got, right))
+    overlap, alike = box_agreement(theirs, ours)
+    return {"box_iou": overlap, "class_agreement": alike}
+
+
 _QUALITIES: Mapping[str, Quality] = {
     "text-classification": Quality(whole_rows, _classes),
     "image-classification": Quality(whole_rows, _classes),
@@ -198,4 +209,5 @@ _QUALITIES: Mapping[str, Quality] = {
     "fill-mask": Quality(likeliest_rows, _words),
     "sparse-embedding": Quality(whole_rows, _terms),
     "late-interaction": Quality(trimmed_rows, _late),
+    "object-detection": Quality(whole_rows, _boxes),
 }
