@@ -24,6 +24,7 @@ __all__ = [
     "ArrowEngine",
     "Bundle",
     "Classifier",
+    "Detector",
     "LateEncoder",
     "Reranker",
     "SparseEncoder",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from memopt.bundle import Bundle, open_bundle
     from memopt.runtimes.engine import ArrowEngine
     from memopt.runtimes.engines.classifier import Classifier
+    from memopt.runtimes.engines.detector import Detector
     from memopt.runtimes.engines.late import LateEncoder
     from memopt.runtimes.engines.reranker import Reranker
     from memopt.runtimes.engines.sparse import SparseEncoder
@@ -47,6 +49,7 @@ __getattr__ = names_on_use(
     {
         "runtimes.engine": ("ArrowEngine",),
         "runtimes.engines.classifier": ("Classifier",),
+        "runtimes.engines.detector": ("Detector",),
         "runtimes.engines.late": ("LateEncoder",),
         "runtimes.engines.reranker": ("Reranker",),
         "runtimes.engines.sparse": ("SparseEncoder",),

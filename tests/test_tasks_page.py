@@ -29,7 +29,32 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "splade": ("BertForMaskedLM", {}, "sparse-embedding"),
     "colbert": ("BertModel", {}, "late-interaction"),
 }
+# Of pictures: the class, its config and its processor's, small.
+PICTURES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "yolos": (
+        "Yolos",
+        {"image_size": [64, 96], "num_detection_tokens": 5},
+        "ForObjectDetection",
+        {"size": {"shortest_edge": 64, "longest_edge": 96}},
+    ),
+}
 Make = Callable[[str], None]
+
+
+def _pictures(name: str, home: Path) -> None:
+    """Make a bundle of a model of pictures, and the pictures of the page."""
+    import transformers
+    from PIL import Image
+
+    kind, more, head, settings = PICTURES[name]
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(intermediate_size=64, **size, **more)
+    torch.manual_seed(1)
+    getattr(transformers, f"{kind}{head}")(config).save_pretrained(home / "source" / name)
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    processor.save_pretrained(home / "source" / name)
+    export(convert(home / "source" / name, home / "models" / name))
+    Image.new("RGB", (90, 60), "teal").save(home / "street.jpg")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +67,9 @@ def make(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> tuple[Make
 
     def bundle(name: str) -> None:
         if (home / "models" / name).is_dir():
+            return
+        if name in PICTURES:
+            _pictures(name, home)
             return
         kind, more, task = MODELS[name]
         size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
