@@ -133,8 +133,8 @@ class WindowFrontEnd(TextFrontEnd):
         for index, item in enumerate(items):
             try:
                 found.append(self._first(item))
-            except ValueError as error:
-                broken[index] = str(error)
+            except UnusableItems as unusable:
+                broken[index] = unusable.reasons[0]
         if broken:
             raise UnusableItems(broken)
         return self.batches(found, budget)
@@ -170,15 +170,16 @@ class WindowFrontEnd(TextFrontEnd):
 
         Raises:
             ConfigurationError: a stride that leaves no way on.
-            ValueError: the question leaves too little room.
+            UnusableItems: the question leaves too little room, as item 0.
         """
         asked, whole = self._tokenizer.encode_batch([question, context], add_special_tokens=False)
         room = length - len(asked) - self._tokenizer.num_special_tokens_to_add(True)
         if room < max(min(least, len(whole)), 1):
-            raise ValueError(
+            why = (
                 f"has a question of {len(asked)} tokens: of {length} that a window has, "
                 f"{max(room, 0)} are left for its context"
             )
+            raise UnusableItems({0: why})
         usual = min(STRIDE, length // 2)
         stride = _stride(stride, room, usual if usual < room else room // 2)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from memopt.errors import InputError
+from memopt.runtimes.batching import UnusableItems
 from memopt.runtimes.engines.windowed import WindowedEngine, positive, unusable
 from memopt.runtimes.vectors import as_items
 from memopt.tasks.extraction import Answer, best_spans, merged
@@ -121,8 +122,8 @@ class QuestionAnswerer(WindowedEngine):
                 try:
                     # A window that holds no whole answer is no use.
                     cuts.append(front.paired(asked, text, size, stride, longest + 1))
-                except ValueError as error:
-                    broken[number] = str(error)
+                except UnusableItems as error:
+                    broken[number] = error.reasons[0]
             if broken:
                 raise unusable(broken)
             return cuts
