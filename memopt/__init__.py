@@ -26,8 +26,11 @@ __all__ = [
     "Classifier",
     "Detector",
     "LateEncoder",
+    "MaskFiller",
+    "QuestionAnswerer",
     "Reranker",
     "SparseEncoder",
+    "TokenClassifier",
     "__version__",
     "open_bundle",
     "open_task",
@@ -36,11 +39,14 @@ __all__ = [
 if TYPE_CHECKING:
     from memopt.bundle import Bundle, open_bundle
     from memopt.runtimes.engine import ArrowEngine
+    from memopt.runtimes.engines.answerer import QuestionAnswerer
     from memopt.runtimes.engines.classifier import Classifier
     from memopt.runtimes.engines.detector import Detector
+    from memopt.runtimes.engines.filler import MaskFiller
     from memopt.runtimes.engines.late import LateEncoder
     from memopt.runtimes.engines.reranker import Reranker
     from memopt.runtimes.engines.sparse import SparseEncoder
+    from memopt.runtimes.engines.tagger import TokenClassifier
     from memopt.runtimes.task_engine import open_task
 
 # Loaded on first use, so that `import memopt` costs nothing.
@@ -48,11 +54,14 @@ __getattr__ = names_on_use(
     __name__,
     {
         "runtimes.engine": ("ArrowEngine",),
+        "runtimes.engines.answerer": ("QuestionAnswerer",),
         "runtimes.engines.classifier": ("Classifier",),
         "runtimes.engines.detector": ("Detector",),
+        "runtimes.engines.filler": ("MaskFiller",),
         "runtimes.engines.late": ("LateEncoder",),
         "runtimes.engines.reranker": ("Reranker",),
         "runtimes.engines.sparse": ("SparseEncoder",),
+        "runtimes.engines.tagger": ("TokenClassifier",),
         "runtimes.task_engine": ("open_task",),
         "bundle": ("Bundle", "open_bundle"),
     },

@@ -26,6 +26,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "encoder": ("BertModel", {}, None),
     "nli": ("BertForSequenceClassification", NLI, None),
     "reranker": ("BertForSequenceClassification", {"num_labels": 1}, None),
+    "tagger": ("BertForTokenClassification", {"id2label": {0: "O", 1: "B-X", 2: "I-X"}}, None),
+    "squad": ("BertForQuestionAnswering", {}, None),
+    "masked": ("BertForMaskedLM", {}, None),
     "splade": ("BertForMaskedLM", {}, "sparse-embedding"),
     "colbert": ("BertModel", {}, "late-interaction"),
 }

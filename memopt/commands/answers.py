@@ -6,6 +6,7 @@ Answers are written as they come: memory holds one chunk of inputs, however long
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,11 +48,24 @@ def given(
 def answered(
     inputs: Iterator[tuple[str, Any]], answer: Callable[[list[Any]], Sequence[Any]]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each input and its answer, a chunk of inputs at a time."""
+    """Yield the name of each input and its answer, a chunk of inputs at a time.
+
+    Raises:
+        InputError: an input that cannot be answered, by its place among all of them.
+    """
+    before = 0
     while chunk := list(islice(inputs, CHUNK)):
-        yield from zip(
-            (name for name, _ in chunk), answer([value for _, value in chunk]), strict=True
-        )
+        try:
+            found = answer([value for _, value in chunk])
+        except InputError as error:
+            # An engine counts from the first input that it was given.
+            place = re.match(r"input (\d+) ", error.problem)
+            if not place or not before:
+                raise
+            problem = f"input {int(place[1]) + before} {error.problem[place.end() :]}"
+            raise InputError(problem, fix=error.fix) from error
+        yield from zip((name for name, _ in chunk), found, strict=True)
+        before += len(chunk)
 
 
 def plain(value: Any) -> Any:

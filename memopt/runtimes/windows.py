@@ -129,10 +129,12 @@ class WindowFrontEnd(TextFrontEnd):
         Raises:
             UnusableItems: with a token that the model has no embedding of.
         """
+        if all(isinstance(item, str) for item in items):
+            return self.batches([w.encodings[0] for w in self.windows(items)], budget)
         found, broken = [], {}
         for index, item in enumerate(items):
             try:
-                found.append(self._first(item))
+                found.append(item if _is_encoding(item) else self._first(*item))
             except UnusableItems as unusable:
                 broken[index] = unusable.reasons[0]
         if broken:
@@ -208,12 +210,7 @@ class WindowFrontEnd(TextFrontEnd):
                 found[i] = start > 0 and " " not in text[start - 1 : start + 1]
         return found
 
-    def _first(self, item: Any) -> Any:
-        if _is_encoding(item):
-            return item
-        if isinstance(item, str):
-            return self.windows([item])[0].encodings[0]
-        question, context = item
+    def _first(self, question: str, context: str) -> Any:
         limit = self.max_length or np.iinfo(np.int32).max
         return self.paired(question, context, limit, None, 1).encodings[0]
 
