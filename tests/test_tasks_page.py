@@ -115,3 +115,11 @@ def test_a_command_line_runs(
         Path(file).write_text("Cats sleep most of the day.\nThe market fell.\n", encoding="utf-8")
     result = CliRunner().invoke(app, shlex.split(line))
     assert result.exit_code == 0, result.exception
+
+
+def test_the_readme_shows_commands_of_this_page() -> None:
+    """Each command in the README's table of tasks is one that is run here."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| [^|]+ \| `memopt ([^`]+)` \|$", readme, flags=re.M)
+    assert len(shown) >= 8
+    assert set(shown) <= set(COMMANDS)

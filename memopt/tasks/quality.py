@@ -14,9 +14,11 @@ import numpy as np
 
 from memopt.registry import check_keys
 from memopt.tasks.boxes import box_agreement, detector_kind, find_boxes
-from memopt.tasks.classes import label_scores
+from memopt.tasks.classes import label_names, label_scores, softmax
+from memopt.tasks.extraction import best_spans
 from memopt.tasks.ranking import kendall_tau, ndcg
 from memopt.tasks.rows import likeliest_rows, trimmed_rows, whole_rows
+from memopt.tasks.spans import Span, TokenScores, span_f1, spans_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -150,9 +152,44 @@ def _order(got: Rows, right: Rows, about: About) -> dict[str, float]:
     }
 
 
-def _labels(got: Rows, right: Rows, about: About) -> dict[str, float]:
-    ours, theirs = (np.concatenate([row.argmax(axis=-1) for row in rows]) for rows in (got, right))
-    return {"agreement": float((ours == theirs).mean())}
+def _tags(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    """Of spans of tokens, a character each here: where the text begins and ends is not asked."""
+    labels = label_names(about.config, right[0].shape[-1])
+
+    def spans(row: NDArray[Any]) -> list[Span]:
+        places = np.arange(len(row))
+        tokens = TokenScores(
+            text="x" * len(row),
+            scores=softmax(row),
+            offsets=np.stack([places, places + 1], axis=1),
+            continues=np.zeros(len(row), bool),
+        )
+        return spans_of(tokens, labels)
+
+    same = [
+        ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+        for ours, theirs in zip(got, right, strict=True)
+    ]
+    return {
+        "span_f1": span_f1([spans(row) for row in got], [spans(row) for row in right]),
+        "agreement": float(np.concatenate(same).mean()),
+    }
+
+
+def _answers(got: Rows, right: Rows, about: About) -> dict[str, float]:
+    """Of the best span of each input, the first token standing for no answer."""
+    shared, same = [], []
+    for ours, theirs in zip(got, right, strict=True):
+        context = np.arange(len(theirs)) > 0
+        spans = []
+        for row in (ours, theirs):
+            best = best_spans(row, context, 0)
+            found = len(best.first) and best.scores[0] > best.null
+            spans.append(set(range(best.first[0], best.last[0] + 1)) if found else set())
+        a, b = spans
+        shared.append(2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0)
+        same.append(a == b)
+    return {"span_f1": float(np.mean(shared)), "exact_match": float(np.mean(same))}
 
 
 def _words(got: Rows, right: Rows, about: About) -> dict[str, float]:
@@ -204,8 +241,8 @@ _QUALITIES: Mapping[str, Quality] = {
     "image-classification": Quality(whole_rows, _classes),
     "audio-classification": Quality(whole_rows, _classes),
     "reranking": Quality(whole_rows, _order),
-    "token-classification": Quality(trimmed_rows, _labels),
-    "question-answering": Quality(trimmed_rows, _labels),
+    "token-classification": Quality(trimmed_rows, _tags),
+    "question-answering": Quality(trimmed_rows, _answers),
     "fill-mask": Quality(likeliest_rows, _words),
     "sparse-embedding": Quality(whole_rows, _terms),
     "late-interaction": Quality(trimmed_rows, _late),
