@@ -77,7 +77,7 @@ def test_wrong_usage_is_one_line(bundles: dict[str, Bundle]) -> None:
     path = bundles["tag"].path
     for arguments, code, text in (
         (("fill", path, "a"), 1, "run: memopt tag"),
-        (("tag", path, "--device", "torch", "a", "--aggregation", "no"), 2, "known: simple"),
+        (("tag", path, "--device", "torch", "a", "--aggregation", "no"), 2, "mean 'none'"),
         (("tag", path, "--device", "torch"), 2, "nothing to answer"),
         (("answer", bundles["answer"].path, "--device", "torch", "-q", "Who?", " "), 1, "empty"),
     ):
