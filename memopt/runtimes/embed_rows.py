@@ -23,7 +23,7 @@ OUTPUTS = (".parquet", ".jsonl")
 CHUNK = 512
 
 
-class Encoded(Protocol):
+class ChunkVectors(Protocol):
     """What an engine gives for a chunk: as Arrow, and row by row."""
 
     def to_arrow(self) -> pa.Array: ...
@@ -32,7 +32,7 @@ class Encoded(Protocol):
 
 
 def embed_rows(
-    encode: Callable[[Sequence[str]], Encoded],
+    encode: Callable[[Sequence[str]], ChunkVectors],
     source: str,
     output: str | Path,
     *,
@@ -88,7 +88,7 @@ def _target(target: Path, source: str) -> Path:
     return target
 
 
-Write = Callable[[int, Sequence[str], Encoded], None]
+Write = Callable[[int, Sequence[str], ChunkVectors], None]
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _writer(path: Path, suffix: str) -> Iterator[Write]:
 
     opened: list[Any] = []
 
-    def write(first: int, texts: Sequence[str], found: Encoded) -> None:
+    def write(first: int, texts: Sequence[str], found: ChunkVectors) -> None:
         index = pa.array(range(first, first + len(texts)), pa.int64())
         columns = {"index": index, "input": pa.array(texts), "vector": found.to_arrow()}
         table = pa.table(columns)
@@ -117,7 +117,7 @@ def _writer(path: Path, suffix: str) -> Iterator[Write]:
             writer.close()
 
 
-def _lines(first: int, texts: Sequence[str], found: Encoded) -> Iterator[str]:
+def _lines(first: int, texts: Sequence[str], found: ChunkVectors) -> Iterator[str]:
     for number, (text, vector) in enumerate(zip(texts, found.to_lists(), strict=True), first):
         row = {"index": number, "input": text, "vector": vector}
         yield json.dumps(row, ensure_ascii=False) + "\n"

@@ -193,8 +193,13 @@ def _heads(weights: Sequence[str]) -> list[str]:
     ['classifier']
     """
     parts = Counter(name.partition(".")[0] for name in weights)
+    if {"embeddings", "encoder"} & set(parts):
+        return [part for part in parts if part in _HEADS]  # saved without the trunk's own name
     trunk, _ = max(parts.items(), key=lambda part: part[1], default=("", 0))
     return [part for part in parts if part != trunk]
+
+
+_HEADS = ("classifier", "pre_classifier", "classification_head", "score", "cls", "lm_head")
 
 
 def _refuse_other_kinds(files: Path, config: Mapping[str, Any], row: Task) -> None:
