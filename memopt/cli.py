@@ -26,6 +26,7 @@ from memopt.visible import VisibleLog, visible
 # import typer only; the library behind a command is imported inside the command.
 COMMANDS: tuple[str, ...] = (
     "convert",
+    "import",
     "export",
     "quantize",
     "optimize",
@@ -36,6 +37,8 @@ COMMANDS: tuple[str, ...] = (
     "tag",
     "answer",
     "fill",
+    "segments",
+    "run",
     "bench",
     "pack",
     "encrypt",
@@ -46,6 +49,8 @@ COMMANDS: tuple[str, ...] = (
     "config",
 )
 
+# A word that Python keeps for itself is no module's name.
+_MODULES = {"import": "import_graph"}
 _INTERRUPTED = "interrupted; nothing was left half-written"
 
 app = typer.Typer(
@@ -86,11 +91,12 @@ def _options(
 
 def _register() -> None:
     for name in COMMANDS:
-        module = importlib.import_module(f"memopt.commands.{name}")
+        attribute = _MODULES.get(name, name)
+        module = importlib.import_module(f"memopt.commands.{attribute}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(getattr(module, name))
+            app.command(name)(getattr(module, attribute))
 
 
 _register()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_MADE_FROM = "memopt convert takes the folder it was made from"
 _PICKLED = "a pickled checkpoint can run any code: save it as safetensors where you trust it"
 _TAKERS = {
     ".gguf": "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder",
-    ".onnx": f"a finished ONNX graph runs in onnxruntime as it is; {_MADE_FROM}",
-    ".xml": f"a finished OpenVINO graph runs in OpenVINO as it is; {_MADE_FROM}",
+    ".onnx": "memopt import makes a bundle around a finished ONNX graph",
+    ".xml": "memopt import makes a bundle around a finished OpenVINO graph",
     ".safetensors": "give the folder that holds it and config.json",
     ".parquet": "memopt convert takes it, with --config DIR where no config.json lies beside it",
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl"), _PICKLED),

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
+from memopt.runtimes.base import one_by_one
 from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
-from memopt.runtimes.onnx import cpu_session, session_options
+from memopt.runtimes.onnx import cpu_session, session_options, takes_one_row
+from memopt.runtimes.openvino import takes_one_row as openvino_takes_one_row
 
 Feed = Mapping[str, NDArray[Any]]
 # Runs the graph and returns the values named when it was opened, in that order.
@@ -45,6 +47,8 @@ def open_onnx(graph: Path | bytes, outputs: Sequence[str], options: Any = None) 
         given = {name: value for name, value in feed.items() if name in inputs}
         return list(session.run(list(outputs), given))
 
+    if takes_one_row(session):
+        return lambda feed: one_by_one(run, feed)
     return run
 
 
@@ -58,11 +62,14 @@ def open_openvino(
     ov = require("openvino", extra="openvino", why="run OpenVINO variants")
     compiled = ov.Core().compile_model(graph, "CPU", dict(options))
     inputs = {name for port in compiled.inputs for name in port.get_names()}
+    one_row = openvino_takes_one_row(compiled)
 
     def run(feed: Feed) -> Sequence[NDArray[Any]]:
         results = compiled({name: value for name, value in feed.items() if name in inputs})
         return [np.array(results[output]) for output in outputs]
 
+    if one_row:
+        return lambda feed: one_by_one(run, feed)
     return run
 
 

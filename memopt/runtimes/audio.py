@@ -85,20 +85,7 @@ class AudioFrontEnd:
 
     def waveform(self, item: Any) -> NDArray[np.float32]:
         """Return mono float32 samples at the model's rate."""
-        samples, rate = self._decode(item)
-        samples = _as_float(samples)
-        if samples.ndim == 2:
-            # Channels are the short axis: soundfile has them last, torchaudio first.
-            samples = samples.mean(axis=int(np.argmin(samples.shape)))
-        if samples.ndim != 1 or not samples.size:
-            raise ValueError(f"samples of shape {samples.shape} are no waveform")
-        if not np.isfinite(samples).all():
-            raise ValueError("samples hold NaN or infinity")
-        if rate != self.rate:
-            signal = require("scipy.signal", extra="media", why="resample sound")
-            divisor = math.gcd(int(rate), self.rate)
-            samples = signal.resample_poly(samples, self.rate // divisor, int(rate) // divisor)
-        return np.asarray(samples, np.float32)
+        return waveform(item, self.rate)
 
     def log_mel(self, wave: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return Whisper's log-mel features float32 (mels, frames) of a mono waveform.
@@ -130,16 +117,6 @@ class AudioFrontEnd:
         features /= 4.0
         return features
 
-    def _decode(self, item: Any) -> tuple[NDArray[Any], float]:
-        if isinstance(item, np.ndarray):
-            return item, self.rate
-        if isinstance(item, tuple | list):
-            return item[0], item[1]
-        soundfile = require("soundfile", extra="media", why="read sound files")
-        source = io.BytesIO(item) if isinstance(item, bytes | bytearray) else str(item)
-        samples, rate = soundfile.read(source, dtype="float32")
-        return samples, rate
-
     def _raw(self, waves: list[NDArray[np.float32]], batch_size: int | None) -> list[Batch]:
         if self._normalize:
             waves = [_standardize(wave) for wave in waves]
@@ -165,6 +142,42 @@ class AudioFrontEnd:
             batches.append(Batch(rows, feed))
             start += len(rows)
         return batches
+
+
+def waveform(item: Any, rate: int) -> NDArray[np.float32]:
+    """Return mono float32 samples at ``rate`` of a path, bytes, an array or (samples, rate).
+
+    Raises:
+        ValueError: the samples are no waveform.
+
+    >>> waveform((np.zeros((100, 2), np.int16), 8000), 16000).shape
+    (200,)
+    """
+    samples, own = _decoded(item, rate)
+    samples = _as_float(samples)
+    if samples.ndim == 2:
+        # Channels are the short axis: soundfile has them last, torchaudio first.
+        samples = samples.mean(axis=int(np.argmin(samples.shape)))
+    if samples.ndim != 1 or not samples.size:
+        raise ValueError(f"samples of shape {samples.shape} are no waveform")
+    if not np.isfinite(samples).all():
+        raise ValueError("samples hold NaN or infinity")
+    if own != rate:
+        signal = require("scipy.signal", extra="media", why="resample sound")
+        divisor = math.gcd(int(own), rate)
+        samples = signal.resample_poly(samples, rate // divisor, int(own) // divisor)
+    return np.asarray(samples, np.float32)
+
+
+def _decoded(item: Any, rate: int) -> tuple[NDArray[Any], float]:
+    if isinstance(item, np.ndarray):
+        return item, rate
+    if isinstance(item, tuple | list):
+        return item[0], item[1]
+    soundfile = require("soundfile", extra="media", why="read sound files")
+    source = io.BytesIO(item) if isinstance(item, bytes | bytearray) else str(item)
+    samples, own = soundfile.read(source, dtype="float32")
+    return samples, own
 
 
 def mel_filters(mels: int, fft: int, rate: int) -> NDArray[np.float32]:

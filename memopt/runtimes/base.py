@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -67,6 +67,20 @@ class Settings:
             )
 
 
+def one_by_one(run: Callable[[Feed], Sequence[NDArray[Any]]], feed: Feed) -> list[NDArray[Any]]:
+    """Return the outputs of a graph that takes one row at a time, the rows put together again.
+
+    >>> import numpy as np
+    >>> one_by_one(lambda feed: [feed["x"] + 1], {"x": np.arange(3)})
+    [array([1, 2, 3])]
+    """
+    import numpy as np
+
+    count = len(next(iter(feed.values())))
+    rows = [run({name: v[i : i + 1] for name, v in feed.items()}) for i in range(count)]
+    return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A variant of a bundle and the provider to open it on."""
@@ -83,6 +97,7 @@ class Backend(Protocol):
 
     ``run`` takes the inputs by name and returns the variant's output as float32
     (batch, dimension); ``submit`` does the same beside the caller, up to ``streams`` at once.
+    ``run_all`` returns every output of the graph by name, each of its own dtype.
     """
 
     inputs: tuple[str, ...]
@@ -94,6 +109,8 @@ class Backend(Protocol):
     def run(self, feed: Feed) -> Rows: ...
 
     def submit(self, feed: Feed) -> Future[Rows]: ...
+
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]: ...
 
     def free(self) -> None:
         """Give back what is kept for later runs; called when a run found too little memory."""

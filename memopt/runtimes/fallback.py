@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memopt import metrics
 from memopt.errors import BundleError, DeviceError, InputError, WeightsError
@@ -16,6 +16,8 @@ from memopt.runtimes.providers import FORKS, Unavailable, one_line
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
 
@@ -142,6 +144,16 @@ class BackendChain:
         except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
             return self._recover(backend, error, feed)
 
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run the graph as it is and return every output by name, on whichever backend can."""
+        self._refuse_closed()
+        backend = self.backend
+        try:
+            return backend.run_all(feed)
+        except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
+            outputs: dict[str, NDArray[Any]] = self._retry(backend, error, feed, "run_all")
+            return outputs
+
     def submit(self, feed: Feed) -> tuple[Backend, Future[Rows]]:
         """Start one batch on the backend in use; pass both to :meth:`result`."""
         self._refuse_closed()
@@ -174,13 +186,19 @@ class BackendChain:
             raise DeviceError("the engine is closed", fix="open a new ArrowEngine")
 
     def _recover(self, backend: Backend, error: Exception, feed: Feed) -> Rows:
+        rows: Rows = self._retry(backend, error, feed, "run")
+        return rows
+
+    def _retry(self, backend: Backend, error: Exception, feed: Feed, verb: str) -> Any:
         while True:
             self._refuse_closed()
             if type(error).__name__ == "InvalidArgument":
                 # ONNX Runtime says the request is wrong (a shape, a token id beyond the
                 # vocabulary): it would be wrong everywhere, and the provider is fine.
                 raise InputError(f"the graph refused the input: {one_line(error)}") from error
-            if backend is self._backend and _kind(error, "run") == "memory":
+            # Not of a graph as it is: its rows may be no batch.
+            halves = verb == "run" and backend is self._backend
+            if halves and _kind(error, "run") == "memory":
                 rows = self._halved(backend, feed)
                 if rows is not None:
                     self._tell_halved(backend, error)
@@ -191,7 +209,7 @@ class BackendChain:
                     self._replace(error)
                 backend = self._backend
             try:
-                return backend.run(feed)
+                return getattr(backend, verb)(feed)
             except Exception as again:  # noqa: BLE001 - handed on until nothing is left
                 error = again
 

@@ -17,6 +17,7 @@ from memopt.runtimes.base import (
     TOKENS_ON_GPU,
     Placement,
     Settings,
+    one_by_one,
     usual_streams,
 )
 from memopt.runtimes.cpu import usable_cpus
@@ -25,6 +26,8 @@ from memopt.runtimes.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
 
@@ -94,6 +97,12 @@ def session_options(threads: int) -> Any:
     return options
 
 
+def takes_one_row(session: Any) -> bool:
+    """Whether a graph was made for batches of one: the first axis of all its inputs is 1."""
+    shapes = [item.shape for item in session.get_inputs()]
+    return bool(shapes) and all(shape and shape[0] == 1 for shape in shapes)
+
+
 def cpu_session(model: Path | bytes, options: Any) -> Any:
     """Open a graph, a file or serialized, on the CPU."""
     source = str(model) if isinstance(model, Path) else model
@@ -128,12 +137,13 @@ class OnnxBackend:
             raise DeviceError(f"{self._path} is missing", fix=f"run: memopt export {bundle.path}")
         session = self._open(self._threads)
         self.inputs = tuple(i.name for i in session.get_inputs())
+        self._one_row = takes_one_row(session)
         outputs = {o.name: o for o in session.get_outputs()}
         if variant.output not in outputs:
             raise DeviceError(
                 f"{self._path} has no output {variant.output!r}", fix="export it again"
             )
-        width = outputs[variant.output].shape[-1]
+        width = (outputs[variant.output].shape or [None])[-1]
         self.dimension = width if isinstance(width, int) else None
         self._ran = _assignment(session)
         self._session: Any = session
@@ -175,8 +185,20 @@ class OnnxBackend:
 
         if session is None:
             raise DeviceError(f"the session on {self._provider} is closed")
-        (rows,) = session.run([self._variant.output], feed, self._run_options)
+
+        def run(part: Feed) -> Any:
+            return session.run([self._variant.output], part, self._run_options)
+
+        (rows,) = one_by_one(run, feed) if self._one_row else run(feed)
         return np.asarray(rows, dtype=np.float32)
+
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run the graph as it is, in the calling thread; return every output by name."""
+        session = self._session
+        if session is None:
+            raise DeviceError(f"the session on {self._provider} is closed")
+        names = [item.name for item in session.get_outputs()]
+        return dict(zip(names, session.run(names, feed, self._run_options), strict=True))
 
     def free(self) -> None:
         """From now on give a GPU's memory back after each run, instead of keeping it."""

@@ -12,13 +12,15 @@ from weakref import WeakValueDictionary
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, usual_streams
+from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, one_by_one, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.processes import keep_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
 
@@ -98,14 +100,17 @@ class OpenvinoBackend:
             raise DeviceError(f"{path} has no output {self._output!r}", fix="export it again")
         model = self._only_output(model)
         self.inputs = tuple(port.get_any_name() for port in model.inputs)
-        width = model.output(0).get_partial_shape()[-1]
-        self.dimension = width.get_length() if width.is_static else None
+        self._one_row = takes_one_row(model)
+        self.dimension = _width(model.output(0).get_partial_shape())
         self._model = model
         self._lock = threading.Lock()
         # Not OpenVINO's AsyncInferQueue: when an inference fails it never calls back (2026.4), and
         # whoever waits for that batch would wait for ever instead of falling back.
         self._pool = ThreadPoolExecutor(self.streams, "memopt-openvino")
         self._closed = False
+        self._whole: Any = None
+        told = (candidate.variant.check or {}).get("graph") or {}
+        self._named = [record["name"] for record in told.get("outputs", ())]
         self._single = self._compile(1)
         self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
@@ -170,7 +175,30 @@ class OpenvinoBackend:
     def _infer(self, requests: _Requests, feed: Feed) -> Rows:
         if self._closed:
             raise DeviceError("the model on openvino is closed")
-        return requests.infer([feed[name] for name in self.inputs])
+
+        def run(part: Feed) -> list[Rows]:
+            return [requests.infer([part[name] for name in self.inputs])]
+
+        return one_by_one(run, feed)[0] if self._one_row else run(feed)[0]
+
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Run the graph as it is, in the calling thread; return every output by name."""
+        import numpy as np
+
+        with self._lock:
+            if self._closed:
+                raise DeviceError("the model on openvino is closed")
+            if self._whole is None:
+                # Compiled anew: what serves batches computes one output only.
+                self._whole = self._core.compile_model(self._path, self._device, self._options)
+        results = self._whole(dict(feed))
+        found = {}
+        for port in self._whole.outputs:
+            # A value may have several names, of which the graph's record says one.
+            names = port.get_names()
+            name = next((known for known in self._named if known in names), min(names))
+            found[name] = np.array(results[port])
+        return found
 
     def free(self) -> None:
         """Nothing is kept that could be given back."""
@@ -191,12 +219,29 @@ class OpenvinoBackend:
         if self._closed:
             return
         self._closed = True
+        self._whole = None
         self._pool.shutdown(wait=False)
         self._single.drop()
         if self._fixed is not None:
             self._fixed.close()
         if self._many is not None and self._many is not self._single:
             self._many.drop()
+
+
+def takes_one_row(model: Any) -> bool:
+    """Whether a graph was made for batches of one: the first axis of all its inputs is 1."""
+    shapes = [port.get_partial_shape() for port in model.inputs]
+    return bool(shapes) and all(
+        s.rank.is_static and s.rank.get_length() > 0 and s[0].is_static and s[0].get_length() == 1
+        for s in shapes
+    )
+
+
+def _width(shape: Any) -> int | None:
+    """Return the length of the last axis, None where it is not fixed or there is none."""
+    if shape.rank.is_dynamic or not shape.rank.get_length() or shape[-1].is_dynamic:
+        return None
+    return int(shape[-1].get_length())
 
 
 class _FixedShapes:

@@ -72,6 +72,10 @@ class FakeBackend:
         """Run beside the caller."""
         return self._pool.submit(self.run, feed)
 
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Return the vectors by the usual name."""
+        return {"sentence_embedding": self.run(feed)}
+
     def free(self) -> None:
         """Count that it was asked for."""
         self.freed += 1

@@ -19,6 +19,8 @@ from memopt.runtimes.heads import head_outputs
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from numpy.typing import NDArray
+
     from memopt.runtimes.base import Feed, Rows
     from memopt.runtimes.torch_model import LoadedModel
 
@@ -83,6 +85,14 @@ class TorchBackend:
     def submit(self, feed: Feed) -> Future[Rows]:
         """Run one batch beside the caller."""
         return self._pool.submit(self.run, feed)
+
+    def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Refuse: torch has a model and no graph.
+
+        Raises:
+            DeviceError: always.
+        """
+        raise DeviceError("torch runs models, not graphs", fix="use another device")
 
     def free(self) -> None:
         """Nothing is kept that could be given back."""

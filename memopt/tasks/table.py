@@ -204,6 +204,16 @@ _ROWS = (
         command="classify",
     ),
     Task(
+        name="voice-activity",
+        summary="when somebody speaks in a sound",
+        modality="audio",
+        model="",
+        outputs=("output",),
+        answer="any",
+        engine="memopt.runtimes.engines.voice:VoiceDetector",
+        command="segments",
+    ),
+    Task(
         name="graph",
         summary="whatever a graph of somebody else gives",
         modality="any",

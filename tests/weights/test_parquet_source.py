@@ -215,7 +215,7 @@ def test_weights_alone_need_a_config(config: Path, tmp_path: Path) -> None:
 
 TAKERS = [
     ("m.gguf", "llama.cpp takes GGUF files"),
-    ("m.onnx", "runs in onnxruntime as it is"),
+    ("m.onnx", "memopt import makes a bundle around"),
     ("m.xml", "runs in OpenVINO as it is"),
     ("m.safetensors", "the folder that holds it and config.json"),
     ("m.bin", "can run any code"),
