@@ -165,6 +165,12 @@ class Bundle:
         return task_of(self.manifest.task)
 
     @property
+    def imported(self) -> bool:
+        """Whether its graph was made by somebody else, and is what it is made of."""
+        events = [event.get("event") for event in self.manifest.history]
+        return [e for e in events if e in ("convert", "import")][-1:] == ["import"]
+
+    @property
     def encrypted(self) -> bool:
         """Whether files of it are under a key, see :mod:`memopt.weights.locked`."""
         return any("plain" in record for record in self.manifest.files.values())

@@ -14,6 +14,7 @@ from typing import Any
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
 from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, brief
 from memopt.exporters import check, interface, onnx, openvino
+from memopt.exporters.from_graph import export_graph
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
 from memopt.files import staged_directory
@@ -101,6 +102,21 @@ def export(
     memopt.errors.ConfigurationError: opset 7 is not supported; choose 18 to 23
     """
     task = _checked(format, task, precision, opset, bundle.manifest)
+    if bundle.imported:
+        if task != bundle.manifest.task:
+            raise ExportError(
+                f"{bundle.path} was imported: its graph is its source, of task "
+                f"{bundle.manifest.task}",
+                fix="leave --task out",
+            )
+        return export_graph(
+            bundle,
+            format=format,
+            precision=precision,
+            fused=fused,
+            limit=external_data_bytes,
+            say=on_step,
+        )
     _check_weights(bundle.weights)
     bundle.check(bundle.weights.name)
     with _foreseen(bundle.manifest.model_type, on_step) as step:

@@ -19,6 +19,8 @@ from memopt.bundle import (
 from memopt.errors import BundleError, ConfigurationError
 from memopt.exporters.onnx import save_onnx
 from memopt.files import publish, sha256_file, staged_directory
+from memopt.graphs.samples import samples
+from memopt.graphs.session import feeds, open_graph
 from memopt.importers.adapt_onnx import adapt_onnx
 from memopt.importers.adapt_xml import adapt_xml, name_ports
 from memopt.importers.changes import Changes, changes_of
@@ -262,9 +264,6 @@ def _dimension(job: _Job, bundle: Bundle, variant: Variant) -> int | None:
     """Return the length of its vectors, as the front end's inputs give them."""
     if not job.task.embeds:
         return None
-    from memopt.graphs.session import feeds, open_graph
-    from memopt.importers.proof import samples
-
     run = open_graph(bundle.file(variant), variant.format, variant.output, variant.options)
     _, feed = next(iter(feeds(bundle, samples(bundle)[:1], variant.inputs)))
     return int(run(feed).shape[-1])

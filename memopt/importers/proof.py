@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ExportError, brief
+from memopt.graphs.samples import samples
 from memopt.graphs.session import Observe, feeds, open_onnx, open_openvino
 from memopt.importers.changes import Changes
 from memopt.importers.graph_file import GraphFile
@@ -21,15 +22,6 @@ Array = NDArray[Any]
 # and integers a runtime may round otherwise where it fuses what was added with what was there.
 TOLERANCES = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-2}
 QUANTIZED_TOLERANCE = 1e-2
-TEXTS = (
-    "A kettle boils.",
-    "The second of two sentences is a good deal longer than the first one, and says no more.",
-    "yes",
-    "Where is the station, and when does the last train of the evening leave for the coast?",
-    "Übergrößenträger",
-    "a b c d e f g h i j k l m n o p q r s t u v w x y z",
-)
-_RATE = 16_000
 
 
 def open_source(graph: GraphFile, outputs: Sequence[str]) -> Observe:
@@ -50,18 +42,6 @@ def open_source(graph: GraphFile, outputs: Sequence[str]) -> Observe:
             f"{runtime} cannot open {graph.path}: {brief(error)}",
             fix="export it again, with operators of a version that the runtime has",
         ) from error
-
-
-def samples(bundle: Bundle) -> list[Any]:
-    """Return inputs of the bundle's kind: texts, pictures or sounds of several sizes, seeded."""
-    row = bundle.task
-    if row.modality == "text":
-        return [(a, TEXTS[i - 1]) for i, a in enumerate(TEXTS)] if row.takes == "pair" else [*TEXTS]
-    random = np.random.default_rng(0)
-    if row.modality == "image":
-        sizes = ((40, 60), (300, 200), (224, 224))
-        return [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    return [random.normal(0, 0.1, n).astype(np.float32) for n in (_RATE, 9_001, 2 * _RATE)]
 
 
 def prove(bundle: Bundle, variant: Variant, graph: GraphFile, changes: Changes) -> dict[str, Any]:

@@ -271,12 +271,26 @@ def float_variant(bundle: Bundle, recipe: Recipe) -> Variant:
     if name == "onnx-fp32-fused" and name not in variants and "onnx-fp32" in variants:
         # An architecture that nothing could be fused in: dynamic works on the plain graph too.
         name = "onnx-fp32"
+    if name not in variants and bundle.imported:
+        _refuse_not_float(bundle)
     if name not in variants:
         raise BundleError(
             f"bundle {bundle.path} has no variant {name!r} to quantize",
             fix=f"run: memopt export {bundle.path} --format {recipe.format}",
         )
     return variants[name]
+
+
+def _refuse_not_float(bundle: Bundle) -> None:
+    for variant in bundle.manifest.variants.values():
+        if variant.method == "import" and variant.precision != "fp32":
+            told = (variant.check or {}).get("graph") or {}
+            how = f" ({told['quantization']})" if told.get("quantization") else ""
+            raise QuantizationError(
+                f"{bundle.path} was imported in {variant.precision}{how}: a graph is quantized from"
+                " float32",
+                fix="import the float32 graph that it was made of",
+            )
 
 
 def read_samples(bundle: Bundle, samples: Samples) -> tuple[CalibrationSet, CalibrationSet]:

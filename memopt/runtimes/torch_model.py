@@ -134,6 +134,11 @@ def load_model(
             left at a random value.
         WeightsError: the weight file is damaged.
     """
+    if bundle.imported:
+        raise ExportError(
+            f"{bundle.path} was imported: its graph is its source, and its weights are the graph's",
+            fix="use another device, or convert the model's safetensors",
+        )
     require("torch", extra="export", why="build the model")
     row, config = task_of(task), load_config(bundle.path)
     module, config = _construct(config, row, attention)

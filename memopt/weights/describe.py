@@ -74,6 +74,10 @@ def describe(
     config = model_config(files, sentence)
     architecture, model_type = _identity(files, config)
     row = task_of(task or known.get("task") or _task(architecture, config, sentence))
+    if not row.model:
+        raise ConfigurationError(
+            f"task {row.name} is of finished graphs", fix="memopt import takes them"
+        )
     _refuse_other_kinds(files, config, row)
     task, modality = row.name, row.modality
     pooling = known.get("pooling", _pooling(task, model_type, architecture, sentence))
