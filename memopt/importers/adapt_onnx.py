@@ -14,7 +14,7 @@ import numpy as np
 from memopt.errors import ExportError
 from memopt.graphs.ir import add_initializer, new_node, read_onnx, to_proto
 from memopt.importers.changes import Changes, InputChange
-from memopt.importers.roles import Head
+from memopt.importers.roles import AddedHead
 
 # Where ReduceSum, and ReduceMax and ReduceMean, take their axes as an input.
 _SUM_AXES, _MAX_AXES = 13, 18
@@ -107,7 +107,7 @@ class _Builder:
         self.width, self.length = width, length
         return self.add(self.before, "Pad", [value, self.add(self.before, "Concat", pads, axis=0)])
 
-    def answer(self, head: Head) -> None:
+    def answer(self, head: AddedHead) -> None:
         """Add the head; its output is the last."""
         sources = [next(v for v in self.graph.outputs if v.name == n) for n in head.sources]
         value = getattr(self, f"_{head.kind}")(head, *sources)
@@ -118,7 +118,7 @@ class _Builder:
         value.name = head.output
         self.graph.outputs.append(value)
 
-    def _vector(self, head: Head, source: Any) -> Any:
+    def _vector(self, head: AddedHead, source: Any) -> Any:
         import onnx_ir as ir
 
         value = source
@@ -184,14 +184,14 @@ class _Builder:
         axes = self.constant([axis])
         return self.add(self.behind, "ReduceSum", [value, axes], keepdims=int(keep))
 
-    def _spans(self, head: Head, start: Any, end: Any) -> Any:
+    def _spans(self, head: AddedHead, start: Any, end: Any) -> Any:
         last = [
             self.add(self.behind, "Reshape", [side, self.constant([0, -1, 1])])
             for side in (start, end)
         ]
         return self._tokens_of(self.add(self.behind, "Concat", last, axis=2), start, 2)
 
-    def _boxes(self, head: Head, logits: Any, boxes: Any) -> Any:
+    def _boxes(self, head: AddedHead, logits: Any, boxes: Any) -> Any:
         value = self.add(self.behind, "Concat", [logits, boxes], axis=2)
         sizes = [side.shape[-1] for side in (logits, boxes) if side.shape is not None]
         known = len(sizes) == 2 and all(isinstance(size, int) for size in sizes)

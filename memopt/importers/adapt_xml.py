@@ -9,7 +9,7 @@ import numpy as np
 
 from memopt.errors import ExportError, brief
 from memopt.importers.changes import Changes
-from memopt.importers.roles import Head
+from memopt.importers.roles import AddedHead
 from memopt.importers.xml_file import port_name, read_model
 
 _MASK_BIAS = -10_000.0
@@ -69,7 +69,7 @@ def _free_length(model: Any, changes: Changes, path: Path) -> None:
         ) from error
 
 
-def _with_head(model: Any, head: Head, path: Path) -> Any:
+def _with_head(model: Any, head: AddedHead, path: Path) -> Any:
     import openvino as ov
     from openvino import opset13 as ops
 

@@ -26,7 +26,7 @@ from memopt.importers.adapt_xml import adapt_xml, name_ports
 from memopt.importers.changes import Changes, changes_of
 from memopt.importers.dialects import read_graph, weights_of
 from memopt.importers.graph_file import GraphFile
-from memopt.importers.locate import Place, locate
+from memopt.importers.locate import GraphPlace, locate
 from memopt.importers.proof import open_source, prove
 from memopt.importers.roles import Roles, Wishes, recognise
 from memopt.importers.side import Side, add_tokenizer, copy_side, read_side, write_config
@@ -44,7 +44,7 @@ ADAPTED = "adapted"
 class _Job:
     """One import, checked, before anything is written."""
 
-    place: Place
+    place: GraphPlace
     graph: GraphFile
     side: Side
     roles: Roles

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from memopt.errors import ExportError
 from memopt.importers.graph_file import GraphFile
-from memopt.importers.roles import OURS, Head, Roles
+from memopt.importers.roles import OURS, AddedHead, Roles
 from memopt.runtimes.engines.graph import Port
 
 
@@ -43,7 +43,7 @@ class Changes:
     """
 
     inputs: tuple[InputChange, ...]
-    head: Head | None
+    head: AddedHead | None
     told: tuple[str, ...] = ()
 
     @property

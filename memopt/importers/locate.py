@@ -21,7 +21,7 @@ _SUBFOLDERS = ("onnx", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class GraphPlace:
     """A graph's file and the folders that hold its config.json and tokenizer, the nearest first."""
 
     graph: Path
@@ -36,7 +36,7 @@ class Place:
         return self.folders[-1].resolve().name if plain else self.graph.stem
 
 
-def locate(source: str | Path) -> Place:
+def locate(source: str | Path) -> GraphPlace:
     """Turn what the user wrote into a graph's file and the folders beside it.
 
     Args:
@@ -64,10 +64,10 @@ file, or the folder of one
         raise WeightsError(f"{path} is no .onnx or .xml file", fix=taken_by(path))
     parent = path.parent
     above = (parent.parent,) if parent.name in _SUBFOLDERS else ()
-    return Place(path, (parent, *above), str(source))
+    return GraphPlace(path, (parent, *above), str(source))
 
 
-def _in_folder(folder: Path, origin: str) -> Place:
+def _in_folder(folder: Path, origin: str) -> GraphPlace:
     usual = [folder / name for name in USUAL if (folder / name).is_file()]
     places = (folder, *(folder / name for name in _SUBFOLDERS))
     others = sorted(
@@ -88,7 +88,7 @@ def _in_folder(folder: Path, origin: str) -> Place:
     graph = (usual or others)[0]
     rest = [str(file.relative_to(folder)) for file in others if file != graph]
     told = (f"took {graph.relative_to(folder)}; left {', '.join(rest)}",) if rest else ()
-    return Place(graph, tuple(dict.fromkeys((graph.parent, folder))), origin, told)
+    return GraphPlace(graph, tuple(dict.fromkeys((graph.parent, folder))), origin, told)
 
 
 def _packaged(source: str) -> Path:

@@ -14,7 +14,7 @@ from memopt.graphs.samples import samples
 from memopt.graphs.session import Observe, feeds, open_onnx, open_openvino
 from memopt.importers.changes import Changes
 from memopt.importers.graph_file import GraphFile
-from memopt.importers.roles import Head
+from memopt.importers.roles import AddedHead
 from memopt.runtimes.vectors import row_cosines
 
 Array = NDArray[Any]
@@ -137,10 +137,10 @@ def _per_token(value: Array, changes: Changes) -> bool:
     return value.ndim == 2 and changes.head is not None and changes.head.kind == "spans"
 
 
-def pooled(head: Head, values: Array, mask: Array | None) -> Array:
+def pooled(head: AddedHead, values: Array, mask: Array | None) -> Array:
     """Return the vectors that a head makes of a graph's answer, in float64's precision.
 
-    >>> head = Head(kind="vector", sources=("x",), output="y", pooling="mean")
+    >>> head = AddedHead(kind="vector", sources=("x",), output="y", pooling="mean")
     >>> pooled(head, np.array([[[1.0], [3.0], [9.0]]]), np.array([[1, 1, 0]])).tolist()
     [[2.0]]
     """

@@ -45,7 +45,7 @@ POOLINGS = ("mean", "cls", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class AddedHead:
     """What is added behind a graph's own outputs.
 
     Attributes:
@@ -82,7 +82,7 @@ class Roles:
     rename: Mapping[str, str]
     answer: str
     pooling: str = "none"
-    head: Head | None = None
+    head: AddedHead | None = None
     told: tuple[str, ...] = ()
 
 
@@ -282,7 +282,7 @@ def _embedding(graph: GraphFile, row: Task, wishes: Wishes, sentence: Sentence |
     pooling = _pooling(graph, outputs[answer], rank, wishes, sentence)
     head = None
     if pooling or normalize or keep:
-        head = Head(
+        head = AddedHead(
             kind="vector",
             sources=(answer,),
             output="sentence_embedding",
@@ -332,9 +332,9 @@ def _other(graph: GraphFile, row: Task, wishes: Wishes) -> Roles:
     """Return the roles of a graph whose answer is no vector."""
     outputs = {port.name: port for port in graph.outputs}
     if row.name == "question-answering" and row.outputs[-1] not in outputs:
-        head = Head(kind="spans", sources=("start_logits", "end_logits"), output=row.outputs[-1])
+        head = AddedHead(kind="spans", sources=("start_logits", "end_logits"), output=row.outputs[-1])
     elif row.name == "object-detection" and row.outputs[-1] not in outputs:
-        head = Head(kind="boxes", sources=("logits", "pred_boxes"), output=row.outputs[-1])
+        head = AddedHead(kind="boxes", sources=("logits", "pred_boxes"), output=row.outputs[-1])
     else:
         answer = wishes.output or (row.outputs[-1] if row.outputs[-1] in outputs else None)
         if answer is None and len(outputs) == 1:

@@ -12,7 +12,8 @@ from memopt.bundle import read_json
 from memopt.errors import ExportError
 from memopt.importers.graph_file import GraphFile
 from memopt.positions import position_limit
-from memopt.weights.sentence import MODULES, Sentence, read_sentence
+from memopt.weights.modules import MODULES
+from memopt.weights.sentence import Sentence, read_sentence
 from memopt.weights.sources import SIDE_FILES
 from memopt.weights.tokenizer import VOCABULARIES, write_tokenizer
 
@@ -20,6 +21,11 @@ from memopt.weights.tokenizer import VOCABULARIES, write_tokenizer
 _NO_LIMIT = 10**9
 # A tokenizer of fewer of a graph's rows may be another model's; tables are padded by some percent.
 _SHARE = 0.9
+_TOKENIZER = ("tokenizer.json", *VOCABULARIES)
+_TOKENIZER_FILES = (
+    *(*_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,31 +70,19 @@ def read_side(
     Raises:
         ExportError: what was named is not there.
     """
-    extra: list[Path] = []
-    for option, value in (("--config", config), ("--tokenizer", tokenizer)):
-        if value is None:
-            continue
-        path = Path(value)
-        folder = path.parent if path.is_file() else path
-        if not path.exists():
-            raise ExportError(f"{option} {str(value)!r} is not there", fix="check the path")
-        extra.append(folder)
-    places = tuple(dict.fromkeys((*extra, *folders)))
-    own = Path(tokenizer) if tokenizer is not None else None
-    vocabularies = ("tokenizer.json", *VOCABULARIES)
-    if own is not None and not _has(own if own.is_dir() else own.parent, vocabularies):
+    given = _folder("--tokenizer", tokenizer)
+    settings = _folder("--config", config)
+    places = tuple(dict.fromkeys(p for p in (settings, *folders) if p is not None))
+    if given is not None and not _has(given, _TOKENIZER):
         raise ExportError(
             f"--tokenizer {str(tokenizer)!r} has no tokenizer.json, nor a vocabulary",
             fix="give the folder that the model's tokenizer was saved in",
         )
-    found = next((place for place in places if _has(place, vocabularies)), None)
-    if own is not None:
-        found = own if own.is_dir() else own.parent
+    found = given or next((place for place in places if _has(place, _TOKENIZER)), None)
+    # What lies beside a tokenizer from elsewhere is only asked where nothing nearer is.
+    configs = [place / "config.json" for place in (*places, *([found] if found else []))]
     file = Path(config) if config is not None and Path(config).is_file() else None
-    file = file or next(
-        (place / "config.json" for place in places if (place / "config.json").is_file()), None
-    )
-    # A tokenizer's folder may be of a pipeline that this graph is no part of.
+    file = file or next((path for path in configs if path.is_file()), None)
     pipelines = [p for p in folders if (p / MODULES).is_file()]
     return Side(
         folders=places,
@@ -98,17 +92,29 @@ def read_side(
     )
 
 
+def _folder(option: str, value: str | Path | None) -> Path | None:
+    if value is None:
+        return None
+    path = Path(value)
+    if not path.exists():
+        raise ExportError(f"{option} {str(value)!r} is not there", fix="check the path")
+    return path.parent if path.is_file() else path
+
+
 def _has(folder: Path, patterns: Sequence[str]) -> bool:
     return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
 
 
 def copy_side(side: Side, folder: Path) -> None:
     """Copy the small files into a bundle's folder; the first of a name wins."""
-    for place in side.folders:
-        for pattern in SIDE_FILES:
+    own = [(place, SIDE_FILES) for place in side.folders]
+    # A tokenizer may come from elsewhere: of that folder only what is the tokenizer's.
+    places = [(side.tokenizer, _TOKENIZER_FILES), *own] if side.tokenizer else own
+    for place, patterns in places:
+        for pattern in patterns:
             for path in sorted(place.glob(pattern)):
                 target = folder / path.name
-                if path.is_file() and not target.exists():
+                if path.is_file() and not target.exists() and path.name != "config.json":
                     # Read and written anew: a hub cache holds links, which runtimes refuse.
                     target.write_bytes(path.read_bytes())
     for module in side.sentence.modules[1:] if side.sentence else ():
@@ -135,9 +141,8 @@ def write_config(side: Side, folder: Path, graph: GraphFile) -> None:
         )
     if graph.rows is not None:
         config["vocab_size"] = graph.rows
-    if config != side.config or not (folder / "config.json").is_file():
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def add_tokenizer(side: Side, folder: Path, max_length: int | None, graph: GraphFile) -> list[str]:

@@ -94,7 +94,7 @@ def test_inputs_of_other_names_and_types_are_taken(theirs: Path, tmp_path: Path)
     shutil.copytree(theirs, folder)
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(str(path))
-    renamed = {"input_ids": "words", "attention_mask": "input_mask"}
+    renamed = {"input_ids": "numbers", "attention_mask": "input_mask"}
     for value in model.graph.input:
         theirs_now = renamed.get(value.name, value.name)
         wide = onnx.helper.make_node("Cast", [theirs_now], [f"{value.name}__wide"], to=7)
@@ -106,7 +106,7 @@ def test_inputs_of_other_names_and_types_are_taken(theirs: Path, tmp_path: Path)
         value.name = theirs_now
         value.type.tensor_type.elem_type = onnx.TensorProto.INT32
     onnx.save(model, str(path))
-    bundle = import_graph(folder, tmp_path / "b", pooling="mean", rename={"words": "input_ids"})
+    bundle = import_graph(folder, tmp_path / "b", pooling="mean", rename={"numbers": "input_ids"})
     wanted = own_answers(theirs / "onnx" / "model.onnx", bundle, "mean")
     with ArrowEngine(bundle, "cpu") as engine:
         assert np.abs(engine.encode(TEXTS, normalize=False) - wanted).max() < 2e-6
@@ -154,7 +154,7 @@ def test_external_data_stays_beside_the_graph(theirs: Path, tmp_path: Path) -> N
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(str(path))
     onnx.save_model(
-        model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0
+        model, str(path), save_as_external_data=True, location="w.bin", size_threshold=1024
     )
     bundle = import_graph(folder, tmp_path / "b", pooling="mean")
     assert (bundle.path / "onnx" / "w.bin").read_bytes() == (path.parent / "w.bin").read_bytes()
