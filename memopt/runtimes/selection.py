@@ -124,13 +124,10 @@ def of_task(variant: Variant, bundle: Bundle) -> bool:
     Older bundles do not say a variant's task: there its inputs tell. One that does not say what it
     takes either is believed to.
     """
-<<<<<<< HEAD
     if variant.task and variant.task != bundle.manifest.task:
         return False
-=======
     if bundle.task.answer == "any":
         return True  # of a graph that memopt makes no inputs for
->>>>>>> 2bb845e (A graph of somebody else gets a bundle: memopt import, GraphEngine, memopt run, VoiceDetector)
     wanted = _INPUTS.get(bundle.manifest.modality)
     return not variant.inputs or wanted is None or bool(wanted & set(variant.inputs))
 
