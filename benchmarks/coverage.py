@@ -345,7 +345,11 @@ def main() -> None:
                 print(f"{row['status']:10} {row['type']:28} {row['task']:22} {row['line'][:130]}")
                 sys.stdout.flush()
     if given.docs:
-        write_page(list(rows.values()), Path(__file__).parents[1] / "docs" / "coverage.md")
+        write_page(
+            list(rows.values()),
+            len(list(cells())),
+            Path(__file__).parents[1] / "docs" / "coverage.md",
+        )
     console = Console(width=200, markup=False, highlight=False)
     console.print(counted(list(rows.values())))
     bad = {"unclear", "traceback", "wrong"}

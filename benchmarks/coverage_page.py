@@ -43,8 +43,8 @@ def right_types(rows: Iterable[dict[str, Any]]) -> set[str]:
     return {row["type"] for row in rows if row["status"] == "right"}
 
 
-def write_page(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the page: what runs, then what is refused and why."""
+def write_page(rows: Sequence[dict[str, Any]], whole: int, path: Path) -> None:
+    """Write the page: what runs, then what is refused and why, of ``whole`` pairs to try."""
     import transformers
 
     counts = collections.Counter(row["status"] for row in rows)
@@ -55,6 +55,8 @@ def write_page(rows: Sequence[dict[str, Any]], path: Path) -> None:
         tried=len(rows),
         refused=counts["refused"],
     )
+    if len(rows) < whole:
+        text += f"\n**Not the whole sweep yet: {len(rows)} of {whole} pairs were tried.**\n"
     ordered = sorted(rows, key=lambda row: (row["type"], row["task"]))
     runs = [row for row in ordered if row["status"] in ("right", "one format")]
     text += "\n## What runs\n\n| model type | task | ONNX | OpenVINO | fused | int8 | why not |\n"
