@@ -31,6 +31,7 @@ __all__ = [
     "Reranker",
     "SparseEncoder",
     "TokenClassifier",
+    "ZeroShotClassifier",
     "__version__",
     "open_bundle",
     "open_task",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.engines.reranker import Reranker
     from memopt.runtimes.engines.sparse import SparseEncoder
     from memopt.runtimes.engines.tagger import TokenClassifier
+    from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
     from memopt.runtimes.task_engine import open_task
 
 # Loaded on first use, so that `import memopt` costs nothing.
@@ -62,6 +64,7 @@ __getattr__ = names_on_use(
         "runtimes.engines.reranker": ("Reranker",),
         "runtimes.engines.sparse": ("SparseEncoder",),
         "runtimes.engines.tagger": ("TokenClassifier",),
+        "runtimes.engines.zero_shot": ("ZeroShotClassifier",),
         "runtimes.task_engine": ("open_task",),
         "bundle": ("Bundle", "open_bundle"),
     },

@@ -35,11 +35,29 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "splade": ("BertForMaskedLM", {}, "sparse-embedding"),
     "colbert": ("BertModel", {}, "late-interaction"),
 }
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+WORDS = {"vocab_size": 30522, "max_position_embeddings": 32, "eos_token_id": 102}
+EDGES = {"image_size": 32, "patch_size": 8}
 # Of pictures: the class, its config and its processor's, small.
 PICTURES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "clip": (
+        "CLIP",
+        {
+            "projection_dim": 16,
+            "text_config": {**TOWER, **WORDS},
+            "vision_config": {**TOWER, **EDGES},
+        },
+        "Model",
+        {"size": {"shortest_edge": 32}, "crop_size": 32},
+    ),
     "yolos": (
         "Yolos",
-        {"image_size": [64, 96], "num_detection_tokens": 5},
+        {**TOWER, "image_size": [64, 96], "num_detection_tokens": 5},
         "ForObjectDetection",
         {"size": {"shortest_edge": 64, "longest_edge": 96}},
     ),
@@ -75,18 +93,18 @@ def _graphs(name: str, home: Path, tokenizer: Any) -> None:
         import_graph(source, home / "models" / name, **options)
 
 
-def _pictures(name: str, home: Path) -> None:
+def _pictures(name: str, home: Path, tokenizer: Any) -> None:
     """Make a bundle of a model of pictures, and the pictures of the page."""
     import transformers
     from PIL import Image
 
     kind, more, head, settings = PICTURES[name]
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = getattr(transformers, f"{kind}Config")(intermediate_size=64, **size, **more)
+    config = getattr(transformers, f"{kind}Config")(**more)
     torch.manual_seed(1)
     getattr(transformers, f"{kind}{head}")(config).save_pretrained(home / "source" / name)
     processor = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
     processor.save_pretrained(home / "source" / name)
+    tokenizer.save_pretrained(home / "source" / name)
     export(convert(home / "source" / name, home / "models" / name))
     Image.new("RGB", (90, 60), "teal").save(home / "street.jpg")
 
@@ -103,7 +121,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> tuple[Make
         if (home / "models" / name).is_dir():
             return
         if name in PICTURES:
-            _pictures(name, home)
+            _pictures(name, home, tokenizer)
             return
         if name in GRAPHS:
             _graphs(name, home, tokenizer)

@@ -22,7 +22,7 @@ def classify(
         str | None, typer.Option(help="A second text for each input, of a model of pairs.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Labels of your own, comma-separated (NLI models).")
+        str | None, typer.Option(help="Labels of your own, comma-separated (NLI, CLIP).")
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Labels shown of each input.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A .jsonl file.")] = None,
@@ -30,12 +30,23 @@ def classify(
     variant: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Classify texts, pictures or sounds, with the model's labels or (NLI) with your own."""
+    """Classify texts, pictures or sounds: the model's labels, or your own (NLI, CLIP, SigLIP)."""
+    from memopt.bundle import open_bundle
     from memopt.commands.answers import answered, given, show
     from memopt.runtimes.configured import open_configured
     from memopt.runtimes.engines.classifier import Classifier
+    from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
+    from memopt.runtimes.towers import other_task
 
     own = [label.strip() for label in labels.split(",") if label.strip()] if labels else None
+    if own and other_task(open_bundle(bundle)):
+        with open_configured(ZeroShotClassifier, bundle, device, variant) as towers:
+            found = answered(
+                given(inputs or [], source, column, "image"),
+                lambda items: towers.classify(items, own, top=top),
+            )
+            show(found, output, as_json, _print)
+        return
     with open_configured(Classifier, bundle, device, variant) as engine:
         modality = engine.bundle.manifest.modality
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant
-from memopt.errors import ConfigurationError, ExportError, MemoptError, MissingExtra, brief
+from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
+from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
 from memopt.exporters import check, interface, onnx, openvino
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
+from memopt.exporters.refusals import foreseen, refused
 from memopt.files import staged_directory
 from memopt.progress import Step, silent
 from memopt.registry import nearest
 from memopt.runtimes.torch_model import LoadedModel
+from memopt.runtimes.towers import other_task
 from memopt.tasks.table import task_of
 from memopt.verified import has_hash
 from memopt.weights.reader import WeightLoader
@@ -77,7 +78,7 @@ def export(
     Args:
         bundle: a converted bundle; only its Parquet weights and ``config.json`` are read.
         format: ``onnx`` or ``openvino``.
-        task: ``auto`` (the manifest's) or one of ``memopt.bundle.TASKS``.
+        task: one of ``memopt.bundle.TASKS``; ``auto`` is the bundle's own and a second tower's.
         precision: ``fp32``, ``fp16`` (onnx, openvino) or ``bf16`` (openvino).
         opset: ONNX operator set.
         fused: also write the graph with ONNX Runtime's fused operators (onnx, fp32).
@@ -101,6 +102,7 @@ def export(
     ...
     memopt.errors.ConfigurationError: opset 7 is not supported; choose 18 to 23
     """
+    both = task == "auto"
     task = _checked(format, task, precision, opset, bundle.manifest)
     if bundle.imported:
         if task != bundle.manifest.task:
@@ -119,8 +121,14 @@ def export(
         )
     _check_weights(bundle.weights)
     bundle.check(bundle.weights.name)
-    with _foreseen(bundle.manifest.model_type, on_step) as step:
-        return _export(bundle, format, task, precision, opset, fused, external_data_bytes, step)
+    second = other_task(bundle) if both else None
+    how = (precision, opset, fused, external_data_bytes)
+    with foreseen(bundle.manifest.model_type, on_step) as step:
+        variants = _export(bundle, format, task, *how, step)
+        if second is not None:
+            bundle = open_bundle(bundle.path)
+            variants += _export(bundle, format, second, *how, step)
+        return variants
 
 
 def _export(
@@ -136,7 +144,7 @@ def _export(
     say("build the model from weights.parquet")
     kind = _kind(task)
     loaded = kind.load_model(bundle, task)
-    with _refused(loaded, task):
+    with refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
         plain = _name("onnx", "fp32", task, bundle.manifest)
@@ -144,14 +152,14 @@ def _export(
         known = bundle.file(portable) if portable else None
         graph = None
         if known is None:
-            with _refused(loaded, task):
+            with refused(loaded, task):
                 module = kind.wrap(loaded, bundle.manifest, task)
                 feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
                 kind.reference(loaded, bundle.manifest, task, feeds)
             say("trace and translate to ONNX")
             graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
-        with _refused(loaded, task):
+        with refused(loaded, task):
             cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
@@ -162,52 +170,6 @@ def _export(
                 onnx.save_onnx(graph, known, limit=limit)
             variants = _openvino(job, known)
         return _publish(job, variants, format, opset)
-
-
-@contextmanager
-def _foreseen(kind: str, say: Step) -> Iterator[Step]:
-    """Yield ``say``, and name the model and the step of what nobody has foreseen.
-
-    Models are built in more ways than are known here, and a traceback tells nobody what to do.
-    """
-    steps = ["begin"]
-
-    def step(line: str) -> None:
-        steps.append(line)
-        say(line)
-
-    try:
-        yield step
-    except (MemoptError, OSError, MemoryError):
-        raise
-    except Exception as error:
-        _log.info("%s at %r: %r", kind, steps[-1], error)
-        raise ExportError(
-            f"{kind} is built in a way that memopt does not know: {type(error).__name__} at the "
-            f"step {steps[-1]!r}",
-            fix="nothing was written; memopt --debug export shows where, which is worth a report",
-        ) from error
-
-
-@contextmanager
-def _refused(loaded: LoadedModel, task: str) -> Iterator[None]:
-    """Say in one line that a model's own code fails when it is called as ``task`` asks.
-
-    What it says itself is about arguments that nobody has seen; it is logged, and --debug shows it.
-    """
-    try:
-        yield
-    except MemoptError:
-        raise
-    except Exception as error:
-        kind = loaded.config.model_type
-        _log.info("%s as %s: %r", kind, task, error)
-        raise ExportError(
-            f"{kind} cannot be run as {task}: transformers' code of it fails on such input alone "
-            f"({type(error).__name__})",
-            fix="choose another --task, or an encoder of text, pictures or sound; memopt --debug "
-            "shows what it says",
-        ) from error
 
 
 def _checked(format: str, task: str, precision: str, opset: int, manifest: Manifest) -> str:

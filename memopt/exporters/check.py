@@ -165,7 +165,9 @@ def _fully_padded(
     Servers fill a batch up with such rows; a softmax over nothing would turn them into NaN.
     """
     batches = [
-        feeds for feeds, _ in cases if "attention_mask" in feeds and len(feeds["input_ids"]) > 1
+        feeds
+        for feeds, _ in cases
+        if "attention_mask" in feeds and not feeds["attention_mask"].all()
     ]
     if not batches:
         return []

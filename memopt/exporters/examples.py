@@ -11,6 +11,7 @@ from memopt.errors import ExportError
 from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.tasks.table import task_of
+from memopt.weights.kinds import FULL_LENGTH, UNPADDED
 
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.
@@ -59,7 +60,8 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
             last = shape.length - 1 - mask[:, ::-1].argmax(axis=1)
             ids[np.arange(shape.batch), last] = eos
         feeds["input_ids"] = ids.astype(np.int64)
-        feeds["attention_mask"] = mask
+        if "attention_mask" in names:
+            feeds["attention_mask"] = mask
         if "token_type_ids" in names:
             types = np.zeros_like(mask)
             types[:, shape.length // 2 :] = 1
@@ -136,7 +138,11 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
             # Some models do something else with long texts (BigBird attends in blocks).
             *(((1, limit, ""),) if limit > longest else ()),
         )
-        return tuple(Shape(b, max(1, length), side) for b, length, side in plan)
+        # What padding changes is only ever given rows of one length.
+        bare = loaded.config.model_type in UNPADDED | FULL_LENGTH
+        return tuple(
+            Shape(b, max(1, min(length, limit)), "" if bare else side) for b, length, side in plan
+        )
     if free_picture(loaded):
         return tuple(Shape(batch, high) for batch, high in ((1, 64), (2, 96), (3, 80), (1, 160)))
     if task_of(task).modality == "image" or loaded.config.model_type == "whisper":

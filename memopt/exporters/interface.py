@@ -17,6 +17,7 @@ from memopt.graphs.session import Observe
 from memopt.runtimes.heads import head_outputs
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.tasks.table import task_of
+from memopt.weights.kinds import FULL_LENGTH, UNPADDED
 
 __all__ = [
     "check_shapes",
@@ -72,8 +73,11 @@ def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
 def _signature(loaded: LoadedModel, task: str) -> Signature:
     row = task_of(task)
     if row.modality == "text":
-        names = ["input_ids", "attention_mask"]
         forward = inspect.signature(loaded.call).parameters
+        names = ["input_ids"]
+        kind = loaded.config.model_type
+        if kind not in FULL_LENGTH and (kind not in UNPADDED or "attention_mask" in forward):
+            names.append("attention_mask")
         if (
             task != "text-generation"
             and "token_type_ids" in forward

@@ -124,11 +124,11 @@ def bucket(length: int, limit: int | None) -> int:
 
 
 def by_budget(
-    lengths: NDArray[np.intp], budget: Budget, limit: int | None
+    lengths: NDArray[np.intp], budget: Budget, limit: int | None, *, alike: bool = False
 ) -> list[tuple[NDArray[np.intp], int]]:
     """Cut rows of these token lengths into batches; return (rows, padded width) of each.
 
-    Sorted by length, longest first.
+    Sorted by length, longest first; with ``alike`` a batch has rows of one length, and no padding.
 
     >>> lengths = np.array([700, 3, 700, 4])
     >>> [(len(rows), width) for rows, width in by_budget(lengths, Budget(tokens=800), None)]
@@ -138,10 +138,14 @@ def by_budget(
     batches = []
     start = 0
     while start < len(order):
-        width = bucket(int(lengths[order[start]]), limit)
+        longest = int(lengths[order[start]])
+        width = max(longest, 1) if alike else bucket(longest, limit)
         count = budget.batch_size or max(1, budget.tokens // width)
-        batches.append((order[start : start + count], width))
-        start += count
+        rows = order[start : start + count]
+        if alike:
+            rows = rows[lengths[rows] == longest]
+        batches.append((rows, width))
+        start += len(rows)
     return batches
 
 

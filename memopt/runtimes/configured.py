@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from memopt.bundle import Bundle
 from memopt.config import OptimizationConfig, load_config
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.task_engine import Engine
 
-E = TypeVar("E", bound=Engine)
+E = TypeVar("E")
 
 
 def open_engine(
@@ -34,7 +34,7 @@ def open_engine(
 
 
 def open_configured(
-    engine: type[E],
+    engine: Callable[..., E],
     path_or_bundle: str | Path | Bundle,
     device: str | None = None,
     variant: str = "auto",

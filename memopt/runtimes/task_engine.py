@@ -24,6 +24,7 @@ from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
 from memopt.runtimes.selection import candidates, tuned_streams
+from memopt.runtimes.towers import tower
 from memopt.runtimes.vectors import as_items, refusal
 from memopt.tasks.quality import quality_of
 from memopt.tasks.rows import trimmed_rows, whole_rows
@@ -67,6 +68,8 @@ class Engine:
         verify: how files are compared with their recorded hashes before they are opened: ``open``
             (graph and weights under 1 GB, remembered by size and time), ``always`` (every file of
             the bundle, read each time) or ``never``.
+        task: of a bundle of two towers (CLIP), which one: ``auto`` is the bundle's own, embedding
+            the one of texts.
 
     Raises:
         BundleError: no bundle there, no such variant, or nothing exported yet.
@@ -99,8 +102,9 @@ class Engine:
         fallback_to_cpu: bool = True,
         max_delay_ms: float = 2.0,
         verify: str = "open",
+        task: str = "auto",
     ) -> None:
-        given = self._accept(path_or_bundle)
+        given = self._accept(path_or_bundle, task)
         self._unlocked = _unlocked(given)
         self._bundle = bundle = self._unlocked.bundle if self._unlocked else given
         self._settings = Settings(
@@ -123,6 +127,7 @@ class Engine:
             "fallback_to_cpu": fallback_to_cpu,
             "max_delay_ms": max_delay_ms,
             "verify": verify,
+            "task": task,
         }
         self._events: list[FallbackEvent] = []
         self.after_fork()
@@ -288,14 +293,14 @@ class Engine:
                 front = self._front = self._front or self._make_front()
         return front
 
-    def _accept(self, path_or_bundle: str | Path | Bundle) -> Bundle:
+    def _accept(self, path_or_bundle: str | Path | Bundle, task: str = "auto") -> Bundle:
         """Open a bundle of a task it serves; later its files come from the folder of now.
 
         Raises:
             BundleError: it is of another task, whose engine is named.
         """
         given = path_or_bundle
-        bundle = given if isinstance(given, Bundle) else open_bundle(given)
+        bundle = tower(given if isinstance(given, Bundle) else open_bundle(given), task)
         row = bundle.task
         if row.name not in self.tasks:
             raise BundleError(

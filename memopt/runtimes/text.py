@@ -11,9 +11,17 @@ import numpy as np
 from memopt.bundle import Bundle, read_json
 from memopt.errors import BundleError
 from memopt.positions import OFFSET_POSITIONS, position_limit
-from memopt.runtimes.batching import USUAL, Batch, Budget, UnusableItems, bucket, by_budget
+from memopt.runtimes.batching import (
+    USUAL,
+    Batch,
+    Budget,
+    UnusableItems,
+    bucket,
+    by_budget,
+    in_order,
+)
 from memopt.tasks.classes import infers
-from memopt.weights.kinds import STATIC
+from memopt.weights.kinds import FULL_LENGTH, STATIC, UNPADDED
 from memopt.weights.sentence import default_prompt, lower_cased, read_sentence
 from memopt.weights.tokenizer import lower_case
 
@@ -55,6 +63,8 @@ class TextFrontEnd:
         self._takes = bundle.task.takes
         self._wants_mask = "attention_mask" in inputs
         self._wants_types = "token_type_ids" in inputs
+        self._alike = bundle.manifest.model_type in UNPADDED
+        self._full = bundle.manifest.model_type in FULL_LENGTH
         # Static embeddings are the mean of the text's own tokens alone, of none it is zero.
         self._special = bundle.manifest.model_type != STATIC
         self._wants_pooling = "pooling_mask" in inputs
@@ -150,7 +160,13 @@ class TextFrontEnd:
         Raises:
             UnusableItems: texts with a token that the model has no embedding of.
         """
-        if len(encodings) == 1:
+        if self._full and self.max_length is not None:
+            count = budget.batch_size or max(1, budget.tokens // self.max_length)
+            batches = [
+                Batch(part, self._feed([encodings[row] for row in part], self.max_length))
+                for part in in_order(len(encodings), count)
+            ]
+        elif len(encodings) == 1 and not self._alike:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
             length = len(encodings[0])
             if length <= LONGEST_ROUNDED:
@@ -162,7 +178,7 @@ class TextFrontEnd:
             lengths = np.fromiter((len(e) for e in encodings), np.intp, len(encodings))
             batches = [
                 Batch(rows, self._feed([encodings[row] for row in rows], width))
-                for rows, width in by_budget(lengths, budget, self.max_length)
+                for rows, width in by_budget(lengths, budget, self.max_length, alike=self._alike)
             ]
         # A runtime may answer an id beyond the table with whatever lies there.
         if any(batch.feed["input_ids"].max(initial=0) >= self._rows for batch in batches):

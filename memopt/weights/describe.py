@@ -13,7 +13,7 @@ from memopt.positions import position_limit
 from memopt.registry import nearest
 from memopt.tasks.table import Task, task_of, task_of_class
 from memopt.weights.chain import chain_width
-from memopt.weights.kinds import AUDIO, DUAL, IMAGE, refusal
+from memopt.weights.kinds import AUDIO, DUAL, IMAGE, UNPADDED, refusal
 from memopt.weights.sentence import Sentence, read_sentence
 
 # Their first token stands for the picture; the layer that transformers puts behind it is not in
@@ -161,6 +161,11 @@ def announcements(
         lines.append(
             f"{manifest.architecture} has a head that is left out{named}: the bundle gives the "
             f"embeddings of {trunk} (pooling {manifest.pooling})"
+        )
+    if manifest.model_type in UNPADDED:
+        lines.append(
+            f"{manifest.model_type} answers a padded text otherwise than the text alone, in torch "
+            "too: only texts of as many tokens go through it together"
         )
     labels = config.get("id2label")
     if task_of(manifest.task).answer == "classes" and isinstance(labels, Mapping):

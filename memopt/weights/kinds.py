@@ -34,6 +34,12 @@ STATIC = "static-embedding"
 DUAL = frozenset(
     {"clip", "siglip", "siglip2", "chinese_clip", "altclip", "align", "blip", "metaclip_2"}
 )
+# Padding changes the answers of these in torch itself, whatever the mask says: texts go through
+# them only beside others of as many tokens.
+UNPADDED = frozenset({"mobilebert", "convbert", "fnet", "yoso", "nystromformer"})
+# Trained on texts padded to the full length without a mask, whose last place stands for the text
+# (Zhai et al. 2023, https://arxiv.org/abs/2303.15343).
+FULL_LENGTH = frozenset({"siglip", "siglip_text_model", "siglip2", "siglip2_text_model"})
 # Of several parts too, of which the text encoder is taken.
 _TEXT_PARTS = frozenset({"clap", "t5gemma"})
 # Model type -> what it is. Those of several configs (a vision tower and a language model) and those
