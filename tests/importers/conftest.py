@@ -32,8 +32,10 @@ def save_graph(
     return path
 
 
-def encoder(path: Path, rows: int, *, labels: int = 0, opset: int = 17) -> Path:
-    """Write one layer of attention over a table of tokens; of ``labels`` logits, if any."""
+def encoder(
+    path: Path, rows: int, *, labels: int = 0, opset: int = 17, spans: bool = False
+) -> Path:
+    """Write one layer of attention over a table of tokens; of labels' logits or of spans, if so."""
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(0)
@@ -68,7 +70,15 @@ def encoder(path: Path, rows: int, *, labels: int = 0, opset: int = 17) -> Path:
         node("Add", ["product", "layer.dense.bias"], ["sum"]),
         node("Tanh", ["sum"], ["last_hidden_state"]),
     ]
-    out = ("last_hidden_state", ["batch", "sequence", WIDTH])
+    out = [("last_hidden_state", ["batch", "sequence", WIDTH])]
+    if spans:
+        constants.append(constant("flat", [0, -1], np.int64))
+        out = []
+        for side in ("start", "end"):
+            constants.append(constant(f"{side}.weight", random.normal(0, 1, (WIDTH, 1))))
+            nodes.append(node("MatMul", ["last_hidden_state", f"{side}.weight"], [f"{side}_wide"]))
+            nodes.append(node("Reshape", [f"{side}_wide", "flat"], [f"{side}_logits"]))
+            out.append((f"{side}_logits", ["batch", "sequence"]))
     if labels:
         constants += [
             constant("classifier.weight", random.normal(0, 1, (WIDTH, labels))),
@@ -78,10 +88,10 @@ def encoder(path: Path, rows: int, *, labels: int = 0, opset: int = 17) -> Path:
             node("Gather", ["last_hidden_state", "first"], ["cls"], axis=1),
             node("MatMul", ["cls", "classifier.weight"], ["logits"]),
         ]
-        out = ("logits", ["batch", labels])
+        out = [("logits", ["batch", labels])]
     info = helper.make_tensor_value_info
     inputs = [info(name, TensorProto.INT64, ["batch", "sequence"]) for name in INPUTS]
-    outputs = [info(out[0], TensorProto.FLOAT, out[1])]
+    outputs = [info(name, TensorProto.FLOAT, shape) for name, shape in out]
     return save_graph(path, nodes, inputs, outputs, constants, [("", opset)])
 
 

@@ -246,6 +246,30 @@ def test_a_classifier_keeps_its_labels(theirs: Path, tmp_path: Path) -> None:
         assert np.abs(row - powers / powers.sum()).max() < 1e-6
 
 
+def test_spans_are_joined_for_the_engine(theirs: Path, tmp_path: Path) -> None:
+    """start_logits and end_logits become the one answer that QuestionAnswerer asks for."""
+    import onnxruntime as ort
+
+    from memopt.runtimes.task_engine import open_task
+
+    folder = tmp_path / "spans"
+    shutil.copytree(theirs, folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    path = encoder(folder / "onnx" / "model.onnx", rows, spans=True)
+    bundle = import_graph(folder, tmp_path / "b")
+    assert bundle.manifest.task == "question-answering"
+    session = ort.InferenceSession(str(path))
+    pairs = [("the cat", "a dog and a cat"), ("a", "the dog")]
+    front = TextFrontEnd(bundle, INPUTS)
+    with open_task(bundle, device="cpu") as engine:
+        got = engine.answers(pairs)
+    for pair, answer in zip(pairs, got, strict=True):
+        [batch] = front.prepare([pair])
+        kept = int(batch.feed["attention_mask"].sum())
+        start, end = session.run(["start_logits", "end_logits"], dict(batch.feed))
+        assert np.abs(answer - np.stack([start[0], end[0]], -1)[:kept]).max() < 1e-6
+
+
 @pytest.mark.parametrize("opset", [11, 12, 13, 17, 18])
 def test_pooling_is_of_the_graphs_own_opset(theirs: Path, tmp_path: Path, opset: int) -> None:
     """What is added means the same in every opset from 11 on."""
