@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from memopt.bundle import Bundle
+from memopt.cli import app
+from memopt.errors import MemoptError
 from memopt.runtimes.engines.filler import MaskFiller
 from memopt.runtimes.engines.tagger import TokenClassifier
 from tests.runtimes.engines import kit
@@ -21,9 +22,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     return {task: kit.bundle(folder / task, "bytes", task) for task in ("tag", "answer", "fill")}
 
 
-def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "memopt", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+def run(*arguments: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def test_tag_answers_lines_of_stdin_as_json(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_tag_answers_lines_of_stdin_as_json(bundles: dict[str, Bundle], tmp_path
     path, texts = bundles["tag"].path, [kit.SHORT[0], "", kit.LONG[0]]
     common = ("tag", path, "--device", "torch", "--aggregation", "first", "-i", "-")
     done = run(*common, "--json", stdin="\n".join(texts))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.exception
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     with TokenClassifier(path, device="torch") as engine:
         found = engine.tag(texts, "first")
@@ -39,7 +39,7 @@ def test_tag_answers_lines_of_stdin_as_json(bundles: dict[str, Bundle], tmp_path
         [span.text for span in spans] for spans in found
     ]
     output = tmp_path / "out.jsonl"
-    assert run(*common, "-o", output, stdin="\n".join(texts)).returncode == 0
+    assert run(*common, "-o", output, stdin="\n".join(texts)).exit_code == 0
     assert [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] == rows
 
 
@@ -47,7 +47,7 @@ def test_answer_shows_a_table(bundles: dict[str, Bundle]) -> None:
     """The part of the text, its characters and its score."""
     path = bundles["answer"].path
     done = run("answer", path, "--device", "torch", "-q", "Where?", "Rome is old.", "--top", 2)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.exception
     assert "characters" in done.stdout
     assert done.stdout.count("Rome is old.") >= 2
 
@@ -59,13 +59,11 @@ def test_fill_names_the_text_without_a_mask(bundles: dict[str, Bundle], tmp_path
     common = ("fill", path, "--device", "torch", "--top", 1, "-i", "-", "-o", output)
     lines[555] = "a gap"
     done = run(*common, stdin="\n".join(lines))
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "error: input 555 holds no mask; write <mask> where a word is left"
-    )
+    assert isinstance(done.exception, MemoptError)
+    assert str(done.exception) == "input 555 holds no mask; write <mask> where a word is left"
     assert list(tmp_path.iterdir()) == []
     done = run("fill", path, "--device", "torch", "--json", "--top", 2, "in <mask>, <mask>")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.exception
     (row,) = [json.loads(line) for line in done.stdout.splitlines()]
     with MaskFiller(path, device="torch") as engine:
         (masks,) = engine.fill("in <mask>, <mask>", 2)
@@ -82,6 +80,6 @@ def test_wrong_usage_is_one_line(bundles: dict[str, Bundle]) -> None:
         (("answer", bundles["answer"].path, "--device", "torch", "-q", "Who?", " "), 1, "empty"),
     ):
         done = run(*arguments)
-        assert (done.returncode, done.stdout) == (code, "")
-        assert len(done.stderr.strip().splitlines()) == 1
-        assert text in done.stderr
+        assert isinstance(done.exception, MemoptError)
+        assert (done.exception.exit_code, done.stdout) == (code, "")
+        assert text in str(done.exception)
