@@ -155,16 +155,14 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
             "memopt does not know what stands for its input",
             fix="choose another --task, or an encoder of text, pictures or sound",
         )
-    _refuse_missing_class_token(loaded, manifest, feeds, result.last_hidden_state)
+    _refuse_missing_class_token(loaded, feeds, result.last_hidden_state)
     return answers(loaded.head, result, feeds)
 
 
-def _refuse_missing_class_token(
-    loaded: LoadedModel, manifest: Manifest, feeds: dict[str, Any], hidden: Any
-) -> None:
+def _refuse_missing_class_token(loaded: LoadedModel, feeds: dict[str, Any], hidden: Any) -> None:
     """Refuse to take the first patch, a corner of the picture, for what stands for all of it."""
     patch = getattr(loaded.config, "patch_size", None)
-    if manifest.pooling != "cls" or "pixel_values" not in feeds or not isinstance(patch, int):
+    if loaded.head.pooling != "cls" or "pixel_values" not in feeds or not isinstance(patch, int):
         return
     high, wide = feeds["pixel_values"].shape[2:]
     if hidden.ndim == 3 and hidden.shape[1] <= (high // patch) * (wide // patch):

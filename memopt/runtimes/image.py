@@ -286,6 +286,8 @@ def _settings(bundle: Bundle) -> tuple[str, dict[str, Any]]:
             f"{bundle.path}: size {config['size']!r} of ConvNextImageProcessor is not supported",
             fix="it has a shortest_edge",
         )
+    if kind in DETECTORS:
+        config["do_center_crop"] = False  # these classes have no such step, whatever is stated
     if kind == "MobileViT":
         config["do_normalize"] = False
     return kind, config

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt.errors import WeightsError
+from memopt.errors import BundleError, WeightsError
 from memopt.files import stays_below
 from memopt.registry import nearest
 from memopt.weights.kinds import STATIC
@@ -53,7 +53,10 @@ def flatten(folder: Path, target: Path, route: str | None = None) -> tuple[Path,
         _link_modules(folder, modules[1:], target / "static")
         _link(folder / SETTINGS, target / "static" / SETTINGS)
         return target / "static", _told(json_object(place / "config.json"))
-    config = json_object(folder / "config.json")
+    try:
+        config = json_object(folder / "config.json")
+    except BundleError as error:
+        raise WeightsError(error.problem, fix="give the folder of a Hugging Face model") from error
     if not modules and config.get("model_type") == _MODEL2VEC:
         _write_static(target / "static", _only_file(folder), folder / _TOKENIZER)
         unit = [Module("Normalize", "1_Normalize")] if config.get("normalize") else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def loaded(name: str, config: Any) -> LoadedModel:
 
 def wrapped(model: LoadedModel, made: Manifest, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     """What the graph would compute."""
+    pooling = "mean" if made.pooling == "none" else made.pooling
+    head = replace(model.head, task=made.task, pooling=pooling, normalize=made.normalize)
+    model = replace(model, head=head)
     module = interface.wrap(model, made, made.task)
     names = interface.signature(model, made, made.task).inputs
     with torch.no_grad():
@@ -130,8 +134,9 @@ def test_the_first_patch_is_not_taken_for_the_picture() -> None:
         model = loaded(name, config)
         feeds = examples.example(model, ("pixel_values",), examples.Shape(2, 0), 1)
         bad = manifest(config.model_type, "image-embedding", "cls")
+        first = replace(model, head=replace(model.head, pooling="cls"))
         with pytest.raises(ExportError, match=r"no class token|no tokens"):
-            interface.reference(model, bad, "image-embedding", feeds)
+            interface.reference(first, bad, "image-embedding", feeds)
         made = manifest(config.model_type, "image-embedding", "model")
         with torch.no_grad():
             own = model.module(torch.from_numpy(feeds["pixel_values"])).pooler_output.numpy()
@@ -154,8 +159,8 @@ def test_statistics_of_batch_norm_come_from_the_checkpoint(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "source")
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}}
     (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(processor))
-    bundle = convert(tmp_path / "source", tmp_path / "bundle")
-    assert (bundle.manifest.task, bundle.manifest.pooling) == ("image-embedding", "model")
+    bundle = convert(tmp_path / "source", tmp_path / "bundle", task="image-embedding")
+    assert bundle.manifest.pooling == "model"
     made = load_model(bundle, "image-embedding")
     feeds = examples.example(made, ("pixel_values",), examples.Shape(2, 0), 1)
     assert feeds["pixel_values"].shape == (2, 3, 32, 32)
@@ -219,6 +224,8 @@ def test_pictures_are_prepared_as_transformers_does(name: str, tmp_path: Path) -
     for settings in SETTINGS:
         if name == "ConvNext" and "height" in str(settings.get("size")):
             continue  # the class refuses it itself
+        if name == "RTDetr" and settings.get("size") == 64:
+            continue  # and this one a single edge
         processor = getattr(hf, f"{name}ImageProcessorPil")(**settings)
         whole = json.loads(processor.to_json_string())
         for stated in (whole, {**settings, "image_processor_type": f"{name}ImageProcessor"}):
