@@ -19,7 +19,7 @@ from PIL import Image
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import BundleError, ExportError
-from memopt.exporters import base, examples, interface
+from memopt.exporters import base, examples, interface, refusals
 from memopt.runtimes.image import _PROCESSORS, ImageFrontEnd, image_shape
 from memopt.runtimes.torch_model import LoadedModel, load_model
 from memopt.weights.convert import convert
@@ -188,7 +188,7 @@ def test_what_a_models_own_code_raises_is_one_line() -> None:
         pytest.raises(
             ExportError, match=r"bert cannot be run as embedding.*AssertionError"
         ) as told,
-        base._refused(model, "embedding"),
+        refusals.refused(model, "embedding"),
     ):
         raise AssertionError("boom")
     # Its own words come with --debug.

@@ -218,9 +218,9 @@ def test_a_wrong_graph_is_refused_and_nothing_is_written(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that pools differently from the reference fails its check: no file, no variant."""
-    from memopt.runtimes import heads
+    from memopt.runtimes import chain
 
-    monkeypatch.setattr(heads, "_pool", lambda result, hidden, mask, pooling: hidden[:, 0])
+    monkeypatch.setattr(chain, "_pool", lambda result, hidden, mask, kept, mode: hidden[:, 0])
     with pytest.raises(ExportError, match="does not give the answers of torch"):
         export(copy)
     assert files_below(copy.path) == sorted([*copy.manifest.files, "memopt.json"])

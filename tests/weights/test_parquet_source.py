@@ -216,7 +216,7 @@ def test_weights_alone_need_a_config(config: Path, tmp_path: Path) -> None:
 TAKERS = [
     ("m.gguf", "llama.cpp takes GGUF files"),
     ("m.onnx", "memopt import makes a bundle around"),
-    ("m.xml", "runs in OpenVINO as it is"),
+    ("m.xml", "memopt import makes a bundle around"),
     ("m.safetensors", "the folder that holds it and config.json"),
     ("m.bin", "can run any code"),
     ("m.txt", "the folder that holds config.json"),
