@@ -11,7 +11,7 @@ from memopt.errors import ExportError
 from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.tasks.table import task_of
-from memopt.weights.kinds import FULL_LENGTH, UNPADDED
+from memopt.weights.kinds import AST, FULL_LENGTH, UNPADDED
 
 # Bytes of one layer's attention scores, or of the logits, that a check may take: 2,364 tokens of 12
 # heads. Torch and the runtime hold a few such arrays at once.
@@ -75,6 +75,9 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Shape, seed: int
     elif "input_features" in names:
         frames = config.max_source_positions * 2
         feeds["input_features"] = generator.normal(0, 1, (shape.batch, config.num_mel_bins, frames))
+    elif config.model_type == AST:
+        size = (shape.batch, config.max_length, config.num_mel_bins)
+        feeds["input_values"] = generator.normal(0, 1, size)
     else:
         feeds["input_values"] = generator.normal(0, 1, (shape.batch, shape.length))
     return {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in feeds.items()}
@@ -145,7 +148,7 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
         )
     if free_picture(loaded):
         return tuple(Shape(batch, high) for batch, high in ((1, 64), (2, 96), (3, 80), (1, 160)))
-    if task_of(task).modality == "image" or loaded.config.model_type == "whisper":
+    if task_of(task).modality == "image" or loaded.config.model_type in ("whisper", AST):
         return tuple(Shape(batch, 0) for batch in (1, 2, 3, 4))
     return tuple(
         Shape(batch, length) for batch, length in ((1, 4_000), (2, 16_000), (3, 9_001), (1, 32_000))

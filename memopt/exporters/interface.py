@@ -17,7 +17,7 @@ from memopt.graphs.session import Observe
 from memopt.runtimes.heads import head_outputs
 from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.tasks.table import task_of
-from memopt.weights.kinds import FULL_LENGTH, UNPADDED
+from memopt.weights.kinds import AST, FULL_LENGTH, UNPADDED
 
 __all__ = [
     "check_shapes",
@@ -94,6 +94,8 @@ def _signature(loaded: LoadedModel, task: str) -> Signature:
     if loaded.config.model_type == "whisper":
         # The encoder's position table fixes 30 s of audio: only the batch is dynamic.
         return Signature(("input_features",), row.outputs, {"input_features": {0: "batch"}})
+    if loaded.config.model_type == AST:
+        return Signature(("input_values",), row.outputs, {"input_values": {0: "batch"}})
     axes = {0: "batch", 1: "samples"}
     return Signature(("input_values",), row.outputs, {"input_values": axes})
 

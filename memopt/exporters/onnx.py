@@ -88,6 +88,7 @@ def to_onnx(
         ) from error
     model = program.model
     _tidy(model)
+    _pool_all(model.graph)
     _name_outputs(model.graph, signature)
     _name_dimensions(model.graph, signature)
     _name_weights(model.graph, loaded)
@@ -226,6 +227,24 @@ def _tidy(model: Any) -> None:
     for domain in set(graph.opset_imports) - used:
         del graph.opset_imports[domain]
     model.functions.clear()
+
+
+def _pool_all(graph: Any) -> None:
+    """Say plainly where a pool is wider than the picture (EfficientNet's): it is all of it.
+
+    OpenVINO refuses such a kernel, which torch and ONNX Runtime cut to the picture.
+    """
+    for node in graph:
+        kernel = node.attributes.get("kernel_shape")
+        shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
+        if node.op_type != "AveragePool" or kernel is None or shape is None:
+            continue
+        sizes = zip(kernel.as_ints(), list(shape)[2:], strict=True)
+        if all(isinstance(size, int) and wide >= size for wide, size in sizes):
+            padding = node.attributes.get("pads")
+            if padding is None or not any(padding.as_ints()):
+                node.op_type = "GlobalAveragePool"
+                node.attributes.clear()
 
 
 def _name_outputs(graph: Any, signature: Signature) -> None:

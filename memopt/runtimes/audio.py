@@ -1,4 +1,4 @@
-"""Sound to model inputs: Whisper's log-mel spectrogram, or wav2vec2's normalised samples."""
+"""Sound to model inputs: Whisper's and Kaldi's log-mel features, or wav2vec2's samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from memopt.bundle import Bundle
 from memopt.errors import BundleError
 from memopt.extras import require
 from memopt.runtimes.batching import MEDIA_BATCH, USUAL, Batch, Budget, decoded, in_order
+from memopt.runtimes.fbank import FilterBank
 from memopt.runtimes.image import processor_config
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class AudioFrontEnd:
         self._mask = "attention_mask" in inputs
         self._normalize = bool(config.get("do_normalize", "input_values" in inputs))
         self._mel = "input_features" in inputs
+        named = str(config.get("feature_extractor_type", ""))
+        self._bank = FilterBank(config) if named.startswith("AST") else None
         if self._mel:
             kind = str(config.get("feature_extractor_type", "Whisper"))
             if not kind.startswith("Whisper"):
@@ -79,6 +82,12 @@ class AudioFrontEnd:
         if self._mel:
             return [
                 Batch(rows, {"input_features": np.stack([self.log_mel(waves[r]) for r in rows])})
+                for rows in in_order(len(waves), budget.batch_size or len(waves))
+            ]
+        if self._bank is not None:
+            features = [self._bank(wave) for wave in waves]
+            return [
+                Batch(rows, {"input_values": np.stack([features[row] for row in rows])})
                 for rows in in_order(len(waves), budget.batch_size or len(waves))
             ]
         return self._raw(waves, budget.batch_size)

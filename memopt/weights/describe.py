@@ -13,7 +13,7 @@ from memopt.positions import position_limit
 from memopt.registry import nearest
 from memopt.tasks.table import Task, task_of, task_of_class
 from memopt.weights.chain import chain_width
-from memopt.weights.kinds import AUDIO, DUAL, IMAGE, UNPADDED, refusal
+from memopt.weights.kinds import AST, AUDIO, DUAL, IMAGE, UNPADDED, refusal
 from memopt.weights.sentence import Sentence, read_sentence
 
 # Their first token stands for the picture; the layer that transformers puts behind it is not in
@@ -22,7 +22,7 @@ _CLASS_TOKEN = {
     *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"),
 }
 _PATCHES_ONLY = {"ijepa"}  # neither a class token nor a pooled output: the mean of the patches
-_OWN_HEAD = {*DUAL, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
+_OWN_HEAD = {*DUAL, AST, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
     m for m in IMAGE if m.startswith(("clip", "siglip"))
 }
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -228,6 +228,8 @@ def _task(architecture: str, config: Mapping[str, Any], sentence: Sentence | Non
         return _KINDS[sentence.kind]
     read = sentence is None or sentence.kind == "CrossEncoder"
     stated = task_of_class(architecture) if read else None
+    if stated is not None and stated.name == "text-classification" and model_type in AUDIO:
+        return "audio-classification"  # as wav2vec2's heads are called
     if stated is not None and stated.name == "text-classification":
         one = _label_count(config) == 1 and config.get("problem_type") != "regression"
         return "reranking" if one or any(key in config for key in _CROSS_ENCODER) else stated.name

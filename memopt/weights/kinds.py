@@ -22,8 +22,10 @@ IMAGE = frozenset(
         *("siglip_vision_model", "siglip2_vision_model", "tipsv2_vision_model"),
     }
 )
+AST = "audio-spectrogram-transformer"
 AUDIO = frozenset(
     {
+        AST,
         *("whisper", "wav2vec2", "wav2vec2-conformer", "hubert", "wavlm", "unispeech"),
         *("unispeech-sat", "data2vec-audio", "sew", "sew-d", "moonshine"),
     }
@@ -86,7 +88,7 @@ OTHERS: dict[str, str] = {
             *("pocket_tts", "gradium_phonon_tts"),
         ),
         "hears sound through features that memopt does not compute": (
-            *("audio-spectrogram-transformer", "wav2vec2-bert", "speech_to_text"),
+            *("wav2vec2-bert", "speech_to_text"),
             *("seamless_m4t", "seamless_m4t_v2", "granite_speech5_encoder", "voxtral_encoder"),
             *("voxtral_realtime_encoder", "gemma3n_audio", "parakeet_encoder", "lasr_encoder"),
             *("moonshine_streaming", "nemotron3_5_transcribe_word_timestamp"),

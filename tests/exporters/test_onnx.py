@@ -291,3 +291,24 @@ def test_the_check_names_the_shape_that_fails() -> None:
             check.TOLERANCES["fp32"],
             name="x",
         )
+
+
+def test_a_pool_wider_than_the_picture_is_a_pool_of_all_of_it() -> None:
+    """EfficientNet's kernel is as wide as its channels, which OpenVINO refuses."""
+    import onnx
+    import onnx_ir
+
+    from memopt.exporters.onnx import _pool_all
+
+    def pool(kernel: int) -> str:
+        value = onnx.helper.make_tensor_value_info
+        node = onnx.helper.make_node(
+            "AveragePool", ["x"], ["y"], kernel_shape=[kernel, kernel], ceil_mode=1
+        )
+        ends = (value(name, onnx.TensorProto.FLOAT, ["b", 8, 2, 2]) for name in ("x", "y"))
+        graph = onnx.helper.make_graph([node], "g", *([end] for end in ends))
+        model = onnx_ir.from_proto(onnx.helper.make_model(graph))
+        _pool_all(model.graph)
+        return str(next(iter(model.graph)).op_type)
+
+    assert (pool(320), pool(1)) == ("GlobalAveragePool", "AveragePool")
