@@ -71,5 +71,5 @@ def kaldi_filters(mels: int, rate: int) -> NDArray[np.float64]:
     return np.maximum(0.0, np.minimum(falling, rising))
 
 
-def _mel(hertz: NDArray[np.float64]) -> NDArray[np.float64]:
+def _mel(hertz: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(1127.0 * np.log(1.0 + hertz / 700.0))
