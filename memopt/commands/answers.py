@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -15,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from memopt.commands.console import echo
+from memopt.commands.console import echo, say
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import atomic_path
 from memopt.runtimes.inputs import read_items
@@ -111,4 +110,4 @@ def _lines(output: Path | None) -> Iterator[Callable[[str], Any]]:
         )
     with atomic_path(output) as path, path.open("w", encoding="utf-8") as file:
         yield lambda line: file.write(line + "\n")
-    print(f"wrote {output}", file=sys.stderr)
+    say(f"wrote {output}")
