@@ -23,7 +23,8 @@ cosine to float on random weights, which are harder to round than trained ones.
 
 {both} model types are right on both formats for a task at least, {cells} of {tried} pairs of type
 and task in all; {refused} are refused in one line. Nothing ends in a traceback, and nothing was
-written with a wrong answer, unless a row below says so.
+written with a wrong answer, unless a row below says so. {old} rows, marked \*, are of an earlier
+sweep over embeddings and were not measured again since; what was not tried has no row.
 """
 
 
@@ -50,6 +51,7 @@ def write_page(rows: Sequence[dict[str, Any]], whole: int, path: Path) -> None:
     counts = collections.Counter(row["status"] for row in rows)
     text = _HEADER.format(
         version=transformers.__version__,
+        old=sum(bool(row.get("earlier")) for row in rows),
         both=len(right_types(rows)),
         cells=counts["right"],
         tried=len(rows),
@@ -66,7 +68,9 @@ def write_page(rows: Sequence[dict[str, Any]], whole: int, path: Path) -> None:
         "\n## What does not, and why\n\n| model type | task | what memopt says |\n|---|---|---|\n"
     )
     others = [row for row in ordered if row not in runs]
-    text += "".join(f"| {row['type']} | {row['task']} | {_why(row)} |\n" for row in others)
+    text += "".join(
+        f"| {row['type']}{_mark(row)} | {row['task']} | {_why(row)} |\n" for row in others
+    )
     path.write_text(text, encoding="utf-8")
 
 
@@ -78,8 +82,12 @@ def _running(row: dict[str, Any]) -> str:
     if int8.startswith("no"):
         line = line or f"int8: {_cell(int8[4:])}"
         int8 = "no"
-    cells = (row["type"], row["task"], *formats, fused, int8 or "no", line)
+    cells = (row["type"] + _mark(row), row["task"], *formats, fused, int8 or "no", line)
     return f"| {' | '.join(cells)} |\n"
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return " \\*" if row.get("earlier") else ""
 
 
 def _why(row: dict[str, Any]) -> str:

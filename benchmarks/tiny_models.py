@@ -349,7 +349,7 @@ def _answer(result: Any, task: str, pooling: str) -> np.ndarray:
     if not task.endswith("embedding"):
         return np.asarray(result.logits[0].numpy())
     if pooling == "model":
-        names = ("image_embeds", "text_embeds", "pooler_output")
+        names = ("image_embeds", "text_embeds", "pooler_output", "cls_token_value")
         values = [getattr(result, name, None) for name in names]
         return np.asarray(next(v for v in values if v is not None).flatten(1).numpy()[0])
     hidden = result.last_hidden_state[0].numpy()

@@ -27,7 +27,8 @@ from memopt.weights.reader import WeightLoader
 # Added to the score of a masked token. exp(-10000) is exactly 0 in float32, a fully padded row
 # stays finite, and unlike float32's lowest value it survives a conversion to float16.
 MASK_BIAS = -10_000.0
-_POOLED = ("image_embeds", "text_embeds", "pooler_output")
+# The last is CvT's class token, which its other outputs do not hold.
+_POOLED = ("image_embeds", "text_embeds", "pooler_output", "cls_token_value")
 # The least that a count of tokens is taken as: a row of padding only stays finite.
 _LEAST = 1e-9
 

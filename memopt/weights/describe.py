@@ -20,6 +20,7 @@ from memopt.weights.sentence import Sentence, read_sentence
 # every checkpoint. What is in neither set gives transformers' own pooled output.
 _CLASS_TOKEN = {
     *("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_msn"),
+    "data2vec-vision",
 }
 _PATCHES_ONLY = {"ijepa"}  # neither a class token nor a pooled output: the mean of the patches
 _OWN_HEAD = {*DUAL, AST, "clip_text_model", "siglip_text_model", "siglip2_text_model"} | {
