@@ -97,6 +97,8 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
 def _check(check: Any) -> str:
     if not check:
         return "-"
+    if "min_cosine" not in check:
+        return "the imported graph as it is"
     return f"cosine {check['min_cosine']:.7f}, max error {check['max_abs_error']:.1e}"
 
 

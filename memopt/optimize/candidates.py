@@ -38,6 +38,7 @@ def candidates(
         return ()
     if "cpu" in targets:
         found += [
+            *_imported(manifest),
             _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "fused float on ONNX Runtime"),
             _quantize("cpu", int8_why, method="dynamic"),
             _quantize("cpu", int8_why, method="static", target="cpu"),
@@ -64,6 +65,14 @@ def candidates(
                 why = "fused operators on CUDA"
                 found.append(_export("onnx-fp32-fused", device, "onnx", "fp32", why))
     return tuple(found)
+
+
+def _imported(manifest: Manifest) -> list[Candidate]:
+    """Return the graph of somebody else as it is, the float one where nothing in it is fused."""
+    known = getattr(manifest, "variants", {}).get("onnx-fp32")
+    if known is None or known.method != "import":
+        return []
+    return [_export("onnx-fp32", "cpu", "onnx", "fp32", "the imported graph as it is")]
 
 
 def _export(name: str, device: str, format_: str, precision: str, why: str) -> Candidate:

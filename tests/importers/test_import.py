@@ -332,6 +332,8 @@ def test_a_graph_of_no_known_task_runs_as_it_is(
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "s.npy", state)
     given = ["--input", f"x={tmp_path / 'x.npy'}", "--input", f"state={tmp_path / 's.npy'}"]
+    app(["info", str(bundle.path)], standalone_mode=False)
+    assert "the imported graph as it is" in capsys.readouterr().out
     out = tmp_path / "out.npz"
     app(["run", str(bundle.path), *given, "-o", str(out), "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["y"] == [[2.0, 3.5]] * 3
