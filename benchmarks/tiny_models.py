@@ -42,16 +42,20 @@ _WIDTHS = {
 # Lists of one number a stage: one block each.
 _DEPTHS = ("depths", "depth", "layer_depths", "num_blocks", "layers_per_stage")
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-# A small backbone in place of a detector's ResNet-50.
-_RESNET = {
-    "model_type": "resnet",
+# A small backbone in place of a detector's ResNet-50, which may be timm's.
+_RESNET: dict[str, Any] = {
     "embedding_size": 8,
     "hidden_sizes": [8, 16, 24, 32],
     "depths": [1, 1, 1, 1],
-    "layer_type": "bottleneck",
-    "num_labels": 3,
+    "layer_type": "basic",
 }
-_DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+_RT_DETR: dict[str, Any] = {
+    "encoder_in_channels": [16, 24, 32],
+    "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32, 32, 32],
+    "num_denoising": 0,
+}
+_D_FINE = {"encoder_hidden_dim": 32, "decoder_in_channels": [32, 32, 32], "num_denoising": 0}
 # What introspection cannot know; over what it says.
 SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
@@ -66,6 +70,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1},
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "d_fine": _D_FINE,
+    "deimv2": _D_FINE,
     "yolos": {"image_size": [64, 96], "num_detection_tokens": 10},
 }
 # Encoder-decoder models that sentence-transformers embeds with their encoder; it takes what
@@ -123,20 +131,22 @@ def small(config: Any, kind: str, level: int) -> dict[str, Any]:
         elif name in _DEPTHS and isinstance(value, list | tuple) and level < 3:
             made[name] = [1] * len(value)
         elif hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            if value.model_type == "resnet" and kind:
-                made[name] = _backbone(value)
-            else:
-                made[name] = small(value, "", level)
+            made[name] = (
+                _backbone(value, kind) if name == "backbone_config" else small(value, "", level)
+            )
     return {**made, **SPECIAL.get(kind, {})}
 
 
-def _backbone(config: Any) -> Any:
-    stated = dict(_RESNET)
-    for key in ("out_features", "out_indices"):
-        stated[key] = getattr(config, key, None)
-    kind = type(config)
-    stated.pop("model_type")
-    return kind(**{key: value for key, value in stated.items() if value is not None})
+def _backbone(config: Any, kind: str) -> Any:
+    """Return a small ResNet in place of a detector's, other backbones as they are."""
+    import transformers
+
+    if config.model_type == "rt_detr_resnet":
+        return type(config)(**_RESNET, out_features=["stage2", "stage3", "stage4"])
+    if config.model_type not in ("resnet", "timm_backbone"):
+        return config
+    several = ["stage2", "stage3", "stage4"] if kind == "deformable_detr" else ["stage4"]
+    return transformers.ResNetConfig(**_RESNET, out_features=several)
 
 
 def tiny_config(kind: str, cls: Any, task: str, level: int) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 
 from memopt.errors import ExportError, MissingExtra, brief
 from memopt.exporters.interface import Signature, by_name
+from memopt.exporters.patched import Mends, mended
 from memopt.extras import require
 from memopt.graphs.ir import constant
 from memopt.graphs.session import open_onnx
@@ -53,39 +54,27 @@ def to_onnx(
         ExportError: torch cannot trace or translate the model; says why as far as torch does, and
             names the operator.
     """
-    import torch
-
     ir = require("onnx_ir", extra="export", why="write an ONNX graph")
     require("onnxscript", extra="export", why="write an ONNX graph")
     # It warns that torchvision is not installed, for operators no text or audio model has.
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     registration.setLevel(logging.ERROR)
-    dynamic_axis = torch.export.Dim.DYNAMIC
-    # A copy each: the exporter merges inputs that are one tensor object into one graph input.
-    arguments = tuple(torch.from_numpy(feeds[name].copy()) for name in signature.inputs)
-    dynamic = tuple(
-        dict.fromkeys(signature.dynamic[name], dynamic_axis) for name in signature.inputs
-    )
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
-                arguments,
-                input_names=list(signature.inputs),
-                output_names=[f"{name}__out" for name in signature.outputs],
-                dynamic_shapes=(dynamic,),
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-    except Exception as error:
+        program = _translate(module, feeds, signature, opset)
+    except Exception as error:  # noqa: BLE001 - torch raises anything; the second way may work
         _log.info("torch on %s: %s", loaded.config.model_type, error)
-        raise ExportError(
-            f"{loaded.config.model_type} does not export to a graph: {_reason(error)}",
-            fix="a bundle runs without one too, with ArrowEngine(BUNDLE, device='torch'); memopt "
-            "--debug shows what torch says",
-        ) from error
+        try:
+            with mended() as mends:
+                if mends is None:
+                    raise
+                program = _translate(module, feeds, signature, opset, mends)
+        except Exception as second:  # noqa: BLE001 - the first is what is told
+            _log.info("torch with transformers' mends: %s", second)
+            raise ExportError(
+                f"{loaded.config.model_type} does not export to a graph: {_reason(error)}",
+                fix="a bundle runs without one too, with ArrowEngine(BUNDLE, device='torch'); "
+                "memopt --debug shows what torch says",
+            ) from error
     model = program.model
     _tidy(model)
     _pool_all(model.graph)
@@ -96,6 +85,40 @@ def to_onnx(
     if foreign:
         raise ExportError(f"the graph uses operators of {sorted(foreign)}, not only standard ones")
     return ir.to_proto(model)
+
+
+def _translate(
+    module: Any,
+    feeds: Mapping[str, Any],
+    signature: Signature,
+    opset: int,
+    mends: Mends | None = None,
+) -> Any:
+    """Return torch's ONNX program of a module."""
+    import torch
+
+    dynamic_axis = torch.export.Dim.DYNAMIC
+    # A copy each: the exporter merges inputs that are one tensor object into one graph input.
+    arguments = tuple(torch.from_numpy(feeds[name].copy()) for name in signature.inputs)
+    dynamic = tuple(
+        dict.fromkeys(signature.dynamic[name], dynamic_axis) for name in signature.inputs
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            arguments,
+            input_names=list(signature.inputs),
+            output_names=[f"{name}__out" for name in signature.outputs],
+            dynamic_shapes=(dynamic,),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=mends.translations if mends else None,
+        )
+    if mends is not None:
+        mends.finish(program)
+    return program
 
 
 def save_onnx(model: Any, target: Path, *, limit: int = EXTERNAL_DATA_BYTES) -> tuple[str, ...]:
