@@ -59,9 +59,9 @@ def test_what_a_model_needs_besides_is_named(tmp_path: Path) -> None:
 
 
 def test_what_a_model_has_no_place_for_is_named(tmp_path: Path) -> None:
-    """FNet mixes all tokens of a row: without a mask padding would change every vector."""
-    settings = {key: value for key, value in _TEXT.items() if "heads" not in key}
-    line = _refused(_bundle(tmp_path, "FNet", **settings, tpu_short_seq_length=32))
+    """xLSTM runs over padding as over words: without a mask it would change every vector."""
+    sizes = {"vocab_size": 40, "hidden_size": 64, "num_hidden_layers": 1, "num_heads": 2}
+    line = _refused(_bundle(tmp_path, "xLSTM", **sizes))
     assert "takes no attention_mask" in line
 
 

@@ -85,13 +85,13 @@ def test_a_graph_made_for_one_prompt_refuses_others(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_vector_is_cut_before_it_is_made_unit_length(tiny: Any, normalize: bool) -> None:
+def test_a_vector_is_cut_before_it_is_made_unit_length(tiny_copy: Any, normalize: bool) -> None:
     """As truncate_dim and normalize_embeddings of sentence-transformers."""
     from memopt.weights.convert import to_safetensors
 
-    to_safetensors(tiny)
-    wanted = theirs(tiny.path, truncate_dim=8, normalize_embeddings=normalize)
-    with ArrowEngine(tiny, device="torch") as engine:
+    to_safetensors(tiny_copy)
+    wanted = theirs(tiny_copy.path, truncate_dim=8, normalize_embeddings=normalize)
+    with ArrowEngine(tiny_copy, device="torch") as engine:
         got = engine.encode(TEXTS, dimension=8, normalize=normalize)
         np.testing.assert_allclose(got, wanted, atol=1e-5)
         arrow = engine.encode(TEXTS, dimension=8, normalize=normalize, output="arrow")
