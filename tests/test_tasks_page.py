@@ -139,6 +139,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> tuple[Make
     return bundle, home
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=[b.splitlines()[0].split()[-1] for b in BLOCKS])
 def test_an_example_runs(
     block: str, make: tuple[Make, Path], monkeypatch: pytest.MonkeyPatch

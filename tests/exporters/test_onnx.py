@@ -196,6 +196,7 @@ def test_a_pooler_is_only_optional_where_it_is_not_used(tiny: Bundle, tmp_path: 
         load_model(Bundle(bundle.path, manifest), "embedding")
 
 
+@pytest.mark.slow
 def test_an_operator_that_does_not_export_is_named(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

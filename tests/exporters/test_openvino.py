@@ -76,6 +76,7 @@ def test_exporting_twice_gives_the_same_bytes(exported: Bundle, tmp_path: Path) 
         assert sha256_file(copy.path / name) == sha256_file(exported.path / name)
 
 
+@pytest.mark.slow
 def test_the_bundles_own_portable_graph_is_the_source(tiny: Bundle, tmp_path: Path) -> None:
     """Where onnx-fp32 is of the same weights it is not traced again; a damaged one is."""
     bundle = open_bundle(shutil.copytree(tiny.path, tmp_path / "bundle"))

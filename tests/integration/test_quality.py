@@ -25,6 +25,7 @@ def correlation(first: Vectors, second: Vectors, scores: list[float]) -> float:
     return float(spearmanr((first * second).sum(axis=1), scores).statistic)
 
 
+@pytest.mark.slow
 def test_stsb_spearman_equals_sentence_transformers(
     minilm: Bundle, shared_data: Callable[[str], Path]
 ) -> None:

@@ -22,6 +22,7 @@ from memopt.runtimes.torch_model import load_model
 from memopt.weights.chain import ACTIVATIONS
 from memopt.weights.convert import convert, to_safetensors
 from memopt.weights.sentence import read_sentence
+from tests.parameters import mostly_slow
 
 TEXTS = ["a cat", "The dog, the cat and a Dog " * 3, "", "x"]
 TOKENS = "token_embeddings"
@@ -120,7 +121,7 @@ def test_activations_are_torch_s_own(activation: str) -> None:
     np.testing.assert_allclose(_ACTIVATIONS[activation](values.numpy()), wanted, atol=1e-7)
 
 
-@pytest.mark.parametrize("device", ["cpu", "openvino"])
+@pytest.mark.parametrize("device", mostly_slow(["cpu", "openvino"], "cpu"))
 def test_a_chain_is_in_every_graph(tiny_source: Path, tmp_path: Path, device: str) -> None:
     """Both formats give sentence-transformers' vectors, and name the modules' weights."""
     source = saved(tiny_source, tmp_path / "source", "two dense")

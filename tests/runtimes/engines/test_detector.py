@@ -13,6 +13,7 @@ from memopt.errors import ConfigurationError, InputError
 from memopt.exporters.base import export
 from memopt.runtimes.engines.detector import Detector
 from memopt.weights.convert import convert
+from tests.parameters import mostly_slow
 
 # Width and height apart, landscape and portrait, one smaller than the model wants.
 _SIZES = ((60, 90), (120, 70), (33, 33))
@@ -143,7 +144,7 @@ def _expected(model: Any, processor: Any, picture: np.ndarray, threshold: float)
     return processor.post_process_object_detection(answer, threshold, target_sizes=sizes)[0]
 
 
-@pytest.mark.parametrize("name", list(_MODELS))
+@pytest.mark.parametrize("name", mostly_slow(_MODELS, "yolos"))
 def test_detections_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Labels, scores and boxes in pixels, of pictures of several shapes in one call."""
     _, model, processor = _built(name, tmp_path)

@@ -21,6 +21,7 @@ from memopt.exporters.base import export
 from memopt.runtimes.engines.late import LateEncoder
 from memopt.tasks.late import maxsim, stacked
 from memopt.weights.convert import convert
+from tests.parameters import mostly_slow
 
 QUERIES = ["where is the cat?", "", "what is the price of a very long question " * 6, "été 猫"]
 DOCUMENTS = ["a cat sat, on the mat.", "!?", "the stock market fell " * 80, "Why? Because.", ""]
@@ -121,7 +122,7 @@ def stanford(trunk: Path, target: Path) -> Path:
 KINDS = [plain, filled, filled_at_least, pylate, stanford]
 
 
-@pytest.mark.parametrize("save", KINDS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("save", mostly_slow(KINDS, plain), ids=lambda save: save.__name__)
 def test_vectors_and_scores_are_those_of_sentence_transformers(
     save: Callable[[Path, Path], Path], trunk: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from memopt import ArrowEngine, ZeroShotClassifier, open_bundle
 from memopt.errors import BundleError, InputError
 from memopt.exporters.base import export
 from memopt.weights.convert import convert
+from tests.parameters import mostly_slow
 
 _WORDS = ("this", "is", "a", "photo", "of", "cat", "dog", "house", "very", "large")
 _TEXT: dict[str, Any] = {
@@ -87,7 +88,7 @@ def _seed(model: Any) -> None:
                 values.fill_(1.2)
 
 
-@pytest.mark.parametrize("name", list(_MODELS))
+@pytest.mark.parametrize("name", mostly_slow(_MODELS, "clip"))
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Of pictures and labels of several sizes and lengths, scale and bias included."""
     import torch
