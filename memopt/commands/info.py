@@ -136,7 +136,8 @@ def _speed(record: Any, validation: Any) -> str:
 
 def _weights(manifest: Manifest) -> dict[str, Mapping[str, Any]]:
     """Return the quantized weight files that are there, each with what was recorded of it last."""
-    made = {event["file"]: event for event in manifest.history if event.get("method") == "arrow"}
+    events = [e for e in manifest.history if e.get("method") in ("arrow", "gguf")]
+    made = {event["file"]: event for event in events}
     return {file: event for file, event in made.items() if file in manifest.files}
 
 

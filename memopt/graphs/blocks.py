@@ -74,9 +74,9 @@ def to_blocks(weight: QuantizedWeight, *, table: bool = False) -> Blocks | None:
 
     The kernels want blocks of a power of two from 16 on; a scale that covers more than a block is
     repeated, which changes no number. A ``table`` is for
-    GatherBlockQuantized, which takes whole blocks.
+    GatherBlockQuantized, which takes whole blocks. Minima are no whole zero points: None too.
     """
-    if weight.integers.ndim != 2:
+    if weight.integers.ndim != 2 or weight.has_minima:
         return None
     count, width = weight.shape
     if weight.group_size:

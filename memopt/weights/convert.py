@@ -24,6 +24,7 @@ from memopt.errors import BundleError, WeightsError
 from memopt.files import publish, staged_directory
 from memopt.weights.describe import announcements, describe, model_config
 from memopt.weights.flatten import flatten
+from memopt.weights.gguf.folder import GgufModel, lay_out, open_model
 from memopt.weights.kinds import STATIC
 from memopt.weights.modules import MODULES, WEIGHED
 from memopt.weights.reader import WeightLoader
@@ -37,10 +38,13 @@ from memopt.weights.weight_file import (
     Step,
     module_shards,
     rewrite,
+    write_gguf,
+    write_gguf_integers,
     write_shards,
 )
 
 WEIGHTS = "weights.parquet"
+GGUF_WEIGHTS = "weights_gguf.parquet"  # a GGUF file's own integers (schema V2)
 
 
 def convert(
@@ -63,8 +67,9 @@ def convert(
 
     Args:
         source: a Hugging Face folder, a hub id, ``package:NAME/FOLDER``, a name from
-            ``models/*.yaml``, or Parquet weights of schema V1 or V2 (a file, or a folder that has
-            them in place of safetensors); those of V2 are dequantized.
+            ``models/*.yaml``, a GGUF file, or Parquet weights of schema V1 or V2 (a file, or a
+            folder that has them in place of safetensors); those of V2 are dequantized, GGUF's too,
+            whose integers are kept beside in ``weights_gguf.parquet``.
         output: the bundle folder; ``models/<name>`` by default.
         task: one of ``memopt.bundle.TASKS``; by default what the config says.
         compression: None (values can be memory-mapped) or "zstd".
@@ -93,6 +98,13 @@ package:NAME/FOLDER, nor a known model; known: clip-vit-base-patch32, minilm, wh
             fix="go on with memopt export, or back with --to safetensors",
         )
     with TemporaryDirectory(prefix="memopt-") as place:
+        if found.gguf is not None:
+            if route is not None:
+                raise WeightsError(f"{found.gguf} has no Router", fix="leave --route out")
+            model = open_model(found.gguf)
+            told = lay_out(model, Path(place))
+            found = replace(found, folder=Path(place), told=(*found.told, *told))
+            return _convert(found, output, task, compression, on_step, on_warning, model)
         if found.parquet is None:
             folder, told = flatten(found.folder, Path(place), route)
             found = replace(found, folder=folder, told=(*found.told, *told))
@@ -106,6 +118,7 @@ def _convert(
     compression: str | None,
     on_step: Step | None,
     on_warning: Callable[[str], None] | None,
+    gguf: GgufModel | None = None,
 ) -> Bundle:
     sentence = read_sentence(found.folder)
     files = found.folder / sentence.transformer if sentence else found.folder
@@ -113,13 +126,14 @@ def _convert(
         found.folder,
         name=found.name,
         source=found.origin,
-        known=found.known,
+        known=gguf.known if gguf else found.known,
         task=task,
         sentence=sentence,
     )
-    shards = checkpoint(files) if found.parquet is None else []
+    plain = found.parquet is None and gguf is None
+    shards = checkpoint(files) if plain else []
     names = [name for shard in shards for name in shard.order]
-    modules = module_shards(found.folder, sentence) if found.parquet is None else {}
+    modules = module_shards(found.folder, sentence) if plain else {}
     model = model_config(files, sentence)
     told = [*found.told]
     if not found.known:
@@ -135,14 +149,20 @@ def _convert(
         if manifest.modality == "text" and manifest.model_type != STATIC:
             told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)
-        if found.parquet is not None:
+        event: dict[str, Any] = {"event": "convert", "source": found.origin}
+        if gguf is not None:
+            not_finite = write_gguf(gguf, folder / WEIGHTS, compression, on_step)
+            kept = write_gguf_integers(gguf, folder / GGUF_WEIGHTS, compression)
+            event |= _kept(gguf, kept)
+            told += [_integers(target)] if kept else []
+        elif found.parquet is not None:
             told += _quantized(found.parquet, target)
             not_finite = rewrite(found.parquet, folder / WEIGHTS, compression, on_step)
         else:
             not_finite = write_shards(shards, modules, folder / WEIGHTS, compression, on_step)
         for line in (*_not_finite(not_finite), *told):
             (on_warning or _warn)(line)
-        event = {"event": "convert", "source": found.origin, "not_finite": not_finite}
+        event["not_finite"] = not_finite
         made = create_bundle(folder, replace(manifest, history=(stamp(event),)))
         if (target / MANIFEST).is_file():
             return _replace(target, made)
@@ -278,6 +298,22 @@ def _quantized(source: Path, target: Path) -> list[str]:
         f"{source} holds {', '.join(sorted(map(str, kinds)))} weights, which the bundle has "
         f"dequantized; a graph with exactly its integers: memopt export {target} --weights {source}"
     ]
+
+
+def _kept(gguf: GgufModel, counts: dict[str, int]) -> dict[str, Any]:
+    """Return what the history says of a GGUF file: its types, and the integers that were kept."""
+    said: dict[str, Any] = {"gguf": gguf.file.architecture, "types": gguf.kinds}
+    if counts:
+        # They stand for what weights.parquet holds, bit for bit: no gate is needed.
+        said |= {"file": GGUF_WEIGHTS, "method": "gguf", "kept": counts, "passed": True}
+    return said
+
+
+def _integers(target: Path) -> str:
+    return (
+        f"the file's own integers are in {GGUF_WEIGHTS}; a graph with exactly them: "
+        f"memopt export {target} --weights {GGUF_WEIGHTS}"
+    )
 
 
 def _not_finite(names: list[str]) -> list[str]:

@@ -253,6 +253,12 @@ class OpenFile:
         out: np.ndarray = scalar.values.to_numpy(zero_copy_only=False)
         return out
 
+    def minima(self, place: Place) -> np.ndarray:
+        """Return the minima of a quantized row, none in a file that has no such column."""
+        if schema.MINIMA not in self._leaf:
+            return np.zeros(0, np.float32)
+        return self.values(place, schema.MINIMA).astype(np.float32)
+
     def _mapped_values(self, place: Place, column: str) -> np.ndarray | None:
         chunk = self._parquet.metadata.row_group(place.group).column(self._leaf[column])
         if chunk.compression != "UNCOMPRESSED":

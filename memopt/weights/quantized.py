@@ -1,9 +1,9 @@
-"""A quantized weight: integers, scales, zero points, and the arithmetic that turns it back."""
+"""A quantized weight: integers, scales, zero points, minima; the arithmetic that turns it back."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def scale_shape(shape: tuple[int, ...], axis: int, group_size: int) -> tuple[int
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """One weight as ``scale * (integer - zero_point)``.
+    """One weight as ``scale * (integer - zero_point)``, plus a minimum where it has minima.
 
     Attributes:
         integers: int8, in the weight's shape, in the signed range of ``bits`` (not packed).
@@ -35,6 +35,8 @@ class QuantizedWeight:
         axis: -1 for one scale per tensor, else the quantized axis (0 <= axis < ndim).
         group_size: 0 for one scale per index of ``axis``, else the length of a block along it.
         bits: 8, 4 or 2.
+        minima: float32, in the scales' shape, or empty: what is added to the product. GGUF's types
+            that count up from a minimum (Q4_1) need it: it is no whole number of steps.
     """
 
     integers: np.ndarray
@@ -43,6 +45,7 @@ class QuantizedWeight:
     axis: int
     group_size: int
     bits: int
+    minima: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         if self.bits not in RANGES:
@@ -63,9 +66,11 @@ class QuantizedWeight:
             )
         if self.zero_points.size and self.zero_points.shape != expected:
             raise WeightsError(f"{self.zero_points.size} zero points for {self.scales.size} scales")
-        if not np.isfinite(self.scales).all():
-            bad = self.scales[~np.isfinite(self.scales)].reshape(-1)[0]
-            raise WeightsError(f"a scale is {bad}")
+        if self.minima.size and self.minima.shape != expected:
+            raise WeightsError(f"{self.minima.size} minima for {self.scales.size} scales")
+        for what, values in (("scale", self.scales), ("minimum", self.minima)):
+            if not np.isfinite(values).all():
+                raise WeightsError(f"a {what} is {values[~np.isfinite(values)].reshape(-1)[0]}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +81,11 @@ class QuantizedWeight:
     def symmetric(self) -> bool:
         """Whether every zero point is 0."""
         return not self.zero_points.any()
+
+    @property
+    def has_minima(self) -> bool:
+        """Whether something is added behind the product."""
+        return self.minima.size > 0
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """Broadcast one value per scale over the weight's shape."""
@@ -89,7 +99,7 @@ class QuantizedWeight:
         return values.reshape(sizes)
 
     def dequantize(self) -> np.ndarray:
-        """Return ``scale * (integer - zero_point)`` as float32, the arithmetic of DequantizeLinear.
+        """Return what the integers stand for as float32, by the arithmetic of DequantizeLinear.
 
         >>> q = QuantizedWeight(np.array([[-2, 4]], np.int8), np.array([0.5], np.float32),
         ...                     np.zeros(0, np.int8), 0, 0, 8)
@@ -100,6 +110,8 @@ class QuantizedWeight:
         if self.zero_points.size:
             out -= self.spread(self.zero_points).astype(np.float32)
         out *= self.spread(self.scales)
+        if self.has_minima:
+            out += self.spread(self.minima)
         return out
 
     def transposed(self) -> QuantizedWeight:
@@ -117,4 +129,34 @@ class QuantizedWeight:
             self.axis if self.axis == -1 else 1 - self.axis,
             self.group_size,
             self.bits,
+            self.minima.T.copy(),
+        )
+
+    def rows(self, order: np.ndarray) -> QuantizedWeight:
+        """Return the weight with its rows in another order, the same integers and scales.
+
+        Raises:
+            WeightsError: the rows are what is quantized together.
+
+        >>> q = QuantizedWeight(np.array([[1], [2]], np.int8), np.array([1, 1], np.float32),
+        ...                     np.zeros(0, np.int8), 0, 0, 8)
+        >>> q.rows(np.array([1, 0])).integers.tolist()
+        [[2], [1]]
+        """
+        if self.axis == 0 and self.group_size:
+            raise WeightsError(
+                f"rows of {self.group_size} share a scale", fix="give a weight quantized by columns"
+            )
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            return values if self.axis == -1 or not values.size else values[order]
+
+        return QuantizedWeight(
+            self.integers[order],
+            moved(self.scales),
+            moved(self.zero_points),
+            self.axis,
+            self.group_size,
+            self.bits,
+            moved(self.minima),
         )

@@ -174,6 +174,7 @@ class WeightLoader:
         axis, group = row["quant_axis"], opened.group_size(name)
         scales = opened.values(place, "scales").astype(np.float32)
         points = opened.values(place, "zero_points").astype(np.int8)
+        minima = opened.minima(place)
         try:
             if axis is None or not -1 <= axis < max(len(shape), 1) or (axis >= 0 and not shape):
                 raise WeightsError(f"quant_axis {axis} does not exist in shape {list(shape)}")
@@ -187,6 +188,7 @@ class WeightLoader:
                 axis,
                 group,
                 bits,
+                minima.reshape(expected) if minima.size == fits else minima,
             )
         except WeightsError as error:
             raise opened.damaged(place, error.problem) from None

@@ -17,6 +17,10 @@ V2 (quantized):
     quant_type string ('int8' | 'int4' | 'int2' | 'fp16' | 'raw'),
     scales list<float>, zero_points list<int8>, quant_axis int32
 
+V2.1 is V2 with one column more, ``minima list<float>``: what is added to ``scale * (integer -
+zero_point)``, in the scales' layout, empty for a weight without. GGUF's types that count up from a
+minimum need it. A memopt that knows only V2 refuses such a file by its version.
+
 Files of others: V1's ``weight_data`` may be any float; V2 without ``memopt.packing`` may have int4
 and int2 one value a byte; 'fp16' rows with one byte a value are refused, as their fractions were
 lost in the int8 column.
@@ -64,6 +68,9 @@ V2 = pa.schema(
         ("quant_axis", pa.int32()),
     ]
 )
+MINIMA = "minima"
+V2_1 = V2.append(pa.field(MINIMA, pa.list_(pa.float32())))
+MINIMA_VERSION = "2.1"
 QUANT_BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 _DTYPES: dict[str, np.dtype] = {
@@ -140,6 +147,8 @@ def detect_version(schema: pa.Schema, *, origin: str) -> int:
     only_v2 = {"quant_type", "scales", "zero_points", "quant_axis"}
     version = 2 if names & only_v2 else 1
     needed = V2.names if version == 2 else v1("float32", with_bytes=False).names[:4]
+    if version == 2 and MINIMA in names:
+        needed = V2_1.names
     missing = [name for name in needed if name not in names]
     if missing:
         raise WeightsError(
@@ -154,10 +163,11 @@ def detect_version(schema: pa.Schema, *, origin: str) -> int:
                 fix="convert the model again",
             )
     said = (schema.metadata or {}).get(VERSION_KEY.encode())
-    if said is not None and said != str(version).encode():
+    shown = MINIMA_VERSION if needed == V2_1.names else str(version)
+    if said is not None and said != shown.encode():
         raise WeightsError(
             f"{origin}: the metadata says schema V{said.decode(errors='replace')}, "
-            f"the columns are schema V{version}",
+            f"the columns are schema V{shown}",
             fix="the file was altered; convert the model again",
         )
     return version
@@ -174,4 +184,5 @@ def _type_fits(name: str, kind: pa.DataType, version: int) -> bool:
     value = kind.value_type
     if name == "weight_data" and version == 1:
         return bool(types.is_floating(value))
-    return bool(types.is_floating(value) if name == "scales" else types.is_integer(value))
+    floats = name in ("scales", MINIMA)
+    return bool(types.is_floating(value) if floats else types.is_integer(value))

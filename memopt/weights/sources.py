@@ -1,4 +1,4 @@
-"""Find a model: a folder, a hub id, package data, or a name from ``models/*.yaml``."""
+"""Find a model: a folder, a file, a hub id, package data, or a name from ``models/*.yaml``."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SCALES = ("weight_scale", "scale", "input_scale")  # what names of fp8 scales begin with
+_GGUF = ".gguf"
+_GGUF_PART = re.compile(r"-(\d{5})-of-\d{5}$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -59,7 +61,8 @@ class Source:
         name: the bundle's default name.
         known: the entry of ``models/<name>.yaml``, empty when the source is not a known model.
         told: what a user should know of how it was found, a line each.
-        parquet: the weight file (schema V1 or V2), None where the weights are safetensors.
+        parquet: the weight file (schema V1 or V2), None where the weights are something else.
+        gguf: the GGUF file that is the whole model, None where it is none.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class Source:
     known: Mapping[str, Any]
     told: tuple[str, ...] = ()
     parquet: Path | None = None
+    gguf: Path | None = None
 
 
 def find_source(
@@ -76,7 +80,8 @@ def find_source(
     """Turn what the user wrote into a folder of files, downloading if it is a hub id.
 
     Args:
-        source: a folder, a ``.parquet`` file of weights, a hub id, ``package:...`` or a known name.
+        source: a folder, a ``.gguf`` file, a ``.parquet`` file of weights, a hub id,
+            ``package:...`` or a known name.
         revision: branch, tag or commit of a hub id.
         config: the folder with config.json and tokenizer, where Parquet weights lie alone.
 
@@ -95,7 +100,9 @@ def find_source(
     if parquet is not None:
         return _with_config(parquet, source, Path(config) if config is not None else None)
     if folder.is_dir():
-        return Source(folder, str(folder), folder.resolve().name, {})
+        return Source(folder, str(folder), folder.resolve().name, {}, gguf=_gguf(folder))
+    if folder.is_file() and folder.suffix.lower() == _GGUF:
+        return Source(folder.parent, source, _gguf_name(folder), {}, gguf=folder)
     if folder.is_file():
         raise WeightsError(f"{source!r} is a file, not a model folder", fix=taken_by(folder))
     if is_model_file(folder) and folder.parent.is_dir():
@@ -126,6 +133,26 @@ def _parquet(path: Path) -> Path | None:
     files = sorted(path.glob("*.parquet"))
     named = [file for file in files if file.name == "weights.parquet"]
     return (named or files)[0] if len(named or files) == 1 else None
+
+
+def _gguf(folder: Path) -> Path | None:
+    """Return the GGUF file that a folder has in place of other weights, the first of its parts."""
+    if (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")):
+        return None
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == _GGUF]
+    parts = [match for path in files if (match := _GGUF_PART.search(path.stem))]
+    if parts and len({_gguf_name(path) for path in files}) == 1:
+        return files[0]
+    if len(files) > 1:
+        raise WeightsError(
+            f"{folder} has several GGUF files: {', '.join(path.name for path in files[:5])}",
+            fix=f"give one: {files[0]}",
+        )
+    return files[0] if files else None
+
+
+def _gguf_name(path: Path) -> str:
+    return _GGUF_PART.sub("", path.stem)
 
 
 def _with_config(parquet: Path, source: str, config: Path | None) -> Source:
@@ -163,10 +190,13 @@ def _package(source: str) -> Source:
             fix=f"run: pip install {package.replace('_', '-')}",
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    folder = root / inside
-    if not folder.is_dir() or not folder.resolve().is_relative_to(root.resolve()):
+    folder, name = root / inside, package.replace("_", "-")
+    below = folder.resolve().is_relative_to(root.resolve())
+    if below and folder.is_file() and folder.suffix.lower() == _GGUF:
+        return Source(folder.parent, source, name, {}, gguf=folder)
+    if not folder.is_dir() or not below:
         raise WeightsError(f"{source!r}: package {package!r} has no folder {inside!r}")
-    return Source(folder, source, package.replace("_", "-"), {})
+    return Source(folder, source, name, {}, gguf=_gguf(folder))
 
 
 def _hub(source: str, revision: str | None) -> Source:
@@ -249,7 +279,13 @@ def _plain(shards: list[SafetensorsFile]) -> list[SafetensorsFile]:
 def _refuse_others(where: str, names: list[str]) -> None:
     """Say what a folder without safetensors has instead, and who takes that."""
     pickles = [n for n in names if any(Path(n).match(p) for p in _PICKLES)]
-    graphs = [n for n in names if Path(n).suffix.lower() in (".gguf", ".onnx", ".xml")]
+    single = [n for n in names if Path(n).suffix.lower() == _GGUF]
+    if single and not pickles:
+        raise WeightsError(
+            f"{where} has no .safetensors file, but {', '.join(single[:3])}",
+            fix="download one of them, and give the file",
+        )
+    graphs = [n for n in names if Path(n).suffix.lower() in (".onnx", ".xml")]
     if graphs and not pickles:
         raise WeightsError(
             f"{where} has no .safetensors file, but {', '.join(graphs[:3])}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,13 +14,15 @@ import numpy as np
 from memopt.errors import WeightsError
 from memopt.files import sha256_file
 from memopt.weights.chain import weight_shapes
+from memopt.weights.gguf.folder import GgufModel
 from memopt.weights.modules import WEIGHED, Module
+from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
 from memopt.weights.safetensors import SafetensorsFile, header_json
 from memopt.weights.schema import SOURCE_KEY, is_float, numpy_dtype
 from memopt.weights.sentence import Sentence
 from memopt.weights.sources import checkpoint
-from memopt.weights.writer import write_weights
+from memopt.weights.writer import write_quantized, write_weights
 
 HEADER_KEY = "memopt.safetensors_header"
 # isfinite() makes one byte per value; in pieces it never shows beside the tensor.
@@ -100,6 +104,47 @@ def rewrite(source: Path, path: Path, compression: str | None, on_step: Step | N
         sizes = {i.name: (i.dtype, i.size * numpy_dtype(i.dtype).itemsize) for i in infos}
         metadata = {SOURCE_KEY: json.dumps({source.name: sha256_file(source)})}
         return _write_checked(path, loader.items(), sizes, metadata, compression, on_step)
+
+
+def write_gguf(
+    model: GgufModel, path: Path, compression: str | None, on_step: Step | None
+) -> list[str]:
+    """Write the weight file from a GGUF file, dequantized; return what is not finite."""
+    sizes = {
+        weight.name: (weight.dtype, math.prod(weight.shape) * numpy_dtype(weight.dtype).itemsize)
+        for weight in model.weights
+    }
+    weights = ((weight.name, weight.load()) for weight in model.weights)
+    return _write_checked(path, weights, sizes, _gguf_source(model), compression, on_step)
+
+
+def write_gguf_integers(model: GgufModel, path: Path, compression: str | None) -> dict[str, int]:
+    """Write the integers of a GGUF file as schema V2, floats bit for bit beside them.
+
+    Returns:
+        How many weights are int8, int4, int2 and float; without integers no file is written.
+    """
+    counts: Counter[str] = Counter()
+    if not any(weight.tensor.kind.quantized for weight in model.weights):
+        return {}
+
+    def stream() -> Iterator[tuple[str, QuantizedWeight | np.ndarray]]:
+        for name, weight in model.stream():
+            counts[f"int{weight.bits}" if isinstance(weight, QuantizedWeight) else "float"] += 1
+            yield name, weight
+            del weight
+
+    quantizer = {"algorithm": "gguf", "types": model.kinds}
+    metadata = {**_gguf_source(model), "memopt.quantizer": json.dumps(quantizer, sort_keys=True)}
+    write_quantized(
+        path, stream(), metadata=metadata, compression=compression, minima=True, exact=True
+    )
+    return dict(sorted(counts.items()))
+
+
+def _gguf_source(model: GgufModel) -> dict[str, str]:
+    paths = sorted({tensor.path for tensor in model.file.tensors.values()})
+    return {SOURCE_KEY: json.dumps({path.name: sha256_file(path) for path in paths})}
 
 
 def _write_checked(

@@ -87,31 +87,49 @@ def write_quantized(
     *,
     metadata: Mapping[str, str] | None = None,
     compression: str | None = None,
+    minima: bool = False,
+    exact: bool = False,
 ) -> None:
     """Write a schema V2 file, streaming; a plain array is kept as float16, or raw where it must be.
 
     A float array goes to float16 when every finite value stays finite there; an integer or boolean
     array, and a float too large for float16, is kept bit for bit (quant_type 'raw').
+
+    Args:
+        path: the Parquet file; it is replaced only when everything was written.
+        weights: (name, weight) pairs in the order to store them.
+        metadata: extra key-value pairs for the footer.
+        compression: None or "zstd".
+        minima: make room for weights with minima (schema V2.1).
+        exact: keep every array bit for bit.
+
+    Raises:
+        WeightsError: a name given twice, or a weight with minima that no room was made for.
     """
     seen: set[str] = set()
     extra: dict[str, dict[str, Any]] = {}
-    with _row_writer(Path(path), schema.V2, compression) as rows:
+    version, arrow = (schema.MINIMA_VERSION, schema.V2_1) if minima else ("2", schema.V2)
+    with _row_writer(Path(path), arrow, compression) as rows:
         for name, weight in weights:
             _check(name, weight.shape, seen)
             layer, last = schema.split_name(name)
             row: dict[str, Any] = {"layer_name": layer, "weight_name": last}
+            row[schema.MINIMA] = np.zeros(0, "<f4")
             if isinstance(weight, QuantizedWeight):
+                if weight.has_minima and not minima:
+                    raise WeightsError(f"weight {name!r} has minima, which schema V2 does not keep")
                 row |= {
                     "weight_data": pack(weight.integers, weight.bits),
                     "quant_type": f"int{weight.bits}",
                     "scales": weight.scales.reshape(-1).astype("<f4"),
                     "zero_points": weight.zero_points.reshape(-1).astype(np.int8),
                     "quant_axis": weight.axis,
+                    schema.MINIMA: weight.minima.reshape(-1).astype("<f4"),
                 }
                 if weight.group_size:
                     extra[name] = {"group_size": weight.group_size}
             else:
-                kind, data = _kept(weight)
+                kind, data = _kept(weight, exact)
                 row |= {
                     "weight_data": data,
                     "quant_type": kind,
@@ -125,7 +143,7 @@ def write_quantized(
             rows.write_row(row)
         rows.finish(
             {
-                schema.VERSION_KEY: "2",
+                schema.VERSION_KEY: version,
                 schema.PACKING_KEY: schema.PACKING,
                 schema.ROWS_KEY: json.dumps(extra, sort_keys=True),
                 **(metadata or {}),
@@ -133,8 +151,8 @@ def write_quantized(
         )
 
 
-def _kept(array: np.ndarray) -> tuple[str, np.ndarray]:
-    if schema.is_float(array.dtype):
+def _kept(array: np.ndarray, exact: bool) -> tuple[str, np.ndarray]:
+    if schema.is_float(array.dtype) and (not exact or array.dtype == np.float16):
         with np.errstate(over="ignore"):
             half = array.astype("<f2")
         if np.array_equal(np.isfinite(half), np.isfinite(array.astype(np.float32))):

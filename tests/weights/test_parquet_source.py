@@ -214,7 +214,6 @@ def test_weights_alone_need_a_config(config: Path, tmp_path: Path) -> None:
 
 
 TAKERS = [
-    ("m.gguf", "llama.cpp takes GGUF files"),
     ("m.onnx", "memopt import makes a bundle around"),
     ("m.xml", "memopt import makes a bundle around"),
     ("m.safetensors", "the folder that holds it and config.json"),
@@ -236,7 +235,7 @@ def test_a_file_that_is_no_source_names_what_takes_it(
     there = "the folder that holds memopt.json" if name == "m.txt" else message
     with pytest.raises(BundleError, match=f"is a file, not a bundle folder; .*{there}"):
         open_bundle(file)
-    if name in ("m.gguf", "m.onnx"):
+    if name == "m.onnx":
         (tmp_path / "config.json").write_text(
             json.dumps({"architectures": ["BertModel"], "model_type": "bert"})
         )
