@@ -200,10 +200,33 @@ class _Editor:
             # ONNX wants the smallest block that cuts the axis into that many pieces.
             options["block_size"] = min(weight.group_size, weight.shape[weight.axis])
         label = {"name": f"{name}_dequantize"}
-        node = new_node("DequantizeLinear", inputs, name, **label, **options)
-        self._graph.insert_before(self._first, node)
-        ir.convenience.replace_all_uses_with(value, node.outputs[0])
+        scaled = f"{name}_scaled" if weight.has_minima else name
+        nodes = [new_node("DequantizeLinear", inputs, scaled, **label, **options)]
+        nodes += self._raised(name, nodes[0].outputs[0], weight) if weight.has_minima else []
+        for node in nodes:
+            self._graph.insert_before(self._first, node)
+        ir.convenience.replace_all_uses_with(value, nodes[-1].outputs[0])
         self.counts["DequantizeLinear"] += 1
+
+    def _raised(self, name: str, scaled: Any, weight: QuantizedWeight) -> list[Any]:
+        """Return the nodes that add each group's minimum: DequantizeLinear has no place for it."""
+        shape, axis, minima = weight.shape, weight.axis, weight.minima
+        size = weight.group_size
+        if size and shape[axis] % size:
+            raise ExportError(f"{name!r}: groups of {size} with minima do not cut {shape[axis]}")
+        if not size:
+            minima = weight.spread(minima)
+            added = store(self._graph, f"{name}_minimum", np.ascontiguousarray(minima))
+            return [new_node("Add", [scaled, added], name, name=f"{name}_raise")]
+        groups = (*shape[:axis], shape[axis] // size, size, *shape[axis + 1 :])
+        cut = store(self._graph, f"{name}_groups", np.array(groups, np.int64))
+        whole = store(self._graph, f"{name}_shape", np.array(shape, np.int64))
+        added = store(self._graph, f"{name}_minimum", np.expand_dims(minima, axis + 1))
+        split = new_node("Reshape", [scaled, cut], f"{name}_grouped", name=f"{name}_cut")
+        raised = [split.outputs[0], added]
+        add = new_node("Add", raised, f"{name}_raised", name=f"{name}_raise")
+        join = new_node("Reshape", [add.outputs[0], whole], name, name=f"{name}_join")
+        return [split, add, join]
 
     def _matmul(self, name: str, blocks: Blocks, node: Any) -> None:
         inputs = [node.inputs[0], *self._blocks(name, blocks, blocks.packed())]
