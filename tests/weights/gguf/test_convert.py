@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -238,3 +240,23 @@ def test_a_decoder_embeds_when_it_is_asked_to(tmp_path: Path) -> None:
     file = write_case(tmp_path / "m.gguf", case, make_model(case))
     manifest = convert(file, tmp_path / "bundle", task="embedding", on_warning=str).manifest
     assert (manifest.task, manifest.pooling, manifest.dimension) == ("embedding", "last", 64)
+
+
+def test_the_commands_say_what_was_kept(tmp_path: Path) -> None:
+    """memopt convert FILE.gguf, then info: types, integers, where they lie."""
+    case = BY_NAME["llama"]
+    write_case(tmp_path / "m.gguf", case, make_model(case), Type.Q4_1)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "memopt", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "text-generation" in run("convert", "m.gguf", "-o", "b").stdout
+    said = run("info", "b", "--verify").stdout
+    for part in ("gguf=llama", "weights_gguf.parquet", "weights (V2)", "verified"):
+        assert part in said
+    (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:5000])
+    refused = run("convert", "m.gguf", "-o", "c")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: m.gguf")
+    assert "Traceback" not in refused.stderr
