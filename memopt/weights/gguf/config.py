@@ -299,7 +299,6 @@ def _starcoder2(keys: Keys) -> Config:
 
 
 def _bert(keys: Keys) -> Config:
-    keys.get("pooling_type")
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",

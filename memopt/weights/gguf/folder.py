@@ -32,11 +32,16 @@ class GgufModel:
     @property
     def known(self) -> dict[str, Any]:
         """What a bundle's manifest says that no file of the folder does."""
-        if self.file.architecture != "bert":
+        architecture = self.file.architecture
+        usual = 1 if architecture == "bert" else 0
+        number = self.file.metadata.get(f"{architecture}.pooling_type", usual)
+        if number == 0 and architecture != "bert":
             return {"task": "text-generation"}
-        number = self.file.metadata.get("bert.pooling_type", 1)
         if number not in POOLINGS:
-            raise WeightsError(f"{self.file.path}: bert.pooling_type {number!r} is not known")
+            raise WeightsError(
+                f"{self.file.path}: {architecture}.pooling_type {number!r} is not known",
+                fix=f"known: {', '.join(f'{n} ({name})' for n, name in POOLINGS.items())}",
+            )
         return {"task": "embedding", "pooling": POOLINGS[number]}
 
     @property

@@ -13,7 +13,13 @@ from memopt.weights.gguf.file import GgufFile
 
 # They say nothing that a model computes with, or what the tensors say themselves.
 _HARMLESS = frozenset(
-    {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.causal"}
+    {
+        "vocab_size",
+        "tensor_data_layout",
+        "rope.scaling.finetuned",
+        "attention.causal",
+        "pooling_type",
+    }
 )
 
 

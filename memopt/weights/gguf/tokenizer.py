@@ -15,6 +15,7 @@ from memopt.weights.gguf.splits import BEGINS, takes_whole_words, word_splitter
 from memopt.weights.gguf.vocabulary import Vocabulary
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Any:
@@ -208,7 +209,14 @@ def _add_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:
 
     named = [vocabulary.tokens[index] for index in vocabulary.special.values()]
     special = [t for t in vocabulary.tokens if t in {*vocabulary.control, *named}]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    # Phi-3's take the spaces behind them, all but these; no file says so, llama.cpp knows it too.
+    phi3 = vocabulary.file.architecture == "phi3" and vocabulary.model == "llama"
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True, rstrip=phi3 and t not in _PHI3_PLAIN)
+            for t in special
+        ]
+    )
     # Gemma's runs of spaces are no longer called so.
     plain = [t for t in vocabulary.user_defined if tokenizer.token_to_id(t) is not None]
     plain = [t for t in plain if t not in special]

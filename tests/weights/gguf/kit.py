@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ def _experts(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if hasattr(config, "head_dim"):
         _head(writer, config)
 
@@ -127,7 +130,10 @@ def _longrope(config: Any) -> dict[str, Values]:
 
 
 def _original(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    original = config.rope_parameters["original_max_position_embeddings"]
+    times = config.max_position_embeddings / original
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(times) / math.log(original)))
 
 
 _THETA = {"rope_type": "default", "rope_theta": 10_000.0}

@@ -234,6 +234,16 @@ def test_sources_that_are_no_one_model_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "a.gguf", config=tmp_path)
 
 
+def test_a_file_that_pools_is_an_encoder(tmp_path: Path) -> None:
+    """``pooling_type`` says so of decoders too; a ranking one is refused by its number."""
+    manifest = convert(
+        rewritten(tmp_path / "m.gguf", **{"llama.pooling_type": 3}), tmp_path / "b", on_warning=str
+    ).manifest
+    assert (manifest.task, manifest.pooling) == ("embedding", "last")
+    with pytest.raises(WeightsError, match="pooling_type 4 is not known; known: 1"):
+        convert(rewritten(tmp_path / "n.gguf", **{"llama.pooling_type": 4}), tmp_path / "c")
+
+
 def test_a_decoder_embeds_when_it_is_asked_to(tmp_path: Path) -> None:
     """--task embedding wins over what a GGUF file is for."""
     case = BY_NAME["qwen2"]

@@ -198,6 +198,23 @@ def test_parts_of_a_split_file_are_joined(tmp_path: Path) -> None:
     assert convert(tmp_path, tmp_path / "bundle").manifest.name == tmp_path.name
 
 
+def test_another_alignment_is_honoured(tmp_path: Path) -> None:
+    """Tensors lie where ``general.alignment`` puts them."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_custom_alignment(256)
+    values = {"a": np.arange(5, dtype=np.float32), "b": np.ones((2, 3), np.float32)}
+    for name, array in values.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = open_gguf(tmp_path / "m.gguf").tensors
+    assert {tensor.start % 256 for tensor in tensors.values()} == {0}
+    for name, array in values.items():
+        np.testing.assert_array_equal(tensors[name].read(), array)
+
+
 def test_a_part_without_the_others_is_refused(tmp_path: Path) -> None:
     """A later part names the first; a first part names what is missing."""
     first = split(tmp_path, left_out=1)

@@ -115,6 +115,16 @@ def test_no_space_is_put_before_a_text_where_the_file_says_so(tmp_path: Path) ->
     assert built(without).decode(built(without).encode("the").ids) == "the"
 
 
+def test_ends_of_turns_of_phi3_take_the_spaces_behind_them(tmp_path: Path) -> None:
+    """As in the model's own tokenizer.json, and only there."""
+    for arch, tokens in (("phi3", ["</s>", "the"]), ("llama", ["</s>", "<0x0A>", "the"])):
+        add = lambda writer: pieces(writer, add_add_bos_token=False)  # noqa: E731
+        path = write(tmp_path / f"{arch}.gguf", arch, add)
+        found = [t.strip(f"{SPACE}\n") for t in built(path).encode("</s>\nthe").tokens]
+        assert [t for t in found if t] == tokens
+        assert built(path).encode("<s>\n").tokens[-1] == "<0x0A>"
+
+
 def test_digits_of_smollm_are_tokens_of_their_own(tmp_path: Path) -> None:
     """A merge of the vocabulary, 12, is cut before it is found: as the model's own does."""
     for pre, tokens in (("gpt-2", ["12"]), ("smollm", ["1", "2"])):
