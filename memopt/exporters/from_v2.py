@@ -230,7 +230,21 @@ class _Editor:
 
     def _matmul(self, name: str, blocks: Blocks, node: Any) -> None:
         inputs = [node.inputs[0], *self._blocks(name, blocks, blocks.packed())]
-        self._put("MatMulNBits", inputs, node, blocks.matmul_attributes(0))
+        if blocks.minima is None:
+            self._put("MatMulNBits", inputs, node, blocks.matmul_attributes(0))
+            return
+        out = node.outputs[0].name
+        options = {"domain": MICROSOFT, "name": node.name, **blocks.matmul_attributes(0)}
+        product = new_node("MatMulNBits", inputs, f"{out}_scaled", **options)
+        matrix = store(self._graph, f"sums_{blocks.width}_{blocks.size}", blocks.block_sums())
+        minima = store(self._graph, f"{name}_minimum", np.ascontiguousarray(blocks.minima.T))
+        sums = new_node("MatMul", [node.inputs[0], matrix], f"{out}_sums", name=f"{node.name}_sums")
+        parts = [sums.outputs[0], minima]
+        raised = new_node("MatMul", parts, f"{out}_minimum", name=f"{node.name}_minimum")
+        both = [product.outputs[0], raised.outputs[0]]
+        total = new_node("Add", both, out, name=f"{node.name}_raised")
+        self._replace(node, [product, sums, raised, total])
+        self.counts["MatMulNBits"] += 1
 
     def _gather(self, name: str, blocks: Blocks, node: Any) -> None:
         packed, *scales = self._blocks(name, blocks, blocks.packed(whole_blocks=False))
@@ -250,11 +264,13 @@ class _Editor:
 
     def _put(self, kind: str, inputs: list[Any], node: Any, options: dict[str, int]) -> None:
         label = {"domain": MICROSOFT, "name": node.name}
-        replacement = new_node(kind, inputs, node.outputs[0].name, **label, **options)
-        if node is self._first:
-            self._first = replacement
-        replace_node(self._graph, node, [replacement])
+        self._replace(node, [new_node(kind, inputs, node.outputs[0].name, **label, **options)])
         self.counts[kind] += 1
+
+    def _replace(self, node: Any, nodes: list[Any]) -> None:
+        if node is self._first:
+            self._first = nodes[0]
+        replace_node(self._graph, node, nodes)
 
 
 def _axis(node: Any) -> int:

@@ -18,6 +18,7 @@ class Blocks:
     points: np.ndarray | None  # int8 (rows, blocks)
     size: int
     bits: int
+    minima: np.ndarray | None = None  # float32 (rows, blocks): added to what the rest stands for
 
     @property
     def width(self) -> int:
@@ -49,6 +50,15 @@ class Blocks:
         padded[:, : self.width] = self.integers
         return pack_unsigned(padded.reshape(rows, blocks, self.size), self.bits)
 
+    def block_sums(self) -> np.ndarray:
+        """Return the matrix (width, blocks) that adds up a row of inputs block by block.
+
+        With it ``x @ weight.T`` is the product of the rest plus ``(x @ block_sums) @ minima.T``:
+        exact minima beside a kernel that has only whole zero points.
+        """
+        columns = np.arange(self.width) // self.size
+        return np.asarray(columns[:, None] == np.arange(self.scales.shape[1]), np.float32)
+
     def packed_points(self) -> np.ndarray:
         """Return unsigned zero points, each row padded to whole bytes."""
         assert self.points is not None
@@ -74,9 +84,9 @@ def to_blocks(weight: QuantizedWeight, *, table: bool = False) -> Blocks | None:
 
     The kernels want blocks of a power of two from 16 on; a scale that covers more than a block is
     repeated, which changes no number. A ``table`` is for
-    GatherBlockQuantized, which takes whole blocks. Minima are no whole zero points: None too.
+    GatherBlockQuantized, which takes whole blocks and no minima.
     """
-    if weight.integers.ndim != 2 or weight.has_minima:
+    if weight.integers.ndim != 2 or (table and weight.has_minima):
         return None
     count, width = weight.shape
     if weight.group_size:
@@ -103,5 +113,10 @@ def to_blocks(weight: QuantizedWeight, *, table: bool = False) -> Blocks | None:
     if not points.size:
         points = np.zeros(weight.scales.shape, np.int8)
     return Blocks(
-        weight.integers, wide(weight.scales), wide(points) if explicit else None, size, weight.bits
+        weight.integers,
+        wide(weight.scales),
+        wide(points) if explicit else None,
+        size,
+        weight.bits,
+        wide(weight.minima) if weight.has_minima else None,
     )
