@@ -141,6 +141,12 @@ def shared_data() -> Callable[[str], Path]:
     return path
 
 
+@pytest.fixture
+def tiny_copy(tiny: Bundle, tmp_path: Path) -> Bundle:
+    """A private copy of the tiny BERT's bundle that a test may change."""
+    return open_bundle(shutil.copytree(tiny.path, tmp_path / "tiny"))
+
+
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a two-layer BERT of seeded random weights and a tokenizer."""

@@ -19,6 +19,7 @@ from memopt.exporters.base import export
 from memopt.importers.base import import_graph
 from memopt.weights.convert import convert
 from tests.importers.conftest import encoder
+from tests.parameters import mostly_slow
 
 PAGE = (Path(__file__).parent.parent / "docs/tasks.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
@@ -155,7 +156,12 @@ def test_an_example_runs(
 COMMANDS = re.findall(r"^    memopt (.*)$", PAGE, flags=re.M)
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=[line.split()[0] for line in COMMANDS])
+QUICK = [line for line in COMMANDS if line.split()[0] in ("rerank", "import", "run", "segments")]
+
+
+@pytest.mark.parametrize(
+    "line", mostly_slow(COMMANDS, *QUICK), ids=[line.split()[0] for line in COMMANDS]
+)
 def test_a_command_line_runs(
     line: str, make: tuple[Make, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from memopt.bundle import Bundle, create_bundle, open_bundle
+from memopt.bundle import Bundle, create_bundle
 from memopt.errors import BundleError, ConfigurationError
 from memopt.exporters.base import export
 from memopt.runtimes.engine import ArrowEngine
@@ -17,11 +16,6 @@ from memopt.verified import has_hash
 from memopt.weights.convert import to_safetensors
 from memopt.weights.reader import WeightLoader
 from memopt.weights.writer import write_weights
-
-
-@pytest.fixture
-def tiny_copy(tiny: Bundle, tmp_path: Path) -> Bundle:
-    return open_bundle(shutil.copytree(tiny.path, tmp_path / "tiny"))
 
 
 def swapped(bundle: Bundle) -> None:

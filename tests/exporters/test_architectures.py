@@ -302,7 +302,7 @@ def make_source(name: str, folder: Path) -> Architecture:
 
 
 # Beside MiniLM, a BERT, one of each other build is in every run: picture, waveform, decoder.
-_ALWAYS = ("vit", "wav2vec2", "qwen3-generation")
+_ALWAYS = ("vit", "qwen3-generation")
 
 
 def _each(names: Iterable[str]) -> list[Any]:

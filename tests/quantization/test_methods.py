@@ -98,6 +98,7 @@ def test_weight_only(bundle: Bundle, samples: Samples, eight: Result) -> None:
     assert not gptq.variant.passed or gptq.validation.cosine_min >= 0.98
 
 
+@pytest.mark.slow
 def test_nncf_weights(bundle: Bundle, samples: Samples) -> None:
     """nncf's weight compression gives an OpenVINO variant that passes."""
     result = run(bundle, samples, method="nncf-weights")

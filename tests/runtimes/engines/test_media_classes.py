@@ -13,6 +13,7 @@ from memopt import Classifier
 from memopt.errors import InputError
 from memopt.exporters.base import export
 from memopt.weights.convert import convert
+from tests.parameters import mostly_slow
 
 _SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -103,7 +104,7 @@ def _inputs(name: str) -> list[np.ndarray]:
     return [generator.normal(0, 0.1, length).astype(np.float32) for length in lengths]
 
 
-@pytest.mark.parametrize("name", list(_MODELS))
+@pytest.mark.parametrize("name", mostly_slow(_MODELS, "vit", "whisper"))
 def test_scores_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Of each input alone, through its own processor; labels best first."""
     import torch
