@@ -23,7 +23,11 @@ from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.testing import FakeBackend, fake_engine
 
 PATIENCE = 120  # seconds; only a child that hangs needs them
-RUNTIMES = (("cpu", "onnx-fp32"), ("openvino", "openvino-fp32"), pytest.param("torch", "auto", marks=pytest.mark.slow))
+RUNTIMES = (
+    ("cpu", "onnx-fp32"),
+    ("openvino", "openvino-fp32"),
+    pytest.param("torch", "auto", marks=pytest.mark.slow),
+)
 
 
 def run(script: str, *arguments: object) -> str:
