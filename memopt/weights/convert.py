@@ -161,6 +161,8 @@ def _convert(
         else:
             not_finite = write_shards(shards, modules, folder / WEIGHTS, compression, on_step)
         for line in (*_not_finite(not_finite), *told):
+            if gguf is not None:  # laid out in a folder that nobody knows
+                line = line.replace(f"{found.folder}/", f"{gguf.file.path}: ")
             (on_warning or _warn)(line)
         event["not_finite"] = not_finite
         made = create_bundle(folder, replace(manifest, history=(stamp(event),)))

@@ -51,6 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @needs_smollm
+@pytest.mark.slow
 def test_smollm_is_the_model_that_transformers_reads(bundle: Bundle) -> None:
     """Every weight is the same float32, and so are the logits."""
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -232,6 +233,25 @@ def test_sources_that_are_no_one_model_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "a.gguf", route="query")
     with pytest.raises(MemoptError, match="is for Parquet weights"):
         convert(tmp_path / "a.gguf", config=tmp_path)
+
+
+def test_converting_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    """A file is read with the arrow extra alone; the tokenizer is then taken as it was built."""
+    case = BY_NAME["llama"]
+    write_case(tmp_path / "m.gguf", case, make_model(case))
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "gguf", "onnx", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+from memopt.weights.convert import convert
+print(convert("m.gguf", "b", on_warning=str).manifest.task)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "text-generation\n", result.stderr
 
 
 def test_a_file_that_pools_is_an_encoder(tmp_path: Path) -> None:
