@@ -14,7 +14,6 @@ from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
 from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
 from memopt.exporters import check, interface, onnx, openvino
 from memopt.exporters.from_graph import export_graph
-from memopt.exporters.fuse import fuse
 from memopt.exporters.half import to_half
 from memopt.exporters.refusals import foreseen, refused
 from memopt.files import staged_directory
@@ -163,11 +162,11 @@ def _export(
             cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
         if format == "onnx":
-            variants = _onnx(job, graph, fused=fused and not task_of(task).family)
+            variants = _onnx(job, graph, fused=fused)
         else:
             if known is None:
                 known = folder / "source" / "model.onnx"
-                onnx.save_onnx(graph, known, limit=limit)
+                onnx.save_onnx(kind.portable(graph), known, limit=limit)
             variants = _openvino(job, known)
         return _publish(job, variants, format, opset)
 
@@ -221,10 +220,11 @@ def reference_cases(
 
 def _onnx(job: _Job, graph: Any, *, fused: bool) -> list[Variant]:
     suffix = "" if job.precision == "fp32" else f"_{job.precision}"
+    plain = _kind(job.task).portable(graph)
     if job.precision == "fp16":
-        graph = to_half(graph)
+        plain = to_half(plain)
     name = job.name("onnx", job.precision)
-    variants = [_save(job, graph, f"{job.stem}{suffix}.onnx", name)]
+    variants = [_save(job, plain, f"{job.stem}{suffix}.onnx", name)]
     if fused and job.precision == "fp32":
         variants += _fused(job, graph, name)
     return variants
@@ -236,7 +236,7 @@ def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
     It is only the faster of the two: without it the bundle is whole, and the log says what failed.
     """
     try:
-        faster, report = fuse(graph, job.loaded.config.to_dict())
+        faster, report = _kind(job.task).faster(graph, job.loaded.config.to_dict())
         if not report.fused:
             return []
         variant = _save(job, faster, f"{job.stem}_fused.onnx", f"{name}-fused")
@@ -264,8 +264,13 @@ def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
         companions=tuple(f"onnx/{other}" for other in beside),
         inputs=tuple(value.name for value in graph.graph.input),
         output=outputs[-1],
-        check=check.compare(onnx.runner(file, outputs), job.cases, tolerance, name=name),
+        check=_compared(job, onnx.runner(file, outputs), tolerance, name),
     )
+
+
+def _compared(job: _Job, run: check.Run, tolerance: check.Tolerance, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = _kind(job.task).compare(run, job.loaded, job.cases, tolerance, name)
+    return record
 
 
 def _openvino(job: _Job, source: Path) -> list[Variant]:
@@ -289,7 +294,7 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
                 options=options,
                 inputs=job.signature.inputs,
                 output=job.signature.outputs[-1],
-                check=check.compare(run, job.cases, check.TOLERANCES[precision], name=name),
+                check=_compared(job, run, check.TOLERANCES[precision], name),
             )
         )
     return variants

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import ExportError, MissingExtra, brief
+from memopt.exporters.cached import DOMAIN as MARKERS
 from memopt.exporters.interface import Signature, by_name
 from memopt.exporters.patched import Mends, mended
 from memopt.extras import require
@@ -81,7 +82,7 @@ def to_onnx(
     _name_outputs(model.graph, signature)
     _name_dimensions(model.graph, signature)
     _name_weights(model.graph, loaded)
-    foreign = {node.domain for node in model.graph} - {"", "ai.onnx"}
+    foreign = {node.domain for node in model.graph} - {"", "ai.onnx", MARKERS}
     if foreign:
         raise ExportError(f"the graph uses operators of {sorted(foreign)}, not only standard ones")
     return ir.to_proto(model)

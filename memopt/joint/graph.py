@@ -14,6 +14,7 @@ import numpy as np
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import ExportError
 from memopt.exporters.examples import Shape
+from memopt.exporters.fuse import FusionReport
 from memopt.exporters.interface import Signature
 from memopt.joint.model import (
     JOINT_INPUTS,
@@ -122,6 +123,16 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
             for row in range(len(feeds["present"]))
         ]
     return {JOINT_OUTPUT: torch.cat(rows).numpy()}
+
+
+def portable(graph: Any) -> Any:
+    """Return the graph in standard operators: it is one already."""
+    return graph
+
+
+def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:
+    """Return the graph as it is: none of its operators has a fused one."""
+    return graph, FusionReport()
 
 
 def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tuple[Shape, ...]:

@@ -154,6 +154,19 @@ class BackendChain:
             outputs: dict[str, NDArray[Any]] = self._retry(backend, error, feed, "run_all")
             return outputs
 
+    def hand_over(self, backend: Backend, error: Exception) -> None:
+        """Put the next backend in the place of one that failed; a request's own fault is raised.
+
+        Raises:
+            DeviceError: the engine is closed, or nothing is left to take over.
+            InputError: the request is wrong, not the provider.
+        """
+        self._refuse_closed()
+        _refuse_input(error)
+        with self._lock:
+            if backend is self._backend:
+                self._replace(error)
+
     def submit(self, feed: Feed) -> tuple[Backend, Future[Rows]]:
         """Start one batch on the backend in use; pass both to :meth:`result`."""
         self._refuse_closed()
@@ -192,10 +205,7 @@ class BackendChain:
     def _retry(self, backend: Backend, error: Exception, feed: Feed, verb: str) -> Any:
         while True:
             self._refuse_closed()
-            if type(error).__name__ == "InvalidArgument":
-                # ONNX Runtime says the request is wrong (a shape, a token id beyond the
-                # vocabulary): it would be wrong everywhere, and the provider is fine.
-                raise InputError(f"the graph refused the input: {one_line(error)}") from error
+            _refuse_input(error)
             # Not of a graph as it is: its rows may be no batch.
             halves = verb == "run" and backend is self._backend
             if halves and _kind(error, "run") == "memory":
@@ -300,6 +310,13 @@ class BackendChain:
             )
             self._events.append(event)
             metrics.fallback(from_.provider, to.provider, failure.kind, told=str(event))
+
+
+def _refuse_input(error: Exception) -> None:
+    if type(error).__name__ == "InvalidArgument":
+        # ONNX Runtime says the request is wrong (a shape, a token id beyond the vocabulary): it
+        # would be wrong everywhere, and the provider is fine.
+        raise InputError(f"the graph refused the input: {one_line(error)}") from error
 
 
 def _kind(error: Exception, otherwise: str) -> str:

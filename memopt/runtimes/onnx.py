@@ -167,6 +167,11 @@ class OnnxBackend:
                 return cached
         return _session(self._path, self._provider, options(), self._settings)
 
+    @property
+    def session(self) -> Any:
+        """The session for latency, for an engine that binds inputs and outputs itself."""
+        return self._session
+
     def run(self, feed: Feed) -> Rows:
         """Run one batch in the calling thread, on all cores."""
         return self._infer(self._session, feed)

@@ -94,6 +94,9 @@ _ROWS = (
         model="AutoModelForCausalLM",
         classes=("ForCausalLM", "LMHeadModel"),
         answer="logits",
+        engine="memopt.runtimes.engines.generator:Generator",
+        command="generate",
+        family="memopt.exporters.decoder",
     ),
     Task(
         name="joint-embedding",

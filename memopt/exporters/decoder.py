@@ -1,0 +1,334 @@
+"""A language model with its cache to a graph: the functions of :mod:`memopt.exporters.interface`.
+
+One graph does both: a prompt, with nothing in the cache, and one token more, or several. Inputs are
+``input_ids`` (batch, new), ``attention_mask`` (batch, total), 0 where padding is, at either side of
+a prompt, ``position_ids`` (batch, new) and for each layer ``past_key_values.N.key`` and ``.value``
+(batch, heads, past, size); outputs ``present.N.key``, ``present.N.value`` and ``logits``: the names
+of Optimum, onnxruntime-genai and transformers.js.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from memopt.bundle import Manifest
+from memopt.errors import ExportError
+from memopt.exporters import check, lower
+from memopt.exporters.cached import module_class
+from memopt.exporters.check import Run, Tolerance
+from memopt.exporters.fuse import FusionReport
+from memopt.exporters.interface import Signature
+from memopt.graphs.ir import from_proto, to_proto
+from memopt.positions import position_limit
+from memopt.runtimes.torch_model import LoadedModel, load_model
+
+__all__ = [
+    "check_shapes",
+    "compare",
+    "example",
+    "faster",
+    "load_model",
+    "portable",
+    "reference",
+    "signature",
+    "trace_shape",
+    "wrap",
+]
+LOGITS = "logits"
+PLAIN = ("input_ids", "attention_mask", "position_ids")
+# The longest text that a check runs: it passes the windows of all models that are tried.
+LONGEST = 96
+STEPS = 64  # tokens that a graph writes beside torch
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One check: ``new`` tokens behind ``past`` ones; all rows but the first are padded."""
+
+    batch: int
+    past: int
+    new: int
+    padding: Literal["", "left"] = ""
+
+
+def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
+    """Return the names and dynamic axes of a graph with a cache.
+
+    Raises:
+        ExportError: the model keeps something else than keys and values.
+    """
+    del manifest, task
+    count = len(_shapes(loaded))
+    past = [f"past_key_values.{n}.{part}" for n in range(count) for part in ("key", "value")]
+    now = [f"present.{n}.{part}" for n in range(count) for part in ("key", "value")]
+    axes = {
+        "input_ids": {0: "batch", 1: "new"},
+        "attention_mask": {0: "batch", 1: "total"},
+        "position_ids": {0: "batch", 1: "new"},
+    }
+    return Signature(
+        (*PLAIN, *past), (*now, LOGITS), axes | {name: {0: "batch", 2: "past"} for name in past}
+    )
+
+
+def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
+    """Return the module that is traced; its attentions become markers in the graph."""
+    del manifest, task
+    return module_class()(loaded.module).eval()
+
+
+def trace_shape(task: str) -> Step:
+    """Return the step to trace with: no dimension is 0 or 1, nor like another one."""
+    del task
+    return Step(2, 5, 3)
+
+
+def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tuple[Step, ...]:
+    """Return prompts and continuations of several sizes, with and without padding."""
+    del task
+    stated = position_limit(loaded.config.to_dict())
+    longest = min(LONGEST, *(n for n in (stated, max_length) if n))
+    plan = (
+        Step(1, 0, 1),
+        Step(1, 0, 9),
+        Step(3, 0, 12, "left"),
+        Step(1, 9, 1),
+        Step(3, 12, 1, "left"),
+        Step(2, 7, 5),
+        Step(4, 10, 4, "left"),
+        Step(1, 0, longest),
+        Step(2, longest - 1, 1, "left"),
+    )
+    return tuple(step for step in plan if step.past + step.new <= longest)
+
+
+def example(loaded: LoadedModel, names: tuple[str, ...], shape: Any, seed: int) -> dict[str, Any]:
+    """Return seeded inputs of one step, each an array of its own; row 0 is never padded."""
+    step: Step = shape
+    random = np.random.default_rng(seed)
+    total = step.past + step.new
+    rows = loaded.module.get_input_embeddings().weight.shape[0]
+    mask = np.ones((step.batch, total), np.int64)
+    if step.padding:
+        for row in range(1, step.batch):
+            # Of a prompt some of its own tokens, of a continuation only such as were there before.
+            mask[row, : max(1, row * (step.past or step.new) // (step.batch + 1))] = 0
+    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, step.past :]
+    feeds: dict[str, Any] = {
+        "input_ids": random.integers(0, rows, (step.batch, step.new)),
+        "attention_mask": mask,
+        "position_ids": np.ascontiguousarray(positions),
+    }
+    for layer, shapes in enumerate(_shapes(loaded)):
+        for part, (heads, size) in zip(("key", "value"), shapes, strict=True):
+            past = random.normal(0, 1, (step.batch, heads, step.past, size)).astype(np.float32)
+            feeds[f"past_key_values.{layer}.{part}"] = past
+    return {name: feeds[name] for name in names}
+
+
+def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[str, Any]) -> Any:
+    """Return what the untouched model answers, in eager attention, with transformers' own cache.
+
+    Where rows are padded only the logits are given: what padding leaves in the cache is never read.
+    """
+    del manifest, task
+    import torch
+    from transformers import DynamicCache
+
+    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    count = len(_shapes(loaded))
+    cache = DynamicCache()
+    for layer in range(count):
+        parts = (tensors.pop(f"past_key_values.{layer}.{part}") for part in ("key", "value"))
+        cache.update(*parts, layer)
+    with torch.no_grad():
+        result = loaded.module(**tensors, past_key_values=cache, use_cache=True)
+    answers = {}
+    if feeds["attention_mask"].all():
+        for layer in range(count):
+            held = result.past_key_values.layers[layer]
+            answers[f"present.{layer}.key"] = held.keys.numpy()
+            answers[f"present.{layer}.value"] = held.values.numpy()
+    logits = result.logits.numpy()
+    # What the model says behind padding is never read either.
+    kept = feeds["attention_mask"][:, -logits.shape[1] :].astype(bool)
+    answers[LOGITS] = logits if kept.all() else np.where(kept[..., None], logits, 0)
+    return answers
+
+
+def portable(graph: Any) -> Any:
+    """Return the graph (``onnx.ModelProto`` with markers) in standard operators."""
+    model = from_proto(graph)
+    lower.to_standard(model)
+    return to_proto(model)
+
+
+def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:
+    """Return the graph with ONNX Runtime's GroupQueryAttention, where a model asks no more of it.
+
+    Its past and present may be one buffer; a continuation by several tokens takes one row at a
+    time (microsoft/onnxruntime: group_query_attention.cc).
+    """
+    del config
+    model = from_proto(graph)
+    if not lower.groupable(model):
+        return graph, FusionReport()
+    before, count = len(model.graph), len(lower.markers(model))
+    lower.to_grouped(model)
+    report = FusionReport(attention=count, nodes_before=before, nodes_after=len(model.graph))
+    return to_proto(model), report
+
+
+def compare(
+    run: Run, loaded: LoadedModel, cases: Sequence[Any], tolerance: Tolerance, name: str
+) -> dict[str, Any]:
+    """Run a graph on every case, then let it write token by token beside torch.
+
+    Raises:
+        ExportError: it gives other logits than torch, or writes another text.
+    """
+    settled = _settled(run)
+    record = check.compare(settled, cases, tolerance, name=name, alone=False)
+    return record | {"greedy_tokens": walk(settled, loaded, tolerance, name)}
+
+
+def _settled(run: Run) -> Run:
+    """Return ``run`` with the logits of padding at 0, and a continuation one row at a time."""
+
+    def settled(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        batch, new = feeds["input_ids"].shape
+        mask = feeds["attention_mask"]
+        if batch > 1 and 1 < new < mask.shape[1]:
+            rows = [{n: v[i : i + 1] for n, v in feeds.items()} for i in range(batch)]
+            answers = [run(row) for row in rows]
+            outputs = {n: np.concatenate([a[n] for a in answers]) for n in answers[0]}
+        else:
+            outputs = dict(run(feeds))
+        kept = mask[:, -new:].astype(bool)
+        outputs[LOGITS] = np.where(kept[..., None], outputs[LOGITS], 0)
+        return outputs
+
+    return settled
+
+
+def walk(run: Run, loaded: LoadedModel, tolerance: Tolerance, name: str) -> int:
+    """Write greedily from prompts of several lengths, padded in one batch; torch has each alone.
+
+    Returns:
+        How many tokens were equal. A row ends where torch's two likeliest tokens are closer than
+        the tolerance: either is right there.
+
+    Raises:
+        ExportError: another token than torch's.
+    """
+    import torch
+
+    random = np.random.default_rng(9)
+    limit = position_limit(loaded.config.to_dict()) or LONGEST
+    lengths = [n for n in (7, 1, 4) if n + 2 <= limit]
+    steps = min(STEPS, limit - max(lengths))
+    rows = loaded.module.get_input_embeddings().weight.shape[0]
+    prompts = [random.integers(0, rows, n).tolist() for n in lengths]
+    expected: list[list[tuple[int, float]]] = []
+    with torch.no_grad():
+        for prompt in prompts:
+            expected.append(_written(loaded, prompt, steps))
+    return _followed(run, loaded, prompts, expected, tolerance, name)
+
+
+def _written(loaded: LoadedModel, prompt: list[int], steps: int) -> list[tuple[int, float]]:
+    """Return torch's greedy tokens, each with its lead over the next one relative to its size."""
+    import torch
+    from transformers import DynamicCache
+
+    cache, ids, found = DynamicCache(), torch.tensor([prompt]), []
+    for _ in range(steps):
+        result = loaded.module(input_ids=ids, past_key_values=cache, use_cache=True)
+        best = result.logits[0, -1].topk(2)
+        size = max(1.0, float(result.logits[0, -1].abs().max()))
+        found.append((int(best.indices[0]), float(best.values[0] - best.values[1]) / size))
+        ids = best.indices[:1].reshape(1, 1)
+    return found
+
+
+def _followed(
+    run: Run,
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    expected: list[list[tuple[int, float]]],
+    tolerance: Tolerance,
+    name: str,
+) -> int:
+    batch, width = len(prompts), max(map(len, prompts))
+    ids = np.zeros((batch, width), np.int64)
+    mask = np.zeros((batch, width), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    feeds: dict[str, Any] = {"input_ids": ids}
+    for layer, shapes in enumerate(_shapes(loaded)):
+        for part, (heads, size) in zip(("key", "value"), shapes, strict=True):
+            feeds[f"past_key_values.{layer}.{part}"] = np.zeros((batch, heads, 0, size), np.float32)
+    equal, open_rows = 0, set(range(batch))
+    for step in range(len(expected[0])):
+        feeds["attention_mask"] = mask
+        new = feeds["input_ids"].shape[1]
+        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
+        feeds["position_ids"] = np.ascontiguousarray(positions)
+        outputs = run(feeds)
+        for row in sorted(open_rows):
+            token, lead = expected[row][step]
+            got = int(outputs[LOGITS][row, -1].argmax())
+            if lead < tolerance.max_abs_error:
+                open_rows.discard(row)
+            elif got != token:
+                raise ExportError(
+                    f"{name}: token {step + 1} behind a prompt of {len(prompts[row])} is {got}, "
+                    f"and torch's is {token}",
+                    fix="nothing was written; ArrowEngine(BUNDLE, device='torch') runs the bundle "
+                    "without a graph",
+                )
+            else:
+                equal += 1
+        feeds = {n.replace("present.", "past_key_values."): v for n, v in outputs.items()}
+        feeds.pop(LOGITS)
+        feeds["input_ids"] = np.array([[tokens[step][0]] for tokens in expected], np.int64)
+        mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+    return equal
+
+
+def _shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], ...]]:
+    """Return (heads, size) of the keys and of the values of each layer, as a first token has them.
+
+    Raises:
+        ExportError: the model cannot be told how to attend, or keeps something else.
+    """
+    if loaded.module in _known:
+        return _known[loaded.module]
+    import torch
+    from transformers import DynamicCache
+
+    module, kind = loaded.module, loaded.config.model_type
+    if "past_key_values" not in inspect.signature(module.forward).parameters:
+        raise ExportError(f"{kind} keeps no keys and values of a text")
+    cache = DynamicCache()
+    ids = torch.zeros((1, 1), dtype=torch.long)
+    with torch.no_grad():
+        module(input_ids=ids, past_key_values=cache, use_cache=True)
+    found = []
+    for layer in cache.layers:
+        parts = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if any(part is None or part.ndim != 4 or part.shape[2] != 1 for part in parts):
+            raise ExportError(f"{kind} keeps something else of a text than keys and values")
+        found.append(tuple((int(p.shape[1]), int(p.shape[3])) for p in parts if p is not None))
+    _known.clear()
+    _known[loaded.module] = found
+    return found
+
+
+# Of the model that is being exported.
+_known: dict[Any, list[tuple[tuple[int, int], ...]]] = {}

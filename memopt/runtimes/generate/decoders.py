@@ -1,0 +1,155 @@
+"""A language model opened on a provider: tokens in, logits out, keys and values kept between."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from memopt.bundle import Bundle
+from memopt.errors import BundleError
+from memopt.runtimes.base import Placement, Settings
+from memopt.runtimes.onnx import OnnxBackend
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAST, PRESENT = "past_key_values.", "present."
+# A buffer of keys and values is made this much longer than asked for, so that it seldom grows.
+SLACK = 256
+
+
+class Decoder(Protocol):
+    """A model and the texts it has read so far, one a row."""
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Forget every text; ``capacity`` tokens a row are to come."""
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Read (batch, new) more tokens; return the logits (batch, vocabulary) of the last.
+
+        Args:
+            ids: the tokens.
+            mask: (batch, total), 0 where a row has padding.
+            positions: (batch, new), of each token in its row.
+        """
+
+    def holds(self, tokens: int) -> bool:
+        """Say whether so many tokens a row fit in what is there."""
+
+    def rewind(self, length: int) -> None:
+        """Forget what was read behind the first ``length`` tokens."""
+
+    def info(self) -> dict[str, Any]:
+        """Return what :meth:`Engine.device_info` shows."""
+
+    def close(self) -> None:
+        """Free the session."""
+
+
+class OnnxDecoder:
+    """A graph of ONNX Runtime.
+
+    With ``GroupQueryAttention`` past and present are one buffer that is written in place, through
+    IO binding; of the portable graph the present of one step is the past of the next.
+    """
+
+    def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
+        backend = OnnxBackend(bundle, candidate, settings)
+        self._backend, self._session = backend, backend.session
+        self.inputs, self.dimension = backend.inputs, backend.dimension
+        self.streams, self.tokens, self.step = 1, backend.tokens, 1
+        self._shapes = {
+            item.name.removeprefix(PAST): (item.shape[1], item.shape[3])
+            for item in self._session.get_inputs()
+            if item.name.startswith(PAST)
+        }
+        if not self._shapes:
+            backend.close()
+            raise BundleError(
+                f"{candidate.variant.name} of {bundle.path} has no cache: it was exported by an "
+                "older memopt",
+                fix=f"run: memopt export {bundle.path}",
+            )
+        self._positions = "position_ids" in self.inputs
+        self._shared = candidate.variant.fused
+        self._length, self._capacity = 0, 0
+        self._held: dict[str, Any] = {}
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Make empty buffers; see :class:`Decoder`."""
+        self._length = 0
+        self._capacity = capacity + SLACK if self._shared else 0
+        self._held = {
+            name: self._value(np.zeros((batch, heads, self._capacity, size), np.float32))
+            for name, (heads, size) in self._shapes.items()
+        }
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the graph once; see :class:`Decoder`."""
+        total = mask.shape[1]
+        if self._shared and total > self._capacity:
+            self._grow(total + SLACK)
+        binding = self._session.io_binding()
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        for name, array in feed.items():
+            if name in self.inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, value in self._held.items():
+            binding.bind_ortvalue_input(PAST + name, value)
+            if self._shared:
+                binding.bind_ortvalue_output(PRESENT + name, value)
+            else:
+                binding.bind_output(PRESENT + name)
+        binding.bind_output("logits")
+        self._session.run_with_iobinding(binding)
+        made = dict(zip([*(PRESENT + name for name in self._held), "logits"], binding.get_outputs(), strict=True))
+        if not self._shared:
+            self._held = {name: made[PRESENT + name] for name in self._held}
+        self._length = total
+        logits: NDArray[np.float32] = made["logits"].numpy()
+        return np.asarray(logits[:, -1], np.float32)
+
+    def holds(self, tokens: int) -> bool:
+        """Say whether there is a text, and it may grow: buffers do."""
+        return self._length > 0
+
+    def rewind(self, length: int) -> None:
+        """Keep the first tokens; see :class:`Decoder`."""
+        if not self._shared:
+            self._held = {
+                name: self._value(np.ascontiguousarray(value.numpy()[:, :, :length]))
+                for name, value in self._held.items()
+            }
+        self._length = length
+
+    def info(self) -> dict[str, Any]:
+        """Return what the backend tells."""
+        return self._backend.info()
+
+    def free(self) -> None:
+        """Give back the buffers."""
+        self._held = {}
+
+    def close(self) -> None:
+        """Free buffers and session."""
+        self._held = {}
+        self._backend.close()
+
+    def _grow(self, capacity: int) -> None:
+        for name, value in self._held.items():
+            old = value.numpy()
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), np.float32)
+            new[:, :, : self._length] = old[:, :, : self._length]
+            self._held[name] = self._value(new)
+        self._capacity = capacity
+
+    @staticmethod
+    def _value(array: NDArray[Any]) -> Any:
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(array)
