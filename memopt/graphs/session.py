@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
+from memopt.graphs.cache import from_nothing
 from memopt.runtimes.base import one_by_one
 from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
@@ -41,10 +42,11 @@ def open_onnx(graph: Path | bytes, outputs: Sequence[str], options: Any = None) 
         options: session options other than the usual ones.
     """
     session = cpu_session(graph, options or session_options(THREADS))
-    inputs = {item.name for item in session.get_inputs()}
+    inputs = {item.name: item.shape for item in session.get_inputs()}
+    complete = from_nothing(inputs)
 
     def run(feed: Feed) -> Sequence[NDArray[Any]]:
-        given = {name: value for name, value in feed.items() if name in inputs}
+        given = {name: value for name, value in complete(feed).items() if name in inputs}
         return list(session.run(list(outputs), given))
 
     if takes_one_row(session):
@@ -61,16 +63,22 @@ def open_openvino(
     """
     ov = require("openvino", extra="openvino", why="run OpenVINO variants")
     compiled = ov.Core().compile_model(graph, "CPU", dict(options))
-    inputs = {name for port in compiled.inputs for name in port.get_names()}
+    inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
     one_row = openvino_takes_one_row(compiled)
+    complete = from_nothing(inputs)
 
     def run(feed: Feed) -> Sequence[NDArray[Any]]:
-        results = compiled({name: value for name, value in feed.items() if name in inputs})
+        given = complete(feed)
+        results = compiled({name: value for name, value in given.items() if name in inputs})
         return [np.array(results[output]) for output in outputs]
 
     if one_row:
         return lambda feed: one_by_one(run, feed)
     return run
+
+
+def _sizes(port: Any) -> tuple[int | None, ...]:
+    return tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
 
 
 def open_graph(

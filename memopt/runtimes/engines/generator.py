@@ -6,7 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -88,8 +88,7 @@ class Generator(Engine):
         self._reader: Any = None  # the decoder that holds it
 
     def _open(self, candidate: Placement) -> Backend:
-        backend: Any = OnnxDecoder(self._bundle, candidate, self._settings)
-        return backend
+        return cast(Backend, OnnxDecoder(self._bundle, candidate, self._settings))
 
     def generate(
         self,
