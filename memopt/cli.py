@@ -37,6 +37,8 @@ COMMANDS: tuple[str, ...] = (
     "tag",
     "answer",
     "fill",
+    "generate",
+    "chat",
     "segments",
     "run",
     "bench",

@@ -107,17 +107,10 @@ class OnnxDecoder:
                 binding.bind_output(PRESENT + name)
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
-        made = dict(
-            zip(
-                [*(PRESENT + name for name in self._held), "logits"],
-                binding.get_outputs(),
-                strict=True,
-            )
-        )
+        *present, logits = binding.get_outputs()
         if not self._shared:
-            self._held = {name: made[PRESENT + name] for name in self._held}
+            self._held = dict(zip(self._held, present, strict=True))
         self._length = total
-        logits: NDArray[np.float32] = made["logits"].numpy()
         return np.asarray(logits.numpy()[:, -1], np.float32)
 
     def holds(self, tokens: int) -> bool:
