@@ -25,6 +25,7 @@ __all__ = [
     "Bundle",
     "Classifier",
     "Detector",
+    "Generator",
     "LateEncoder",
     "MaskFiller",
     "QuestionAnswerer",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.engines.classifier import Classifier
     from memopt.runtimes.engines.detector import Detector
     from memopt.runtimes.engines.filler import MaskFiller
+    from memopt.runtimes.engines.generator import Generator
     from memopt.runtimes.engines.late import LateEncoder
     from memopt.runtimes.engines.reranker import Reranker
     from memopt.runtimes.engines.sparse import SparseEncoder
@@ -60,6 +62,7 @@ __getattr__ = names_on_use(
         "runtimes.engines.classifier": ("Classifier",),
         "runtimes.engines.detector": ("Detector",),
         "runtimes.engines.filler": ("MaskFiller",),
+        "runtimes.engines.generator": ("Generator",),
         "runtimes.engines.late": ("LateEncoder",),
         "runtimes.engines.reranker": ("Reranker",),
         "runtimes.engines.sparse": ("SparseEncoder",),

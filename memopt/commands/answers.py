@@ -5,7 +5,6 @@ Answers are written as they come: memory holds one chunk of inputs, however long
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from memopt.commands.console import echo, say
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import atomic_path
 from memopt.runtimes.inputs import read_items
+from memopt.visible import json_text
 
 # Inputs answered together: some seconds of work on a small CPU.
 CHUNK = 512
@@ -96,7 +96,7 @@ def show(
         for name, value in rows:
             answer = plain(value)
             fields = answer if isinstance(answer, dict) else {"answer": answer}
-            write(json.dumps({"input": name, **fields}, ensure_ascii=False))
+            write(json_text({"input": name, **fields}, indent=None))
 
 
 @contextmanager

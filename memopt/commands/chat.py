@@ -47,10 +47,9 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Talk with a model; an empty line, Ctrl-D or Ctrl-C ends it."""
-    import json
-
     from memopt.commands.console import echo
     from memopt.runtimes.configured import open_configured
+    from memopt.visible import json_text
 
     options: dict[str, Any] = {
         **sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
@@ -65,7 +64,7 @@ def chat(
             answer = "".join(pieces) if as_json else printed(pieces)
             told.append({"role": "assistant", "content": answer})
             if as_json:
-                echo(json.dumps({"input": said, "answer": answer}, ensure_ascii=False))
+                echo(json_text({"input": said, "answer": answer}, indent=None))
 
 
 def _asked() -> Iterator[str]:

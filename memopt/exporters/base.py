@@ -283,6 +283,9 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
         name = job.name("openvino", precision)
         # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
         options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+        if job.task == "text-generation" and precision == "fp32":
+            # Its own default rounds keys and values to int8.
+            options["KV_CACHE_PRECISION"] = "f32"
         run = openvino.runner(file, job.signature.outputs, options)
         variants.append(
             Variant(

@@ -10,6 +10,7 @@ from typing import Any
 
 from memopt.errors import ExportError
 from memopt.exporters.interface import by_name
+from memopt.exporters.stateful import make_stateful
 from memopt.extras import require, root_log_kept
 from memopt.graphs.session import open_openvino
 from memopt.runtimes.openvino_file import save_openvino
@@ -36,6 +37,7 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
     try:
         with root_log_kept():
             model = openvino.convert_model(source)
+            make_stateful(model)
         save_openvino(model, target, half=half)
     except Exception as error:
         raise _refusal("read the graph", error) from error

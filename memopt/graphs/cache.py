@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Feed = Mapping[str, NDArray[Any]]
-PAST = "past_key_values."
+PAST, PRESENT = "past_key_values.", "present."
+BEAM = "beam_idx"
 
 
 def from_nothing(shapes: Mapping[str, Sequence[Any]]) -> Callable[[Feed], Feed]:
@@ -28,14 +29,59 @@ def from_nothing(shapes: Mapping[str, Sequence[Any]]) -> Callable[[Feed], Feed]:
         return lambda feed: feed
 
     def give(feed: Feed) -> Feed:
-        made = dict(feed)
+        made = with_positions(feed)
         batch = len(feed["input_ids"])
-        if "position_ids" in shapes and "position_ids" not in made:
-            mask = feed["attention_mask"].astype(np.int64)
-            made["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
         for name, shape in past.items():
             if name not in made:
                 made[name] = np.zeros((batch, int(shape[1]), 0, int(shape[3])), np.float32)
         return made
 
     return give
+
+
+def with_positions(feed: Feed) -> dict[str, NDArray[Any]]:
+    """Return a whole text's inputs with the place of each token in its row, padding left out.
+
+    >>> import numpy as np
+    >>> with_positions({"attention_mask": np.array([[0, 1, 1]])})["position_ids"].tolist()
+    [[0, 0, 1]]
+    """
+    made = dict(feed)
+    if "position_ids" not in made:
+        mask = feed["attention_mask"].astype(np.int64)
+        made["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return made
+
+
+class StatefulRun:
+    """An OpenVINO model that keeps keys and values as states, run as one that is given them.
+
+    Each call is a text of its own: the states are those of the feed's ``past_key_values``, else
+    empty; what the call leaves in them is given back as ``present``.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._inputs = {name for port in compiled.inputs for name in port.get_names()}
+
+    def __call__(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        """Return the outputs by name, the states among them."""
+        import openvino
+
+        self._request.reset_state()
+        states = {state.name.partition(PRESENT)[0]: state for state in self._request.query_state()}
+        for name, state in states.items():
+            past = feed.get(name)
+            if past is not None and past.shape[2]:
+                state.state = openvino.Tensor(np.ascontiguousarray(past))
+        given = {name: value for name, value in feed.items() if name in self._inputs}
+        given[BEAM] = np.arange(len(feed["input_ids"]), dtype=np.int32)
+        self._request.infer(given)
+        made = {
+            name: np.array(self._request.get_tensor(name).data)
+            for port in self._compiled.outputs
+            for name in port.get_names()
+        }
+        kept = {state.name.partition(PRESENT): state for state in self._request.query_state()}
+        return made | {a + b: np.array(s.state.data) for (_, a, b), s in kept.items()}

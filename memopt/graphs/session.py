@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
-from memopt.graphs.cache import from_nothing
+from memopt.graphs.cache import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.base import one_by_one
 from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
@@ -64,6 +64,14 @@ def open_openvino(
     ov = require("openvino", extra="openvino", why="run OpenVINO variants")
     compiled = ov.Core().compile_model(graph, "CPU", dict(options))
     inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
+    if BEAM in inputs:
+        stateful = StatefulRun(compiled)
+
+        def kept(feed: Feed) -> Sequence[NDArray[Any]]:
+            made = stateful(with_positions(feed))
+            return [made[str(output)] for output in outputs]
+
+        return kept
     one_row = openvino_takes_one_row(compiled)
     complete = from_nothing(inputs)
 

@@ -17,7 +17,7 @@ from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError
 from memopt.extras import require
 from memopt.runtimes import limits
-from memopt.runtimes.base import Backend, Placement, Settings
+from memopt.runtimes.base import Backend, Opener, Placement, Settings
 from memopt.runtimes.batching import FrontEnd, run_items
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.frontend import make_front_end
@@ -152,7 +152,7 @@ class Engine:
 
     # What a fake engine replaces.
     def _open(self, candidate: Placement) -> Backend:
-        open_backend = opener(candidate.provider)
+        open_backend = self._opener(candidate.provider)
         variant = candidate.variant
         if self._unlocked is not None:
             self._unlocked.need(variant.file, *variant.companions)
@@ -164,6 +164,9 @@ class Engine:
         if settings.streams is None:
             settings = replace(settings, streams=tuned_streams(self._bundle, candidate))
         return open_backend(self._bundle, candidate, settings)
+
+    def _opener(self, provider: str) -> Opener:
+        return opener(provider)
 
     def _make_front(self) -> FrontEnd:
         return make_front_end(self._bundle, self._chain.backend.inputs)
@@ -336,7 +339,6 @@ def open_task(path_or_bundle: str | Path | Bundle, **options: Any) -> Any:
 
 # What no engine serves, and what does.
 _OTHERS = {
-    "text-generation": "memopt quantize proves its perplexity; onnxruntime-genai runs it",
     "joint-embedding": "open it with memopt.joint.layer.JointEmbeddingLayer",
 }
 

@@ -13,9 +13,9 @@ import numpy as np
 from memopt.bundle import read_json
 from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
 from memopt.positions import position_limit
-from memopt.runtimes.base import Backend, Placement
+from memopt.runtimes.base import Opener
 from memopt.runtimes.generate.chat import Message, prompt_of
-from memopt.runtimes.generate.decoders import OnnxDecoder
+from memopt.runtimes.generate.decoders import open_decoder
 from memopt.runtimes.generate.sampling import Sampler, Sampling
 from memopt.runtimes.generate.words import Words
 from memopt.runtimes.task_engine import Engine
@@ -87,8 +87,9 @@ class Generator(Engine):
         self._read: list[int] = []  # what the decoder holds, of one text
         self._reader: Any = None  # the decoder that holds it
 
-    def _open(self, candidate: Placement) -> Backend:
-        return cast(Backend, OnnxDecoder(self._bundle, candidate, self._settings))
+    def _opener(self, provider: str) -> Opener:
+        super()._opener(provider)  # raises where it is not there
+        return cast(Opener, open_decoder)
 
     def generate(
         self,
@@ -315,7 +316,11 @@ class Generator(Engine):
         file = self._bundle.path / "tokenizer.json"
         if not file.is_file():
             raise BundleError(f"{self._bundle.path} has no tokenizer.json", fix="convert it again")
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
+        # A prompt is never cut without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     @cached_property
     def _config(self) -> dict[str, Any]:

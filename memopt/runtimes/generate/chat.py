@@ -74,6 +74,8 @@ def prompt_of(
         return str(
             made.render(messages=[*messages], add_generation_prompt=reply, tools=None, **special)
         )
+    except InputError:
+        raise
     except jinja2.exceptions.SecurityError as error:
         raise BundleError(
             f"the chat template of {folder} reaches for what it must not: {first_line(error)}"

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from memopt.bundle import Bundle
-from memopt.errors import BundleError
-from memopt.runtimes.base import Placement, Settings
+from memopt.errors import BundleError, DeviceError
+from memopt.extras import require
+from memopt.graphs.cache import BEAM, PAST, PRESENT
+from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
+from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.onnx import OnnxBackend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PAST, PRESENT = "past_key_values.", "present."
 # A buffer of keys and values is made this much longer than asked for, so that it seldom grows.
 SLACK = 256
 
@@ -47,6 +49,22 @@ class Decoder(Protocol):
 
     def close(self) -> None:
         """Free the session."""
+
+
+def open_decoder(bundle: Bundle, candidate: Placement, settings: Settings) -> Decoder:
+    """Open a variant on a provider.
+
+    Raises:
+        BundleError: its graph has no cache.
+        DeviceError: no decoder runs there.
+    """
+    if candidate.provider == "openvino" and candidate.variant.format == "openvino":
+        return OpenvinoDecoder(bundle, candidate, settings)
+    if candidate.provider in ("openvino", "torch"):
+        raise DeviceError(
+            f"{candidate} writes no text", fix="use an OpenVINO variant there, or ONNX Runtime"
+        )
+    return OnnxDecoder(bundle, candidate, settings)
 
 
 class OnnxDecoder:
@@ -152,3 +170,75 @@ class OnnxDecoder:
         import onnxruntime as ort
 
         return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+class OpenvinoDecoder:
+    """A stateful model of OpenVINO; see :mod:`memopt.exporters.stateful`."""
+
+    def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
+        ov = require("openvino", extra="openvino", why="run OpenVINO variants")
+        self._threads = settings.threads or usable_cpus()
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self._threads,
+            **candidate.variant.options,
+        }
+        self._compiled: Any = ov.Core().compile_model(
+            str(bundle.file(candidate.variant)), "CPU", options
+        )
+        self.inputs = tuple(n for port in self._compiled.inputs for n in port.get_names())
+        if BEAM not in self.inputs:
+            raise BundleError(
+                f"{candidate.variant.name} of {bundle.path} has no cache: it was exported by an "
+                "older memopt",
+                fix=f"run: memopt export {bundle.path} --format openvino",
+            )
+        self.dimension, self.streams, self.tokens, self.step = None, 1, TOKENS_ON_CPU, 1
+        self._request: Any = self._compiled.create_infer_request()
+        self._length = 0
+
+    def begin(self, batch: int, capacity: int) -> None:
+        """Empty the states; see :class:`Decoder`."""
+        del batch, capacity  # states grow by themselves
+        self._request.reset_state()
+        self._length = 0
+
+    def forward(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the model once; see :class:`Decoder`."""
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        given = {n: np.ascontiguousarray(v) for n, v in feed.items() if n in self.inputs}
+        given[BEAM] = np.arange(len(ids), dtype=np.int32)
+        self._request.infer(given)
+        self._length = mask.shape[1]
+        logits = self._request.get_tensor("logits").data
+        return np.array(logits[:, -1], np.float32)
+
+    def holds(self, tokens: int) -> bool:
+        """Say whether there is a text; states grow by themselves."""
+        del tokens
+        return self._length > 0
+
+    def rewind(self, length: int) -> None:
+        """Keep the first tokens; see :class:`Decoder`."""
+        if length == self._length:
+            return
+        import openvino
+
+        for state in self._request.query_state():
+            state.state = openvino.Tensor(np.ascontiguousarray(state.state.data[:, :, :length]))
+        self._length = length
+
+    def info(self) -> dict[str, Any]:
+        """Return what runs it."""
+        return {"runtime": "openvino", "threads": self._threads, "streams": 1}
+
+    def free(self) -> None:
+        """Empty the states."""
+        self._request.reset_state()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._request = self._compiled = None
