@@ -151,3 +151,40 @@ def module_class() -> Any:
             return (*kept, result.logits)
 
     return Cached
+
+
+@cache
+def plain_class() -> Any:
+    """Return the module of a model whose attention is its own: its arithmetic is traced as it is.
+
+    ALiBi's (BLOOM, Falcon, MPT) is. Such a graph has standard operators only.
+    """
+    import inspect
+
+    import torch
+    from transformers import DynamicCache
+
+    class Plain(torch.nn.Module):  # type: ignore[misc]
+        """As ``Cached``, with transformers' own cache."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+            self.takes = inspect.signature(model.forward).parameters
+
+        def forward(self, *values: Any) -> Any:
+            input_ids, attention_mask, position_ids, *past = values
+            cache = DynamicCache()
+            for layer in range(len(past) // 2):
+                cache.update(past[2 * layer], past[2 * layer + 1], layer)
+            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            result = self.model(
+                input_ids=input_ids,
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in given.items() if name in self.takes},
+            )
+            kept = [value for layer in cache.layers for value in (layer.keys, layer.values)]
+            return (*kept, result.logits)
+
+    return Plain

@@ -10,6 +10,7 @@ of Optimum, onnxruntime-genai and transformers.js.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import numpy as np
 from memopt.bundle import Manifest
 from memopt.errors import ExportError
 from memopt.exporters import check, lower
-from memopt.exporters.cached import module_class
+from memopt.exporters.cached import module_class, plain_class
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.fuse import FusionReport
 from memopt.exporters.interface import Signature
@@ -39,6 +40,7 @@ __all__ = [
     "trace_shape",
     "wrap",
 ]
+_log = logging.getLogger(__name__)
 LOGITS = "logits"
 PLAIN = ("input_ids", "attention_mask", "position_ids")
 # The longest text that a check runs: it passes the windows of all models that are tried.
@@ -77,9 +79,18 @@ def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
 
 
 def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
-    """Return the module that is traced; its attentions become markers in the graph."""
-    del manifest, task
-    return module_class()(loaded.module).eval()
+    """Return the module that is traced; its attentions become markers where they can be told to."""
+    module = module_class()(loaded.module).eval()
+    feeds = example(loaded, signature(loaded, manifest, task).inputs, trace_shape(task), 0)
+    import torch
+
+    try:
+        with torch.no_grad():
+            module(*(torch.from_numpy(value) for value in feeds.values()))
+    except Exception as error:  # noqa: BLE001 - a model's own code; it is traced as it is then
+        _log.info("%s attends in its own way: %s", loaded.config.model_type, error)
+        return plain_class()(loaded.module).eval()
+    return module
 
 
 def trace_shape(task: str) -> Step:
@@ -92,7 +103,7 @@ def check_shapes(loaded: LoadedModel, task: str, max_length: int | None) -> tupl
     """Return prompts and continuations of several sizes, with and without padding."""
     del task
     stated = position_limit(loaded.config.to_dict())
-    longest = min(LONGEST, *(n for n in (stated, max_length) if n))
+    longest = min([LONGEST, *(n for n in (stated, max_length) if n)])
     plan = (
         Step(1, 0, 1),
         Step(1, 0, 9),
@@ -140,7 +151,12 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     import torch
     from transformers import DynamicCache
 
-    tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+    takes = inspect.signature(loaded.module.forward).parameters
+    tensors = {
+        name: torch.from_numpy(value)
+        for name, value in feeds.items()
+        if name not in PLAIN or name in takes
+    }
     count = len(_shapes(loaded))
     cache = DynamicCache()
     for layer in range(count):
