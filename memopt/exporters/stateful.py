@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from memopt.extras import require
-from memopt.graphs.cache import BEAM, PAST, PRESENT
+from memopt.runtimes.keys_values import BEAM, PAST, PRESENT
 
 
 def make_stateful(model: Any) -> bool:

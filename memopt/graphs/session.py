@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle
 from memopt.errors import InputError
 from memopt.extras import require
-from memopt.graphs.cache import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.base import one_by_one
 from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
+from memopt.runtimes.keys_values import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.onnx import cpu_session, session_options, takes_one_row
 from memopt.runtimes.openvino import takes_one_row as openvino_takes_one_row
 

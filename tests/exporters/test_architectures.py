@@ -22,8 +22,8 @@ import transformers
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.exporters.base import export
-from memopt.graphs.cache import PAST, from_nothing
 from memopt.runtimes.base import Placement, Settings
+from memopt.runtimes.keys_values import PAST, from_nothing
 from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 from memopt.weights.reader import WeightLoader

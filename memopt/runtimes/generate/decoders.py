@@ -9,9 +9,9 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
-from memopt.graphs.cache import BEAM, PAST, PRESENT
 from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.keys_values import BEAM, PAST, PRESENT
 from memopt.runtimes.onnx import OnnxBackend
 
 if TYPE_CHECKING:
