@@ -12,7 +12,7 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
 from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
-from memopt.exporters import check, interface, onnx, openvino
+from memopt.exporters import check, encoder, interface, onnx, openvino
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.half import to_half
 from memopt.exporters.refusals import foreseen, refused
@@ -203,7 +203,7 @@ def _check_weights(path: Path) -> None:
 def _kind(task: str) -> Any:
     """Return the module that knows how this family of models is loaded, called and checked."""
     family = task_of(task).family
-    return importlib.import_module(family) if family else interface
+    return importlib.import_module(family) if family else encoder
 
 
 def reference_cases(

@@ -6,13 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memopt.bundle import Manifest
 from memopt.errors import ExportError
-from memopt.exporters import check
 from memopt.exporters.answers import answers
-from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.examples import check_shapes, example, free_picture, trace_shape
 from memopt.exporters.masks import attention_arguments
 from memopt.graphs.session import Observe
@@ -21,16 +19,10 @@ from memopt.runtimes.torch_model import LoadedModel, load_model, reset
 from memopt.tasks.table import task_of
 from memopt.weights.kinds import AST, FULL_LENGTH, UNPADDED
 
-if TYPE_CHECKING:
-    from memopt.exporters.fuse import FusionReport
-
 __all__ = [
     "check_shapes",
-    "compare",
     "example",
-    "faster",
     "load_model",
-    "portable",
     "reference",
     "signature",
     "trace_shape",
@@ -167,30 +159,6 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
         )
     _refuse_missing_class_token(loaded, feeds, result.last_hidden_state)
     return answers(loaded.head, result, feeds)
-
-
-def portable(graph: Any) -> Any:
-    """Return the graph in standard operators: it is one already."""
-    return graph
-
-
-def faster(graph: Any, config: Mapping[str, Any]) -> tuple[Any, FusionReport]:
-    """Return the graph with ONNX Runtime's fused operators, and which it got."""
-    from memopt.exporters.fuse import fuse
-
-    return fuse(graph, config)
-
-
-def compare(
-    run: Run, loaded: LoadedModel, cases: Sequence[Any], tolerance: Tolerance, name: str
-) -> dict[str, Any]:
-    """Run a graph on every case and return the record for the manifest.
-
-    Raises:
-        ExportError: it gives other answers than torch.
-    """
-    del loaded
-    return check.compare(run, cases, tolerance, name=name)
 
 
 def _refuse_missing_class_token(loaded: LoadedModel, feeds: dict[str, Any], hidden: Any) -> None:
