@@ -13,6 +13,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import ExportError
+from memopt.exporters.encoder import compare, portable
 from memopt.exporters.examples import Shape
 from memopt.exporters.fuse import FusionReport
 from memopt.exporters.interface import Signature
@@ -28,6 +29,18 @@ from memopt.joint.model import (
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.weights.reader import WeightLoader
 
+__all__ = [
+    "check_shapes",
+    "compare",
+    "example",
+    "faster",
+    "load_model",
+    "portable",
+    "reference",
+    "signature",
+    "trace_shape",
+    "wrap",
+]
 # What an absent slot holds while the graph is checked.
 _GARBAGE = 1e3
 _MASKS = 2 ** len(JOINT_MODALITIES)  # a Shape's length is a mask in binary; 0: another per row
@@ -123,11 +136,6 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
             for row in range(len(feeds["present"]))
         ]
     return {JOINT_OUTPUT: torch.cat(rows).numpy()}
-
-
-def portable(graph: Any) -> Any:
-    """Return the graph in standard operators: it is one already."""
-    return graph
 
 
 def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:

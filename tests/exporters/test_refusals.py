@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ExportError
-from memopt.exporters import base, openvino
+from memopt.exporters import base, encoder, openvino
 from memopt.exporters import onnx as exporter
 from memopt.weights.convert import convert
 
@@ -124,7 +124,7 @@ def test_without_a_fused_graph_the_bundle_is_whole(
     def stumble(*arguments: Any) -> Any:
         raise IndexError("a pattern met a graph\nthat nobody has seen")
 
-    monkeypatch.setattr(base, "fuse", stumble)
+    monkeypatch.setattr(encoder, "fuse", stumble)
     bundle = _bundle(tmp_path, "Bert", **_TEXT)
     made = base.export(bundle)
     assert [variant.name for variant in made] == ["onnx-fp32"]
