@@ -23,8 +23,9 @@ from memopt.exporters import check, lower
 from memopt.exporters.cached import module_class, plain_class
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.fuse import FusionReport
+from memopt.exporters.fuse_decoder import fuse_norms
 from memopt.exporters.interface import Signature
-from memopt.graphs.ir import from_proto, to_proto
+from memopt.graphs.ir import drop_unused, from_proto, to_proto
 from memopt.positions import position_limit
 from memopt.runtimes.torch_model import LoadedModel, load_model
 
@@ -190,13 +191,19 @@ def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:
     Its past and present may be one buffer; a continuation by several tokens takes one row at a
     time (microsoft/onnxruntime: group_query_attention.cc).
     """
-    del config
     model = from_proto(graph)
     if not lower.groupable(model):
         return graph, FusionReport()
     before, count = len(model.graph), len(lower.markers(model))
-    lower.to_grouped(model)
-    report = FusionReport(attention=count, nodes_before=before, nodes_after=len(model.graph))
+    lower.to_grouped(model, position_limit(config) or 0)
+    norms = fuse_norms(model)
+    drop_unused(model)
+    report = FusionReport(
+        attention=count,
+        skip_layer_norm=norms,
+        nodes_before=before,
+        nodes_after=len(model.graph),
+    )
     return to_proto(model), report
 
 

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from memopt.exporters.cached import DOMAIN, MARKER
+from memopt.exporters.fuse_decoder import drop_round_trip, find_rotation, rows_of, tables
 from memopt.graphs.ir import MICROSOFT, dims, drop_unused, insert, replace, store
 from memopt.runtimes.chain import MASK_BIAS
 
+# The kernel turns heads of such sizes only.
+TURNED_SIZE = 16
 Shared = dict[str, Any]  # values that the attentions of one graph have in common
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Query and key before they are turned, and the tables to do it by."""
+
+    query: Any
+    key: Any
+    cos: Any
+    sin: Any
 
 
 def markers(model: Any) -> list[Any]:
@@ -24,13 +38,37 @@ def to_standard(model: Any) -> None:
     _lower(model, _standard)
 
 
-def to_grouped(model: Any) -> None:
+def to_grouped(model: Any, positions: int) -> int:
     """Write every marker as ``com.microsoft.GroupQueryAttention``, in place.
 
-    Its past and present may be one buffer, longer than the text: the length is the mask's.
+    Its past and present may be one buffer, longer than the text: the length is the mask's. Where a
+    model turns queries and keys by their positions and no more, ``RotaryEmbedding`` does it, not
+    the attention itself: that would count padding.
+
+    Args:
+        model: an ``onnx_ir.Model`` with markers.
+        positions: the most that a text has, the length of the tables.
+
+    Returns:
+        How many attentions are turned so.
     """
-    _lower(model, _grouped)
+    turned: dict[Any, Turned] = {}
+    made: dict[tuple[Any, Any], tuple[Any, Any] | None] = {}
+    for node in markers(model):
+        pair = [find_rotation(value) for value in node.inputs[:2]]
+        query, key = pair
+        if query is None or key is None or (query.cos, query.sin) != (key.cos, key.sin):
+            continue
+        angles = (query.cos, query.sin)
+        if int(node.inputs[0].shape[3]) % TURNED_SIZE == 0:
+            if angles not in made:
+                made[angles] = tables(model, query, positions)
+            found = made[angles]
+            if found is not None:
+                turned[node] = Turned(query.source, key.source, *found)
+    _lower(model, lambda graph, node, shared: _grouped(graph, node, shared, turned.get(node)))
     model.graph.opset_imports[MICROSOFT] = 1
+    return len(turned)
 
 
 def groupable(model: Any) -> bool:
@@ -50,6 +88,7 @@ def _lower(model: Any, write: Callable[[Any, Any, Shared], tuple[Any, ...]]) -> 
         values = write(model.graph, node, shared)
         for old, new in zip(node.outputs, values, strict=True):
             _take_place(model.graph, old, new)
+        drop_round_trip(values[0])
         model.graph.remove(node, safe=True)
     model.graph.opset_imports.pop(DOMAIN, None)
     drop_unused(model)
@@ -65,12 +104,16 @@ def _take_place(graph: Any, old: Any, new: Any) -> None:
     replace(old, new)
 
 
-def _grouped(graph: Any, node: Any, shared: Shared) -> tuple[Any, ...]:
+def _grouped(graph: Any, node: Any, shared: Shared, turned: Turned | None) -> tuple[Any, ...]:
     query, key, value, past_key, past_value, mask = node.inputs
+    if turned is not None:
+        query, key = turned.query, turned.key
     heads, kept = int(query.shape[1]), int(key.shape[1])
     rows = [_rows(graph, node, v) for v in (query, key, value)]
     lengths = _once(shared, "lengths", lambda: _lengths(graph, node, mask, query))
     bias = _once(shared, "bias", lambda: _bias(graph, node, mask, query))
+    if turned is not None:
+        rows[:2] = [_turned(graph, node, value, turned) for value in rows[:2]]
     made = insert(
         graph,
         node,
@@ -88,8 +131,24 @@ def _grouped(graph: Any, node: Any, shared: Shared) -> tuple[Any, ...]:
     return tuple(made.outputs)
 
 
+def _turned(graph: Any, node: Any, rows: Any, by: Turned) -> Any:
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    made = insert(
+        graph,
+        node,
+        "RotaryEmbedding",
+        [rows, positions, by.cos, by.sin],
+        domain=MICROSOFT,
+        name="turned",
+    )
+    return made.outputs[0]
+
+
 def _rows(graph: Any, node: Any, states: Any) -> Any:
     """Return (batch, new, heads x size) of (batch, heads, new, size)."""
+    whole = rows_of(states)
+    if whole is not None:
+        return whole
     flat = [0, 0, int(states.shape[1]) * int(states.shape[3])]
     turned = insert(graph, node, "Transpose", [states], name="rows", perm=[0, 2, 1, 3]).outputs[0]
     return _reshaped(graph, node, turned, flat)
