@@ -247,7 +247,8 @@ def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
         _log.warning("%s gets no fused graph for ONNX Runtime: %s", kind, brief(error))
         return []
     record = {**(variant.check or {}), "fusion": asdict(report)}
-    return [replace(variant, target="cpu", fused=True, check=record)]
+    made = replace(variant, target="cpu", fused=True, check=record)
+    return [_kind(job.task).finish(made, job.bundle.path, job.folder)]
 
 
 def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:

@@ -10,20 +10,23 @@ of Optimum, onnxruntime-genai and transformers.js.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from memopt.bundle import Manifest
+from memopt.bundle import Manifest, Variant, read_json
 from memopt.errors import ExportError
 from memopt.exporters import check, lower
 from memopt.exporters.cached import module_class, plain_class
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.fuse import FusionReport
 from memopt.exporters.fuse_decoder import fuse_norms
+from memopt.exporters.genai import GENAI_CONFIG, genai_config
 from memopt.exporters.interface import Signature
 from memopt.graphs.ir import drop_unused, from_proto, to_proto
 from memopt.positions import position_limit
@@ -34,6 +37,7 @@ __all__ = [
     "compare",
     "example",
     "faster",
+    "finish",
     "load_model",
     "portable",
     "reference",
@@ -205,6 +209,17 @@ def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:
         nodes_after=len(model.graph),
     )
     return to_proto(model), report
+
+
+def finish(variant: Variant, bundle: Path, staged: Path) -> Variant:
+    """Return the fused variant with what onnxruntime-genai needs, written to ``staged``."""
+    if not variant.fused:
+        return variant
+    config, more = read_json(bundle / "config.json"), bundle / "generation_config.json"
+    generation = read_json(more) if more.is_file() else {}
+    made = genai_config(config, generation, variant.file, shared=True)
+    (staged / GENAI_CONFIG).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    return replace(variant, companions=(*variant.companions, GENAI_CONFIG))
 
 
 def compare(

@@ -13,7 +13,7 @@ import numpy as np
 
 from memopt.bundle import Bundle, Manifest
 from memopt.errors import ExportError
-from memopt.exporters.encoder import compare, portable
+from memopt.exporters.encoder import compare, finish, portable
 from memopt.exporters.examples import Shape
 from memopt.exporters.fuse import FusionReport
 from memopt.exporters.interface import Signature
@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "example",
     "faster",
+    "finish",
     "load_model",
     "portable",
     "reference",
