@@ -66,10 +66,11 @@ def open_openvino(
     inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
     if BEAM in inputs:
         stateful = StatefulRun(compiled)
+        names = [_output_name(compiled, output) for output in outputs]
 
         def kept(feed: Feed) -> Sequence[NDArray[Any]]:
             made = stateful(with_positions(feed))
-            return [made[str(output)] for output in outputs]
+            return [made[name] for name in names]
 
         return kept
     one_row = openvino_takes_one_row(compiled)
@@ -83,6 +84,13 @@ def open_openvino(
     if one_row:
         return lambda feed: one_by_one(run, feed)
     return run
+
+
+def _output_name(compiled: Any, output: str | int) -> str:
+    """Return what :class:`StatefulRun` calls an output: one without a name by its position."""
+    if isinstance(output, str):
+        return output
+    return str(next(iter(compiled.outputs[output].get_names()), output))
 
 
 def _sizes(port: Any) -> tuple[int | None, ...]:

@@ -160,5 +160,6 @@ def _same_recipe(bundle: Bundle, name: str, recipe: Recipe, calibration: Calibra
 
 
 def _resolved(recipe: dict[str, object]) -> dict[str, object]:
-    """Return a recipe with the target that ``auto`` stands for."""
-    return {**recipe, "target": Recipe.from_dict(recipe).runtime}
+    """Return a recipe with the target that ``auto`` stands for, older ones with every field."""
+    whole = Recipe.from_dict(recipe)
+    return {**whole.to_dict(), "target": whole.runtime}

@@ -151,6 +151,11 @@ class Context(Generic[R]):
         return self.bundle.file(self.base)
 
 
+def writes(bundle: Bundle) -> bool:
+    """Say whether a bundle is a language model's, whose graph gives logits of the next token."""
+    return bundle.task.answer == "logits"
+
+
 def float_layer(linear: Linear) -> Layer:
     """Return what is said of a layer that stays in float."""
     return Layer(name=linear.name, kind="float", macs=linear.size)

@@ -27,7 +27,7 @@ from memopt.quantization.accuracy.layer_error import with_errors
 from memopt.quantization.accuracy.result import Result, Trail
 from memopt.quantization.accuracy.validate import PrecisionValidator
 from memopt.quantization.math.statistics import token_probes
-from memopt.quantization.method import Context, Make, Quantized
+from memopt.quantization.method import Context, Make, Quantized, writes
 from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
 from memopt.runtimes.openvino_file import save_openvino
@@ -38,6 +38,8 @@ __all__ = ["Samples", "quantize"]
 # What might help a variant that fails its gate, and a weight file.
 _REMEDY = "try --search, another recipe, or --keep-failing to write it marked as failed"
 _REMEDY_OF_WEIGHTS = "try --search, gptq, more bits, smaller groups, or --keep-failing"
+# Methods that start from the graph with a cache in one buffer, where a model has one.
+OF_THE_CACHE = ("weight-only",)
 
 
 def quantize(
@@ -204,7 +206,8 @@ def _record_variant(
         file=f"{recipe.format}/{files[0].name}",
         companions=tuple(f"{recipe.format}/{file.name}" for file in files[1:]),
         target=recipe.runtime,
-        fused=base.fused or recipe.method in ("weight-only", "dynamic"),
+        # Of a language model it says that past and present are one buffer.
+        fused=base.fused or (recipe.method in ("weight-only", "dynamic") and not writes(bundle)),
         method=recipe.method,
         inputs=base.inputs,
         output=base.output,
@@ -266,8 +269,10 @@ def float_variant(bundle: Bundle, recipe: Recipe) -> Variant:
     Raises:
         BundleError: it was not exported.
     """
-    name = recipe.base
     variants = bundle.manifest.variants
+    name = recipe.base
+    if name == "onnx-fp32" and recipe.method in OF_THE_CACHE and writes(bundle):
+        name = "onnx-fp32-fused"
     if name == "onnx-fp32-fused" and name not in variants and "onnx-fp32" in variants:
         # An architecture that nothing could be fused in: dynamic works on the plain graph too.
         name = "onnx-fp32"

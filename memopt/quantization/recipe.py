@@ -22,7 +22,7 @@ Target = Literal["auto", "cpu", "openvino", "gpu"]
 WeightType = Literal["int8", "int4", "int2", "nf4"]
 ActivationType = Literal["uint8", "int8"]
 Granularity = Literal["auto", "per-channel", "per-tensor", "per-group"]
-Algorithm = Literal["rtn", "gptq", "awq", "scale-estimation", "awq+scale-estimation"]
+Algorithm = Literal["rtn", "k-quant", "gptq", "awq", "scale-estimation", "awq+scale-estimation"]
 Ranges = Literal["minmax", "entropy", "percentile", "mse"]
 Smooth = Literal["auto", "none"]
 
@@ -95,7 +95,8 @@ class Recipe:
         default=True, metadata={"help": "Weights without a zero point", "off": "asymmetric"}
     )
     algorithm: Algorithm = field(
-        default="rtn", metadata={"help": "rtn, gptq, awq, scale-estimation, awq+scale-estimation"}
+        default="rtn",
+        metadata={"help": "rtn, k-quant, gptq, awq, scale-estimation, awq+scale-estimation"},
     )
     ranges: Ranges = field(
         default="minmax", metadata={"help": "Activation ranges: minmax, entropy, percentile, mse"}
@@ -116,6 +117,13 @@ class Recipe:
         default=(),
         metadata={"help": "Layers kept in float, a shell pattern; repeatable", "default": "none"},
     )
+    keep_int8: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "With int4 weight-only: layers in int8, a shell pattern; repeatable",
+            "default": "none",
+        },
+    )
     max_drop: float = field(
         default=0.0,
         metadata={"help": "Accuracy-aware nncf: largest drop of mean cosine", "default": "0, off"},
@@ -130,6 +138,11 @@ class Recipe:
         if not self.symmetric and "symmetric" not in mine:
             raise ConfigurationError(
                 f"method {self.method!r} computes with symmetric weights", fix="leave symmetric on"
+            )
+        if self.keep_int8 and ("keep_int8" not in mine or self.weight_type == "int8"):
+            raise ConfigurationError(
+                f"keep_int8 does not go with {self.weight_type} of method {self.method!r}",
+                fix="use method weight-only with int4",
             )
         if self.activation_type != "uint8" and "activation_type" not in mine:
             raise ConfigurationError(
@@ -207,13 +220,16 @@ class Recipe:
         True
         """
         check_keys("recipe", raw, [item.name for item in fields(cls)])
-        kept = raw.get("keep_float", ())
-        kept = (kept,) if isinstance(kept, str) else tuple(kept) if isinstance(kept, list) else kept
-        return cls(**{**raw, "keep_float": kept})
+        kept = {name: _patterns(raw.get(name, ())) for name in ("keep_float", "keep_int8")}
+        return cls(**{**raw, **kept})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data that ``from_dict`` takes."""
-        return {**asdict(self), "keep_float": list(self.keep_float)}
+        return {
+            **asdict(self),
+            "keep_float": list(self.keep_float),
+            "keep_int8": list(self.keep_int8),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +306,12 @@ def known_recipe(bundle: Bundle) -> dict[str, Any]:
                 )
             return dict(fields_)
     return {}
+
+
+def _patterns(given: Any) -> Any:
+    return (
+        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
+    )
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

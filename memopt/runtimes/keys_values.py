@@ -53,6 +53,11 @@ def with_positions(feed: Feed) -> dict[str, NDArray[Any]]:
     return made
 
 
+def has_states(model: Any) -> bool:
+    """Say whether an ``openvino.Model`` keeps keys and values as states."""
+    return any(BEAM in port.get_names() for port in model.inputs)
+
+
 class StatefulRun:
     """An OpenVINO model that keeps keys and values as states, run as one that is given them.
 
@@ -79,9 +84,9 @@ class StatefulRun:
         given[BEAM] = np.arange(len(feed["input_ids"]), dtype=np.int32)
         self._request.infer(given)
         made = {
-            name: np.array(self._request.get_tensor(name).data)
-            for port in self._compiled.outputs
-            for name in port.get_names()
+            name: np.array(self._request.get_output_tensor(number).data)
+            for number, port in enumerate(self._compiled.outputs)
+            for name in port.get_names() or {str(number)}
         }
         kept = {state.name.partition(PRESENT): state for state in self._request.query_state()}
         return made | {a + b: np.array(s.state.data) for (_, a, b), s in kept.items()}

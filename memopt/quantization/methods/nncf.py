@@ -19,7 +19,16 @@ from memopt.graphs.ir import read_onnx, to_proto, with_blocks
 from memopt.graphs.linears import Linear, onnx_linears, openvino_linears
 from memopt.graphs.openvino import read_openvino
 from memopt.graphs.session import open_graph
-from memopt.quantization.method import Context, Layer, Make, MethodRecipe, Quantized, match_layers
+from memopt.quantization.method import (
+    Context,
+    Layer,
+    Make,
+    MethodRecipe,
+    Quantized,
+    match_layers,
+    writes,
+)
+from memopt.runtimes.keys_values import BEAM, has_states, with_positions
 from memopt.runtimes.vectors import row_cosines
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
@@ -133,7 +142,13 @@ def prepare_weights(context: Context[NncfWeightsRecipe]) -> Make:
             f"nncf has no {recipe.weight_type} with {recipe.algorithm} on ONNX",
             fix="use target openvino",
         )
+    if context.base.format == "onnx" and writes(context.bundle):
+        raise ConfigurationError(
+            "nncf cannot read a language model's ONNX graph",
+            fix="use target openvino, or method weight-only",
+        )
     model, linears = _read(context)
+    cached = context.base.format == "openvino" and has_states(model)
     if context.base.format == "onnx" and mode == "INT4_ASYM":
         # In older opsets nncf writes MatMulNBits with zero points that ONNX Runtime refuses.
         model = with_blocks(model)
@@ -152,7 +167,8 @@ def prepare_weights(context: Context[NncfWeightsRecipe]) -> Make:
                 },
             }
         if recipe.algorithm != "rtn":
-            options |= {"dataset": nncf.Dataset(_Feeds(context)), "subset_size": context.samples}
+            feeds = _Feeds(context, cached=cached)
+            options |= {"dataset": nncf.Dataset(feeds), "subset_size": context.samples}
         with _quiet():
             quantized = nncf.compress_weights(
                 _copy(model),
@@ -209,7 +225,10 @@ def _nncf() -> Any:
 
 
 def _options(context: Context[Any]) -> dict[str, str]:
-    return {"INFERENCE_PRECISION_HINT": "f32"} if context.base.format == "openvino" else {}
+    if context.base.format != "openvino":
+        return {}
+    # What a language model's float graph says of its keys and values holds here too.
+    return {**context.base.options, "INFERENCE_PRECISION_HINT": "f32"}
 
 
 def _copy(model: Any) -> Any:
@@ -219,11 +238,17 @@ def _copy(model: Any) -> Any:
 class _Feeds:
     """Calibration inputs anew for each of nncf's passes, so that none of them is kept."""
 
-    def __init__(self, context: Context[Any]) -> None:
-        self._context = context
+    def __init__(self, context: Context[Any], *, cached: bool = False) -> None:
+        self._context, self._cached = context, cached
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (dict(feed) for feed in self._context.feeds())
+        for feed in self._context.feeds():
+            if not self._cached:
+                yield dict(feed)
+                continue
+            # Of a graph with states: a whole text behind nothing, each row going on from its own.
+            rows = np.arange(len(feed["input_ids"]), dtype=np.int32)
+            yield {**with_positions(feed), BEAM: rows}
 
 
 def _read(context: Context[Any]) -> tuple[Any, dict[str, Linear]]:

@@ -1,4 +1,4 @@
-"""Embedding tables of ONNX graphs as int8 rows with a scale each."""
+"""Embedding tables of ONNX graphs: int8 rows with a scale each, or a product's own blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.graphs.ir import constant, new_node, replace_node, store
+from memopt.graphs.blocks import Blocks
+from memopt.graphs.ir import MICROSOFT, constant, made_by, new_node, replace_node, store
+from memopt.graphs.linears import Linear
 from memopt.graphs.observe import Array
 from memopt.quantization.method import Layer
 from memopt.quantization.methods.static import round_table, share_of_power
@@ -55,6 +57,36 @@ def quantize_tables(model: Any, kept: Collection[str]) -> list[Layer]:
         error = share_of_power(integers * scales.astype(np.float32) - values, values)
         layers.append(Layer(name=name, kind="int8-table", error=error))
     return layers
+
+
+def tied_table(linear: Linear) -> Any | None:
+    """Return the Gather that reads a product's weight as its table of embeddings, else None."""
+    weight = linear.node.inputs[1]
+    turned = made_by(weight, "Transpose")
+    weight = weight if turned is None else turned.inputs[0]
+    for use in weight.uses():
+        node = use.node
+        axis = node.attributes.get("axis")
+        rows = len(weight.shape) == 2 and int(weight.shape[0]) == linear.shape[0]
+        if node.op_type == "Gather" and rows and (axis is None or axis.as_int() == 0):
+            return node
+    return None
+
+
+def shared_rows(graph: Any, table: Any, name: str, blocks: Blocks) -> Any:
+    """Return the node that takes a table's rows out of the bytes that a product multiplies with."""
+    parts = [
+        store(graph, f"{name}_packed", blocks.packed(whole_blocks=False)),
+        table.inputs[1],
+        store(graph, f"{name}_scale", blocks.scales),
+    ]
+    if blocks.points is not None:
+        parts.append(store(graph, f"{name}_zero", blocks.packed_points()))
+    options = {"block_size": blocks.size, "bits": blocks.bits}
+    options |= {"gather_axis": 0, "quantize_axis": 1}
+    label = {"name": f"quantized/{name}/rows", "domain": MICROSOFT}
+    output = table.outputs[0].name
+    return new_node("GatherBlockQuantized", parts, output, **label, **options)
 
 
 def _round(values: Array) -> tuple[NDArray[np.int8], NDArray[Any]]:
