@@ -25,7 +25,7 @@ from memopt.exporters import check, lower
 from memopt.exporters.cached import module_class, plain_class
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.fuse import FusionReport
-from memopt.exporters.fuse_decoder import fuse_norms
+from memopt.exporters.fuse_decoder import fuse_norms, keep_last
 from memopt.exporters.genai import GENAI_CONFIG, genai_config
 from memopt.exporters.interface import Signature
 from memopt.graphs.ir import drop_unused, from_proto, to_proto
@@ -201,6 +201,7 @@ def faster(graph: Any, config: Any) -> tuple[Any, FusionReport]:
     before, count = len(model.graph), len(lower.markers(model))
     lower.to_grouped(model, position_limit(config) or 0)
     norms = fuse_norms(model)
+    keep_last(model)
     drop_unused(model)
     report = FusionReport(
         attention=count,

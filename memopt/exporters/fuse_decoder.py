@@ -26,9 +26,11 @@ from memopt.graphs.ir import (
     to_proto,
     with_constant,
 )
+from memopt.runtimes.keys_values import KEEP
 
 # Tables of more positions would weigh more than the model is worth.
 MOST_POSITIONS = 32_768
+ALL = 1 << 40
 HEADS_OUT = [0, 2, 1, 3]
 
 
@@ -169,6 +171,56 @@ def drop_round_trip(value: Any) -> None:
     shape = joined.outputs[0].shape
     if len(shape) == 3 and value.shape is not None and shape[2] == value.shape[2]:
         replace(joined.outputs[0], value)
+
+
+def keep_last(model: Any) -> bool:
+    """Let a caller say of how many last tokens it wants logits; all of them by default.
+
+    ``logits_to_keep`` is an input with a default, which others need not know. A prompt's logits are
+    a fifth of its arithmetic and nearly all of its memory, and one row of them is read.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    product = _head(logits)
+    if product is None:
+        return False
+    keep = add_initializer(graph, KEEP, np.array([-ALL], np.int64))
+    graph.inputs.append(keep)
+    ends, axes = (
+        add_initializer(graph, f"{KEEP}.{name}", np.array([value], np.int64))
+        for name, value in (("end", ALL), ("axis", 1))
+    )
+    hidden = product.inputs[0]
+    last = insert(graph, product, "Slice", [hidden, keep, ends, axes], name="last_tokens")
+    last.outputs[0].type = hidden.type
+    last.outputs[0].shape = ir.Shape([hidden.shape[0], None, hidden.shape[2]])
+    product.replace_input_with(0, last.outputs[0])
+    node: Any = product
+    while True:
+        made = node.outputs[0]
+        made.shape = ir.Shape([made.shape[0], None, *list(made.shape)[2:]])
+        if made is logits:
+            return True
+        node = only_use(made)
+
+
+def _head(logits: Any) -> Any | None:
+    """Return the product with a constant that logits come from, behind what bends each alone."""
+    value = logits
+    for _ in range(8):
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "MatMul" and is_constant(node.inputs[1]):
+            hidden = node.inputs[0]
+            return node if hidden.shape is not None and len(hidden.shape) == 3 else None
+        computed = [v for v in node.inputs if v is not None and not is_constant(v)]
+        if node.op_type not in ("Add", "Mul", "Div", "Tanh", "Cast") or len(computed) != 1:
+            return None
+        value = computed[0]
+    return None
 
 
 def fuse_norms(model: Any) -> int:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Feed = Mapping[str, NDArray[Any]]
 PAST, PRESENT = "past_key_values.", "present."
 BEAM = "beam_idx"
+# An input with a default: from which token on logits are wanted, counted from the end as in Slice.
+KEEP = "logits_to_keep"
 
 
 def from_nothing(shapes: Mapping[str, Sequence[Any]]) -> Callable[[Feed], Feed]:

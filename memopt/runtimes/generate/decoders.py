@@ -11,7 +11,7 @@ from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
-from memopt.runtimes.keys_values import BEAM, PAST, PRESENT
+from memopt.runtimes.keys_values import BEAM, KEEP, PAST, PRESENT
 from memopt.runtimes.onnx import OnnxBackend
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class OnnxDecoder:
                 "older memopt",
                 fix=f"run: memopt export {bundle.path}",
             )
-        self._positions = "position_ids" in self.inputs
+        optional = {item.name for item in self._session.get_overridable_initializers()}
+        self._last_only = KEEP in optional
         self._shared = candidate.variant.fused
         self._length, self._capacity = 0, 0
         self._held: dict[str, Any] = {}
@@ -112,11 +113,13 @@ class OnnxDecoder:
         total = mask.shape[1]
         if self._shared and total > self._capacity:
             self._grow(total + SLACK)
-        binding = self._session.io_binding()
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feed = {n: np.ascontiguousarray(v) for n, v in feed.items() if n in self.inputs}
+        if self._last_only and ids.shape[1] > 1:
+            return self._read(feed, total)
+        binding = self._session.io_binding()
         for name, array in feed.items():
-            if name in self.inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, array)
         for name, value in self._held.items():
             binding.bind_ortvalue_input(PAST + name, value)
             if self._shared:
@@ -130,6 +133,20 @@ class OnnxDecoder:
             self._held = dict(zip(self._held, present, strict=True))
         self._length = total
         return np.asarray(logits.numpy()[:, -1], np.float32)
+
+    def _read(self, feed: dict[str, NDArray[Any]], total: int) -> NDArray[np.float32]:
+        """Run the graph for the logits of the last token alone, which IO binding cannot ask for."""
+        for name, value in self._held.items():
+            feed[PAST + name] = np.ascontiguousarray(value.numpy()[:, :, : self._length])
+        feed[KEEP] = np.array([-1], np.int64)
+        outputs = [*(PRESENT + name for name in self._held), "logits"]
+        *present, logits = self._session.run(outputs, feed)
+        for (name, old), new in zip([*self._held.items()], present, strict=True):
+            whole = np.zeros(old.shape(), np.float32)
+            whole[:, :, :total] = new
+            self._held[name] = self._value(whole)
+        self._length = total
+        return np.asarray(logits[:, -1], np.float32)
 
     def holds(self, tokens: int) -> bool:
         """Say whether there is a text, and it may grow: buffers do."""
@@ -184,9 +201,10 @@ class OpenvinoDecoder:
             "INFERENCE_NUM_THREADS": self._threads,
             **candidate.variant.options,
         }
-        self._compiled: Any = ov.Core().compile_model(
-            str(bundle.file(candidate.variant)), "CPU", options
-        )
+        core = ov.Core()
+        model = core.read_model(str(bundle.file(candidate.variant)))
+        _keep_last(model)
+        self._compiled: Any = core.compile_model(model, "CPU", options)
         self.inputs = tuple(n for port in self._compiled.inputs for n in port.get_names())
         if BEAM not in self.inputs:
             raise BundleError(
@@ -242,3 +260,18 @@ class OpenvinoDecoder:
     def close(self) -> None:
         """Free the model."""
         self._request = self._compiled = None
+
+
+def _keep_last(model: Any) -> None:
+    """Let an OpenVINO model compute the logits of the last token only; as it is where it cannot."""
+    from openvino import opset13 as ops
+
+    node = model.output("logits").get_node().input_value(0).get_node()
+    while node.get_type_name() in ("Tanh", "Multiply", "Divide", "Add"):
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "MatMul" or len(node.input_value(0).get_partial_shape()) != 3:
+        return
+    begin, end, step, axis = (ops.constant(np.array([n], np.int64)) for n in (-1, 1 << 40, 1, 1))
+    last = ops.slice(node.input_value(0), begin, end, step, axis)
+    node.input(0).replace_source_output(last.output(0))
+    model.validate_nodes_and_infer_types()
