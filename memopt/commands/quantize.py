@@ -34,7 +34,7 @@ def quantize(
         float | None, typer.Option(help="Gate: least cosine to float [default: 0.95, gptq 0.98].")
     ] = None,
     max_perplexity_increase: Annotated[
-        float | None, typer.Option(help="Gate of language models [default: 0.15].")
+        float | None, typer.Option(help="Gate of language models [default: 0.05].")
     ] = None,
     gates: Annotated[
         list[str] | None,

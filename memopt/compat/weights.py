@@ -196,20 +196,19 @@ def perplexities(bundle: Any, variant: str | None, texts: list[str]) -> tuple[fl
     Raises:
         MemoptError: the bundle has no float graph.
     """
-    from memopt.graphs.session import open_graph
-    from memopt.quantization.accuracy import validate
     from memopt.quantization.accuracy.calibration import CalibrationSet
+    from memopt.quantization.accuracy.language import LanguageValidator
     from memopt.quantization.quantize import float_variant
     from memopt.quantization.recipe import Recipe
 
     reference = float_variant(bundle, Recipe(method="weight-only"))
-    judge = validate.PrecisionValidator(
+    judge = LanguageValidator(
         bundle, reference, CalibrationSet(items=tuple(texts), modality="text")
     )
     if variant is None:
         return judge.float_perplexity, judge.float_perplexity
     chosen = bundle.variant(variant)
-    graph = open_graph(bundle.file(chosen), chosen.format, chosen.output, chosen.options)
+    graph = judge.open(bundle.file(chosen), chosen.format, chosen.options)
     found = judge.validate(graph, timed=False).perplexity
     if found is None:
         raise MemoptError(f"{bundle.path} is no language model")

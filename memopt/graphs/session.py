@@ -41,7 +41,10 @@ def open_onnx(graph: Path | bytes, outputs: Sequence[str], options: Any = None) 
         outputs: the values to return.
         options: session options other than the usual ones.
     """
-    session = cpu_session(graph, options or session_options(THREADS))
+    return _observed(cpu_session(graph, options or session_options(THREADS)), outputs)
+
+
+def _observed(session: Any, outputs: Sequence[str]) -> Observe:
     inputs = {item.name: item.shape for item in session.get_inputs()}
     complete = from_nothing(inputs)
 
@@ -118,6 +121,34 @@ def open_graph(
         return np.asarray(observe(feed)[0], np.float32)
 
     return run
+
+
+def open_whole(
+    graph: Path, format: str, options: Mapping[str, str] | None = None
+) -> Callable[[Feed], dict[str, NDArray[Any]]]:
+    """Open a graph's file and return a function from inputs to every output by name.
+
+    Of a language model what its cache then holds is among them, under the names of the outputs
+    that a graph without states has.
+
+    Args:
+        graph, format, options: as of :func:`open_graph`.
+    """
+    if format == "openvino":
+        ov = require("openvino", extra="openvino", why="run OpenVINO variants")
+        usual = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+        compiled = ov.Core().compile_model(graph, "CPU", {**usual, **(options or {})})
+        inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
+        if BEAM in inputs:
+            stateful = StatefulRun(compiled)
+            return lambda feed: stateful(with_positions(feed))
+        outputs = [name for port in compiled.outputs for name in sorted(port.get_names())[:1]]
+        observe = open_openvino(graph, outputs, {**usual, **(options or {})})
+    else:
+        session = cpu_session(graph, session_options(THREADS))
+        outputs = [item.name for item in session.get_outputs()]
+        observe = _observed(session, outputs)
+    return lambda feed: dict(zip(outputs, observe(feed), strict=True))
 
 
 def feeds(

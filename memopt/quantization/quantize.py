@@ -13,7 +13,7 @@ from memopt.errors import BundleError, ConfigurationError, QuantizationError
 from memopt.files import staged_directory
 from memopt.graphs.integers import integer_share
 from memopt.graphs.linears import weight_names
-from memopt.graphs.session import feeds, open_graph
+from memopt.graphs.session import feeds
 from memopt.progress import Progress, Step, silent
 from memopt.quantization.accuracy.calibration import (
     CalibrationSet,
@@ -23,9 +23,9 @@ from memopt.quantization.accuracy.calibration import (
     split,
 )
 from memopt.quantization.accuracy.gate import MIN_COSINE, Gate, Validation
+from memopt.quantization.accuracy.language import Validator, validator_of
 from memopt.quantization.accuracy.layer_error import with_errors
 from memopt.quantization.accuracy.result import Result, Trail
-from memopt.quantization.accuracy.validate import PrecisionValidator
 from memopt.quantization.math.statistics import token_probes
 from memopt.quantization.method import Context, Make, Quantized, writes
 from memopt.quantization.recipe import Recipe, Samples
@@ -62,7 +62,8 @@ def quantize(
         bundle: an exported bundle.
         samples: calibration and validation inputs.
         recipe: what to do; the default is full int8 on OpenVINO with smoothing.
-        gate: what to reach; by default min cosine .95, or .98 for GPTQ, perplexity at most +15 %.
+        gate: what to reach; by default min cosine .95, or .98 for GPTQ, of language
+            models perplexity at most +5 % and a mean KL of at most 0.05 nats.
         keep_failing: write a variant that fails its gate, marked so; the engine never picks it.
         budget: seconds, calibration included, for a search of layers to keep in float; None for no
             search.
@@ -83,7 +84,7 @@ def quantize(
     calibration, held_out = read_samples(opened, samples)
     context = make_context(opened, base, recipe, calibration, samples, step)
     step("float reference")
-    validator = PrecisionValidator(opened, base, held_out, max_length=samples.max_length)
+    validator = validator_of(opened, base, held_out, samples.max_length)
     with staged_directory(opened.path) as folder:
         context = replace(context, folder=folder, progress=progress)
         make: Make = recipe.prepare()(context)
@@ -121,13 +122,13 @@ def quantize(
         )
 
 
-def comparer(validator: PrecisionValidator, recipe: Recipe, folder: Path) -> Compare:
+def comparer(validator: Validator, recipe: Recipe, folder: Path) -> Compare:
     """Return what a search compares graphs with; each is written below ``folder`` and removed."""
 
     def compare(quantized: Quantized, limit: int | None) -> Validation:
         files = write_graph(quantized, recipe.format, folder, "trial")
         try:
-            run = open_graph(files[0], recipe.format, validator.output, quantized.options)
+            run = validator.open(files[0], recipe.format, quantized.options)
             return validator.validate(run, limit=limit, timed=False)
         finally:
             for file in files:
@@ -151,7 +152,7 @@ def _prove(
     quantized: Quantized,
     context: Context[Any],
     recipe: Recipe,
-    validator: PrecisionValidator,
+    validator: Validator,
     gate: Gate,
     keep_failing: bool,
 ) -> _Proof:
@@ -165,7 +166,7 @@ def _prove(
     context.step("validation")
     base, weights = context.base, quantized.weights
     options = {**(quantized.options or ({} if weights else base.options))}
-    run = open_graph(files[0], recipe.format, base.output, options)
+    run = validator.open(files[0], recipe.format, options)
     validation = validator.validate(run, timed=weights is None)
     failures = tuple(validation.failures(gate))
     if failures and not keep_failing:

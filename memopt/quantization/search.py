@@ -198,7 +198,7 @@ class _Tries:
             with self.budget.timed("single"):
                 quantized = self._make(sorted(everything - {layer.name}))
                 result = self._compare(quantized, SENSITIVITY_SAMPLES)
-            best = 1.0 if result.perplexity_increase is None else 0.0
+            best = 0.0 if result.perplexity is not None else 1.0
             lost[layer.name] = best - result.quality
             self._count()
         return lost

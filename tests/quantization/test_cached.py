@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,31 +13,17 @@ import pytest
 from memopt import Generator
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError
-from memopt.exporters.base import export
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
-from memopt.weights.convert import convert
-from tests.runtimes.generate.kit import write
 
 INT4 = {"weight_type": "int4", "symmetric": False}
 ONNX, OPENVINO = {"method": "weight-only"}, {"method": "nncf-weights"}
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A Llama with tied embeddings and its graphs; do not change it."""
-    home = tmp_path_factory.mktemp("tied")
-    write(home / "source", tie_word_embeddings=True)
-    bundle = convert(home / "source", home / "bundle")
-    export(bundle)
-    export(open_bundle(bundle.path), format="openvino")
-    return open_bundle(bundle.path)
-
-
 @pytest.fixture
-def bundle(exported: Bundle, tmp_path: Path) -> Bundle:
+def bundle(talker: tuple[Bundle, Any], tmp_path: Path) -> Bundle:
     """A private copy."""
-    shutil.copytree(exported.path, tmp_path / "bundle")
+    shutil.copytree(talker[0].path, tmp_path / "bundle")
     return open_bundle(tmp_path / "bundle")
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError, QuantizationError
-from memopt.quantization import quantize as library
 from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.accuracy.result import Result
+from memopt.quantization.accuracy.validate import PrecisionValidator
 from memopt.quantization.quantize import Samples, quantize
 from memopt.quantization.recipe import Recipe
 from memopt.weights.reader import WeightLoader
@@ -227,7 +227,7 @@ def test_an_interrupted_run_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(library.PrecisionValidator, "validate", interrupt)
+    monkeypatch.setattr(PrecisionValidator, "validate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny_copy, Samples(calibration=texts, samples=8, validation_samples=8))
     assert {p: p.stat().st_mtime_ns for p in tiny_copy.path.rglob("*") if p.is_file()} == before

@@ -11,7 +11,7 @@ from memopt.tasks import quality
 
 # What users of an index notice, and what GPTQ can be asked for.
 MIN_COSINE = {"rtn": 0.95, "gptq": 0.98}
-MAX_PERPLEXITY_INCREASE = 0.15
+MAX_PERPLEXITY_INCREASE = quality.MEASURES["perplexity_increase"].bound or 0.05
 # Number of a validation -> what people call it, and how it is written; of embeddings and language
 # models, the other tasks' are in memopt.tasks.quality.
 NUMBERS = {
@@ -54,13 +54,21 @@ class Gate:
         if not self.max_perplexity_increase >= 0:
             raise ConfigurationError(
                 f"max_perplexity_increase {self.max_perplexity_increase} is negative",
-                fix="use 0.15 for 15 %",
+                fix="use 0.05 for 5 %",
             )
+
+    @property
+    def most_perplexity(self) -> float:
+        """The largest increase of perplexity: under its name among the bounds, else the field."""
+        return self.bounds.get("perplexity_increase", self.max_perplexity_increase)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """How a quantized graph compares with the float one: cosines, a perplexity, or measures."""
+    """How a quantized graph compares with the float one: cosines, or measures of its task.
+
+    ``texts`` are of language models: prompt, the float's text, the quantized one's.
+    """
 
     samples: int
     cosine_min: float | None = None
@@ -77,15 +85,15 @@ class Validation:
     speedup: float | None = None  # against the float variant of the same runtime
     set_sha256: str | None = None  # of the inputs
     worst: tuple[tuple[str, float], ...] = ()
+    texts: tuple[tuple[str, str, str], ...] = ()
     cosines: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def quality(self) -> float:
-        """What a search raises: min cosine, minus the perplexity increase, or the first measure."""
-        if self.perplexity_increase is not None:
-            return -self.perplexity_increase
+        """What a search raises: min cosine, or the first measure, negative where less is better."""
         if self.measures:
-            return next(iter(self.measures.values()))
+            name, value = next(iter(self.measures.items()))
+            return value if quality.MEASURES[name].rising else -value
         assert self.cosine_min is not None
         return self.cosine_min
 
@@ -97,16 +105,14 @@ class Validation:
         elif self.cosine_low is not None and not self.cosine_low >= gate.min_cosine:
             misses.append(near(self.cosine_min, self.cosine_low, gate.min_cosine))
         rise = self.perplexity_increase
-        if rise is not None and not rise <= gate.max_perplexity_increase:
-            misses.append(
-                f"perplexity rose by {rise:.1%}, more than {gate.max_perplexity_increase:.0%}"
-            )
+        if rise is not None and not rise <= gate.most_perplexity:
+            misses.append(f"perplexity rose by {rise:.1%}, more than {gate.most_perplexity:.0%}")
         return misses
 
     def rows(self, gate: Gate) -> list[tuple[str, str, str]]:
         """Return (measure, value, bound) of every number there is, in words."""
         least = f"at least {gate.min_cosine:g}"
-        most = f"at most {gate.max_perplexity_increase:.0%}"
+        most = f"at most {gate.most_perplexity:.0%}"
         bounds = {"cosine_min": least, "cosine_low": least, "perplexity_increase": most}
         known = [
             (label, format(value, form), bounds.get(key, ""))
@@ -123,7 +129,7 @@ class Validation:
         numbers = {
             key: round(value, 6) if isinstance(value, float) else value
             for key, value in asdict(self).items()
-            if value is not None and key not in ("cosines", "worst", "measures")
+            if value is not None and key not in ("cosines", "worst", "measures", "texts")
         }
         measures = {name: round(value, 6) for name, value in self.measures.items()}
         # Bounds only where they count: manifests of embeddings stay as they were.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt import charts, pages
 from memopt.files import atomic_path
+from memopt.tasks.quality import MEASURES
 
 if TYPE_CHECKING:
     from memopt.quantization.accuracy.result import Result
@@ -37,9 +38,13 @@ def render(result: Result) -> str:
         sections.append(("How close the answers are", [drawn]))
     sections += _errors(result)
     if proof.worst:
-        unit = "nats a token lost" if proof.perplexity is not None else "cosine"
+        unit = "KL, nats a token" if proof.perplexity is not None else "cosine"
         rows = [[value, text] for text, value in proof.worst]
         sections.append(("Worst inputs", [pages.table([unit, "input"], rows)]))
+    if proof.texts:
+        lead = "<p>Greedy texts of the prompts where both part the earliest.</p>"
+        columns = ["prompt", "float", "quantized"]
+        sections.append(("What they write", [lead, pages.table(columns, proof.texts)]))
     sections += _search(result)
     sections.append(("Size and speed", _size_and_speed(result)))
     sections.append(("Layers", [_layers(result)]))
@@ -96,7 +101,8 @@ def _search(result: Result) -> list[tuple[str, list[Any]]]:
     if trail.sensitivity:
         gate = result.gate
         worded = result.validation.perplexity is not None
-        most = gate.max_perplexity_increase if worded else 1 - gate.min_cosine
+        kl = gate.bounds.get("kl_mean", MEASURES["kl_mean"].bound)
+        most = kl if worded else 1 - gate.min_cosine
         parts.append(
             "<p>Quality lost when this layer alone is quantized, and what the gate lets:</p>"
         )

@@ -16,7 +16,7 @@ class Tradeoff:
     """One point of the search: what is in float, and the quality on the whole validation set."""
 
     kept: tuple[str, ...]
-    quality: float  # min cosine, or minus the perplexity increase
+    quality: float  # min cosine, the first measure, or minus the mean KL
     float_macs: float  # share of the weighted work that stays float
     passed: bool
 
@@ -27,7 +27,7 @@ class Trail:
 
     Attributes:
         tried: every choice of layers that was compared on the whole validation set, in order.
-        sensitivity: layer -> 1 - min cosine, or the perplexity increase, when it alone is
+        sensitivity: layer -> 1 - min cosine, or the mean KL, when it alone is
             quantized.
         complete: False when the budget ended the search: the kept layers pass, fewer might do.
         seconds: how long it took.

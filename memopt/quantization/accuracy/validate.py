@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -74,10 +75,9 @@ class PrecisionValidator:
         if not all(np.isfinite(row).all() for row in self._expected):
             raise QuantizationError(f"the float variant {reference.name} gives NaN or infinity")
 
-    @property
-    def float_perplexity(self) -> float:
-        """Perplexity of the float model on the validation texts."""
-        return _perplexity(np.stack(self._expected))
+    def open(self, graph: Path, format: str, options: Mapping[str, str]) -> Run:
+        """Open a graph for :meth:`validate`."""
+        return open_graph(graph, format, self.output, options)
 
     def validate(self, run: Run, *, limit: int | None = None, timed: bool = True) -> Validation:
         """Compare one graph with the float one.
@@ -94,20 +94,18 @@ class PrecisionValidator:
                 raise QuantizationError(
                     "the quantized graph gives NaN or infinity on validation data"
                 )
-        speedup = self._speedup(run) if timed else None
-        if self._task == "text-generation":
-            return self._language(np.stack(got), np.stack(expected), speedup)
+        faster = speedup(self._float, run, self._batches) if timed else None
         if task_of(self._task).embeds:
-            return self._embedding(np.stack(got), np.stack(expected), speedup)
+            return self._embedding(np.stack(got), np.stack(expected), faster)
         about = replace(self._about, items=self._about.items[: len(got)])
         return Validation(
             samples=len(got),
             measures=quality_of(self._task).compare(got, expected, about),
-            speedup=speedup,
+            speedup=faster,
             set_sha256=self._data.digest,
         )
 
-    def _embedding(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
+    def _embedding(self, got: Rows, expected: Rows, faster: float | None) -> Validation:
         cosines = row_cosines(got, expected)
         items = self._data.items
         spearman = [
@@ -125,24 +123,10 @@ class PrecisionValidator:
             overlap_at_10=_overlap(got, expected),
             spearman=spearman[0],
             spearman_float=spearman[1],
-            speedup=speedup,
+            speedup=faster,
             set_sha256=self._data.digest,
             worst=tuple((str(items[i]), float(cosines[i])) for i in np.argsort(cosines)[:10]),
             cosines=tuple(float(c) for c in cosines),
-        )
-
-    def _language(self, got: Rows, expected: Rows, speedup: float | None) -> Validation:
-        before, after = _perplexity(expected), _perplexity(got)
-        each = (got[:, 0] - expected[:, 0]) / np.maximum(expected[:, 1], 1)
-        worst = np.argsort(-each)[:10]
-        return Validation(
-            samples=len(got),
-            perplexity=after,
-            perplexity_float=before,
-            perplexity_increase=after / before - 1,
-            speedup=speedup,
-            set_sha256=self._data.digest,
-            worst=tuple((str(self._data.items[i]), float(each[i])) for i in worst),
         )
 
     def _measure(self, run: Run, limit: int | None = None) -> list[Rows]:
@@ -158,34 +142,9 @@ class PrecisionValidator:
         return [rows[i] for i in range(count)]
 
     def _kept(self, output: Rows, feed: Feed) -> Sequence[Rows]:
-        if self._task == "text-generation":
-            return list(_likelihood(output, feed))
         if task_of(self._task).embeds:
             return list(output)
         return quality_of(self._task).rows(output, feed)
-
-    def _speedup(self, run: Run) -> float:
-        sample = self._timing_sample()
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(ROUNDS):
-            for quantized, side in ((False, self._float), (True, run)):
-                start = time.perf_counter()
-                for feed in sample:
-                    side(feed)
-                times[quantized].append(time.perf_counter() - start)
-        return median(times[False]) / max(median(times[True]), 1e-9)
-
-    def _timing_sample(self) -> list[Feed]:
-        sample: list[Feed] = []
-        start = time.perf_counter()
-        # Every batch size and length class of the set, until the time is spent.
-        step = max(1, self._batches.count // 16)
-        for _, feed in islice(self._batches, 0, None, step):
-            self._float(feed)
-            sample.append(feed)
-            if time.perf_counter() - start > TIMED_SECONDS:
-                break
-        return sample
 
 
 class Replay:
@@ -219,6 +178,32 @@ class Replay:
             yield item
         self.count = count
         self._kept = kept if size <= self._limit else None
+
+
+def speedup(exact: Callable[[Feed], Any], run: Callable[[Feed], Any], batches: Replay) -> float:
+    """Return how many times as fast as ``exact`` a graph reads whole inputs, in paired rounds."""
+    sample = _timing_sample(exact, batches)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for quantized, side in ((False, exact), (True, run)):
+            start = time.perf_counter()
+            for feed in sample:
+                side(feed)
+            times[quantized].append(time.perf_counter() - start)
+    return median(times[False]) / max(median(times[True]), 1e-9)
+
+
+def _timing_sample(exact: Callable[[Feed], Any], batches: Replay) -> list[Feed]:
+    sample: list[Feed] = []
+    start = time.perf_counter()
+    # Every batch size and length class of the set, until the time is spent.
+    step = max(1, batches.count // 16)
+    for _, feed in islice(batches, 0, None, step):
+        exact(feed)
+        sample.append(feed)
+        if time.perf_counter() - start > TIMED_SECONDS:
+            break
+    return sample
 
 
 def _overlap(got: Rows, expected: Rows) -> float | None:
@@ -261,20 +246,3 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _config(bundle: Bundle) -> dict[str, Any]:
     path = bundle.path / "config.json"
     return read_json(path) if path.is_file() else {}
-
-
-def _perplexity(totals: Rows) -> float:
-    """Return the perplexity of rows of (negative log likelihood, tokens)."""
-    return float(np.exp(totals[:, 0].sum() / totals[:, 1].sum()))
-
-
-def _likelihood(logits: Rows, feed: Mapping[str, NDArray[Any]]) -> Rows:
-    """Return (negative log likelihood, predicted tokens) per row of (batch, length, words)."""
-    ids = feed["input_ids"]
-    mask = feed.get("attention_mask", np.ones_like(ids))
-    ahead = logits[:, :-1].astype(np.float64)
-    ahead = ahead - ahead.max(axis=-1, keepdims=True)
-    normal = np.log(np.exp(ahead).sum(axis=-1))
-    chosen = np.take_along_axis(ahead, ids[:, 1:, None], axis=-1)[..., 0]
-    valid = mask[:, 1:].astype(bool)
-    return np.stack([((normal - chosen) * valid).sum(axis=1), valid.sum(axis=1)], axis=1)

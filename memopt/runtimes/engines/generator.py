@@ -17,7 +17,7 @@ from memopt.runtimes.base import Opener
 from memopt.runtimes.generate.chat import Message, prompt_of
 from memopt.runtimes.generate.decoders import open_decoder
 from memopt.runtimes.generate.sampling import Sampler, Sampling
-from memopt.runtimes.generate.words import Words
+from memopt.runtimes.generate.words import Words, end_tokens
 from memopt.runtimes.task_engine import Engine
 
 if TYPE_CHECKING:
@@ -328,11 +328,8 @@ class Generator(Engine):
 
     @cached_property
     def _ends(self) -> frozenset[int]:
-        """The tokens that end a text: of generation_config.json, else of config.json."""
-        file = self._bundle.path / "generation_config.json"
-        stated = read_json(file).get("eos_token_id") if file.is_file() else None
-        stated = self._config.get("eos_token_id") if stated is None else stated
-        return frozenset(stated if isinstance(stated, list) else [] if stated is None else [stated])
+        """The tokens that end a text."""
+        return end_tokens(self._bundle.path)
 
     @cached_property
     def _special(self) -> dict[str, str]:

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from memopt.bundle import read_json
+
+
+def end_tokens(folder: Path) -> frozenset[int]:
+    """Return the tokens that end a text of a bundle: of generation_config.json, else config.json.
+
+    >>> end_tokens(Path("/nowhere"))
+    frozenset()
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        stated = read_json(file).get("eos_token_id") if file.is_file() else None
+        if stated is not None:
+            return frozenset(stated if isinstance(stated, list) else [stated])
+    return frozenset()
 
 
 class Words:
