@@ -212,3 +212,18 @@ def tiny(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from memopt.weights.convert import convert
 
     return convert(str(tiny_source), tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Any]:
+    """A Llama with tied embeddings, its graphs and transformers' model; do not change it."""
+    from memopt.exporters.base import export
+    from memopt.weights.convert import convert
+    from tests.runtimes.generate.kit import write
+
+    home = tmp_path_factory.mktemp("tied")
+    model = write(home / "source", tie_word_embeddings=True)
+    bundle = convert(home / "source", home / "bundle")
+    export(bundle)
+    export(open_bundle(bundle.path), format="openvino")
+    return open_bundle(bundle.path), model

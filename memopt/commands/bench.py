@@ -44,7 +44,10 @@ def bench(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """Measure load time, latency, throughput, memory and cosine of a bundle's variants."""
+    """Measure load time, latency, throughput, memory and cosine of a bundle's variants.
+
+    Of a language model: prefill and decode in tokens per second, time to first token, memory.
+    """
     from memopt.benchmark import bench as measure
     from memopt.charts import altair
     from memopt.commands.console import check_target, steps
@@ -55,6 +58,15 @@ def bench(
             "--compare measures what its two records name",
             fix="leave BUNDLE, --variant, --all, --inputs and --peers out",
         )
+    if bundle is not None and _writes(bundle):
+        if report or peers:
+            raise ConfigurationError(
+                "a language model's speed has no HTML page and no peers here",
+                fix="leave --report and --peers out; --json has every number",
+            )
+        names = variant or (None if all_variants else ["auto"])
+        _bench_writing(bundle, names, device, inputs, rounds, as_json)
+        return
     check_target(output, folder=True)
     if report:
         check_target(report)
@@ -77,6 +89,39 @@ def bench(
                 on_step=say,
             )
     _write(records, output, report, compared=compare is not None, as_json=as_json)
+
+
+def _writes(bundle: Path) -> bool:
+    from memopt.bundle import open_bundle
+
+    return open_bundle(bundle).task.answer == "logits"
+
+
+def _bench_writing(
+    bundle: Path,
+    variants: list[str] | None,
+    device: str,
+    text: Path | None,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from memopt.benchmark.writing import bench_writing, speed_table
+    from memopt.commands.console import stdout, steps
+
+    with steps("measuring") as say:
+        records = bench_writing(
+            bundle, variants=variants, device=device, text=text, rounds=rounds, on_step=say
+        )
+    if as_json:
+        echo(json.dumps({"records": [asdict(record) for record in records]}, indent=1))
+        return
+    stdout(150).print(speed_table(records))
+    echo(
+        f"medians of {rounds} rounds; a prompt of {records[0].prompt_tokens} tokens, "
+        f"{records[0].new_tokens} written behind it"
+    )
 
 
 def _write(

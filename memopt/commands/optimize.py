@@ -36,6 +36,9 @@ def optimize(
     samples: Annotated[int | None, typer.Option(help="Calibration inputs. [300]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split. [0]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per candidate.")] = 5,
+    prefer: Annotated[
+        str | None, typer.Option(help="Speed of a language model: decode or prefill. [decode]")
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Replay the candidates of an earlier plan.json.")
     ] = None,
@@ -70,6 +73,7 @@ def optimize(
             seed=int(pick(seed, "seed", 0)),
             rounds=rounds,
             bounds=parse_bounds(gates) if gates else (replayed.gate if replayed else None),
+            prefer=prefer or (replayed.prefer if replayed else "") or "decode",
             plan=replayed,
             step=say,
             on_outcome=lambda *outcome: errors.print(told(*outcome)),

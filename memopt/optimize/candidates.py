@@ -22,7 +22,7 @@ def candidates(
     Settings are complete, so that a plan does the same where the defaults are others.
 
     Args:
-        manifest: the bundle's; only encoders are measured, so a language model has none.
+        manifest: the bundle's.
         targets: any of ``memopt.optimize.plan.TARGETS``.
         features: CPU features as ``memopt doctor`` names them.
 
@@ -35,7 +35,7 @@ def candidates(
     int8_why = "int8 dot products in hardware" if int8 else "smaller; no int8 dot here"
     found: list[Candidate] = []
     if manifest.task == "text-generation":
-        return ()
+        return _writers(targets)
     if "cpu" in targets:
         found += [
             *_imported(manifest),
@@ -64,6 +64,28 @@ def candidates(
             if device == "cuda":
                 why = "fused operators on CUDA"
                 found.append(_export("onnx-fp32-fused", device, "onnx", "fp32", why))
+    return tuple(found)
+
+
+def _writers(targets: Sequence[str]) -> tuple[Candidate, ...]:
+    """Return the candidates of a language model: decoding is reading weights, so fewer bits win."""
+    four: dict[str, Any] = {"weight_type": "int4", "symmetric": False}
+    found: list[Candidate] = []
+    if "cpu" in targets:
+        found += [
+            _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "float, keys and values in place"),
+            _quantize("cpu", "a quarter of the bytes", method="weight-only"),
+            _quantize("cpu", "fewest bytes", method="weight-only", algorithm="k-quant", **four),
+            _quantize("cpu", "fitted", method="weight-only", algorithm="gptq", **four),
+        ]
+    if "openvino" in targets:
+        ov: dict[str, Any] = {"method": "nncf-weights", "target": "openvino"}
+        fitted = "awq+scale-estimation"
+        found += [
+            _export("openvino-fp32", "openvino", "openvino", "fp32", "float on OpenVINO"),
+            _quantize("openvino", "a quarter of the bytes", **ov),
+            _quantize("openvino", "fitted", algorithm=fitted, **ov, **four),
+        ]
     return tuple(found)
 
 

@@ -12,10 +12,12 @@ from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
 from memopt.registry import check_keys, nearest
+from memopt.tasks.quality import MEASURES
 
 PLAN_VERSION = 1
 TARGETS = ("cpu", "openvino", "cuda", "rocm", "coreml", "vulkan")
 KINDS = ("export", "quantize")
+PREFERENCES = ("decode", "prefill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +72,19 @@ class Outcome:
     measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
     latency_ms_p50: float | None = None
     rounds_seconds: tuple[float, ...] = ()  # paired by position with those of the others
+    threads: int | None = None  # of a language model, the number that was fastest
+
+    @property
+    def shown(self) -> float | None:
+        """How near its answers are to float32's: min cosine, or the task's first measure."""
+        return next(iter(self.measures.values())) if self.measures else self.cosine_min
 
     @property
     def quality(self) -> float | None:
-        """How near its answers are to float32's: min cosine, or the task's first measure."""
-        return next(iter(self.measures.values())) if self.measures else self.cosine_min
+        """The same, more is better: one less a measure that falls."""
+        name = next(iter(self.measures), None)
+        falls = name is not None and not MEASURES[name].rising
+        return 1.0 - self.measures[str(name)] if falls else self.shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +105,7 @@ class Plan:
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, float] = field(default_factory=dict)  # bounds of a task's measures
+    prefer: str = ""  # of a language model, what speed is: decode or prefill
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -111,6 +122,10 @@ class Plan:
                 raise ConfigurationError(f"a plan's {name} cannot be {getattr(self, name)!r}")
         if not -1 <= self.min_cosine <= 1:
             raise ConfigurationError(f"min_cosine {self.min_cosine} is not in [-1, 1]")
+        if self.prefer not in ("", *PREFERENCES):
+            raise ConfigurationError(
+                f"prefer cannot be {self.prefer!r}", fix=nearest(str(self.prefer), PREFERENCES)
+            )
 
     def save(self, target: Path) -> None:
         """Write the plan as JSON, whole or not at all."""

@@ -53,7 +53,7 @@ def rows(result: Optimized) -> list[list[str]]:
                 outcome.candidate.name,
                 outcome.candidate.device,
                 outcome.status,
-                number(outcome.quality, ".4f"),
+                number(outcome.shown, ".4f"),
                 number(outcome.cosine_mean, ".5f"),
                 number(speed, ",.0f"),
                 number(times, ".2f"),
@@ -90,8 +90,10 @@ def _gate(result: Optimized) -> tuple[str, float]:
 
 
 def _header(result: Optimized) -> tuple[str, ...]:
-    name = _gate(result)[0]
-    return tuple(name if column == "min cosine" else column for column in HEADER)
+    named = {"min cosine": _gate(result)[0]}
+    if result.plan.prefer:
+        named |= {"items/s": f"{result.plan.prefer} tok/s", "p50 ms": "ms a token"}
+    return tuple(named.get(column, column) for column in HEADER)
 
 
 def told(number: int, count: int, outcome: Outcome) -> str:
@@ -109,9 +111,11 @@ def summary(result: Optimized) -> str:
     if best is None or best.items_per_second is None:
         return "no candidate passed; auto stays as it was"
     times = f", {best.items_per_second / result.reference:.1f}x float32" if result.reference else ""
+    unit = f"tok/s {result.plan.prefer}" if result.plan.prefer else "items/s"
+    threads = f" with {best.threads} of the threads" if best.threads else ""
     return (
-        f"chosen: {best.candidate.label}, {best.items_per_second:,.0f} items/s{times}, "
-        f"{_gate(result)[0]} {best.quality:.4f}, {best.bytes / 1e6:.1f} MB"
+        f"chosen: {best.candidate.label}{threads}, {best.items_per_second:,.0f} {unit}{times}, "
+        f"{_gate(result)[0]} {best.shown:.4f}, {best.bytes / 1e6:.1f} MB"
     )
 
 
@@ -162,14 +166,14 @@ def write_html(result: Optimized, target: Path) -> None:
 def _point(number: int, outcome: Outcome) -> charts.Point | None:
     """Return the bubble of an outcome, None where it was not measured."""
     speed, times = outcome.items_per_second, outcome.rounds_seconds
-    if speed is None or outcome.quality is None:
+    if speed is None or outcome.shown is None:
         return None
     fast, slow = interval(times) if times else (1.0, 1.0)
     middle = median(times or (1.0,))
     return charts.Point(
         number=number,
         x=speed,
-        y=outcome.quality,
+        y=outcome.shown,
         size=outcome.bytes,
         label=outcome.candidate.label,
         style=STYLES[outcome.status],

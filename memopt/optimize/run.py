@@ -18,11 +18,13 @@ from memopt.files import sha256_file
 from memopt.optimize.build import USED_UP, Inputs, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
+from memopt.optimize.language import judge_writers
 from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
 from memopt.optimize.report import write_html
 from memopt.progress import Step, silent
 from memopt.quantization.accuracy.calibration import described
 from memopt.quantization.accuracy.gate import Gate
+from memopt.quantization.method import writes
 from memopt.runtimes.cpu import cpu_features, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
@@ -63,6 +65,7 @@ def optimize(
     seed: int = 0,
     rounds: int = 5,
     bounds: Mapping[str, float] | None = None,
+    prefer: str = "decode",
     plan: Plan | None = None,
     step: Step = silent,
     on_outcome: Callable[[int, int, Outcome], None] | None = None,
@@ -85,6 +88,7 @@ def optimize(
         samples: calibration inputs.
         rounds: timed passes per candidate.
         bounds: of the measures of a task without vectors, see :mod:`memopt.tasks.quality`.
+        prefer: of a language model, which tokens per second count: ``decode`` or ``prefill``.
         plan: candidates of an earlier call, to be replayed instead of this machine's own list.
         step: called with a line before each step.
         on_outcome: called with number, count and outcome when a candidate was built, or was not.
@@ -114,20 +118,21 @@ def optimize(
         calibration_sha256=_digest(Path(calibration)),
         machine={"key": machine_key(), **hardware(), **versions()},
         gate=bounds or {},
+        prefer=prefer if writes(resolved) else "",
     )
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
         bundle = build_bases(bundle, wanted, step)
         outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, step, on_outcome)
-        judged = judge(
-            bundle.path,
-            outcomes,
-            inputs.held_out.items,
-            gate,
-            rounds=rounds,
-            deadline=budgeted.begin + budget,
-            say=step,
-        )
+        timing: dict[str, Any] = {"rounds": rounds, "deadline": budgeted.begin + budget}
+        if made.prefer:
+            held_out = inputs.held_out
+            judged = judge_writers(
+                bundle.path, outcomes, held_out, gate, prefer=made.prefer, say=step, **timing
+            )
+        else:
+            items = inputs.held_out.items
+            judged = judge(bundle.path, outcomes, items, gate, say=step, **timing)
         made = _choose(bundle.path, made, judged, inputs, step)
         result = Optimized(
             bundle=bundle.path,
@@ -183,7 +188,7 @@ def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -
     if best is not None:
         plan = replace(plan, chosen=best.candidate.name, chosen_device=best.candidate.device)
     _remember(path, plan, judged, described(inputs.held_out))
-    if best is not None:
+    if best is not None and not plan.prefer:
         say("choose the number of streams")
         tune_streams(
             open_bundle(path),
@@ -251,6 +256,9 @@ def _remember(path: Path, plan: Plan, judged: Judged, proof: Mapping[str, Any]) 
             kept = before if isinstance(before, dict) else {}
             device = canonical(best.candidate.device)
             chosen[key] = {**kept, "variant": best.candidate.name, "device": device}
+            if best.threads:
+                known = kept.get("threads", {})
+                chosen[key]["threads"] = {**known, f"{device}:{best.candidate.name}": best.threads}
         event = {
             "event": "optimize",
             "chosen": best.candidate.label if best else None,
@@ -283,8 +291,8 @@ def _judged(
     # count now, and of what was measured on them the worst.
     proof = {
         **(variant.validation or {}),
-        "cosine_min": outcome.cosine_min,
-        "cosine_low": outcome.cosine_low,
+        **({} if plan.prefer else {"cosine_min": outcome.cosine_min}),
+        **({} if plan.prefer else {"cosine_low": outcome.cosine_low}),
         **outcome.measures,
         "set_sha256": proven["sha256"],
         "gate": asdict(Gate(min_cosine=plan.min_cosine, bounds=plan.gate)),

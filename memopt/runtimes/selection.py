@@ -196,6 +196,13 @@ def tuned_streams(bundle: Bundle, candidate: Placement) -> int | None:
     return known if isinstance(known, int) else None
 
 
+def tuned_threads(bundle: Bundle, candidate: Placement) -> int | None:
+    """Return how many threads `memopt optimize` measured as best for this on this machine."""
+    threads = tuned_record(bundle).get("threads")
+    known = threads.get(str(candidate)) if isinstance(threads, dict) else None
+    return known if isinstance(known, int) and known > 0 else None
+
+
 def _tuned(bundle: Bundle, asked: str) -> Placement | None:
     """Return the choice of `memopt optimize` for this machine when it fits what was asked."""
     record = tuned_record(bundle)

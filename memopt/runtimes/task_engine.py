@@ -23,7 +23,7 @@ from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
-from memopt.runtimes.selection import candidates, tuned_streams
+from memopt.runtimes.selection import candidates, tuned_streams, tuned_threads
 from memopt.runtimes.towers import tower
 from memopt.runtimes.vectors import as_items, refusal
 from memopt.tasks.quality import quality_of
@@ -163,6 +163,8 @@ class Engine:
         settings = limits.check(self._bundle, candidate, self._settings)
         if settings.streams is None:
             settings = replace(settings, streams=tuned_streams(self._bundle, candidate))
+        if settings.threads is None:
+            settings = replace(settings, threads=tuned_threads(self._bundle, candidate))
         return open_backend(self._bundle, candidate, settings)
 
     def _opener(self, provider: str) -> Opener:

@@ -6,7 +6,6 @@ import itertools
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -54,18 +53,3 @@ def tiny_copy(tiny_exported: Bundle, tmp_path: Path) -> Bundle:
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_exported.path, folder, ignore=shutil.ignore_patterns(".ort-cache"))
     return open_bundle(folder)
-
-
-@pytest.fixture(scope="session")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Any]:
-    """A Llama with tied embeddings, its graphs and transformers' model; do not change it."""
-    from memopt.exporters.base import export
-    from memopt.weights.convert import convert
-    from tests.runtimes.generate.kit import write
-
-    home = tmp_path_factory.mktemp("tied")
-    model = write(home / "source", tie_word_embeddings=True)
-    bundle = convert(home / "source", home / "bundle")
-    export(bundle)
-    export(open_bundle(bundle.path), format="openvino")
-    return open_bundle(bundle.path), model
