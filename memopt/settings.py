@@ -96,7 +96,7 @@ class QuantizationSection(_Section):
     symmetric: bool = True
     mixed_precision_layers: tuple[str, ...] = ()
     cosine_threshold: Number = Field(0.95, ge=-1, le=1)
-    ppl_threshold: Number = Field(0.15, ge=0)
+    ppl_threshold: Number = Field(0.05, ge=0)
 
     def idle(self) -> dict[str, str]:
         """Nothing here overrules a recipe, or the gate of a method, that is not written down."""

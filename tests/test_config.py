@@ -34,7 +34,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     config = load_config()
     assert config.device.vram_threshold == 0.9
     assert config.quantization.cosine_threshold == 0.95
-    assert config.quantization.ppl_threshold == 0.15
+    assert config.quantization.ppl_threshold == 0.05
     assert config.consolidation.time_based_schedule == "0 2 * * *"
     assert config.consolidation.llm_model == "llama3.2:3b"
     assert config.federation.delta_threshold == 0.01

@@ -198,7 +198,7 @@ def test_show_says_where_a_value_is_from_and_what_is_not_in_force(
         "  fallback_enabled: true",
         "  use_amp: false  # argument",
         "  # cosine_threshold: 0.95  # not set: the recipe's own",
-        "  ppl_threshold: 0.15",
+        "  ppl_threshold: 0.05",
         "  # llm_model: 'llama3.2:3b'  # no language model is asked",
     ):
         assert line in shown

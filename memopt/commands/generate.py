@@ -64,14 +64,11 @@ def generate(
 
 def printed(pieces: Iterable[str]) -> str:
     """Print pieces as they come, and a line's end; return them all."""
-    import sys
-
     from memopt.commands.console import echo
 
     given = ""
     for piece in pieces:
-        echo(piece, nl=False)
-        sys.stdout.flush()
+        echo(piece, nl=False)  # typer flushes what it prints
         given += piece
     echo("")
     return given

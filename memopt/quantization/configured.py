@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError
-from memopt.quantization.accuracy.gate import MAX_PERPLEXITY_INCREASE, Gate
+from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.quantize import least_cosine
 from memopt.quantization.recipe import Recipe, known_recipe, load_recipe
 
@@ -45,8 +45,7 @@ def gate_of(
     if min_cosine is None and "cosine_threshold" in settings.model_fields_set:
         min_cosine = settings.cosine_threshold
     if max_perplexity_increase is None:
-        told = "ppl_threshold" in settings.model_fields_set
-        max_perplexity_increase = settings.ppl_threshold if told else MAX_PERPLEXITY_INCREASE
+        max_perplexity_increase = settings.ppl_threshold
     return Gate(
         min_cosine=least_cosine(recipe) if min_cosine is None else min_cosine,
         max_perplexity_increase=max_perplexity_increase,

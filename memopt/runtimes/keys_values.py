@@ -23,7 +23,8 @@ def from_nothing(shapes: Mapping[str, Sequence[Any]]) -> Callable[[Feed], Feed]:
 
     >>> import numpy as np
     >>> give = from_nothing({"input_ids": ("b", "s"), "past_key_values.0.key": ("b", 2, "p", 8)})
-    >>> give({"input_ids": np.zeros((3, 5), np.int64)})["past_key_values.0.key"].shape
+    >>> ids = np.ones((3, 5), np.int64)
+    >>> give({"input_ids": ids, "attention_mask": ids})["past_key_values.0.key"].shape
     (3, 2, 0, 8)
     """
     past = {name: shape for name, shape in shapes.items() if name.startswith(PAST)}
