@@ -62,7 +62,7 @@ class WritingSpeed:
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class Typist:
     """A contender: a variant on a device with so many threads, None for what the engine takes."""
 
     variant: str
@@ -72,7 +72,7 @@ class Writer:
 
 def measure_writers(
     bundle: Bundle,
-    writers: Sequence[Writer],
+    writers: Sequence[Typist],
     *,
     rounds: int = 3,
     text: str = "",
@@ -112,7 +112,7 @@ def measure_writers(
     ]
 
 
-def _process(path: Path, writer: Writer, text: str, turn: int) -> dict[str, Any]:
+def _process(path: Path, writer: Typist, text: str, turn: int) -> dict[str, Any]:
     spec = {"path": str(path.absolute()), **asdict(writer), "text": text, "turn": turn}
     command = [sys.executable, "-m", "memopt.benchmark.writing"]
     try:
@@ -128,7 +128,7 @@ def _process(path: Path, writer: Writer, text: str, turn: int) -> dict[str, Any]
     return made
 
 
-def _median(writer: Writer, made: Sequence[Mapping[str, Any]], prefer: str) -> WritingSpeed:
+def _median(writer: Typist, made: Sequence[Mapping[str, Any]], prefer: str) -> WritingSpeed:
     def of(name: str) -> float:
         return float(median(float(m[name]) for m in made))
 
@@ -181,7 +181,7 @@ def bench_writing(
             raise InputError(f"{text} cannot be read as text: {error}") from error
         if not given.strip():
             raise InputError(f"{text} is empty", fix="give a text to begin with")
-    writers = [Writer(name, device) for name in names]
+    writers = [Typist(name, device) for name in names]
     return measure_writers(bundle, writers, rounds=rounds, text=given, step=on_step)
 
 

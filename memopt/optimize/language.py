@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memopt.benchmark.writing import Writer, WritingSpeed, measure_writers
+from memopt.benchmark.writing import Typist, WritingSpeed, measure_writers
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.optimize.judge import Judged, choose
 from memopt.optimize.plan import Outcome
@@ -47,7 +47,7 @@ def judge_writers(
     bundle = open_bundle(path)
     proven = [_proven(bundle, outcome, held_out, gate, say) for outcome in outcomes]
     writers = [
-        Writer(outcome.candidate.name, outcome.candidate.device, threads)
+        Typist(outcome.candidate.name, outcome.candidate.device, threads)
         for outcome in proven
         if outcome.status == "kept"
         for threads in thread_counts(usable_cpus())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from memopt.benchmark.writing import Writer, bench_writing, measure_writers
+from memopt.benchmark.writing import Typist, bench_writing, measure_writers
 from memopt.bundle import Bundle
 from memopt.cli import app
 from memopt.errors import ConfigurationError, DeviceError, InputError
@@ -37,7 +37,7 @@ def test_bench_of_a_language_model_says_how_fast_it_reads_and_writes(
 
 def test_what_cannot_run_is_told_and_the_others_go_on(talker: tuple[Bundle, Any]) -> None:
     """A contender on a provider that has no such graph is named; the next one is measured."""
-    writers = [Writer("openvino-fp32", "cpu"), Writer("onnx-fp32", "cpu", threads=1)]
+    writers = [Typist("openvino-fp32", "cpu"), Typist("onnx-fp32", "cpu", threads=1)]
     failures: dict[int, str] = {}
     found = measure_writers(talker[0], writers, rounds=1, failures=failures)
     assert list(failures) == [0]

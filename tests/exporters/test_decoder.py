@@ -94,6 +94,7 @@ def test_every_kind_writes_what_torch_writes(kind: str, tmp_path: Path) -> None:
     assert found.count("GroupQueryAttention") == (0 if kind in OWN else layers)
 
 
+@pytest.mark.slow
 def test_a_graph_that_forgets_its_window_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,7 +264,7 @@ def test_layers_that_share_a_bias_get_names_of_their_own() -> None:
     assert largest_difference(model, fused) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["bert", "clip-text"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("clip-text", marks=pytest.mark.slow)])
 def test_split_skip_layer_norm_computes_the_same(name: str, tmp_path: Path) -> None:
     """Add + LayerNormalization stands for the fused operator in post-norm and pre-norm models."""
     model, config = exported(name)
