@@ -1,8 +1,8 @@
 """A language model with its cache to a graph: the functions of :mod:`memopt.exporters.interface`.
 
 One graph does both: a prompt, with nothing in the cache, and one token more, or several. Inputs are
-``input_ids`` (batch, new), ``attention_mask`` (batch, total), 0 where padding is, at either side of
-a prompt, ``position_ids`` (batch, new) and for each layer ``past_key_values.N.key`` and ``.value``
+``input_ids`` (batch, new), ``attention_mask`` (batch, total), 0 where padding is, before a
+prompt, ``position_ids`` (batch, new) and for each layer ``past_key_values.N.key`` and ``.value``
 (batch, heads, past, size); outputs ``present.N.key``, ``present.N.value`` and ``logits``: the names
 of Optimum, onnxruntime-genai and transformers.js.
 """
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from memopt.exporters.genai import GENAI_CONFIG, genai_config
 from memopt.exporters.interface import Signature
 from memopt.graphs.ir import drop_unused, from_proto, to_proto
 from memopt.positions import position_limit
+from memopt.runtimes.keys_values import PAST, PRESENT, held, padded, places
 from memopt.runtimes.torch_model import LoadedModel, load_model
 
 __all__ = [
@@ -71,8 +73,8 @@ def signature(loaded: LoadedModel, manifest: Manifest, task: str) -> Signature:
     """
     del manifest, task
     count = len(_shapes(loaded))
-    past = [f"past_key_values.{n}.{part}" for n in range(count) for part in ("key", "value")]
-    now = [f"present.{n}.{part}" for n in range(count) for part in ("key", "value")]
+    parts = [f"{n}.{part}" for n in range(count) for part in ("key", "value")]
+    past, now = ([prefix + part for part in parts] for prefix in (PAST, PRESENT))
     axes = {
         "input_ids": {0: "batch", 1: "new"},
         "attention_mask": {0: "batch", 1: "total"},
@@ -134,16 +136,15 @@ def example(loaded: LoadedModel, names: tuple[str, ...], shape: Any, seed: int) 
         for row in range(1, step.batch):
             # Of a prompt some of its own tokens, of a continuation only such as were there before.
             mask[row, : max(1, row * (step.past or step.new) // (step.batch + 1))] = 0
-    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, step.past :]
     feeds: dict[str, Any] = {
         "input_ids": random.integers(0, rows, (step.batch, step.new)),
         "attention_mask": mask,
-        "position_ids": np.ascontiguousarray(positions),
+        "position_ids": places(mask, step.new),
     }
     for layer, shapes in enumerate(_shapes(loaded)):
         for part, (heads, size) in zip(("key", "value"), shapes, strict=True):
             past = random.normal(0, 1, (step.batch, heads, step.past, size)).astype(np.float32)
-            feeds[f"past_key_values.{layer}.{part}"] = past
+            feeds[f"{PAST}{layer}.{part}"] = past
     return {name: feeds[name] for name in names}
 
 
@@ -165,20 +166,20 @@ def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[st
     count = len(_shapes(loaded))
     cache = DynamicCache()
     for layer in range(count):
-        parts = (tensors.pop(f"past_key_values.{layer}.{part}") for part in ("key", "value"))
+        parts = (tensors.pop(f"{PAST}{layer}.{part}") for part in ("key", "value"))
         cache.update(*parts, layer)
     with torch.no_grad():
         result = loaded.module(**tensors, past_key_values=cache, use_cache=True)
     answers = {}
     if feeds["attention_mask"].all():
         for layer in range(count):
-            held = result.past_key_values.layers[layer]
-            answers[f"present.{layer}.key"] = held.keys.numpy()
-            answers[f"present.{layer}.value"] = held.values.numpy()
+            kept = result.past_key_values.layers[layer]
+            answers[f"{PRESENT}{layer}.key"] = kept.keys.numpy()
+            answers[f"{PRESENT}{layer}.value"] = kept.values.numpy()
     logits = result.logits.numpy()
     # What the model says behind padding is never read either.
-    kept = feeds["attention_mask"][:, -logits.shape[1] :].astype(bool)
-    answers[LOGITS] = logits if kept.all() else np.where(kept[..., None], logits, 0)
+    real = feeds["attention_mask"][:, -logits.shape[1] :].astype(bool)
+    answers[LOGITS] = logits if real.all() else np.where(real[..., None], logits, 0)
     return answers
 
 
@@ -277,7 +278,7 @@ def walk(run: Run, loaded: LoadedModel, tolerance: Tolerance, name: str) -> int:
     with torch.no_grad():
         for prompt in prompts:
             expected.append(_written(loaded, prompt, steps))
-    return _followed(run, loaded, prompts, expected, tolerance, name)
+    return _followed(run, prompts, expected, tolerance, name)
 
 
 def _written(loaded: LoadedModel, prompt: list[int], steps: int) -> list[tuple[int, float]]:
@@ -297,27 +298,15 @@ def _written(loaded: LoadedModel, prompt: list[int], steps: int) -> list[tuple[i
 
 def _followed(
     run: Run,
-    loaded: LoadedModel,
     prompts: list[list[int]],
     expected: list[list[tuple[int, float]]],
     tolerance: Tolerance,
     name: str,
 ) -> int:
-    batch, width = len(prompts), max(map(len, prompts))
-    ids = np.zeros((batch, width), np.int64)
-    mask = np.zeros((batch, width), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
-    feeds: dict[str, Any] = {"input_ids": ids}
-    for layer, shapes in enumerate(_shapes(loaded)):
-        for part, (heads, size) in zip(("key", "value"), shapes, strict=True):
-            feeds[f"past_key_values.{layer}.{part}"] = np.zeros((batch, heads, 0, size), np.float32)
+    feeds: dict[str, Any] = dict(padded(prompts))
+    mask, batch = feeds["attention_mask"], len(prompts)
     equal, open_rows = 0, set(range(batch))
     for step in range(len(expected[0])):
-        feeds["attention_mask"] = mask
-        new = feeds["input_ids"].shape[1]
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
-        feeds["position_ids"] = np.ascontiguousarray(positions)
         outputs = run(feeds)
         for row in sorted(open_rows):
             token, lead = expected[row][step]
@@ -333,10 +322,13 @@ def _followed(
                 )
             else:
                 equal += 1
-        feeds = {n.replace("present.", "past_key_values."): v for n, v in outputs.items()}
-        feeds.pop(LOGITS)
-        feeds["input_ids"] = np.array([[tokens[step][0]] for tokens in expected], np.int64)
         mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+        feeds = {
+            "input_ids": np.array([[tokens[step][0]] for tokens in expected], np.int64),
+            "attention_mask": mask,
+            "position_ids": places(mask, 1),
+            **held(outputs),
+        }
     return equal
 
 
@@ -364,10 +356,9 @@ def _shapes(loaded: LoadedModel) -> list[tuple[tuple[int, int], ...]]:
         if any(part is None or part.ndim != 4 or part.shape[2] != 1 for part in parts):
             raise ExportError(f"{kind} keeps something else of a text than keys and values")
         found.append(tuple((int(p.shape[1]), int(p.shape[3])) for p in parts if p is not None))
-    _known.clear()
     _known[loaded.module] = found
     return found
 
 
-# Of the model that is being exported.
-_known: dict[Any, list[tuple[tuple[int, int], ...]]] = {}
+# Of models that are in memory: it keeps none of them there.
+_known: WeakKeyDictionary[Any, list[tuple[tuple[int, int], ...]]] = WeakKeyDictionary()

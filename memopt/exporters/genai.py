@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memopt.positions import position_limit
+
 GENAI_CONFIG = "genai_config.json"
 
 
@@ -34,7 +36,7 @@ def genai_config(
     last = ends[0] if isinstance(ends, list) and ends else ends
     padding = token("pad_token_id")
     begin = token("bos_token_id")
-    longest = config.get("max_position_embeddings") or config.get("n_positions") or 2048
+    longest = position_limit(config) or 2048
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": graph,

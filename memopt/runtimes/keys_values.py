@@ -51,9 +51,41 @@ def with_positions(feed: Feed) -> dict[str, NDArray[Any]]:
     """
     made = dict(feed)
     if "position_ids" not in made:
-        mask = feed["attention_mask"].astype(np.int64)
-        made["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        made["position_ids"] = places(feed["attention_mask"].astype(np.int64))
     return made
+
+
+def places(mask: NDArray[np.int64], new: int | None = None) -> NDArray[np.int64]:
+    """Return the place of each token in its row, of the last ``new`` ones or all; padding's is 0.
+
+    >>> import numpy as np
+    >>> places(np.array([[0, 1, 1, 1]]), 2).tolist()
+    [[1, 2]]
+    """
+    found = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return np.ascontiguousarray(found if new is None else found[:, -new:])
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.int64]]:
+    """Return the inputs of texts of several lengths, padded on the left.
+
+    >>> padded([[7, 8], [9]])["input_ids"].tolist()
+    [[7, 8], [0, 9]]
+    """
+    width = max(map(len, rows))
+    ids, mask = np.zeros((2, len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
+
+
+def held(outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return a step's keys and values by the names under which the next one takes them."""
+    return {
+        PAST + name.removeprefix(PRESENT): value
+        for name, value in outputs.items()
+        if name.startswith(PRESENT)
+    }
 
 
 def has_states(model: Any) -> bool:

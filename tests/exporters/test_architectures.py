@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from memopt.runtimes.keys_values import PAST, from_nothing
 from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 from memopt.weights.reader import WeightLoader
+from tests.parameters import mostly_slow
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 99,
@@ -306,12 +307,7 @@ def make_source(name: str, folder: Path) -> Architecture:
 _ALWAYS = ("vit", "qwen3-generation")
 
 
-def _each(names: Iterable[str]) -> list[Any]:
-    slow = pytest.mark.slow
-    return [n if n in _ALWAYS else pytest.param(n, marks=slow) for n in names]
-
-
-NAMES = _each(ARCHITECTURES)
+NAMES = mostly_slow(ARCHITECTURES, *_ALWAYS)
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +448,9 @@ def test_the_graph_is_standard_and_its_weights_keep_their_names(
     assert batch == {"batch"}
 
 
-ENCODERS = _each(n for n, a in ARCHITECTURES.items() if a.task != "text-generation")
+ENCODERS = mostly_slow(
+    (n for n, a in ARCHITECTURES.items() if a.task != "text-generation"), *_ALWAYS
+)
 TORCH = Variant(name="torch-fp32", format="onnx", precision="fp32", file="weights.parquet")
 
 

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from memopt.exporters.fuse import fuse
 from memopt.exporters.fuse_probe import Probe, _classify
 from memopt.runtimes.cpu_graph import split_skip_layer_norm
+from tests.parameters import mostly_slow
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 99, "intermediate_size": 64, "max_position_embeddings": 66}
@@ -186,12 +187,7 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 
 # Text in every run; test-all has the other kinds of attention.
-QUICK = ("bert",)
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", mostly_slow(CASES, "bert"))
 def test_fused_graph_is_right_and_complete(name: str) -> None:
     """Every architecture fuses as far as promised and answers as before on every shape and mask."""
     model, config = exported(name)

@@ -22,7 +22,7 @@ from memopt.quantization.accuracy.gate import Validation
 from memopt.quantization.accuracy.validate import PrecisionValidator, Replay, speedup
 from memopt.quantization.method import writes
 from memopt.runtimes.generate.words import end_tokens
-from memopt.runtimes.keys_values import PAST, PRESENT
+from memopt.runtimes.keys_values import held, padded, places
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -255,7 +255,7 @@ class LanguageValidator:
         counts: list[int] = []
         for at in range(0, len(self._prompts), TOGETHER):
             part = self._prompts[at : at + TOGETHER]
-            feed = _padded([p.ids + p.text[:-1] for p in part])
+            feed = padded([p.ids + p.text[:-1] for p in part])
             best = self._logits(run, feed, "the quantized graph")[:, -NEW:].argmax(axis=-1)
             for row, prompt in zip(best.tolist(), part, strict=True):
                 pairs = zip(row, prompt.text, strict=True)
@@ -291,7 +291,7 @@ def written(
 
     A graph with a cache reads each token once; one without reads the whole text anew each time.
     """
-    feed = _padded(prompts)
+    feed = padded(prompts)
     ids, mask = feed["input_ids"], feed["attention_mask"]
     texts: list[list[int]] = [[] for _ in prompts]
     for _ in range(count):
@@ -301,21 +301,11 @@ def written(
             text.append(token)
         ids = np.concatenate([ids, tokens[:, None]], axis=1)
         mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
-        held = {PAST + n.removeprefix(PRESENT): v for n, v in made.items() if n.startswith(PRESENT)}
-        new = ids[:, -1:] if held else ids
-        places = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -new.shape[1] :]
-        feed = {"input_ids": new, "attention_mask": mask, "position_ids": places, **held}
+        past = held(made)
+        new = ids[:, -1:] if past else ids
+        at = places(mask, new.shape[1])
+        feed = {"input_ids": new, "attention_mask": mask, "position_ids": at, **past}
     return texts
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> dict[str, NDArray[Any]]:
-    """Return a batch of texts of several lengths, padded on the left."""
-    width = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :], mask[number, width - len(row) :] = row, 1
-    places = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}
 
 
 def _mask(feed: Feed) -> NDArray[Any]:

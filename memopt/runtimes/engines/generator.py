@@ -18,6 +18,7 @@ from memopt.runtimes.generate.chat import Message, prompt_of
 from memopt.runtimes.generate.decoders import open_decoder
 from memopt.runtimes.generate.sampling import Sampler, Sampling
 from memopt.runtimes.generate.words import Words, end_tokens
+from memopt.runtimes.keys_values import padded, places
 from memopt.runtimes.task_engine import Engine
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _Row:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish = ""
+        self.known = 0  # tokens that the decoder had read for the last text
 
     @property
     def all(self) -> list[int]:
@@ -118,10 +120,9 @@ class Generator(Engine):
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = self._rows(texts, stop, Sampling(**sampling), max_new_tokens, max_context)
-        with self._writing:
-            for _ in self._write(rows, max_new_tokens, self._limit(max_context), cancel):
-                pass
-            return [_generation(row, self.reused) for row in rows]
+        for _ in self._write(rows, max_new_tokens, self._limit(max_context), cancel):
+            pass
+        return [_generation(row) for row in rows]
 
     def stream(
         self,
@@ -137,7 +138,7 @@ class Generator(Engine):
         Closing the iterator ends the text. Arguments and errors are those of :meth:`generate`.
         """
         rows = self._rows([prompt], stop, Sampling(**sampling), max_new_tokens, max_context)
-        return self._streamed(rows, max_new_tokens, self._limit(max_context))
+        return self._write(rows, max_new_tokens, self._limit(max_context))
 
     async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
         """Yield as :meth:`stream` does, without holding up the event loop."""
@@ -166,10 +167,6 @@ class Generator(Engine):
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """Return the prompt that :meth:`chat` gives the model."""
         return prompt_of(self._bundle.path, messages, self._special)
-
-    def _streamed(self, rows: list[_Row], most: int, limit: int) -> Iterator[str]:
-        with self._writing:
-            yield from self._write(rows, most, limit, None)
 
     def _rows(
         self,
@@ -215,18 +212,13 @@ class Generator(Engine):
             )
         return context
 
-    def _prefill(self, rows: list[_Row], most: int, decoder: Any) -> tuple[Any, int]:
-        """Let the decoder read the texts; return the logits behind them and how many it knew."""
+    def _prefill(self, rows: list[_Row], most: int, decoder: Any) -> Any:
+        """Let the decoder read the texts, but what it knows; return the logits behind them."""
         widest = max(len(row.all) for row in rows)
-        known = self._known(rows, decoder, widest + most)
+        known = rows[0].known = self._known(rows, decoder)
         if not known:
             decoder.begin(len(rows), widest + most)
-        ids = np.zeros((len(rows), widest), np.int64)
-        mask = np.zeros((len(rows), widest), np.int64)
-        for number, row in enumerate(rows):
-            ids[number, widest - len(row.all) :] = row.all
-            mask[number, widest - len(row.all) :] = 1
-        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        ids, mask, positions = padded([row.all for row in rows]).values()
         # ONNX Runtime's attention takes a prompt in parts only where it is alone.
         step = CHUNK if len(rows) == 1 else widest
         logits: Any = None
@@ -235,11 +227,11 @@ class Generator(Engine):
             end = min(begin + step, widest)
             logits = decoder.forward(ids[:, begin:end], mask[:, :end], positions[:, begin:end])
         self._mask = mask
-        return logits, known
+        return logits
 
-    def _known(self, rows: list[_Row], decoder: Any, room: int) -> int:
+    def _known(self, rows: list[_Row], decoder: Any) -> int:
         """Return how many tokens of a single text the decoder has read already, and keep those."""
-        if len(rows) != 1 or decoder is not self._reader or not decoder.holds(room):
+        if len(rows) != 1 or decoder is not self._reader:
             return 0
         wanted = rows[0].all[:-1]  # the last one is read anew: its logits are what is asked for
         pairs = zip(self._read, wanted, strict=False)
@@ -250,10 +242,16 @@ class Generator(Engine):
         return known
 
     def _write(
+        self, rows: list[_Row], most: int, limit: int, cancel: threading.Event | None = None
+    ) -> Iterator[str]:
+        """Write all rows to their end once no other text is written; yield the first row's."""
+        with self._writing:
+            yield from self._written(rows, most, limit, cancel)
+
+    def _written(
         self, rows: list[_Row], most: int, limit: int, cancel: threading.Event | None
     ) -> Iterator[str]:
         """Write all rows to their end, on whichever provider can; yield the first row's text."""
-        self.reused = 0
         decoder: Any = None
         logits: Any = None
         while not all(row.finish for row in rows):
@@ -261,7 +259,7 @@ class Generator(Engine):
             try:
                 if backend is not decoder:
                     # The first, or one that took over: it reads what is there and goes on.
-                    logits, self.reused = self._prefill(rows, most, backend)
+                    logits = self._prefill(rows, most, backend)
                     decoder = backend
                 else:
                     logits = self._step(rows, decoder)
@@ -306,8 +304,7 @@ class Generator(Engine):
         ids = np.array([[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in rows])
         live = np.array([[0 if row.finish else 1] for row in rows])
         self._mask = np.concatenate([self._mask, live], axis=1)
-        positions = np.maximum(self._mask.sum(1, keepdims=True) - 1, 0)
-        return decoder.forward(ids.astype(np.int64), self._mask, positions)
+        return decoder.forward(ids.astype(np.int64), self._mask, places(self._mask, 1))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -340,12 +337,12 @@ class Generator(Engine):
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _generation(row: _Row, reused: int) -> Generation:
+def _generation(row: _Row) -> Generation:
     return Generation(
         text=row.words.text,
         tokens=tuple(row.tokens),
         logprobs=tuple(row.logprobs),
         finish=row.finish,
         prompt_tokens=len(row.prompt),
-        reused_tokens=reused,
+        reused_tokens=row.known,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from memopt.bundle import Bundle
 from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
-from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings
+from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.keys_values import BEAM, KEEP, PAST, PRESENT
 from memopt.runtimes.onnx import OnnxBackend
@@ -38,9 +38,6 @@ class Decoder(Protocol):
             positions: (batch, new), of each token in its row.
         """
 
-    def holds(self, tokens: int) -> bool:
-        """Say whether so many tokens a row fit in what is there."""
-
     def rewind(self, length: int) -> None:
         """Forget what was read behind the first ``length`` tokens."""
 
@@ -67,6 +64,14 @@ def open_decoder(bundle: Bundle, candidate: Placement, settings: Settings) -> De
     return OnnxDecoder(bundle, candidate, settings)
 
 
+def _without_cache(bundle: Bundle, candidate: Placement) -> BundleError:
+    return BundleError(
+        f"{candidate.variant.name} of {bundle.path} has no cache: it was exported by an older "
+        "memopt",
+        fix=f"run: memopt export {bundle.path} --format {candidate.variant.format}",
+    )
+
+
 class OnnxDecoder:
     """A graph of ONNX Runtime.
 
@@ -77,8 +82,7 @@ class OnnxDecoder:
     def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
         backend = OnnxBackend(bundle, candidate, settings)
         self._backend, self._session = backend, backend.session
-        self.inputs, self.dimension = backend.inputs, backend.dimension
-        self.streams, self.tokens, self.step = 1, backend.tokens, 1
+        self.inputs = backend.inputs
         self._shapes = {
             item.name.removeprefix(PAST): (item.shape[1], item.shape[3])
             for item in self._session.get_inputs()
@@ -86,11 +90,7 @@ class OnnxDecoder:
         }
         if not self._shapes:
             backend.close()
-            raise BundleError(
-                f"{candidate.variant.name} of {bundle.path} has no cache: it was exported by an "
-                "older memopt",
-                fix=f"run: memopt export {bundle.path}",
-            )
+            raise _without_cache(bundle, candidate)
         optional = {item.name for item in self._session.get_overridable_initializers()}
         self._last_only = KEEP in optional
         self._shared = candidate.variant.fused
@@ -148,10 +148,6 @@ class OnnxDecoder:
         self._length = total
         return np.asarray(logits[:, -1], np.float32)
 
-    def holds(self, tokens: int) -> bool:
-        """Say whether there is a text, and it may grow: buffers do."""
-        return self._length > 0
-
     def rewind(self, length: int) -> None:
         """Keep the first tokens; see :class:`Decoder`."""
         if not self._shared:
@@ -164,10 +160,6 @@ class OnnxDecoder:
     def info(self) -> dict[str, Any]:
         """Return what the backend tells."""
         return self._backend.info()
-
-    def free(self) -> None:
-        """Give back the buffers."""
-        self._held = {}
 
     def close(self) -> None:
         """Free buffers and session."""
@@ -207,12 +199,7 @@ class OpenvinoDecoder:
         self._compiled: Any = core.compile_model(model, "CPU", options)
         self.inputs = tuple(n for port in self._compiled.inputs for n in port.get_names())
         if BEAM not in self.inputs:
-            raise BundleError(
-                f"{candidate.variant.name} of {bundle.path} has no cache: it was exported by an "
-                "older memopt",
-                fix=f"run: memopt export {bundle.path} --format openvino",
-            )
-        self.dimension, self.streams, self.tokens, self.step = None, 1, TOKENS_ON_CPU, 1
+            raise _without_cache(bundle, candidate)
         self._request: Any = self._compiled.create_infer_request()
         self._length = 0
 
@@ -234,11 +221,6 @@ class OpenvinoDecoder:
         logits = self._request.get_tensor("logits").data
         return np.array(logits[:, -1], np.float32)
 
-    def holds(self, tokens: int) -> bool:
-        """Say whether there is a text; states grow by themselves."""
-        del tokens
-        return self._length > 0
-
     def rewind(self, length: int) -> None:
         """Keep the first tokens; see :class:`Decoder`."""
         if length == self._length:
@@ -252,10 +234,6 @@ class OpenvinoDecoder:
     def info(self) -> dict[str, Any]:
         """Return what runs it."""
         return {"runtime": "openvino", "threads": self._threads, "streams": 1}
-
-    def free(self) -> None:
-        """Empty the states."""
-        self._request.reset_state()
 
     def close(self) -> None:
         """Free the model."""
