@@ -15,6 +15,7 @@ from memopt.commands.generate import (
     Device,
     MaxTokens,
     MinP,
+    Overflow,
     Penalty,
     Seed,
     Temperature,
@@ -41,6 +42,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     max_context: Context = None,
+    context: Overflow = "refuse",
     device: Device = None,
     variant: Chosen = "auto",
     threads: Threads = None,
@@ -55,13 +57,14 @@ def chat(
         **sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
         "max_new_tokens": max_tokens,
         "max_context": max_context,
+        "context": context,
     }
     told: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     with open_configured(opener(threads), bundle, device, variant) as engine:
         for said in messages or _asked():
             told.append({"role": "user", "content": said})
-            pieces = engine.stream(engine.chat_prompt(told), **options)
-            answer = "".join(pieces) if as_json else printed(pieces)
+            pieces = engine.stream(engine.chat_prompt(told), keep=engine.opening(told), **options)
+            answer = "".join(pieces) if as_json else printed(pieces).text
             told.append({"role": "assistant", "content": answer})
             if as_json:
                 echo(json_text({"input": said, "answer": answer}, indent=None))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from memopt.runtimes.engines.generator import Generation, Pieces
 
 Bundled = Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")]
@@ -20,6 +20,20 @@ Penalty = Annotated[float, typer.Option(help="Above 1 a token is less likely the
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends the answer.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws; the same answer each time.")]
 Context = Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")]
+Overflow = Annotated[
+    str, typer.Option(help="Past the context: refuse the prompt, or slide: the oldest go.")
+]
+Keep = Annotated[int, typer.Option(min=0, help="First tokens that do not slide out.")]
+Speculate = Annotated[
+    int, typer.Option(min=0, help="Tokens proposed at once from what was there before; 0 is none.")
+]
+SchemaFile = Annotated[
+    Path | None, typer.Option("--schema", help="JSON schema that the answer keeps to.")
+]
+Regex = Annotated[str | None, typer.Option(help="Regular expression of the whole answer.")]
+GrammarFile = Annotated[
+    Path | None, typer.Option("--grammar", help="Grammar of the answer, Lark's or GBNF.")
+]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, openvino, cpu, ...")]
 Chosen = Annotated[str, typer.Option("--variant", help="Variant of the bundle.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU.")]
@@ -38,6 +52,12 @@ def generate(
     stop: Stop = None,
     seed: Seed = None,
     max_context: Context = None,
+    context: Overflow = "refuse",
+    keep: Keep = 4,
+    speculate: Speculate = 0,
+    schema: SchemaFile = None,
+    regex: Regex = None,
+    grammar: GrammarFile = None,
     device: Device = None,
     variant: Chosen = "auto",
     threads: Threads = None,
@@ -45,6 +65,7 @@ def generate(
 ) -> None:
     """Write what follows a prompt, or each of several."""
     from memopt.commands.answers import show
+    from memopt.errors import InputError
     from memopt.runtimes.configured import open_configured
 
     options: dict[str, Any] = {
@@ -52,6 +73,12 @@ def generate(
         "max_new_tokens": max_tokens,
         "stop": stop or (),
         "max_context": max_context,
+        "context": context,
+        "keep": keep,
+        "speculate": speculate,
+        "schema": text_of(schema),
+        "regex": regex,
+        "grammar": text_of(grammar),
     }
     with open_configured(opener(threads), bundle, device, variant) as engine:
         if as_json:
@@ -59,19 +86,39 @@ def generate(
             show(rows, None, True, lambda _: None)
             return
         for prompt in prompts:
-            printed(engine.stream(prompt, **options))
+            answer = printed(engine.stream(prompt, **options))
+            if answer.finish != "stop" and (schema or regex or grammar):
+                raise InputError(
+                    f"the answer was cut after {len(answer.tokens)} tokens: it is not of its form",
+                    fix="give more --max-tokens",
+                )
 
 
-def printed(pieces: Iterable[str]) -> str:
-    """Print pieces as they come, and a line's end; return them all."""
+def printed(pieces: Pieces) -> Generation:
+    """Print pieces as they come, and a line's end; return what was written."""
     from memopt.commands.console import echo
 
-    given = ""
-    for piece in pieces:
-        echo(piece, nl=False)  # typer flushes what it prints
-        given += piece
-    echo("")
-    return given
+    try:
+        while True:
+            echo(next(pieces), nl=False)  # typer flushes what it prints
+    except StopIteration as end:
+        echo("")
+        found: Generation = end.value
+        return found
+
+
+def text_of(file: Path | None) -> str | None:
+    """Return what a file says; None of none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from memopt.errors import InputError, first_line
+
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {first_line(error)}") from error
 
 
 def opener(threads: int | None) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, Unpack, cast
 
 import numpy as np
 
@@ -15,17 +16,20 @@ from memopt.errors import BundleError, ConfigurationError, DeviceError, InputErr
 from memopt.positions import position_limit
 from memopt.runtimes.base import Opener
 from memopt.runtimes.generate.chat import Message, prompt_of
+from memopt.runtimes.generate.continuation import Continuation, slide
 from memopt.runtimes.generate.decoders import open_decoder
-from memopt.runtimes.generate.sampling import Sampler, Sampling
+from memopt.runtimes.generate.lookup import Lookup, agreeing
+from memopt.runtimes.generate.request import Options, Request
+from memopt.runtimes.generate.sampling import Sampler
+from memopt.runtimes.generate.structure import Structure, forms
 from memopt.runtimes.generate.words import Words, end_tokens
 from memopt.runtimes.keys_values import padded, places
 from memopt.runtimes.task_engine import Engine
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 # A prompt is read in parts: the logits of every token of a part are in memory at once.
 CHUNK = 256
+# A cache has room for so many tokens of the answer at first, and grows.
+AHEAD = 1024
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -37,9 +41,11 @@ class Generation:
         text: without the prompt, and without what ended it.
         tokens: their ids.
         logprobs: of each token, in the model's own distribution, natural logarithm.
-        finish: ``stop`` (the model or a stop string ended it), ``length`` or ``cancelled``.
+        finish: ``stop`` (the model or a stop string ended it, and an answer of a form has it),
+            ``length`` or ``cancelled``.
         prompt_tokens: how many the prompt has.
         reused_tokens: how many of those were not read again, as the last prompt began with them.
+        dropped_tokens: how many slid out of the context.
     """
 
     text: str
@@ -48,21 +54,11 @@ class Generation:
     finish: str
     prompt_tokens: int
     reused_tokens: int = 0
+    dropped_tokens: int = 0
 
 
-class _Row:
-    """One text that is being written."""
-
-    def __init__(self, prompt: list[int], sampler: Sampler, words: Words) -> None:
-        self.prompt, self.sampler, self.words = prompt, sampler, words
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish = ""
-        self.known = 0  # tokens that the decoder had read for the last text
-
-    @property
-    def all(self) -> list[int]:
-        return self.prompt + self.tokens
+# Yields the pieces of a text, and returns what was written.
+Pieces: TypeAlias = "collections.abc.Generator[str, None, Generation]"
 
 
 class Generator(Engine):
@@ -97,50 +93,39 @@ class Generator(Engine):
         self,
         prompts: str | Sequence[str],
         *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        max_context: int | None = None,
         cancel: threading.Event | None = None,
-        **sampling: Any,
+        **options: Unpack[Options],
     ) -> list[Generation]:
         """Write what follows each prompt.
 
         Args:
             prompts: one text or several, of any lengths.
-            max_new_tokens: at most so many.
-            stop: texts that end it; they are not part of the answer.
-            max_context: tokens of prompt and answer together; None is what the model was made for.
             cancel: set from another thread, it ends the texts where they are.
-            sampling: see :class:`memopt.runtimes.generate.sampling.Sampling`; greedy by default.
+            options: see :class:`memopt.runtimes.generate.request.Request` and, for how a token is
+                chosen, :class:`memopt.runtimes.generate.sampling.Sampling`; greedy by default.
 
         Raises:
             InputError: an empty prompt, or one longer than the context.
-            ConfigurationError: a number out of its range.
+            ConfigurationError: a value out of its range, or a form that cannot be kept.
             DeviceError: no provider is left.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        rows = self._rows(texts, stop, Sampling(**sampling), max_new_tokens, max_context)
-        for _ in self._write(rows, max_new_tokens, self._limit(max_context), cancel):
+        request = Request.of(options)
+        rows = self._rows(texts, request)
+        for _ in self._write(rows, request, cancel):
             pass
         return [_generation(row) for row in rows]
 
-    def stream(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        max_context: int | None = None,
-        **sampling: Any,
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Pieces:
         """Yield what follows one prompt as it is written, in pieces of whole characters.
 
-        Closing the iterator ends the text. Arguments and errors are those of :meth:`generate`.
+        Closing the iterator ends the text; at its end it returns the :class:`Generation`, the
+        value of ``yield from``. Options and errors are those of :meth:`generate`.
         """
-        rows = self._rows([prompt], stop, Sampling(**sampling), max_new_tokens, max_context)
-        return self._write(rows, max_new_tokens, self._limit(max_context))
+        request = Request.of(options)
+        return self._write(self._rows([prompt], request), request)
 
-    async def astream(self, prompt: str, **options: Any) -> AsyncIterator[str]:
+    async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[str]:
         """Yield as :meth:`stream` does, without holding up the event loop."""
         import asyncio
 
@@ -149,9 +134,9 @@ class Generator(Engine):
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                 yield piece
         finally:
-            pieces.close()  # type: ignore[attr-defined]
+            pieces.close()
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+    def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> Generation:
         """Answer a conversation, written by the bundle's own template.
 
         Args:
@@ -162,36 +147,46 @@ class Generator(Engine):
             BundleError: the bundle has no template, or a broken one.
             InputError: messages that the template refuses.
         """
+        options = {"keep": self.opening(messages), **options}
         return self.generate(self.chat_prompt(messages), **options)[0]
 
     def chat_prompt(self, messages: Sequence[Message]) -> str:
         """Return the prompt that :meth:`chat` gives the model."""
         return prompt_of(self._bundle.path, messages, self._special)
 
-    def _rows(
-        self,
-        texts: Sequence[str],
-        stop: str | Sequence[str],
-        sampling: Sampling,
-        most: int,
-        context: int | None,
-    ) -> list[_Row]:
-        if not isinstance(most, int) or most < 1:
-            raise ConfigurationError(f"max_new_tokens is {most!r}", fix="give 1 or more")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise ConfigurationError("a stop string is empty", fix="leave it out")
-        limit = self._limit(context)
+    def opening(self, messages: Sequence[Message]) -> int:
+        """Return how many tokens stand before the first user's words: the system's, mostly.
+
+        These are what :meth:`chat` keeps where the context slides.
+        """
+        system = [message for message in messages[:1] if message.get("role") == "system"]
+        first, second = (
+            self._encoded(0, self.chat_prompt([*system, {"role": "user", "content": said}]))
+            for said in "ab"
+        )
+        return agreeing(first, second)
+
+    def _rows(self, texts: Sequence[str], request: Request) -> list[Continuation]:
+        if request.speculate and len(texts) != 1:
+            raise ConfigurationError(
+                f"speculate is {request.speculate} for {len(texts)} prompts",
+                fix="speculate on one prompt at a time",
+            )
+        limit = request.limit(self._stated)
+        wanted = forms(len(texts), **request.form)
+        guides = [self._structure.guide(form) if form else None for form in wanted]
         rows = []
-        for number, text in enumerate(texts):
+        for number, (text, guide) in enumerate(zip(texts, guides, strict=True)):
             ids = self._encoded(number, text)
-            if len(ids) >= limit:
+            if len(ids) >= limit and request.context == "refuse":
                 raise InputError(
                     f"prompt {number} has {len(ids)} tokens, and there is room for {limit} with "
                     "the answer",
-                    fix="shorten it, or raise max_context where the model allows",
+                    fix="shorten it, raise max_context where the model allows, or let it slide: "
+                    "context='slide' (--context slide)",
                 )
-            rows.append(_Row(ids, Sampler(sampling, number), Words(self._tokenizer, stops)))
+            words = Words(self._tokenizer, request.stops)
+            rows.append(Continuation(ids, Sampler(request.sampling, number), words, guide))
         return rows
 
     def _encoded(self, number: int, text: str) -> list[int]:
@@ -202,23 +197,18 @@ class Generator(Engine):
             raise InputError(f"prompt {number} is empty", fix="give a text to go on from")
         return ids
 
-    def _limit(self, context: int | None) -> int:
-        stated = position_limit(self._config) or 1 << 20
-        if context is None:
-            return stated
-        if not isinstance(context, int) or not 1 < context <= stated:
-            raise ConfigurationError(
-                f"max_context is {context!r}", fix=f"give 2 to {stated}, the model's own"
-            )
-        return context
+    def _prefill(self, rows: list[Continuation], most: int, decoder: Any) -> Any:
+        """Let the decoder read the texts, but what it knows.
 
-    def _prefill(self, rows: list[_Row], most: int, decoder: Any) -> Any:
-        """Let the decoder read the texts, but what it knows; return the logits behind them."""
-        widest = max(len(row.all) for row in rows)
-        known = rows[0].known = self._known(rows, decoder)
+        Returns the logits behind each, (rows, 1, vocabulary).
+        """
+        widest = max(len(row.read) for row in rows)
+        known = self._known(rows, decoder)
+        if not rows[0].tokens:
+            rows[0].known = known
         if not known:
-            decoder.begin(len(rows), widest + most)
-        ids, mask, positions = padded([row.all for row in rows]).values()
+            decoder.begin(len(rows), widest + min(most, AHEAD))
+        ids, mask, positions = padded([row.read for row in rows]).values()
         # ONNX Runtime's attention takes a prompt in parts only where it is alone.
         step = CHUNK if len(rows) == 1 else widest
         logits: Any = None
@@ -227,42 +217,50 @@ class Generator(Engine):
             end = min(begin + step, widest)
             logits = decoder.forward(ids[:, begin:end], mask[:, :end], positions[:, begin:end])
         self._mask = mask
-        return logits
+        return logits[:, None]
 
-    def _known(self, rows: list[_Row], decoder: Any) -> int:
+    def _known(self, rows: list[Continuation], decoder: Any) -> int:
         """Return how many tokens of a single text the decoder has read already, and keep those."""
         if len(rows) != 1 or decoder is not self._reader:
             return 0
-        wanted = rows[0].all[:-1]  # the last one is read anew: its logits are what is asked for
-        pairs = zip(self._read, wanted, strict=False)
-        known = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-        known = min(len(self._read), len(wanted)) if known is None else known
+        wanted = rows[0].read[:-1]  # the last one is read anew: its logits are what is asked for
+        known = agreeing(self._read, wanted)
         if known:
             decoder.rewind(known)
         return known
 
     def _write(
-        self, rows: list[_Row], most: int, limit: int, cancel: threading.Event | None = None
-    ) -> Iterator[str]:
+        self,
+        rows: list[Continuation],
+        request: Request,
+        cancel: threading.Event | None = None,
+    ) -> Pieces:
         """Write all rows to their end once no other text is written; yield the first row's."""
         with self._writing:
-            yield from self._written(rows, most, limit, cancel)
+            yield from self._written(rows, request, cancel)
+        return _generation(rows[0])
 
     def _written(
-        self, rows: list[_Row], most: int, limit: int, cancel: threading.Event | None
+        self, rows: list[Continuation], request: Request, cancel: threading.Event | None
     ) -> Iterator[str]:
         """Write all rows to their end, on whichever provider can; yield the first row's text."""
         decoder: Any = None
         logits: Any = None
+        limit = request.limit(self._stated)
+        lookup = Lookup(request.speculate) if request.speculate else None
         while not all(row.finish for row in rows):
             backend = self._chain.backend
+            proposed: list[int] = []
             try:
-                if backend is not decoder:
-                    # The first, or one that took over: it reads what is there and goes on.
-                    logits = self._prefill(rows, most, backend)
+                if slide(rows, request, limit) or backend is not decoder:
+                    # The first, or one that took over, or fewer tokens: it reads what is there.
+                    logits = self._prefill(rows, request.max_new_tokens, backend)
                     decoder = backend
                 else:
-                    logits = self._step(rows, decoder)
+                    if lookup is not None:
+                        room = rows[0].room(request.max_new_tokens, limit)
+                        proposed = lookup.propose(rows[0].all, room)
+                    logits = self._step(rows, decoder, proposed)
                 if not np.isfinite(logits).all():
                     raise DeviceError("the model gives logits that are not numbers")
             except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
@@ -273,7 +271,7 @@ class Generator(Engine):
             for number, row in enumerate(rows):
                 if row.finish:
                     continue
-                piece = self._taken(row, logits[number], most, limit)
+                piece = row.take(logits[number], proposed, self._ends, request, limit)
                 if cancel is not None and cancel.is_set():
                     row.finish = row.finish or "cancelled"
                 if row.finish:
@@ -282,29 +280,24 @@ class Generator(Engine):
                     yield piece
         if len(rows) == 1:
             # The last token was written but not read.
-            self._read, self._reader = rows[0].all[:-1], decoder
+            self._read, self._reader = rows[0].read[:-1], decoder
 
-    def _taken(self, row: _Row, logits: NDArray[np.float32], most: int, limit: int) -> str:
-        """Choose the next token of one text; return what it adds to it."""
-        token, logprob = row.sampler.pick(logits, row.all)
-        if token in self._ends:
-            row.finish = "stop"
-            return ""
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        piece = row.words.add(token)
-        if row.words.stopped:
-            row.finish = "stop"
-        elif len(row.tokens) >= most or len(row.all) >= limit:
-            row.finish = "length"
-        return piece
+    def _step(self, rows: list[Continuation], decoder: Any, proposed: list[int]) -> Any:
+        """Let the decoder read the last token of each text; those that ended read padding.
 
-    def _step(self, rows: list[_Row], decoder: Any) -> Any:
-        """Let the decoder read the last token of each text; those that ended read padding."""
-        ids = np.array([[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in rows])
+        Returns logits (rows, 1 + proposed, vocabulary), behind each proposed token too.
+        """
+        read = len(rows[0].read) - 1
+        if len(rows) == 1 and read < self._mask.shape[1]:
+            # Of what was proposed last time not all was right.
+            decoder.rewind(read)
+            self._mask = self._mask[:, :read]
+        ids = np.array([[row.read[-1], *proposed] for row in rows])
         live = np.array([[0 if row.finish else 1] for row in rows])
-        self._mask = np.concatenate([self._mask, live], axis=1)
-        return decoder.forward(ids.astype(np.int64), self._mask, places(self._mask, 1))
+        self._mask = np.concatenate([self._mask, live.repeat(ids.shape[1], axis=1)], axis=1)
+        run = decoder.verify if proposed else decoder.forward
+        logits = run(ids.astype(np.int64), self._mask, places(self._mask, ids.shape[1]))
+        return logits if proposed else logits[:, None]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -320,8 +313,13 @@ class Generator(Engine):
         return tokenizer
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        return read_json(self._bundle.path / "config.json")
+    def _structure(self) -> Structure:
+        return Structure(self._tokenizer, self._ends)
+
+    @cached_property
+    def _stated(self) -> int:
+        """How many tokens the model was made for."""
+        return position_limit(read_json(self._bundle.path / "config.json")) or 1 << 20
 
     @cached_property
     def _ends(self) -> frozenset[int]:
@@ -337,7 +335,7 @@ class Generator(Engine):
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _generation(row: _Row) -> Generation:
+def _generation(row: Continuation) -> Generation:
     return Generation(
         text=row.words.text,
         tokens=tuple(row.tokens),
@@ -345,4 +343,5 @@ def _generation(row: _Row) -> Generation:
         finish=row.finish,
         prompt_tokens=len(row.prompt),
         reused_tokens=row.known,
+        dropped_tokens=row.dropped,
     )

@@ -38,6 +38,11 @@ class Decoder(Protocol):
             positions: (batch, new), of each token in its row.
         """
 
+    def verify(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Read as :meth:`forward` does; return the logits (batch, new, vocabulary) of each."""
+
     def rewind(self, length: int) -> None:
         """Forget what was read behind the first ``length`` tokens."""
 
@@ -110,13 +115,15 @@ class OnnxDecoder:
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Run the graph once; see :class:`Decoder`."""
-        total = mask.shape[1]
-        if self._shared and total > self._capacity:
-            self._grow(total + SLACK)
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        feed = {n: np.ascontiguousarray(v) for n, v in feed.items() if n in self.inputs}
         if self._last_only and ids.shape[1] > 1:
-            return self._read(feed, total)
+            return self._read(self._feed(ids, mask, positions), mask.shape[1])
+        return self.verify(ids, mask, positions)[:, -1]
+
+    def verify(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the graph once for the logits of each token; see :class:`Decoder`."""
+        feed, total = self._feed(ids, mask, positions), mask.shape[1]
         binding = self._session.io_binding()
         for name, array in feed.items():
             binding.bind_cpu_input(name, array)
@@ -132,7 +139,15 @@ class OnnxDecoder:
         if not self._shared:
             self._held = dict(zip(self._held, present, strict=True))
         self._length = total
-        return np.asarray(logits.numpy()[:, -1], np.float32)
+        return np.asarray(logits.numpy(), np.float32)
+
+    def _feed(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        if self._shared and mask.shape[1] > self._capacity:
+            self._grow(mask.shape[1] + SLACK)
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {n: np.ascontiguousarray(v) for n, v in feed.items() if n in self.inputs}
 
     def _read(self, feed: dict[str, NDArray[Any]], total: int) -> NDArray[np.float32]:
         """Run the graph for the logits of the last token alone, which IO binding cannot ask for."""
@@ -195,7 +210,7 @@ class OpenvinoDecoder:
         }
         core = ov.Core()
         model = core.read_model(str(bundle.file(candidate.variant)))
-        _keep_last(model)
+        self._choosing = _add_keep(model)
         self._compiled: Any = core.compile_model(model, "CPU", options)
         self.inputs = tuple(n for port in self._compiled.inputs for n in port.get_names())
         if BEAM not in self.inputs:
@@ -213,13 +228,29 @@ class OpenvinoDecoder:
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Run the model once; see :class:`Decoder`."""
+        return self._run(ids, mask, positions, 1)[:, -1]
+
+    def verify(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run the model once for the logits of each token; see :class:`Decoder`."""
+        return self._run(ids, mask, positions, ids.shape[1])
+
+    def _run(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        keep: int,
+    ) -> NDArray[np.float32]:
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         given = {n: np.ascontiguousarray(v) for n, v in feed.items() if n in self.inputs}
         given[BEAM] = np.arange(len(ids), dtype=np.int32)
+        if self._choosing:
+            given[KEEP] = np.array([-keep], np.int64)
         self._request.infer(given)
         self._length = mask.shape[1]
-        logits = self._request.get_tensor("logits").data
-        return np.array(logits[:, -1], np.float32)
+        return np.array(self._request.get_tensor("logits").data[:, -keep:], np.float32)
 
     def rewind(self, length: int) -> None:
         """Keep the first tokens; see :class:`Decoder`."""
@@ -240,16 +271,20 @@ class OpenvinoDecoder:
         self._request = self._compiled = None
 
 
-def _keep_last(model: Any) -> None:
-    """Let an OpenVINO model compute the logits of the last token only; as it is where it cannot."""
+def _add_keep(model: Any) -> bool:
+    """Let an OpenVINO model be told for how many tokens logits are wanted; say whether it can."""
     from openvino import opset13 as ops
 
     node = model.output("logits").get_node().input_value(0).get_node()
     while node.get_type_name() in ("Tanh", "Multiply", "Divide", "Add"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "MatMul" or len(node.input_value(0).get_partial_shape()) != 3:
-        return
-    begin, end, step, axis = (ops.constant(np.array([n], np.int64)) for n in (-1, 1 << 40, 1, 1))
+        return False
+    begin = ops.parameter([1], np.int64, name=KEEP)
+    begin.output(0).set_names({KEEP})
+    end, step, axis = (ops.constant(np.array([n], np.int64)) for n in (1 << 40, 1, 1))
     last = ops.slice(node.input_value(0), begin, end, step, axis)
     node.input(0).replace_source_output(last.output(0))
+    model.add_parameters([begin])
     model.validate_nodes_and_infer_types()
+    return True

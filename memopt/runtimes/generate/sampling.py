@@ -13,6 +13,9 @@ from memopt.errors import ConfigurationError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# Logits nearer than this are one to a run that rounds otherwise (several tokens, another batch).
+TIE = 1e-3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -66,12 +69,18 @@ class Sampler:
         seed = None if sampling.seed is None else (sampling.seed, row)
         self._random = np.random.default_rng(seed)
 
-    def pick(self, logits: NDArray[np.float32], seen: Sequence[int]) -> tuple[int, float]:
+    def pick(
+        self,
+        logits: NDArray[np.float32],
+        seen: Sequence[int],
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> tuple[int, float]:
         """Return a token and its log-probability in the model's own distribution.
 
         Args:
             logits: (vocabulary,).
             seen: the tokens so far, the prompt's too.
+            allowed: (vocabulary,), the tokens to choose among; None is all.
 
         >>> import numpy as np
         >>> token, log = Sampler(Sampling()).pick(np.log(np.float32([0.1, 0.7, 0.2])), [])
@@ -79,21 +88,45 @@ class Sampler:
         (1, 0.7)
         """
         own = logits.astype(np.float64)
-        scores = own
-        if self._how.repetition_penalty != 1.0 and len(seen):
-            scores = own.copy()
-            there = np.unique(np.asarray(seen, np.int64))
-            old, by = scores[there], self._how.repetition_penalty
-            scores[there] = np.where(old < 0, old * by, old / by)
+        scores = self._scores(own, seen, allowed)
         if self._how.temperature == 0:
             token = int(scores.argmax())
         else:
             token = self._draw(scores / self._how.temperature)
         return token, float(own[token] - _log_sum(own))
 
+    def undecided(
+        self,
+        logits: NDArray[np.float32],
+        seen: Sequence[int],
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> bool:
+        """Say whether rounding may decide which token is the likeliest; arguments as of `pick`.
+
+        >>> Sampler(Sampling()).undecided(np.float32([1, 3, 3 + 1e-6]), [])
+        True
+        """
+        if self._how.temperature:
+            return False
+        scores = self._scores(logits.astype(np.float64), seen, allowed)
+        second, first = np.partition(scores, -2)[-2:]
+        return bool(first - second < TIE)
+
+    def _scores(
+        self, own: NDArray[np.float64], seen: Sequence[int], allowed: NDArray[np.bool_] | None
+    ) -> NDArray[np.float64]:
+        scores = own
+        if self._how.repetition_penalty != 1.0 and len(seen):
+            scores = own.copy()
+            there = np.unique(np.asarray(seen, np.int64))
+            old, by = scores[there], self._how.repetition_penalty
+            scores[there] = np.where(old < 0, old * by, old / by)
+        return scores if allowed is None else np.where(allowed, scores, -np.inf)
+
     def _draw(self, scores: NDArray[np.float64]) -> int:
         how = self._how
         order = np.argsort(-scores, kind="stable")
+        order = order[np.isfinite(scores[order])]  # what is not allowed is never drawn
         if how.top_k:
             order = order[: how.top_k]
         shares = np.exp(scores[order] - _log_sum(scores[order]))
