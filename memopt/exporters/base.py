@@ -141,7 +141,7 @@ def _export(
     say: Step,
 ) -> tuple[Variant, ...]:
     say("build the model from weights.parquet")
-    kind = _kind(task)
+    kind = kind_of(task)
     loaded = kind.load_model(bundle, task)
     with refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
@@ -200,7 +200,7 @@ def _check_weights(path: Path) -> None:
             loader.load(name)
 
 
-def _kind(task: str) -> Any:
+def kind_of(task: str) -> Any:
     """Return the module that knows how this family of models is loaded, called and checked."""
     family = task_of(task).family
     return importlib.import_module(family) if family else encoder
@@ -211,7 +211,7 @@ def reference_cases(
 ) -> list[Case]:
     """Return what a graph is checked with: inputs of several shapes, and torch's answers."""
     cases: list[Case] = []
-    kind = _kind(task)
+    kind = kind_of(task)
     for seed, shape in enumerate(kind.check_shapes(loaded, task, manifest.max_length), start=1):
         feeds = kind.example(loaded, signature.inputs, shape, seed)
         cases.append((feeds, kind.reference(loaded, manifest, task, feeds)))
@@ -220,7 +220,7 @@ def reference_cases(
 
 def _onnx(job: _Job, graph: Any, *, fused: bool) -> list[Variant]:
     suffix = "" if job.precision == "fp32" else f"_{job.precision}"
-    plain = _kind(job.task).portable(graph)
+    plain = kind_of(job.task).portable(graph)
     if job.precision == "fp16":
         plain = to_half(plain)
     name = job.name("onnx", job.precision)
@@ -236,7 +236,7 @@ def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
     It is only the faster of the two: without it the bundle is whole, and the log says what failed.
     """
     try:
-        faster, report = _kind(job.task).faster(graph, job.loaded.config.to_dict())
+        faster, report = kind_of(job.task).faster(graph, job.loaded.config.to_dict())
         if not report.fused:
             return []
         variant = _save(job, faster, f"{job.stem}_fused.onnx", f"{name}-fused")
@@ -248,7 +248,7 @@ def _fused(job: _Job, graph: Any, name: str) -> list[Variant]:
         return []
     record = {**(variant.check or {}), "fusion": asdict(report)}
     made = replace(variant, target="cpu", fused=True, check=record)
-    return [_kind(job.task).finish(made, job.bundle.path, job.folder)]
+    return [kind_of(job.task).finish(made, job.bundle.path, job.folder)]
 
 
 def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
@@ -271,7 +271,7 @@ def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
 
 
 def _compared(job: _Job, run: check.Run, tolerance: check.Tolerance, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = _kind(job.task).compare(run, job.loaded, job.cases, tolerance, name)
+    record: dict[str, Any] = kind_of(job.task).compare(run, job.loaded, job.cases, tolerance, name)
     return record
 
 

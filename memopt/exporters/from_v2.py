@@ -1,7 +1,8 @@
 """A quantized weight file (schema V2) into a runnable graph with exactly its integers.
 
-The bundle's portable fp32 graph keeps its nodes; each float initializer that the file has quantized
-becomes the file's integers, scales and zero points. Nothing is quantized again. ONNX Runtime's
+The bundle's portable fp32 graph (of a language model the one for ONNX Runtime) keeps its nodes;
+each float initializer that the file has quantized becomes the file's integers, scales, zero points
+and minima. Nothing is quantized again. ONNX Runtime's
 MatMulNBits and GatherBlockQuantized, which keep the weights packed while running, read them where
 the layout fits; standard DequantizeLinear (blocked for groups, opset 21) elsewhere.
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import ExportError
-from memopt.exporters import check, interface, onnx
-from memopt.exporters.base import reference_cases
+from memopt.exporters import check, onnx
+from memopt.exporters.base import kind_of, reference_cases
 from memopt.extras import require
 from memopt.files import sha256_file, staged_directory
+from memopt.graphs.block_product import block_product, block_rows
 from memopt.graphs.blocks import Blocks, to_blocks
 from memopt.graphs.ir import (
     MICROSOFT,
     constant,
+    drop_unused,
     from_proto,
     new_node,
     replace_node,
@@ -37,7 +40,6 @@ from memopt.graphs.ir import (
     with_blocks,
 )
 from memopt.progress import Step, silent
-from memopt.runtimes.torch_model import load_model
 from memopt.weights.layout import is_transposed
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
@@ -63,7 +65,7 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
         WeightsError: the file is damaged, not quantized, or not of this model.
     """
     path = _find(bundle, Path(weights_file))
-    source = _portable(bundle)
+    source = _source(bundle)
     on_step(f"put the integers of {path.name} into {source.file}")
     graph, counts = quantized_graph(bundle.file(source), bundle.weights, path)
     with WeightLoader(path) as loader:
@@ -72,15 +74,16 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
     name = f"onnx-{precision}-arrow" + ("-gptq" if settings.get("algorithm") == "gptq" else "")
     on_step("compute the torch reference from the dequantized weights")
     manifest, task = bundle.manifest, bundle.manifest.task
-    loaded = load_model(bundle, task, path)
-    signature = interface.signature(loaded, manifest, task)
+    kind, writes = kind_of(task), bundle.task.answer == "logits"
+    loaded = kind.load_model(bundle, task, path)
+    signature = kind.signature(loaded, manifest, task)
     cases = reference_cases(loaded, manifest, task, signature)
     with staged_directory(bundle.path) as folder:
         file = folder / f"model_{name.removeprefix('onnx-').replace('-', '_')}.onnx"
         on_step(f"write and check {file.name}")
         beside = onnx.save_onnx(graph, file)
         run, tolerance = onnx.runner(file, signature.outputs, exact=True), check.TOLERANCES["fp32"]
-        record = check.compare(run, cases, tolerance, name=name)
+        record = kind.compare(run, loaded, cases, tolerance, name)
         variant = Variant(
             name=name,
             format="onnx",
@@ -88,7 +91,7 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
             file=f"onnx/{file.name}",
             companions=tuple(f"onnx/{part}" for part in beside),
             target="cpu",
-            fused=True,
+            fused=source.fused or not writes,
             method="arrow",
             inputs=source.inputs,
             output=source.output,
@@ -148,6 +151,8 @@ def quantized_graph(
         raise ExportError(
             f"no quantized weight of {weights_file} is in {graph}", fix="export the model again"
         )
+    drop_unused(model)
+    model.graph.sort()  # sums of a product's inputs may serve an earlier product too
     if editor.counts.keys() - {"DequantizeLinear"}:
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
     return to_proto(model), editor.counts
@@ -163,17 +168,18 @@ class _Editor:
 
     def replace(self, value: Any, weight: QuantizedWeight) -> None:
         """Serve every use of an initializer from ``weight``, given in its own layout."""
-        uses = [(use.node, use.idx) for use in value.uses()]
-        kinds = {(node.op_type, place) for node, place in uses}
-        blocks = None
-        if kinds == {("MatMul", 1)} and weight.integers.ndim == 2:
-            blocks, serve = to_blocks(weight.transposed()), self._matmul
-        elif kinds == {("Gather", 0)} and weight.bits > 2 and all(_axis(n) == 0 for n, _ in uses):
-            blocks, serve = to_blocks(weight, table=True), self._gather
+        readers = list(_readers(value))
+        kinds, blocks = {kind for kind, _ in readers}, None
+        if kinds == {"product"} and weight.integers.ndim == 2:
+            blocks = to_blocks(weight.transposed())
+        elif kinds <= {"rows", "turned"} and (weight.bits > 2 or "rows" not in kinds):
+            blocks = to_blocks(weight, table="rows" in kinds)
         if blocks is None:
             self._dequantize(value, weight)
         else:
-            for node, _ in uses:
+            # Rows first: where a product reads the same table, it takes their bytes.
+            for kind, node in sorted(readers, key=lambda reader: reader[0] != "rows"):
+                serve = self._gather if kind == "rows" else self._matmul
                 serve(value.name, blocks, node)
         del self._graph.initializers[value.name]
 
@@ -229,48 +235,36 @@ class _Editor:
         return [split, add, join]
 
     def _matmul(self, name: str, blocks: Blocks, node: Any) -> None:
-        inputs = [node.inputs[0], *self._blocks(name, blocks, blocks.packed())]
-        if blocks.minima is None:
-            self._put("MatMulNBits", inputs, node, blocks.matmul_attributes(0))
-            return
-        out = node.outputs[0].name
-        options = {"domain": MICROSOFT, "name": node.name, **blocks.matmul_attributes(0)}
-        product = new_node("MatMulNBits", inputs, f"{out}_scaled", **options)
-        matrix = store(self._graph, f"sums_{blocks.width}_{blocks.size}", blocks.block_sums())
-        minima = store(self._graph, f"{name}_minimum", np.ascontiguousarray(blocks.minima.T))
-        sums = new_node("MatMul", [node.inputs[0], matrix], f"{out}_sums", name=f"{node.name}_sums")
-        parts = [sums.outputs[0], minima]
-        raised = new_node("MatMul", parts, f"{out}_minimum", name=f"{node.name}_minimum")
-        both = [product.outputs[0], raised.outputs[0]]
-        total = new_node("Add", both, out, name=f"{node.name}_raised")
-        self._replace(node, [product, sums, raised, total])
+        nodes = block_product(self._graph, node.inputs[0], name, blocks, node.outputs[0].name)
+        nodes[-1].name = node.name
+        self._replace(node, nodes)
         self.counts["MatMulNBits"] += 1
 
     def _gather(self, name: str, blocks: Blocks, node: Any) -> None:
-        packed, *scales = self._blocks(name, blocks, blocks.packed(whole_blocks=False))
-        options = {"gather_axis": 0, "quantize_axis": 1}
-        options |= {"block_size": blocks.size, "bits": blocks.bits}
-        self._put("GatherBlockQuantized", [packed, node.inputs[1], *scales], node, options)
-
-    def _blocks(self, name: str, blocks: Blocks, packed: np.ndarray) -> list[Any]:
-        stored = [
-            store(self._graph, f"{name}_quantized", packed),
-            store(self._graph, f"{name}_scale", blocks.scales),
-        ]
-        if blocks.points is not None:
-            points = blocks.packed_points()
-            stored.append(store(self._graph, f"{name}_zero_point", points))
-        return stored
-
-    def _put(self, kind: str, inputs: list[Any], node: Any, options: dict[str, int]) -> None:
-        label = {"domain": MICROSOFT, "name": node.name}
-        self._replace(node, [new_node(kind, inputs, node.outputs[0].name, **label, **options)])
-        self.counts[kind] += 1
+        rows = block_rows(self._graph, node.inputs[1], name, blocks, node.outputs[0].name)
+        rows[-1].name = node.name
+        self._replace(node, rows)
+        self.counts["GatherBlockQuantized"] += 1
 
     def _replace(self, node: Any, nodes: list[Any]) -> None:
         if node is self._first:
             self._first = nodes[0]
         replace_node(self._graph, node, nodes)
+
+
+def _readers(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the nodes that read a weight: its rows, a product, or one with the weight turned."""
+    for use in value.uses():
+        node, place = use.node, use.idx
+        if (node.op_type, place) == ("Gather", 0) and _axis(node) == 0:
+            yield "rows", node
+        elif (node.op_type, place) == ("MatMul", 1):
+            yield "product", node
+        elif node.op_type == "Transpose" and len(value.shape) == 2:
+            for kind, reader in _readers(node.outputs[0]):
+                yield ("turned" if kind == "product" else "other"), reader
+        else:
+            yield "other", node
 
 
 def _axis(node: Any) -> int:
@@ -283,13 +277,15 @@ def _find(bundle: Bundle, path: Path) -> Path:
     return inside if not path.is_file() and inside.is_file() else path
 
 
-def _portable(bundle: Bundle) -> Variant:
-    if "onnx-fp32" not in bundle.manifest.variants:
-        raise ExportError(
-            f"{bundle.path} has no portable ONNX graph to put the integers into",
-            fix=f"run: memopt export {bundle.path} --format onnx",
-        )
-    return bundle.manifest.variants["onnx-fp32"]
+def _source(bundle: Bundle) -> Variant:
+    """Return the float graph to put integers into: with one buffer for keys and values if it is."""
+    for name in ("onnx-fp32-fused",) * (bundle.task.answer == "logits") + ("onnx-fp32",):
+        if name in bundle.manifest.variants:
+            return bundle.manifest.variants[name]
+    raise ExportError(
+        f"{bundle.path} has no float ONNX graph to put the integers into",
+        fix=f"run: memopt export {bundle.path} --format onnx",
+    )
 
 
 def _precision(loader: WeightLoader) -> str:

@@ -84,9 +84,9 @@ def to_blocks(weight: QuantizedWeight, *, table: bool = False) -> Blocks | None:
 
     The kernels want blocks of a power of two from 16 on; a scale that covers more than a block is
     repeated, which changes no number. A ``table`` is for
-    GatherBlockQuantized, which takes whole blocks and no minima.
+    GatherBlockQuantized, which takes whole blocks.
     """
-    if weight.integers.ndim != 2 or (table and weight.has_minima):
+    if weight.integers.ndim != 2:
         return None
     count, width = weight.shape
     if weight.group_size:

@@ -22,7 +22,9 @@ Target = Literal["auto", "cpu", "openvino", "gpu"]
 WeightType = Literal["int8", "int4", "int2", "nf4"]
 ActivationType = Literal["uint8", "int8"]
 Granularity = Literal["auto", "per-channel", "per-tensor", "per-group"]
-Algorithm = Literal["rtn", "k-quant", "gptq", "awq", "scale-estimation", "awq+scale-estimation"]
+Algorithm = Literal[
+    "rtn", "k-quant", "gptq", "stored", "awq", "scale-estimation", "awq+scale-estimation"
+]
 Ranges = Literal["minmax", "entropy", "percentile", "mse"]
 Smooth = Literal["auto", "none"]
 
@@ -96,7 +98,10 @@ class Recipe:
     )
     algorithm: Algorithm = field(
         default="rtn",
-        metadata={"help": "rtn, k-quant, gptq, awq, scale-estimation, awq+scale-estimation"},
+        metadata={
+            "help": "rtn, k-quant, gptq, stored (a GGUF file's own integers), awq, "
+            "scale-estimation, awq+scale-estimation"
+        },
     )
     ranges: Ranges = field(
         default="minmax", metadata={"help": "Activation ranges: minmax, entropy, percentile, mse"}

@@ -67,7 +67,8 @@ def files(
 
 def integers(model: Any, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     """Read the stored integers of a weight back out of the graph, in the graph's layout."""
-    item = next(i for i in model.graph.initializer if i.name == f"{name}_quantized")
+    names = (f"{name}_quantized", f"{name}_packed")
+    item = next(i for i in model.graph.initializer if i.name in names)
     if item.data_type == onnx.TensorProto.UINT8:  # rows of blocks, offset by half the range
         raw = numpy_helper.to_array(item).reshape(-1).view(np.int8)
         count = raw.size * 8 // bits

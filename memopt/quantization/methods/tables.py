@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.graphs.blocks import Blocks
-from memopt.graphs.ir import MICROSOFT, constant, made_by, new_node, replace_node, store
+from memopt.graphs.ir import constant, made_by, new_node, replace_node, store
 from memopt.graphs.linears import Linear
 from memopt.graphs.observe import Array
 from memopt.quantization.method import Layer
@@ -71,22 +70,6 @@ def tied_table(linear: Linear) -> Any | None:
         if node.op_type == "Gather" and rows and (axis is None or axis.as_int() == 0):
             return node
     return None
-
-
-def shared_rows(graph: Any, table: Any, name: str, blocks: Blocks) -> Any:
-    """Return the node that takes a table's rows out of the bytes that a product multiplies with."""
-    parts = [
-        store(graph, f"{name}_packed", blocks.packed(whole_blocks=False)),
-        table.inputs[1],
-        store(graph, f"{name}_scale", blocks.scales),
-    ]
-    if blocks.points is not None:
-        parts.append(store(graph, f"{name}_zero", blocks.packed_points()))
-    options = {"block_size": blocks.size, "bits": blocks.bits}
-    options |= {"gather_axis": 0, "quantize_axis": 1}
-    label = {"name": f"quantized/{name}/rows", "domain": MICROSOFT}
-    output = table.outputs[0].name
-    return new_node("GatherBlockQuantized", parts, output, **label, **options)
 
 
 def _round(values: Array) -> tuple[NDArray[np.int8], NDArray[Any]]:

@@ -3,18 +3,22 @@
 MatMulNBits keeps a weight (out, in) as unsigned integers in blocks along ``in``, one scale and one
 zero point a block, packed low bits first. Activations stay float in the graph. A table that is also
 the last product's weight, as language models tie them, is one array for both:
-GatherBlockQuantized reads the bytes that MatMulNBits multiplies with.
+GatherBlockQuantized reads the bytes that MatMulNBits multiplies with. Algorithm ``stored`` rounds
+nothing: it takes the integers that a GGUF file came with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memopt.errors import ConfigurationError
+from memopt.graphs.block_product import block_product, block_rows
 from memopt.graphs.blocks import Blocks, to_blocks
 from memopt.graphs.ir import (
     MICROSOFT,
@@ -22,7 +26,6 @@ from memopt.graphs.ir import (
     new_node,
     read_onnx,
     replace_node,
-    store,
     to_proto,
 )
 from memopt.graphs.linears import Linear, onnx_linears
@@ -44,10 +47,12 @@ from memopt.quantization.method import (
 from memopt.quantization.methods.tables import (
     find_tables,
     quantize_tables,
-    shared_rows,
     tied_table,
 )
+from memopt.weights.convert import GGUF_WEIGHTS
 from memopt.weights.quantized import QuantizedWeight
+from memopt.weights.reader import WeightLoader
+from memopt.weights.schema import QUANT_BITS
 
 # accuracy_level 4 lets the kernel round activations to int8 per block and multiply integers: on
 # MiniLM 8 bits keep min cosine .998 and run about twice as fast as with float activations.
@@ -63,7 +68,7 @@ class WeightOnlyRecipe(MethodRecipe):
     granularity: Literal["auto", "per-group"] = "auto"
     group_size: int = 0
     symmetric: bool = True
-    algorithm: Literal["rtn", "k-quant", "gptq"] = "rtn"
+    algorithm: Literal["rtn", "k-quant", "gptq", "stored"] = "rtn"
     embeddings: bool = True
     keep_int8: tuple[str, ...] = ()
 
@@ -82,7 +87,10 @@ def prepare(context: Context[WeightOnlyRecipe]) -> Make:
     rounding = [item for item in linears if item.name not in patterns]
     eight = match_layers(recipe.keep_int8, [item.name for item in linears])
     rounded: dict[str, tuple[QuantizedWeight, float]] = {}
-    if recipe.algorithm == "gptq":
+    if recipe.algorithm == "stored":
+        rounded = _stored(context, rounding)
+        patterns |= {item.name for item in rounding if item.label not in rounded}
+    elif recipe.algorithm == "gptq":
         widths = {item.source: item.shape[1] for item in rounding}
         hessians = Hessians(context.graph, widths, context.feeds, step=context.step)
         # Layers of one group after the other: each group is one pass over the inputs.
@@ -99,6 +107,38 @@ def prepare(context: Context[WeightOnlyRecipe]) -> Make:
         return _build(context, rounded, patterns | set(keep))
 
     return make
+
+
+def _stored(
+    context: Context[WeightOnlyRecipe], linears: Sequence[Linear]
+) -> dict[str, tuple[QuantizedWeight, float]]:
+    """Return the integers that the model came with; what it has in float is left out.
+
+    Raises:
+        ConfigurationError: it came without, or most of them are of another width.
+    """
+    file, found = context.bundle.path / GGUF_WEIGHTS, {}
+    if not file.is_file():
+        raise ConfigurationError(
+            f"{context.bundle.path} has no integers of its own: it was not made of a GGUF file",
+            fix="use algorithm rtn, k-quant or gptq",
+        )
+    with WeightLoader(file) as loader:
+        for linear in linears:
+            if linear.name in loader and loader.info(linear.name).quant_type in QUANT_BITS:
+                weight = loader.load_quantized(linear.name)
+                error = output_error(linear.weight, weight.dequantize(), np.eye(linear.shape[1]))
+                found[linear.label] = weight, error**2
+    sizes = Counter({f"int{weight.bits}": 0 for weight, _ in found.values()})
+    for weight, _ in found.values():
+        sizes[f"int{weight.bits}"] += weight.integers.size
+    most = sizes.most_common(1)[0][0] if sizes else "no layer in integers"
+    if most != context.recipe.weight_type:
+        raise ConfigurationError(
+            f"{file.name} holds {most}, not {context.recipe.weight_type}",
+            fix=f"use --weight-type {most}" if sizes else "use algorithm rtn, k-quant or gptq",
+        )
+    return found
 
 
 def _widened(recipe: WeightOnlyRecipe, linear: Linear, eight: Collection[str]) -> WeightOnlyRecipe:
@@ -145,7 +185,9 @@ def _build(
         table = tied_table(linear) if context.recipe.embeddings else None
         blocks = to_blocks(weight, table=True) if table is not None else None
         if table is not None and blocks is not None:
-            replace_node(model.graph, table, [shared_rows(model.graph, table, linear.name, blocks)])
+            ids, output = table.inputs[1], table.outputs[0].name
+            rows = block_rows(model.graph, ids, linear.name, blocks, output)
+            replace_node(model.graph, table, rows)
         product = _product(model.graph, linear, weight, shared=blocks)
         replace_node(model.graph, linear.node, product)
         layers.append(
@@ -164,28 +206,12 @@ def _product(
     """Return the nodes of a product; of a table that is ``shared`` its rows are cut into blocks."""
     blocks = shared or to_blocks(weight)
     assert blocks is not None, "a recipe takes only group sizes that are blocks"
-    name, output = linear.name, linear.output
-    nodes = []
-    if shared is None:
-        packed = store(graph, f"{name}_packed", blocks.packed())
-    else:
-        # A constant of constants: ONNX Runtime computes it once, and packs what comes out.
-        cut = np.array([*blocks.scales.shape, -1], np.int64)
-        parts = [graph.initializers[f"{name}_packed"], store(graph, f"{name}_blocks", cut)]
-        nodes = [new_node("Reshape", parts, f"{name}_cut", name=f"quantized/{name}/cut")]
-        packed = nodes[0].outputs[0]
-    inputs = [
-        linear.node.inputs[0],
-        packed,
-        store(graph, f"{name}_scale", blocks.scales),
-    ]
-    if blocks.points is not None:
-        inputs.append(store(graph, f"{name}_zero", blocks.packed_points()))
+    output = linear.output
     label = f"{output}/product" if linear.bias is not None else output
-    options = blocks.matmul_attributes(ACCURACY_LEVEL)
-    product = new_node("MatMulNBits", inputs, label, domain=MICROSOFT, **options)
+    source = linear.node.inputs[0]
+    nodes = block_product(graph, source, linear.name, blocks, label, ACCURACY_LEVEL)
     if linear.bias is None:
-        return [*nodes, product]
+        return nodes
     names = {"name": f"quantized/{output}/bias"}
-    product.name = f"quantized/{output}"
-    return [*nodes, product, new_node("Add", [product.outputs[0], linear.bias], output, **names)]
+    nodes[-1].name = f"quantized/{output}"
+    return [*nodes, new_node("Add", [nodes[-1].outputs[0], linear.bias], output, **names)]
