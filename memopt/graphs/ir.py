@@ -216,6 +216,26 @@ def replace_node(graph: Any, old: Any, new: Sequence[Any]) -> None:
     ir.convenience.replace_nodes_and_values(graph, old, [old], new, *values)
 
 
+def replace_nodes(graph: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
+    """Put nodes in the place of several; the last one has an output for each of theirs."""
+    import onnx_ir as ir
+
+    values = [node.outputs[0] for node in old], new[-1].outputs
+    ir.convenience.replace_nodes_and_values(graph, old[0], old, new, *values)
+
+
+def split_node(graph: Any, value: Any, sizes: Sequence[int]) -> Any:
+    """Create a node, not in the graph yet, that cuts the last axis of ``value``."""
+    import onnx_ir as ir
+
+    cut = store(graph, f"sizes_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
+    node = ir.node("Split", [value, cut], {"axis": -1}, num_outputs=len(sizes))
+    node.name = f"quantized/{value.name}/split"
+    for place, output in enumerate(node.outputs):
+        output.name = f"{value.name}_{place}"
+    return node
+
+
 def replace(old: Any, new: Any) -> None:
     """Let every reader of ``old`` read ``new``; keeps the name of a graph output."""
     import onnx_ir as ir

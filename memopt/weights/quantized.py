@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -160,3 +161,23 @@ class QuantizedWeight:
             self.bits,
             moved(self.minima),
         )
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return matrices of one width, quantized alike along it, as one: rows below rows.
+
+    >>> q = QuantizedWeight(np.array([[1, 2]], np.int8), np.array([[1.0]], np.float32),
+    ...                     np.zeros(0, np.int8), 1, 2, 8)
+    >>> stacked([q, q]).dequantize().tolist()
+    [[1.0, 2.0], [1.0, 2.0]]
+    """
+    first = weights[0]
+    return QuantizedWeight(
+        np.concatenate([weight.integers for weight in weights]),
+        np.concatenate([weight.scales for weight in weights]),
+        np.concatenate([weight.zero_points for weight in weights]),
+        first.axis,
+        first.group_size,
+        first.bits,
+        np.concatenate([weight.minima for weight in weights]),
+    )

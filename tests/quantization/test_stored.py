@@ -49,17 +49,27 @@ def same_integers(bundle: Bundle, file: str) -> int:
     """Return how many weights of a graph hold exactly the file's integers."""
     inside = {t.name: t for t in onnx.load(bundle.path / file).graph.initializer}
     found = 0
+    places: dict[str, tuple[str, int]] = {}  # weight -> the constant that holds it, from which row
+    with WeightLoader(bundle.weights) as floats:
+        for stored in (n.removesuffix("_packed") for n in inside if n.endswith("_packed")):
+            row = 0
+            for name in stored.split("+"):
+                places[name] = stored, row
+                row += floats.info(name).shape[0]
     with WeightLoader(bundle.path / GGUF_WEIGHTS) as loader:
         for name in loader.names():
             if loader.info(name).quant_type != "int4":
                 continue
             weight = loader.load_quantized(name)
-            packed = numpy_helper.to_array(inside[f"{name}_packed"]).reshape(len(weight.scales), -1)
-            np.testing.assert_array_equal(packed, pack_unsigned(weight.integers, 4))
-            scales = numpy_helper.to_array(inside[f"{name}_scale"])
-            np.testing.assert_array_equal(scales, weight.scales)
-            minima = numpy_helper.to_array(inside[f"{name}_minimum"])
-            np.testing.assert_array_equal(minima, weight.minima)
+            stored, rows = places[name]
+            for what, values in (
+                ("packed", pack_unsigned(weight.integers, 4)),
+                ("scale", weight.scales),
+                ("minimum", weight.minima),
+            ):
+                whole = numpy_helper.to_array(inside[f"{stored}_{what}"])
+                part = whole.reshape(len(whole), -1)[rows : rows + len(values)]
+                np.testing.assert_array_equal(part, values)
             found += 1
     return found
 
