@@ -119,7 +119,8 @@ class ConsolidationSection(_Section):
     cold_memory_age_days: Number = Field(30, gt=0)
     batch_size: Whole = Field(50, ge=2)
     llm_provider: Annotated[
-        Literal["extractive", "ollama", "anthropic", "openai"], _renamed({"claude": "anthropic"})
+        Literal["extractive", "ollama", "anthropic", "openai", "memopt"],
+        _renamed({"claude": "anthropic"}),
     ] = "extractive"
     llm_model: str = _OLLAMA["llm_model"]
     llm_endpoint: str = _OLLAMA["llm_endpoint"]
@@ -136,6 +137,8 @@ class ConsolidationSection(_Section):
         for key in ("llm_model", "llm_endpoint"):
             if self.llm_provider == "extractive":
                 found[key] = "no language model is asked"
+            elif self.llm_provider == "memopt" and key == "llm_endpoint":
+                found[key] = "a bundle runs here"
             elif self.llm_provider != "ollama" and getattr(self, key) == _OLLAMA[key]:
                 found[key] = f"ollama's; {self.llm_provider}'s own is taken"
         return found

@@ -24,7 +24,8 @@ def consolidate(
         str | None,
         typer.Option(
             help="Who writes the summaries: extractive, or ollama, anthropic, openai, each as "
-            "KIND[:MODEL][@URL] [default: the settings, else extractive]."
+            "KIND[:MODEL][@URL], or memopt:BUNDLE, which runs here [default: the settings, else "
+            "extractive]."
         ),
     ] = None,
     model: Text = None,

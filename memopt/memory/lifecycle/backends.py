@@ -1,7 +1,7 @@
-"""The services that language models are asked at: ollama, anthropic, any OpenAI-compatible one.
+"""Who language models are asked at: ollama, anthropic, any OpenAI-compatible one, a bundle here.
 
-Each is one function that sends one request. The official packages retry by themselves as well,
-which is switched off, so that a limit of three tries means three requests.
+Each is one function that sends one request, or runs a bundle. The official packages retry by
+themselves as well, which is switched off, so that a limit of three tries means three requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from memopt.errors import ConfigurationError, brief
+from memopt.bundle import open_bundle
+from memopt.errors import ConfigurationError, MemoptError, brief
 from memopt.extras import require
 
 # Statuses that may pass by themselves: timeout, conflict, too early, too many, any server error.
@@ -29,6 +30,23 @@ _MOST_BYTES = 4 << 20
 # content_filter, refusal), it is not; some older ones say nothing.
 _WHOLE = frozenset({None, "", "stop", "eos", "eos_token", "end_turn", "stop_sequence"})
 DEFAULT_MODELS = {"ollama": "llama3.2", "anthropic": "claude-haiku-4-5", "openai": "gpt-5-mini"}
+
+# Small models keep to a list of facts better than to "one paragraph"; as JSON it ends by itself,
+# and nothing is before or behind it. Bounds, as small models also repeat themselves.
+_FACTS = {
+    "type": "object",
+    "properties": {
+        "facts": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": 200},
+            "minItems": 1,
+            "maxItems": 12,
+        }
+    },
+    "required": ["facts"],
+    "additionalProperties": False,
+}
+_AS_FACTS = ' Write the paragraph as JSON, a sentence an entry: {"facts": ["...", "..."]}.'
 
 # (system, prompt) -> answer, raising Refused.
 Send = Callable[[str, str], str]
@@ -188,10 +206,46 @@ def _openai(model: str, url: str | None, limits: CallLimits) -> Send:
     return send
 
 
+def _memopt(model: str, url: str | None, limits: CallLimits) -> Send:
+    if not model or url:
+        raise ConfigurationError(
+            f"memopt at {url!r} is no bundle" if url else "memopt without a bundle is asked",
+            fix="write memopt:FOLDER, or set consolidation.llm_model to the bundle's folder",
+        )
+    require("llguidance", extra="structured", why="summarise with a bundle")
+    require("jinja2", extra="chat", why="summarise with a bundle")
+    from memopt.runtimes.configured import open_configured
+    from memopt.runtimes.engines.generator import Generator
+
+    opened = open_bundle(model)
+    if opened.task.name not in Generator.tasks:
+        raise ConfigurationError(
+            f"{model} has task {opened.task.name}", fix="give a bundle of text-generation"
+        )
+    engines: list[Generator] = []  # opened when it is first needed, and kept
+
+    def send(system: str, prompt: str) -> str:
+        messages = _messages(system + _AS_FACTS, prompt)
+        try:
+            if not engines:
+                engines.append(open_configured(Generator, opened))
+            answer = engines[0].chat(messages, schema=_FACTS, max_new_tokens=limits.max_tokens)
+        except MemoptError as error:
+            raise Refused(error.problem, passing=False) from error
+        if answer.finish != "stop":
+            raise Refused(f"no whole answer within {limits.max_tokens} tokens", passing=False)
+        facts = [fact.strip() for fact in json.loads(answer.text)["facts"]]
+        # Each once, and each a sentence.
+        return " ".join(f"{fact.rstrip('.')}." for fact in dict.fromkeys(facts) if fact)
+
+    return send
+
+
 BACKENDS: dict[str, Callable[[str, str | None, CallLimits], Send]] = {
     "ollama": _ollama,
     "anthropic": _anthropic,
     "openai": _openai,
+    "memopt": _memopt,
 }
 
 

@@ -68,14 +68,14 @@ def summariser(
         say: told where the texts go.
 
     Raises:
-        ConfigurationError: an unknown backend or a URL that is none.
+        ConfigurationError, BundleError: an unknown backend, a URL or a bundle that is none.
     """
     from memopt.memory.lifecycle.llm import language_model
 
     name = spec or settings.language_model() or "extractive"
     if name == "extractive":
         return None
-    if spec is None:
+    if spec is None and name.partition(":")[0] != "memopt":
         keys = ("llm_provider", "llm_model", "llm_endpoint")
         sources = [where[key] for part in keys if (key := f"consolidation.{part}") in where]
         told = ", ".join(dict.fromkeys(sources)) or "the settings"

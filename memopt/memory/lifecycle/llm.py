@@ -128,12 +128,14 @@ def language_model(
         spec: ``ollama[:MODEL][@URL]``, ``anthropic[:MODEL][@URL]`` or ``openai[:MODEL][@URL]``,
             where openai is any endpoint that speaks its chat completions. Keys come from the
             environment: ANTHROPIC_API_KEY, OPENAI_API_KEY (a local server needs none).
+            ``memopt:FOLDER`` is a bundle of text-generation, run in this process, offline.
         limits: pacing and retries.
         redact: applied to all that is sent; by default what identifies or unlocks is taken out,
-            None sends texts as they are.
+            None sends texts as they are. A bundle's texts stay here, and are read as they are.
 
     Raises:
-        ConfigurationError: an unknown backend or a URL that is none.
+        ConfigurationError: an unknown backend, a URL that is none, or no bundle.
+        BundleError: ``memopt:FOLDER`` is none.
         MissingExtra: the backend's package is not installed.
 
     >>> language_model("openai:qwen3@http://localhost:8000/v1").name
@@ -145,10 +147,17 @@ def language_model(
         raise ConfigurationError(
             f"unknown language model {kind!r}", fix=f"use one of {', '.join(BACKENDS)}"
         )
-    if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc):
+    if (
+        kind != "memopt"
+        and url
+        and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc)
+    ):
         raise ConfigurationError(f"{url!r} is no URL", fix="give http://HOST:PORT or https://HOST")
     limits = limits or CallLimits()
-    model = model or DEFAULT_MODELS[kind]
+    if kind == "memopt":
+        # A folder may have any sign in its name; nothing is sent to anybody.
+        model, url, redact = spec.partition(":")[2], "", None
+    model = model or DEFAULT_MODELS.get(kind, "")
     send = BACKENDS[kind](model, url or None, limits)
     return LanguageModel(f"{kind}:{model}", send, limits=limits, redact=redact)
 

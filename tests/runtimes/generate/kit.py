@@ -25,11 +25,10 @@ def write(folder: Path, **settings: Any) -> Any:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary) + 1,
-        max_position_embeddings=128,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=len(vocabulary),
-        **{**sizes, **heads, **settings},
+        **{"max_position_embeddings": 128, **sizes, **heads, **settings},
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
