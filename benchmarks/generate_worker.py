@@ -1,8 +1,9 @@
 """One language model in one library: what ``generate.py`` starts, with that library's Python.
 
 Reads a line of JSON a request, {"prompt": text, "new": tokens}, and answers {"tokens": [...],
-"seconds": s, "rss_mb": m}; greedy, nothing kept between requests. The first answer is how long it
-took to open, with two tokens to warm up.
+"seconds": s, "rss_mb": m}; greedy, nothing kept between requests. {"texts": [...], "file": path}
+writes the logarithms of the next token's probabilities behind each text, (texts, vocabulary). The
+first answer is how long it took to open, with two tokens to warm up.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Write = Callable[[str, int], list[int]]
+Logits = Callable[[str], Any]  # (vocabulary,) behind a text; logarithms of probabilities do as well
 
 
-def open_memopt(spec: dict[str, Any]) -> Write:
+def open_memopt(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     from memopt import Generator
 
     engine = Generator(spec["path"], spec["device"], spec["variant"], True, threads=spec["threads"])
@@ -27,10 +31,16 @@ def open_memopt(spec: dict[str, Any]) -> Write:
     def write(prompt: str, new: int) -> list[int]:
         return list(engine.generate(prompt, max_new_tokens=new)[0].tokens)
 
-    return write
+    def logits(text: str) -> Any:
+        ids = np.array([engine._tokenizer.encode(text).ids])
+        decoder: Any = engine._chain.backend
+        decoder.begin(1, ids.shape[1])
+        return decoder.forward(ids, np.ones_like(ids), np.arange(ids.shape[1])[None])[0]
+
+    return write, logits
 
 
-def open_genai(spec: dict[str, Any]) -> Write:
+def open_genai(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     import onnxruntime_genai as og
 
     config = og.Config(spec["path"])
@@ -53,10 +63,18 @@ def open_genai(spec: dict[str, Any]) -> Write:
             found.append(int(generator.get_next_tokens()[0]))
         return found
 
-    return write
+    def logits(text: str) -> Any:
+        ids = tokenizer.encode(text)
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(ids) + 1)
+        generator = og.Generator(model, params)
+        generator.append_tokens(ids)
+        return np.asarray(generator.get_logits()).reshape(-1)
+
+    return write, logits
 
 
-def open_openvino_genai(spec: dict[str, Any]) -> Write:
+def open_openvino_genai(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     import openvino as ov
     import openvino_genai as genai
     from openvino_tokenizers import convert_tokenizer
@@ -85,10 +103,10 @@ def open_openvino_genai(spec: dict[str, Any]) -> Write:
         encoded = pipe.get_tokenizer().encode(prompt)
         return [int(token) for token in pipe.generate(encoded, settings).tokens[0]]
 
-    return write
+    return write, None  # it tells no logits; its graphs are the bundle's own
 
 
-def open_llama(spec: dict[str, Any]) -> Write:
+def open_llama(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     import xllamacpp as llama
 
     params = llama.CommonParams()
@@ -105,14 +123,26 @@ def open_llama(spec: dict[str, Any]) -> Write:
             "cache_prompt": False,
             "return_tokens": True,
         }
+        return [int(token) for token in asked(request)["tokens"]]
+
+    def asked(request: dict[str, Any]) -> dict[str, Any]:
         answer = server.handle_completions(request)
-        answer = json.loads(answer) if isinstance(answer, str) else answer
-        return [int(token) for token in answer["tokens"]]
+        found: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
+        return found
 
-    return write
+    def logits(text: str) -> Any:
+        # Of every token: the raw model's, before anything of sampling.
+        request = {"prompt": text, "n_predict": 1, "n_probs": 1 << 20, "cache_prompt": False}
+        (behind,) = asked(request)["completion_probabilities"]
+        found = np.full(1 + max(token["id"] for token in behind["top_logprobs"]), -np.inf)
+        for token in behind["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        return found
+
+    return write, logits
 
 
-def open_transformers(spec: dict[str, Any]) -> Write:
+def open_transformers(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +156,18 @@ def open_transformers(spec: dict[str, Any]) -> Write:
             found = model.generate(ids, max_new_tokens=new, do_sample=False)
         return [int(token) for token in found[0, ids.shape[1] :]]
 
-    return write
+    def logits(text: str) -> Any:
+        with torch.inference_mode():
+            return model(**tokenizer(text, return_tensors="pt")).logits[0, -1].numpy()
+
+    return write, logits
+
+
+def log_probabilities(logits: Any) -> Any:
+    """Return the logarithm of the softmax, in float64."""
+    values = np.asarray(logits, np.float64)
+    values = values - values.max()
+    return values - np.log(np.exp(values).sum())
 
 
 OPENERS = {
@@ -145,12 +186,18 @@ def main() -> None:
     os.dup2(2, 1)
     spec = json.loads(sys.stdin.readline())
     begin = time.perf_counter()
-    write = OPENERS[spec["kind"]](spec)
+    write, logits = OPENERS[spec["kind"]](spec)
     write("The", 2)
     answer: dict[str, Any] = {"open_seconds": time.perf_counter() - begin}
     print(json.dumps(answer), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        if "texts" in request:
+            if logits is not None:
+                found = [log_probabilities(logits(text)) for text in request["texts"]]
+                np.save(request["file"], np.stack(found))
+            print(json.dumps({"known": logits is not None}), file=out, flush=True)
+            continue
         begin = time.perf_counter()
         tokens = write(request["prompt"], request["new"])
         answer = {"tokens": tokens, "seconds": time.perf_counter() - begin}
