@@ -27,6 +27,7 @@ from memopt.runtimes.engines.generator import Generator
 
 # Tokens of the prompt and of what is written; a model made for shorter texts gets less of both.
 PROMPT, NEW = 256, 32
+READ_PER_WRITTEN = 4  # tokens of a prompt for each that is written, in a mix
 # Seconds after which a process is given up: a hundred times what a small model needs.
 PATIENCE = 900.0
 
@@ -56,9 +57,21 @@ class WritingSpeed:
         return self.variant if self.threads is None else f"{self.variant} x{self.threads}"
 
     def speed(self, prefer: str) -> float:
-        """Tokens per second, read (``prefill``) or written (``decode``)."""
-        reading = prefer == "prefill"
-        return self.prefill_tokens_per_second if reading else self.decode_tokens_per_second
+        """Tokens per second: see :func:`preferred`."""
+        return preferred(self.prefill_tokens_per_second, self.decode_tokens_per_second, prefer)
+
+
+def preferred(prefill: float, decode: float, prefer: str) -> float:
+    """Return the speed that counts: of tokens read (``prefill``), written (``decode``) or both.
+
+    ``mix`` is of requests as chats have them: four tokens are read for each that is written.
+
+    >>> preferred(400.0, 50.0, "mix")
+    166.66666666666666
+    """
+    if prefer == "mix":
+        return (READ_PER_WRITTEN + 1) / (READ_PER_WRITTEN / prefill + 1 / decode)
+    return prefill if prefer == "prefill" else decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +98,7 @@ def measure_writers(
 
     Args:
         text: what the prompt is made of; "" takes seeded sentences.
-        prefer: whose seconds a token ``rounds_seconds`` are: ``decode`` or ``prefill``.
+        prefer: whose seconds a token ``rounds_seconds`` are: see :func:`preferred`.
         failures: gets the number of a contender that cannot run, and why; without it that raises.
 
     Raises:
@@ -133,7 +146,7 @@ def _median(writer: Typist, made: Sequence[Mapping[str, Any]], prefer: str) -> W
         return float(median(float(m[name]) for m in made))
 
     last = made[-1]
-    name = "prefill" if prefer == "prefill" else "decode"
+    speeds = [preferred(float(m["prefill"]), float(m["decode"]), prefer) for m in made]
     return WritingSpeed(
         variant=str(last["variant"]),
         device=str(last["device"]),
@@ -145,7 +158,7 @@ def _median(writer: Typist, made: Sequence[Mapping[str, Any]], prefer: str) -> W
         first_token_seconds=of("first_token_seconds"),
         load_seconds=of("load_seconds"),
         rss_mb=of("rss_mb"),
-        rounds_seconds=tuple(1 / float(m[name]) for m in made),
+        rounds_seconds=tuple(1 / speed for speed in speeds),
     )
 
 

@@ -37,7 +37,8 @@ def optimize(
     seed: Annotated[int | None, typer.Option(help="Seed of the split. [0]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per candidate.")] = 5,
     prefer: Annotated[
-        str | None, typer.Option(help="Speed of a language model: decode or prefill. [decode]")
+        str | None,
+        typer.Option(help="Speed of a language model: decode, prefill or mix. [decode]"),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Replay the candidates of an earlier plan.json.")

@@ -7,6 +7,7 @@ from typing import Any
 
 from memopt.bundle import Manifest
 from memopt.optimize.plan import Candidate
+from memopt.quantization.method import BITS
 from memopt.quantization.recipe import Recipe
 from memopt.runtimes.cpu import BF16
 
@@ -35,7 +36,7 @@ def candidates(
     int8_why = "int8 dot products in hardware" if int8 else "smaller; no int8 dot here"
     found: list[Candidate] = []
     if manifest.task == "text-generation":
-        return _writers(targets)
+        return _writers(manifest, targets)
     if "cpu" in targets:
         found += [
             *_imported(manifest),
@@ -67,16 +68,25 @@ def candidates(
     return tuple(found)
 
 
-def _writers(targets: Sequence[str]) -> tuple[Candidate, ...]:
+def _writers(manifest: Manifest, targets: Sequence[str]) -> tuple[Candidate, ...]:
     """Return the candidates of a language model: decoding is reading weights, so fewer bits win."""
     four: dict[str, Any] = {"weight_type": "int4", "symmetric": False}
     found: list[Candidate] = []
     if "cpu" in targets:
+        only: dict[str, Any] = {"method": "weight-only"}
+        fine = {**only, **four, "group_size": 16}
         found += [
             _export("onnx-fp32-fused", "cpu", "onnx", "fp32", "float, keys and values in place"),
-            _quantize("cpu", "a quarter of the bytes", method="weight-only"),
-            _quantize("cpu", "fewest bytes", method="weight-only", algorithm="k-quant", **four),
-            _quantize("cpu", "fitted", method="weight-only", algorithm="gptq", **four),
+            *(
+                _quantize(
+                    "cpu", "the file's own integers", weight_type=kind, algorithm="stored", **only
+                )
+                for kind in _stored(manifest)
+            ),
+            _quantize("cpu", "a quarter of the bytes", **only),
+            _quantize("cpu", "fewest bytes", algorithm="k-quant", **only, **four),
+            _quantize("cpu", "finer groups", algorithm="k-quant", **fine),
+            _quantize("cpu", "fitted", algorithm="gptq", **fine),
         ]
     if "openvino" in targets:
         ov: dict[str, Any] = {"method": "nncf-weights", "target": "openvino"}
@@ -87,6 +97,14 @@ def _writers(targets: Sequence[str]) -> tuple[Candidate, ...]:
             _quantize("openvino", "fitted", algorithm=fitted, **ov, **four),
         ]
     return tuple(found)
+
+
+def _stored(manifest: Manifest) -> tuple[str, ...]:
+    """Return the width of most integers that a GGUF file brought, if it brought some."""
+    converted = [e for e in getattr(manifest, "history", ()) if e.get("event") == "convert"]
+    kept = converted[-1].get("kept", {}) if converted else {}
+    counts = {kind: count for kind, count in kept.items() if kind in BITS}
+    return (max(counts, key=lambda kind: counts[kind]),) if counts else ()
 
 
 def _imported(manifest: Manifest) -> list[Candidate]:

@@ -42,7 +42,7 @@ def judge_writers(
         path: the bundle.
         held_out: texts that were not used for calibration; the prompt is made of them.
         rounds: timed passes; fewer when ``deadline`` (of ``time.monotonic``) comes first.
-        prefer: ``decode`` or ``prefill``.
+        prefer: ``decode``, ``prefill`` or ``mix``.
     """
     bundle = open_bundle(path)
     proven = [_proven(bundle, outcome, held_out, gate, say) for outcome in outcomes]

@@ -17,7 +17,7 @@ from memopt.tasks.quality import MEASURES
 PLAN_VERSION = 1
 TARGETS = ("cpu", "openvino", "cuda", "rocm", "coreml", "vulkan")
 KINDS = ("export", "quantize")
-PREFERENCES = ("decode", "prefill")
+PREFERENCES = ("decode", "prefill", "mix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Plan:
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, float] = field(default_factory=dict)  # bounds of a task's measures
-    prefer: str = ""  # of a language model, what speed is: decode or prefill
+    prefer: str = ""  # of a language model, what speed is: decode, prefill or mix
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:

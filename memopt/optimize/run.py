@@ -88,7 +88,7 @@ def optimize(
         samples: calibration inputs.
         rounds: timed passes per candidate.
         bounds: of the measures of a task without vectors, see :mod:`memopt.tasks.quality`.
-        prefer: of a language model, which tokens per second count: ``decode`` or ``prefill``.
+        prefer: of a language model, which speed counts: ``decode``, ``prefill`` or ``mix``.
         plan: candidates of an earlier call, to be replayed instead of this machine's own list.
         step: called with a line before each step.
         on_outcome: called with number, count and outcome when a candidate was built, or was not.

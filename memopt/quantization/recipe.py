@@ -213,7 +213,12 @@ class Recipe:
         if self.method == "nncf-weights" and self.format == "onnx":
             kind = "nncf-weights"
         rounding = "" if self.algorithm == "rtn" else f"-{self.algorithm.replace('+', '-')}"
-        return f"{self.format}-{self.weight_type}-{kind}{rounding}"
+        group = ""
+        if getattr(self.own, "group_size", 0) and self.own.grain == "per-group":
+            usual = type(self.own)(weight_type=self.weight_type).group
+            group = "" if self.own.group == usual else f"-g{self.own.group}"
+        mixed = "-mixed" if self.keep_int8 else ""
+        return f"{self.format}-{self.weight_type}-{kind}{rounding}{group}{mixed}"
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Recipe:

@@ -77,6 +77,11 @@ def test_candidates_follow_targets_and_instruction_sets() -> None:
     writers = candidates(SimpleNamespace(task="text-generation"), ["cpu"], set())  # type: ignore[arg-type]
     assert writers[0].name == "onnx-fp32-fused"
     assert {c.device for c in writers} == {"cpu"}
+    assert len({c.name for c in writers}) == len(writers)
+    made = {"event": "convert", "kept": {"float": 61, "int4": 210, "int8": 1}}
+    of_gguf: Any = SimpleNamespace(task="text-generation", history=({"event": "export"}, made))
+    own = {c.name for c in candidates(of_gguf, ["cpu"], set())} - {c.name for c in writers}
+    assert own == {"onnx-int4-weight-only-stored"}
 
 
 def test_the_fastest_wins_unless_speeds_are_the_same() -> None:
