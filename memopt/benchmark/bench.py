@@ -90,7 +90,7 @@ def _passed_here(bundle: Bundle, device: str, say: Step) -> list[str]:
 
 def _encoder(path: str | Path) -> Bundle:
     bundle = open_bundle(path)
-    if not bundle.task.engine or bundle.task.answer == "any":
+    if not bundle.task.engine or bundle.task.answer in ("any", "text"):
         raise ConfigurationError(
             f"{bundle.path} has task {bundle.manifest.task}, of which bench has no measure",
             fix="give the bundle of another task",

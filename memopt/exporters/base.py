@@ -6,16 +6,16 @@ import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
 from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
-from memopt.exporters import check, encoder, interface, onnx, openvino
+from memopt.exporters import check, encoder, interface, onnx, openvino, pair
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.half import to_half
 from memopt.exporters.refusals import foreseen, refused
+from memopt.exporters.versions import versions
 from memopt.files import staged_directory
 from memopt.progress import Step, silent
 from memopt.registry import nearest
@@ -28,7 +28,6 @@ from memopt.weights.reader import WeightLoader
 _log = logging.getLogger(__name__)
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]  # feeds, reference outputs
 EXPORT_PRECISIONS = ("fp32", "fp16", "bf16")
-PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")
 # File and variant names of a second tower in one bundle (CLIP's text side, say).
 TOWERS = {"embedding": "text", "image-embedding": "vision", "audio-embedding": "audio"}
 
@@ -140,8 +139,10 @@ def _export(
     limit: int,
     say: Step,
 ) -> tuple[Variant, ...]:
-    say("build the model from weights.parquet")
     kind = kind_of(task)
+    if kind is pair:
+        return _pair(bundle, format, task, precision, opset, limit, say)
+    say("build the model from weights.parquet")
     loaded = kind.load_model(bundle, task)
     with refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
@@ -169,6 +170,25 @@ def _export(
                 onnx.save_onnx(kind.portable(graph), known, limit=limit)
             variants = _openvino(job, known)
         return _publish(job, variants, format, opset)
+
+
+def _pair(
+    bundle: Bundle, format: str, task: str, precision: str, opset: int, limit: int, say: Step
+) -> tuple[Variant, ...]:
+    if task != bundle.manifest.task:
+        raise ExportError(
+            f"{bundle.path} has task {bundle.manifest.task}, and two graphs are of a bundle's own",
+            fix=f"convert it with --task {task}",
+        )
+    return pair.export_pair(
+        bundle,
+        format=format,
+        precision=precision,
+        opset=opset,
+        limit=limit,
+        known=current(bundle, "onnx-fp32", opset),
+        say=say,
+    )
 
 
 def _checked(format: str, task: str, precision: str, opset: int, manifest: Manifest) -> str:
@@ -354,7 +374,6 @@ def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tup
     ]
     # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
     names = dict.fromkeys(n for v in variants for n in (*v.companions, v.file))
-    versions = {package: _version(package) for package in PACKAGES}
     bundle.add_variants(
         *variants,
         event={
@@ -364,7 +383,7 @@ def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tup
             "precision": job.precision,
             "opset": opset,
             "variants": [variant.name for variant in variants],
-            "versions": {name: version for name, version in versions.items() if version},
+            "versions": versions(),
         },
         staged={name: job.folder / name for name in names},
         dimension=_dimension(job),
@@ -378,10 +397,3 @@ def _dimension(job: _Job) -> int | None:
     made = task_of(job.task).answer == "vector" or job.task == "late-interaction"
     vectors = job.cases[0][1].get(job.signature.outputs[-1]) if made else None
     return int(vectors.shape[-1]) if own and vectors is not None else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

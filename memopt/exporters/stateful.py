@@ -21,7 +21,14 @@ def make_stateful(model: Any) -> bool:
     from openvino import opset13 as ops
     from openvino._offline_transformations import apply_make_stateful_transformation
 
-    names = [name for port in model.inputs for name in port.get_names() if name.startswith(PAST)]
+    kept = {name for port in model.outputs for name in port.get_names()}
+    # What an encoder gave stays an input: nothing comes out for the next step.
+    names = [
+        name
+        for port in model.inputs
+        for name in port.get_names()
+        if name.startswith(PAST) and name.replace(PAST, PRESENT) in kept
+    ]
     if not names:
         return False
     pairs = {name: name.replace(PAST, PRESENT) for name in names}

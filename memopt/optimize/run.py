@@ -201,7 +201,7 @@ def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -
 
 def _encoder(source: str | Path) -> Bundle:
     bundle = resolve(source)
-    if not bundle.task.engine or bundle.task.answer == "any":
+    if not bundle.task.engine or bundle.task.answer in ("any", "text"):
         raise ConfigurationError(
             f"{bundle.path} has task {bundle.manifest.task}, of which optimize has no measure",
             fix="use memopt quantize, which proves perplexity",

@@ -13,6 +13,8 @@ PAST, PRESENT = "past_key_values.", "present."
 BEAM = "beam_idx"
 # An input with a default: from which token on logits are wanted, counted from the end as in Slice.
 KEEP = "logits_to_keep"
+# What the file of an encoder's graph begins with, where a decoder has one of its own.
+ENCODER = "encoder_model"
 
 
 def from_nothing(shapes: Mapping[str, Sequence[Any]]) -> Callable[[Feed], Feed]:
@@ -50,7 +52,7 @@ def with_positions(feed: Feed) -> dict[str, NDArray[Any]]:
     [[0, 0, 1]]
     """
     made = dict(feed)
-    if "position_ids" not in made:
+    if "position_ids" not in made and "attention_mask" in feed:
         made["position_ids"] = places(feed["attention_mask"].astype(np.int64))
     return made
 
@@ -86,6 +88,19 @@ def held(outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         for name, value in outputs.items()
         if name.startswith(PRESENT)
     }
+
+
+def encoder_of(files: Sequence[str]) -> str | None:
+    """Return the encoder's graph among the files beside a decoder's, None where there is none.
+
+    >>> encoder_of(["onnx/decoder_model.onnx.data", "onnx/encoder_model.onnx"])
+    'onnx/encoder_model.onnx'
+    """
+    for file in files:
+        name = file.rpartition("/")[2]
+        if name.removeprefix("openvino_").startswith(ENCODER) and name.endswith((".onnx", ".xml")):
+            return file
+    return None
 
 
 def has_states(model: Any) -> bool:
