@@ -30,6 +30,7 @@ __all__ = [
     "MaskFiller",
     "QuestionAnswerer",
     "Reranker",
+    "Rewriter",
     "SparseEncoder",
     "TokenClassifier",
     "ZeroShotClassifier",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.engines.generator import Generator
     from memopt.runtimes.engines.late import LateEncoder
     from memopt.runtimes.engines.reranker import Reranker
+    from memopt.runtimes.engines.rewriter import Rewriter
     from memopt.runtimes.engines.sparse import SparseEncoder
     from memopt.runtimes.engines.tagger import TokenClassifier
     from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
@@ -65,6 +67,7 @@ __getattr__ = names_on_use(
         "runtimes.engines.generator": ("Generator",),
         "runtimes.engines.late": ("LateEncoder",),
         "runtimes.engines.reranker": ("Reranker",),
+        "runtimes.engines.rewriter": ("Rewriter",),
         "runtimes.engines.sparse": ("SparseEncoder",),
         "runtimes.engines.tagger": ("TokenClassifier",),
         "runtimes.engines.zero_shot": ("ZeroShotClassifier",),

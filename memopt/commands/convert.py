@@ -33,7 +33,7 @@ def convert(
     task: Annotated[
         str | None,
         typer.Option(
-            help="embedding | image-embedding | audio-embedding | text-generation "
+            help="embedding | text-generation | text2text-generation | ... "
             "[default: what the config says]."
         ),
     ] = None,

@@ -19,7 +19,7 @@ def export(
     format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
     task: Annotated[
         str,
-        typer.Option(help="auto, embedding, image-embedding, audio-embedding or text-generation."),
+        typer.Option(help="auto: the bundle's own and a second tower's; or its name."),
     ] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,

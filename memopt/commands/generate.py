@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from memopt.runtimes.engines.generator import Generation, Pieces
+    from memopt.runtimes.engines.writer import Generation, Pieces
 
 Bundled = Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer.")]
@@ -63,7 +63,7 @@ def generate(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write what follows a prompt, or each of several."""
+    """Write what follows prompts; with a T5, BART or Marian, what it makes of them."""
     from memopt.commands.answers import show
     from memopt.errors import InputError
     from memopt.runtimes.configured import open_configured
@@ -122,12 +122,20 @@ def text_of(file: Path | None) -> str | None:
 
 
 def opener(threads: int | None) -> Any:
-    """Return what opens a Generator on so many threads."""
+    """Return what opens a bundle that writes, by its task, on so many threads."""
     from functools import partial
 
-    from memopt.runtimes.engines.generator import Generator
+    return partial(_writer, threads=threads)
 
-    return partial(Generator, threads=threads)
+
+def _writer(bundle: Path, *arguments: Any, **named: Any) -> Any:
+    from memopt.bundle import open_bundle
+    from memopt.runtimes.engines.generator import Generator
+    from memopt.runtimes.engines.rewriter import Rewriter
+
+    opened = open_bundle(bundle)
+    engine = Rewriter if opened.manifest.task in Rewriter.tasks else Generator
+    return engine(opened, *arguments, **named)
 
 
 def sampling(

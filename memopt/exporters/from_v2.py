@@ -23,6 +23,7 @@ from memopt.bundle import Bundle, Variant
 from memopt.errors import ExportError
 from memopt.exporters import check, onnx
 from memopt.exporters.base import kind_of, reference_cases
+from memopt.exporters.refusals import need_one_graph
 from memopt.extras import require
 from memopt.files import sha256_file, staged_directory
 from memopt.graphs.block_product import block_product, block_rows
@@ -64,6 +65,7 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
             or other answers than the dequantized weights give; nothing is written then.
         WeightsError: the file is damaged, not quantized, or not of this model.
     """
+    need_one_graph(bundle, "a graph of quantized weights")
     path = _find(bundle, Path(weights_file))
     source = _source(bundle)
     on_step(f"put the integers of {path.name} into {source.file}")

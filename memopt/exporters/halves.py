@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from memopt.runtimes.keys_values import PAST, PRESENT
+from memopt.runtimes.keys_values import PRESENT
 
 PARTS = ("key", "value")
 

@@ -10,20 +10,17 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from memopt.bundle import Bundle, Variant
-from memopt.errors import ExportError
 from memopt.exporters import check, onnx, openvino
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.half import to_half
 from memopt.exporters.halves import decoder_class, encoder_class
-from memopt.exporters.interface import Signature
 from memopt.exporters.pair_cases import (
-    SOURCE_MASK,
     Sizes,
     Turn,
     signatures,
@@ -91,7 +88,9 @@ def export_pair(
         traced = format != "openvino" or known is None
         graphs = _traced(loaded, sizes, opset, say) if traced else ()
         say("compute the torch reference")
-        work = _Work(bundle, loaded, sizes, _sources(loaded, sizes), _turns(loaded, sizes), folder, say)
+        work = _Work(
+            bundle, loaded, sizes, _sources(loaded, sizes), _turns(loaded, sizes), folder, say
+        )
         if format == "onnx":
             variants = [_onnx(work, graphs, precision, limit)]
         else:

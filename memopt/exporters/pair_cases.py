@@ -90,15 +90,19 @@ def signatures(sizes: Sizes) -> tuple[Signature, Signature]:
     if sizes.sound:
         axes, source_axes = {"input_features": {0: "batch"}}, {0: "batch"}
     else:
-        axes, source_axes = dict.fromkeys(("input_ids", "attention_mask"), text), {
-            0: "batch",
-            2: "source",
-        }
+        axes, source_axes = (
+            dict.fromkeys(("input_ids", "attention_mask"), text),
+            {
+                0: "batch",
+                2: "source",
+            },
+        )
     first = Signature(tuple(axes), cross_names(sizes.layers), axes)
     masks = () if sizes.sound else (SOURCE_MASK,)
     dynamic: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "new"}}
     dynamic |= dict.fromkeys(masks, text)
-    dynamic |= dict.fromkeys(own, {0: "batch", 2: "past"}) | dict.fromkeys(cross, source_axes)
+    dynamic |= {name: {0: "batch", 2: "past"} for name in own}
+    dynamic |= dict.fromkeys(cross, source_axes)
     return first, Signature(tuple(dynamic), (*own_names(sizes.layers), LOGITS), dynamic)
 
 

@@ -6,11 +6,26 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from memopt.errors import ExportError, MemoptError
+from memopt.bundle import Bundle
+from memopt.errors import ConfigurationError, ExportError, MemoptError
 from memopt.progress import Step
 from memopt.runtimes.torch_model import LoadedModel
 
 _log = logging.getLogger(__name__)
+
+
+def need_one_graph(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle whose text is written by two graphs, where ``what`` is made of one.
+
+    Raises:
+        ConfigurationError: it is a model of encoder and decoder.
+    """
+    if bundle.task.answer == "text":
+        raise ConfigurationError(
+            f"{bundle.path} has task {bundle.manifest.task}: {what} is not there for a model of "
+            "encoder and decoder",
+            fix="run it in float; --precision fp16 of memopt export halves its files",
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from memopt.benchmark.record import hardware, versions
 from memopt.bundle import Bundle, Manifest, Variant, open_bundle, stamp
 from memopt.charts import altair
 from memopt.errors import ConfigurationError, InputError
+from memopt.exporters.refusals import need_one_graph
 from memopt.files import sha256_file
 from memopt.optimize.build import USED_UP, Inputs, build, build_bases
 from memopt.optimize.candidates import candidates
@@ -201,7 +202,8 @@ def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -
 
 def _encoder(source: str | Path) -> Bundle:
     bundle = resolve(source)
-    if not bundle.task.engine or bundle.task.answer in ("any", "text"):
+    need_one_graph(bundle, "a choice of variants")
+    if not bundle.task.engine or bundle.task.answer == "any":
         raise ConfigurationError(
             f"{bundle.path} has task {bundle.manifest.task}, of which optimize has no measure",
             fix="use memopt quantize, which proves perplexity",

@@ -10,6 +10,7 @@ from typing import Any
 
 from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.errors import BundleError, ConfigurationError, QuantizationError
+from memopt.exporters.refusals import need_one_graph
 from memopt.files import staged_directory
 from memopt.graphs.integers import integer_share
 from memopt.graphs.linears import weight_names
@@ -80,6 +81,7 @@ def quantize(
     recipe = recipe or Recipe()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     opened.check(opened.weights.name)
+    need_one_graph(opened, "quantization")
     base, gate = float_variant(opened, recipe), gate or Gate(min_cosine=least_cosine(recipe))
     calibration, held_out = read_samples(opened, samples)
     context = make_context(opened, base, recipe, calibration, samples, step)

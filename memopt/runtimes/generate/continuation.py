@@ -19,6 +19,7 @@ class Continuation:
     """One text that is being written.
 
     Attributes:
+        source: the tokens that an encoder reads, of a model that has one.
         tokens, logprobs: of the answer so far.
         read: what the model reads: prompt and answer, less what slid out of the window.
         dropped: how many tokens slid out.
@@ -28,9 +29,15 @@ class Continuation:
     """
 
     def __init__(
-        self, prompt: list[int], sampler: Sampler, words: Words, guide: Guide | None = None
+        self,
+        prompt: list[int],
+        sampler: Sampler,
+        words: Words,
+        guide: Guide | None = None,
+        source: Sequence[int] = (),
     ) -> None:
         self.prompt, self.sampler, self.words, self.guide = prompt, sampler, words, guide
+        self.source = source
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.read = list(prompt)

@@ -11,6 +11,8 @@ from memopt.runtimes.generate.sampling import Sampling
 from memopt.runtimes.generate.structure import Schema
 
 CONTEXTS = ("refuse", "slide")
+# Options of transformers' beam search, which are refused by name.
+BEAMS = ("num_beams", "num_beam_groups", "length_penalty", "early_stopping")
 
 
 class Options(TypedDict, total=False):
@@ -80,6 +82,10 @@ class Request:
         """
         drawn = {field.name for field in fields(Sampling)}
         own = {field.name for field in fields(cls)} - {"sampling"}
+        if beams := [name for name in options if name in BEAMS]:
+            raise ConfigurationError(
+                f"{beams[0]} is of beam search, which memopt has not", fix="leave it out"
+            )
         if unknown := [name for name in options if name not in drawn | own]:
             raise ConfigurationError(
                 f"unknown option {unknown[0]!r}", fix=f"use {', '.join(sorted(drawn | own))}"

@@ -5,10 +5,10 @@ The rules are those of ``generation_config.json``, in the order in which transfo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from memopt.errors import BundleError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# (scores (vocabulary,), the tokens so far) -> scores, those of forbidden tokens at minus infinity.
+Rule: TypeAlias = "Callable[[NDArray[Any], Sequence[int]], NDArray[Any]]"
 # Settings that would change a text and are not there, with the value that asks for nothing.
 _LEFT_OUT: Mapping[str, Any] = {
     "num_beams": 1,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memopt.errors import ConfigurationError
+from memopt.runtimes.generate.rules import Rule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,10 +63,16 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one text; a seed gives the same ones whatever is beside it."""
+    """Chooses the tokens of one text; a seed gives the same ones whatever is beside it.
 
-    def __init__(self, sampling: Sampling, row: int = 0) -> None:
-        self._how = sampling
+    Args:
+        sampling: how.
+        row: of the batch, for a seed of its own.
+        rules: what a checkpoint forbids or forces.
+    """
+
+    def __init__(self, sampling: Sampling, row: int = 0, rules: Rule | None = None) -> None:
+        self._how, self._rules = sampling, rules
         seed = None if sampling.seed is None else (sampling.seed, row)
         self._random = np.random.default_rng(seed)
 
@@ -121,6 +128,8 @@ class Sampler:
             there = np.unique(np.asarray(seen, np.int64))
             old, by = scores[there], self._how.repetition_penalty
             scores[there] = np.where(old < 0, old * by, old / by)
+        if self._rules is not None:
+            scores = self._rules(scores, seen)
         return scores if allowed is None else np.where(allowed, scores, -np.inf)
 
     def _draw(self, scores: NDArray[np.float64]) -> int:
