@@ -13,7 +13,7 @@ from memopt.registry import Entry, nearest
 
 # What a graph's answer to one input is: a vector; one number a class; one row a token, of classes
 # or of coordinates; one row a box, its classes and then its four edges; logits of the next token.
-ANSWERS = ("vector", "classes", "tokens", "boxes", "logits", "any")
+ANSWERS = ("vector", "classes", "tokens", "boxes", "logits", "text", "any")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
