@@ -12,7 +12,8 @@ from memopt.errors import ConfigurationError
 from memopt.registry import Entry, nearest
 
 # What a graph's answer to one input is: a vector; one number a class; one row a token, of classes
-# or of coordinates; one row a box, its classes and then its four edges; logits of the next token.
+# or of coordinates; one row a box, its classes and then its four edges; logits of the next token; a
+# text that two graphs write.
 ANSWERS = ("vector", "classes", "tokens", "boxes", "logits", "text", "any")
 
 
