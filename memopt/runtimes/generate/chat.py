@@ -80,7 +80,7 @@ def prompt_of(
         raise BundleError(
             f"the chat template of {folder} reaches for what it must not: {first_line(error)}"
         ) from error
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a stranger's program may raise anything
         raise BundleError(
             f"the chat template of {folder} does not work on these messages: {first_line(error)}"
         ) from error
