@@ -162,7 +162,8 @@ def peers_of(bundle: Bundle, threads: int) -> Iterator[tuple[str, dict[str, Any]
         for file in sorted(Path(place).glob("*.gguf")):
             for kind in ("Q4_1", "Q4_0", "Q8_0"):
                 made = str(requantized(file, kind).absolute())
-                yield f"llama.cpp {kind}", {"kind": "llama.cpp", "path": made, "threads": threads}
+                spec = {"kind": "llama.cpp", "path": made, "threads": threads}
+                yield f"llama.cpp {kind}", {**spec, "tokenizer": str(path / "tokenizer.json")}
 
 
 def requantized(source: Path, kind: str) -> Path:

@@ -108,33 +108,33 @@ def open_openvino_genai(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
 
 def open_llama(spec: dict[str, Any]) -> tuple[Write, Logits | None]:
     import xllamacpp as llama
+    from tokenizers import Tokenizer
 
     params = llama.CommonParams()
     params.model.path = spec["path"]
     params.n_ctx, params.n_parallel = 2048, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec["threads"]
     server = llama.Server(params)
+    tokenizer = Tokenizer.from_file(spec["tokenizer"])
 
-    def write(prompt: str, new: int) -> list[int]:
-        request = {
-            "prompt": prompt,
-            "n_predict": new,
-            "temperature": 0,
-            "cache_prompt": False,
-            "return_tokens": True,
-        }
-        return [int(token) for token in asked(request)["tokens"]]
-
-    def asked(request: dict[str, Any]) -> dict[str, Any]:
-        answer = server.handle_completions(request)
+    def asked(prompt: str, new: int, **more: Any) -> dict[str, Any]:
+        request = {"prompt": prompt, "n_predict": new, "temperature": 0, "cache_prompt": False}
+        answer = server.handle_completions({**request, **more})
         found: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
         return found
 
+    def write(prompt: str, new: int) -> list[int]:
+        answer = asked(prompt, new)
+        # It tells the text and how many tokens it is of, not which.
+        ids = tokenizer.encode(answer["choices"][0]["text"]).ids
+        count = answer["usage"]["completion_tokens"]
+        return [*ids[:count], *[-1] * (count - len(ids))]
+
     def logits(text: str) -> Any:
         # Of every token: the raw model's, before anything of sampling.
-        request = {"prompt": text, "n_predict": 1, "n_probs": 1 << 20, "cache_prompt": False}
-        (behind,) = asked(request)["completion_probabilities"]
-        found = np.full(1 + max(token["id"] for token in behind["top_logprobs"]), -np.inf)
+        answer = asked(text, 1, n_probs=tokenizer.get_vocab_size())
+        (behind,) = answer["choices"][0]["logprobs"]["content"]
+        found = np.full(tokenizer.get_vocab_size(), -np.inf)
         for token in behind["top_logprobs"]:
             found[token["id"]] = token["logprob"]
         return found

@@ -43,11 +43,13 @@ def block_product(
         return [*nodes, new_node("MatMulNBits", inputs, output, **options)]
     product = new_node("MatMulNBits", inputs, f"{output}_scaled", **options)
     nodes, summed = [*nodes, product], f"{source.name}_sums_{blocks.size}"
-    sums = next((v for use in source.uses() for v in use.node.outputs if v.name == summed), None)
+    direct = [value for use in source.uses() for value in use.node.outputs]
+    behind = [value for part in direct for use in part.uses() for value in use.node.outputs]
+    sums = next((value for value in (*direct, *behind) if value.name == summed), None)
     if sums is None:
-        adding = new_node("MatMul", [source, _sums(graph, blocks)], summed)
-        nodes.append(adding)
-        sums = adding.outputs[0]
+        adding = _add_up(graph, source, blocks, summed)
+        nodes += adding
+        sums = adding[-1].outputs[0]
     minima = new_node("Transpose", [_minima(graph, name, blocks)], f"{output}_minima", perm=[1, 0])
     raised = new_node("MatMul", [sums, minima.outputs[0]], f"{output}_minimum")
     total = new_node("Add", [product.outputs[0], raised.outputs[0]], output)
@@ -68,6 +70,19 @@ def block_rows(graph: Any, ids: Any, name: str, blocks: Blocks, output: str) -> 
     raised = new_node("MatMul", [minima.outputs[0], spread.outputs[0]], f"{output}_minimum")
     total = new_node("Add", [rows.outputs[0], raised.outputs[0]], output)
     return [rows, minima, spread, raised, total]
+
+
+def _add_up(graph: Any, source: Any, blocks: Blocks, output: str) -> list[Any]:
+    """Return the nodes that add up inputs block by block; where it may be, without a product."""
+    count = blocks.scales.shape[1]
+    if source.shape is None or blocks.width != count * blocks.size:
+        return [new_node("MatMul", [source, _sums(graph, blocks)], output)]
+    rank = len(source.shape)
+    cut = [*[0] * (rank - 1), count, blocks.size]
+    shape = store(graph, "cut_" + "_".join(map(str, cut)), np.array(cut, np.int64))
+    axis = store(graph, f"axis_{rank}", np.array([rank], np.int64))
+    parts = new_node("Reshape", [source, shape], f"{output}_parts")
+    return [parts, new_node("ReduceSum", [parts.outputs[0], axis], output, keepdims=0)]
 
 
 def _sums(graph: Any, blocks: Blocks) -> Any:
