@@ -33,6 +33,7 @@ __all__ = [
     "Rewriter",
     "SparseEncoder",
     "TokenClassifier",
+    "Transcriber",
     "ZeroShotClassifier",
     "__version__",
     "open_bundle",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from memopt.runtimes.engines.rewriter import Rewriter
     from memopt.runtimes.engines.sparse import SparseEncoder
     from memopt.runtimes.engines.tagger import TokenClassifier
+    from memopt.runtimes.engines.transcriber import Transcriber
     from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
     from memopt.runtimes.task_engine import open_task
 
@@ -70,6 +72,7 @@ __getattr__ = names_on_use(
         "runtimes.engines.rewriter": ("Rewriter",),
         "runtimes.engines.sparse": ("SparseEncoder",),
         "runtimes.engines.tagger": ("TokenClassifier",),
+        "runtimes.engines.transcriber": ("Transcriber",),
         "runtimes.engines.zero_shot": ("ZeroShotClassifier",),
         "runtimes.task_engine": ("open_task",),
         "bundle": ("Bundle", "open_bundle"),

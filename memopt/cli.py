@@ -40,6 +40,7 @@ COMMANDS: tuple[str, ...] = (
     "generate",
     "chat",
     "segments",
+    "transcribe",
     "run",
     "bench",
     "pack",

@@ -96,20 +96,21 @@ class AudioFrontEnd:
         """Return mono float32 samples at the model's rate."""
         return waveform(item, self.rate)
 
-    def log_mel(self, wave: NDArray[np.float32]) -> NDArray[np.float32]:
+    def log_mel(self, wave: NDArray[np.float32], *, whole: bool = False) -> NDArray[np.float32]:
         """Return Whisper's log-mel features float32 (mels, frames) of a mono waveform.
 
-        Padded with silence or cut to the model's 30 s. Radford et al. 2022, section 2.2; numbers
-        as in transformers' WhisperFeatureExtractor.
+        Padded with silence or, unless ``whole``, cut to the model's 30 s. Radford et al. 2022,
+        section 2.2; numbers as in transformers' WhisperFeatureExtractor.
         """
-        wave = wave[: self._samples]
+        length = max(self._samples, len(wave)) if whole else self._samples
+        wave = wave[:length]
         if self._normalize:
             wave = _standardize(wave)
         half = self._fft // 2
-        padded = np.zeros(self._samples, np.float32)
+        padded = np.zeros(length, np.float32)
         padded[: len(wave)] = wave
         reflected = np.pad(padded, half, mode="reflect")
-        frames = self._samples // self._hop
+        frames = length // self._hop
         # Frames of pure silence have power 0: only those that touch the sound are computed, and
         # the reflected tail when the sound reaches into it.
         touched = min(frames, -(-(len(wave) + half) // self._hop) + 1)

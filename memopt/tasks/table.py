@@ -115,6 +115,17 @@ _ROWS = (
         family="memopt.exporters.pair",
     ),
     Task(
+        name="automatic-speech-recognition",
+        summary="what is said in a sound",
+        modality="audio",
+        model="AutoModelForSpeechSeq2Seq",
+        classes=("WhisperForConditionalGeneration",),
+        answer="text",
+        engine="memopt.runtimes.engines.transcriber:Transcriber",
+        command="transcribe",
+        family="memopt.exporters.pair",
+    ),
+    Task(
         name="joint-embedding",
         summary="one vector for a picture, a sound and a text together",
         modality="joint",

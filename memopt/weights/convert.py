@@ -22,6 +22,7 @@ from memopt.bundle import (
 )
 from memopt.errors import BundleError, WeightsError
 from memopt.files import publish, staged_directory
+from memopt.tasks.table import task_of
 from memopt.weights.describe import announcements, describe, model_config
 from memopt.weights.flatten import flatten
 from memopt.weights.gguf.folder import GgufModel, lay_out, open_model
@@ -146,7 +147,8 @@ def _convert(
         _copy_side_files(found.folder, files, folder, sentence)
         if sentence and sentence.config:
             _write_json(folder / "config.json", model)
-        if manifest.modality == "text" and manifest.model_type != STATIC:
+        reads = manifest.modality == "text" or task_of(manifest.task).answer == "text"
+        if reads and manifest.model_type != STATIC:
             told += write_tokenizer(files, folder, manifest.max_length, sentence)
         _one_max_length(folder, manifest.max_length)
         event: dict[str, Any] = {"event": "convert", "source": found.origin}

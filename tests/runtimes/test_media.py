@@ -136,6 +136,9 @@ def test_log_mel_equals_whispers(mels: int, tmp_path: Path) -> None:
         sound = wave(samples)
         expected = extractor(sound, sampling_rate=16_000, return_tensors="np")["input_features"][0]
         np.testing.assert_allclose(front.log_mel(sound), expected, atol=1e-4)
+    more: dict[str, Any] = {"truncation": False, "padding": "longest", "return_tensors": "np"}
+    expected = extractor(sound, sampling_rate=16_000, **more)["input_features"][0]
+    np.testing.assert_allclose(front.log_mel(sound, whole=True), expected, atol=1e-4)
 
 
 def test_wav2vec2_samples_equal_transformers(tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             "model_type": "whisper",
             "d_model": 6,
         },
+        {"task": "automatic-speech-recognition", "modality": "audio", "pooling": "none"},
+    ),
+    (
+        "whisper-encoder",
+        {"architectures": ["WhisperModel"], "model_type": "whisper", "d_model": 6},
         {"task": "audio-embedding", "modality": "audio", "pooling": "mean", "dimension": 6},
     ),
     (
