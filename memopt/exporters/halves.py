@@ -26,7 +26,7 @@ def cross_names(layers: int, prefix: str = PRESENT) -> tuple[str, ...]:
 def own_names(layers: int, prefix: str = PRESENT) -> tuple[str, ...]:
     """Return the names of the keys and values of the tokens so far.
 
-    >>> own_names(1, PAST)
+    >>> own_names(1, "past_key_values.")
     ('past_key_values.0.decoder.key', 'past_key_values.0.decoder.value')
     """
     return tuple(f"{prefix}{n}.decoder.{part}" for n in range(layers) for part in PARTS)

@@ -208,7 +208,7 @@ def pieces_of(tokens: Sequence[int], marks: int, seek: int, frames: int) -> tupl
         The pieces, and how many frames on the next window begins: behind the last whole piece.
 
     >>> pieces_of([100, 7, 150, 150, 8, 9], 100, 0, 3000)
-    ([Piece(start=0.0, end=1.0, tokens=(100, 7, 150))], 100)
+    ([Piece(start=0.0, end=1.0, tokens=(100, 7, 150, 150))], 100)
     """
     is_mark = [token >= marks for token in tokens]
     ends = [n + 1 for n in range(len(tokens) - 1) if is_mark[n] and is_mark[n + 1]]
