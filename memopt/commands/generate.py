@@ -27,6 +27,9 @@ Keep = Annotated[int, typer.Option(min=0, help="First tokens that do not slide o
 Speculate = Annotated[
     int, typer.Option(min=0, help="Tokens proposed at once from what was there before; 0 is none.")
 ]
+Inexact = Annotated[
+    bool, typer.Option("--inexact", help="Speculate where that makes it another text, as in int4.")
+]
 SchemaFile = Annotated[
     Path | None, typer.Option("--schema", help="JSON schema that the answer keeps to.")
 ]
@@ -55,6 +58,7 @@ def generate(
     context: Overflow = "refuse",
     keep: Keep = 4,
     speculate: Speculate = 0,
+    inexact: Inexact = False,
     schema: SchemaFile = None,
     regex: Regex = None,
     grammar: GrammarFile = None,
@@ -76,6 +80,7 @@ def generate(
         "context": context,
         "keep": keep,
         "speculate": speculate,
+        "exact": not inexact,
         "schema": text_of(schema),
         "regex": regex,
         "grammar": text_of(grammar),

@@ -13,11 +13,12 @@ from typing import Any, TypeAlias, Unpack
 import numpy as np
 
 from memopt.bundle import read_json
-from memopt.errors import BundleError, DeviceError, InputError
+from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
 from memopt.positions import position_limit
 from memopt.runtimes.generate.continuation import Continuation, slide
 from memopt.runtimes.generate.lookup import Lookup
 from memopt.runtimes.generate.request import Options, Request
+from memopt.runtimes.generate.sampling import TIE
 from memopt.runtimes.generate.structure import Structure
 from memopt.runtimes.generate.words import end_tokens
 from memopt.runtimes.task_engine import Engine
@@ -67,6 +68,7 @@ class TokenWriter(Engine):
         """In a child of fork(): the parent may be in the middle of a text."""
         super().after_fork()
         self._writing = threading.Lock()
+        self._steady: Any = None  # a decoder that reads one token as it does several
 
     @abstractmethod
     def _prefill(self, rows: list[Continuation], most: int, decoder: Any) -> Any:
@@ -116,9 +118,13 @@ class TokenWriter(Engine):
                     if lookup is not None:
                         room = rows[0].room(request.max_new_tokens, limit)
                         proposed = lookup.propose(rows[0].all, room)
+                    if proposed and request.exact and decoder is not self._steady:
+                        self._prove(rows, decoder, proposed)
                     logits = self._step(rows, decoder, proposed)
                 if not np.isfinite(logits).all():
                     raise DeviceError("the model gives logits that are not numbers")
+            except ConfigurationError:
+                raise
             except Exception as error:  # noqa: BLE001 - any failure of a provider is handed on
                 decoder = None
                 self._forget()
@@ -135,6 +141,23 @@ class TokenWriter(Engine):
                 if piece and number == 0:
                     yield piece
         self._remember(rows, decoder)
+
+    def _prove(self, rows: list[Continuation], decoder: Any, proposed: list[int]) -> None:
+        """Let the decoder read one token alone and with others; it must find the same.
+
+        Raises:
+            ConfigurationError: it does not, so that speculation would change the text.
+        """
+        alone = self._step(rows, decoder, [])[0, 0]
+        beside = self._step(rows, decoder, proposed)[0, 0]
+        apart = float(np.abs(alone - beside).max())
+        if apart >= TIE:
+            raise ConfigurationError(
+                f"{self._chain.candidate.variant.name} computes several tokens otherwise than one "
+                f"(logits differ by {apart:.2g}): with speculate the text would be another",
+                fix="leave it out, take a float variant, or allow it: exact=False (--inexact)",
+            )
+        self._steady = decoder
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -12,13 +12,16 @@ from itertools import takewhile
 
 # Three tokens that were there before say more about the next than two; one says nothing.
 SIZES = (3, 2)
+# Where proposals are wrong again and again, so many tokens are written without one at most.
+_LONGEST_PAUSE = 15
 
 
 class Lookup:
     """Proposes the next tokens of one growing text.
 
     Args:
-        most: proposed at once. Fewer are, after a proposal that was wrong.
+        most: proposed at once. Fewer are, after a proposal that was wrong, and none for a while
+            after several.
 
     >>> Lookup(4).propose([1, 2, 3, 7, 8, 9, 1, 2, 3], 10)
     [7, 8, 9, 1]
@@ -29,6 +32,7 @@ class Lookup:
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
         self._proposed: list[int] = []
+        self._wrong = self._pause = 0
 
     def propose(self, tokens: Sequence[int], room: int) -> list[int]:
         """Return what followed the last tokens where they were last, at most ``room``; or nothing.
@@ -45,6 +49,9 @@ class Lookup:
                     self._ends[tuple(tokens[end - size : end])] = end
         self._indexed = len(tokens)
         self._proposed = []
+        if self._pause:
+            self._pause -= 1
+            return []
         for size in SIZES if room > 0 else ():
             place = self._ends.get(tuple(tokens[-size:])) if len(tokens) > size else None
             if place is not None:
@@ -61,7 +68,9 @@ class Lookup:
         if right == len(self._proposed):
             self._size = min(self._most, 2 * self._size)
         else:
-            self._size = right + 1
+            self._size = min(self._most, right + 1)
+        self._wrong = 0 if right else self._wrong + 1
+        self._pause = min(2**self._wrong - 1, _LONGEST_PAUSE) if self._wrong else 0
 
 
 def agreeing(first: Sequence[int], second: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     context: str
     keep: int
     speculate: int
+    exact: bool
     schema: Schema | Sequence[Schema | None] | None
     regex: str | Sequence[str | None] | None
     grammar: str | Sequence[str | None] | None
@@ -49,6 +50,8 @@ class Request:
         keep: tokens at the beginning that never slide out. Without a few, models break down (Xiao
             et al. 2023, https://arxiv.org/abs/2309.17453).
         speculate: tokens proposed at once by looking up what followed before; 0 is none.
+        exact: refuse to speculate with a variant that computes several tokens otherwise than one
+            (int4 does): the text would be as good a one of the model, but another.
         schema, regex, grammar: the form of an answer, one for all or a list of one a prompt; see
             :class:`memopt.runtimes.generate.structure.Form`.
         sampling: how tokens are chosen.
@@ -68,6 +71,7 @@ class Request:
     context: str = "refuse"
     keep: int = 4
     speculate: int = 0
+    exact: bool = True
     schema: Any = None
     regex: Any = None
     grammar: Any = None

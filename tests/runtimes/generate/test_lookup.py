@@ -89,6 +89,7 @@ def test_it_is_for_one_prompt(engine: Generator) -> None:
 def test_what_is_proposed_stood_behind_the_same_tokens(tokens: list[int], most: int) -> None:
     """Each proposal follows an earlier place of the last two or three tokens, the last such."""
     lookup = Lookup(most)
+    proposals = 0
     for end in range(1, len(tokens) + 1):
         found = lookup.propose(tokens[:end], 9)
         places = [
@@ -97,8 +98,43 @@ def test_what_is_proposed_stood_behind_the_same_tokens(tokens: list[int], most: 
             for at in range(size, end)
             if tokens[at - size : at] == tokens[end - size : end]
         ]
-        assert bool(found) == bool(places)
         if found:
             place = places[-1]
             assert found == tokens[place : min(place + len(found), end)]
         assert len(found) <= most
+        proposals += bool(found)
+    # Something is proposed at the first place where anything can be.
+    repeats = any(tokens[at - 2 : at] in _pairs(tokens[: at - 1]) for at in range(3, len(tokens)))
+    assert proposals or not repeats
+
+
+def _pairs(tokens: list[int]) -> list[list[int]]:
+    return [tokens[at - 2 : at] for at in range(2, len(tokens) + 1)]
+
+
+def test_wrong_proposals_are_made_less_often() -> None:
+    """A text that never goes on as before is soon left alone."""
+    lookup = Lookup(4)
+    tokens: list[int] = [1, 2]
+    tried = 0
+    for number in range(60):
+        tried += bool(lookup.propose(tokens, 9))
+        tokens += [10 + number, 1, 2]
+    assert 3 <= tried <= 10
+
+
+def test_a_variant_that_rounds_otherwise_is_refused(talker: tuple[Bundle, Any]) -> None:
+    """Where a run over several tokens gives other logits, the text would: said, or allowed."""
+    with Generator(talker[0], "cpu", "onnx-fp32-fused", strict=True) as engine:
+        decoder: Any = engine._chain.backend
+        verify = decoder.verify
+        forward = decoder.forward
+        decoder.forward = lambda *given: verify(*given)[:, -1]
+        decoder.verify = lambda *given: verify(*given) + 0.01
+        options: dict[str, Any] = {"max_new_tokens": 30, "speculate": 4, "regex": "(hello ){9}"}
+        with pytest.raises(ConfigurationError, match=r"logits differ by 0\.01.*exact=False"):
+            engine.generate("x", **options)
+        assert engine.events == ()
+        free = engine.generate("x", exact=False, **options)[0]
+        decoder.forward, decoder.verify = forward, verify
+        assert engine.generate("x", **options)[0].tokens == free.tokens
