@@ -31,6 +31,7 @@ from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
 from memopt.weights.locked import unlocked
+from memopt.weights.reader import WeightLoader
 
 PLAN_FILE, REPORT_FILE = "plan.json", "optimize.html"
 # Building may use this share of the budget; the rest is for measuring what was built.
@@ -108,21 +109,21 @@ def optimize(
     step("resolve the model")
     resolved = _encoder(source)
     inputs = Inputs.read(resolved, Path(calibration), samples, seed)
-    wanted = plan.candidates if plan else _candidates(resolved.manifest, targets)
-    made = Plan(
-        source=str(source),
-        min_cosine=min_cosine,
-        samples=samples,
-        seed=seed,
-        candidates=tuple(wanted),
-        calibration=str(calibration),
-        calibration_sha256=_digest(Path(calibration)),
-        machine={"key": machine_key(), **hardware(), **versions()},
-        gate=bounds or {},
-        prefer=prefer if writes(resolved) else "",
-    )
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
+        wanted = plan.candidates if plan else _candidates(bundle, targets)
+        made = Plan(
+            source=str(source),
+            min_cosine=min_cosine,
+            samples=samples,
+            seed=seed,
+            candidates=tuple(wanted),
+            calibration=str(calibration),
+            calibration_sha256=_digest(Path(calibration)),
+            machine={"key": machine_key(), **hardware(), **versions()},
+            gate=bounds or {},
+            prefer=prefer if writes(resolved) else "",
+        )
         bundle = build_bases(bundle, wanted, step)
         outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, step, on_outcome)
         timing: dict[str, Any] = {"rounds": rounds, "deadline": budgeted.begin + budget}
@@ -211,9 +212,15 @@ def _encoder(source: str | Path) -> Bundle:
     return bundle
 
 
-def _candidates(manifest: Manifest, targets: Sequence[str] | None) -> tuple[Candidate, ...]:
+def _candidates(bundle: Bundle, targets: Sequence[str] | None) -> tuple[Candidate, ...]:
     here = [name for name in TARGETS if installed(canonical(name))]
-    return candidates(manifest, targets or here, cpu_features())
+    names: Sequence[str] = ()
+    if writes(bundle) and not bundle.imported:
+        with WeightLoader(bundle.weights) as loader:
+            names = loader.names()
+        if bundle.config().get("tie_word_embeddings"):  # then the last product is the table's
+            names = [name for name in names if "lm_head" not in name]
+    return candidates(bundle.manifest, targets or here, cpu_features(), names)
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome | None:

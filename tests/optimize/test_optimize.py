@@ -82,6 +82,10 @@ def test_candidates_follow_targets_and_instruction_sets() -> None:
     of_gguf: Any = SimpleNamespace(task="text-generation", history=({"event": "export"}, made))
     own = {c.name for c in candidates(of_gguf, ["cpu"], set())} - {c.name for c in writers}
     assert own == {"onnx-int4-weight-only-stored"}
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight"]
+    fine = [c for c in candidates(of_gguf, ["cpu"], set(), names) if c.name.endswith("-mixed")]
+    kept = {tuple(candidate.settings["keep_int8"]) for candidate in fine}
+    assert kept == {("*lm_head*", "*down_proj*")}
 
 
 def test_the_fastest_wins_unless_speeds_are_the_same() -> None:
