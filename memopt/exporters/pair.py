@@ -224,8 +224,11 @@ def _compared(work: _Work, runs: list[Run], tolerance: Tolerance, name: str) -> 
         ExportError: they give other answers than torch, or write another text.
     """
     encode, decode = runs
-    flat = lambda feeds: _flat(encode(feeds))  # noqa: E731
-    first = check.compare(flat, work.sources, tolerance, name=f"{name} encoder")
+
+    def places(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return _flat(encode(feeds))
+
+    first = check.compare(places, work.sources, tolerance, name=f"{name} encoder")
     second = check.compare(decode, work.turns, tolerance, name=f"{name} decoder")
     shapes = [{"part": "encoder", **shape} for shape in first["shapes"]]
     shapes += [{"part": "decoder", **shape} for shape in second["shapes"]]
