@@ -107,7 +107,7 @@ _ROWS = (
         classes=(
             *("T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel"),
             *("PegasusForConditionalGeneration", "BlenderbotForConditionalGeneration"),
-            *("BlenderbotSmallForConditionalGeneration", "M2M100ForConditionalGeneration"),
+            "BlenderbotSmallForConditionalGeneration",
         ),
         answer="text",
         engine="memopt.runtimes.engines.rewriter:Rewriter",
