@@ -58,6 +58,7 @@ def chat(
         "max_new_tokens": max_tokens,
         "max_context": max_context,
         "context": context,
+        "exact": False,  # nobody compares a conversation: what was said is not read again
     }
     told: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     with open_configured(opener(threads), bundle, device, variant) as engine:

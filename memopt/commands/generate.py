@@ -28,7 +28,8 @@ Speculate = Annotated[
     int, typer.Option(min=0, help="Tokens proposed at once from what was there before; 0 is none.")
 ]
 Inexact = Annotated[
-    bool, typer.Option("--inexact", help="Speculate where that makes it another text, as in int4.")
+    bool,
+    typer.Option("--inexact", help="Take shortcuts where they make it another text: int4."),
 ]
 SchemaFile = Annotated[
     Path | None, typer.Option("--schema", help="JSON schema that the answer keeps to.")

@@ -100,6 +100,13 @@ def test_stored_integers_pass_the_gate_with_rounded_inputs(
     assert made.validation.record(made.gate)["kl_mean"] < 0.005
     assert {layer.error for layer in made.layers if layer.kind == "int4"} == {0.0}
     assert same_integers(open_bundle(bundle.path), made.file) == 15
+    with Generator(bundle.path, "cpu", made.name, strict=True) as engine:
+        # Its kernel for one token is not that for several: no text may depend on the last one.
+        first = engine.generate("A man is reading", max_new_tokens=16)[0]
+        again = engine.generate("A man is reading", max_new_tokens=16)[0]
+        assert again == first
+        quick = engine.generate("A man is reading", max_new_tokens=16, exact=False)[0]
+        assert quick.reused_tokens > 0
 
 
 def test_another_width_than_the_files_is_refused(bundle: Bundle, samples: Samples) -> None:

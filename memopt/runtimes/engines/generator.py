@@ -17,7 +17,7 @@ from memopt.runtimes.generate.continuation import Continuation
 from memopt.runtimes.generate.decoders import open_decoder
 from memopt.runtimes.generate.lookup import agreeing
 from memopt.runtimes.generate.request import Options, Request
-from memopt.runtimes.generate.sampling import Sampler
+from memopt.runtimes.generate.sampling import TIE, Sampler
 from memopt.runtimes.generate.structure import forms
 from memopt.runtimes.generate.words import Words
 from memopt.runtimes.keys_values import padded, places
@@ -51,6 +51,7 @@ class Generator(TextWriter):
         super().after_fork()
         self._read: list[int] = []  # what the decoder holds, of one text
         self._reader: Any = None  # the decoder that holds it
+        self._unsteady: Any = None  # one that reads a token alone otherwise than beside others
 
     def _opener(self, provider: str) -> Opener:
         super()._opener(provider)  # raises where it is not there
@@ -109,17 +110,17 @@ class Generator(TextWriter):
             rows.append(Continuation(ids, Sampler(request.sampling, number), words, guide))
         return rows
 
-    def _prefill(self, rows: list[Continuation], most: int, decoder: Any) -> Any:
+    def _prefill(self, rows: list[Continuation], request: Request, decoder: Any) -> Any:
         """Let the decoder read the texts, but what it knows.
 
         Returns the logits behind each, (rows, 1, vocabulary).
         """
         widest = max(len(row.read) for row in rows)
-        known = self._known(rows, decoder)
+        known = self._known(rows, request, decoder)
         if not rows[0].tokens:
             rows[0].known = known
         if not known:
-            decoder.begin(len(rows), widest + min(most, AHEAD))
+            decoder.begin(len(rows), widest + min(request.max_new_tokens, AHEAD))
         ids, mask, positions = padded([row.read for row in rows]).values()
         # ONNX Runtime's attention takes a prompt in parts only where it is alone.
         step = CHUNK if len(rows) == 1 else widest
@@ -131,15 +132,35 @@ class Generator(TextWriter):
         self._mask = mask
         return logits[:, None]
 
-    def _known(self, rows: list[Continuation], decoder: Any) -> int:
+    def _known(self, rows: list[Continuation], request: Request, decoder: Any) -> int:
         """Return how many tokens of a single text the decoder has read already, and keep those."""
         if len(rows) != 1 or decoder is not self._reader:
             return 0
         wanted = rows[0].read[:-1]  # the last one is read anew: its logits are what is asked for
         known = agreeing(self._read, wanted)
-        if known:
-            decoder.rewind(known)
+        if not known or (request.exact and not self._reads_alike(decoder, known)):
+            return 0
+        decoder.rewind(known)
         return known
+
+    def _reads_alike(self, decoder: Any, count: int) -> bool:
+        """Say whether a token read alone gives what it gives beside others; asked once a decoder.
+
+        Args:
+            count: the first tokens of what it has read that are still wanted; it has them after.
+        """
+        if count > 1 and decoder not in (self._steady, self._unsteady):
+            ids, mask = np.array([self._read[:count]]), np.ones((1, count), np.int64)
+            answers = []
+            for new in (2, 1):
+                decoder.rewind(count - new)
+                part = ids[:, -new:], mask, places(mask, new)
+                answers.append(decoder.verify(*part)[0, -1])
+            if np.abs(answers[0] - answers[1]).max() < TIE:
+                self._steady = decoder
+            else:
+                self._unsteady = decoder
+        return decoder is self._steady
 
     def _step(self, rows: list[Continuation], decoder: Any, proposed: list[int]) -> Any:
         """Let the decoder read the last token of each text; those that ended read padding.

@@ -55,7 +55,7 @@ class PairWriter(TokenWriter):
         """Return what the encoder reads, one row a text."""
         raise NotImplementedError
 
-    def _prefill(self, rows: list[Continuation], most: int, decoder: Any) -> Any:
+    def _prefill(self, rows: list[Continuation], request: Request, decoder: Any) -> Any:
         decoder.encode(self._source(rows))
         widest = max(len(row.read) for row in rows)
         # Rows that have ended may be shorter: nobody reads what follows them.

@@ -71,7 +71,7 @@ class TokenWriter(Engine):
         self._steady: Any = None  # a decoder that reads one token as it does several
 
     @abstractmethod
-    def _prefill(self, rows: list[Continuation], most: int, decoder: Any) -> Any:
+    def _prefill(self, rows: list[Continuation], request: Request, decoder: Any) -> Any:
         """Let the decoder read the texts; return logits (rows, 1, vocabulary) behind each."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class TokenWriter(Engine):
             try:
                 if slide(rows, request, limit) or backend is not decoder:
                     # The first, or one that took over, or fewer tokens: it reads what is there.
-                    logits = self._prefill(rows, request.max_new_tokens, backend)
+                    logits = self._prefill(rows, request, backend)
                     decoder = backend
                 else:
                     if lookup is not None:

@@ -50,8 +50,9 @@ class Request:
         keep: tokens at the beginning that never slide out. Without a few, models break down (Xiao
             et al. 2023, https://arxiv.org/abs/2309.17453).
         speculate: tokens proposed at once by looking up what followed before; 0 is none.
-        exact: refuse to speculate with a variant that computes several tokens otherwise than one
-            (int4 does): the text would be as good a one of the model, but another.
+        exact: the text is what it would be without shortcuts. A variant that computes several
+            tokens otherwise than one (weight-only in ONNX Runtime does) then reads every prompt
+            anew, and does not speculate; False gives as good a text of the model, but another.
         schema, regex, grammar: the form of an answer, one for all or a list of one a prompt; see
             :class:`memopt.runtimes.generate.structure.Form`.
         sampling: how tokens are chosen.
