@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memopt.weights.packing import RANGES
 from memopt.weights.quantized import QuantizedWeight
 
 
@@ -107,16 +108,32 @@ def to_blocks(weight: QuantizedWeight, *, table: bool = False) -> Blocks | None:
             return np.ascontiguousarray(values)
         return np.repeat(np.broadcast_to(values, (count,))[:, None], pieces, axis=1)
 
-    # GatherBlockQuantized takes no default for unsigned 8-bit tables; an explicit point is exact.
-    explicit = not weight.symmetric or table
-    points = weight.zero_points
+    points, minima = weight.zero_points, weight.minima
     if not points.size:
         points = np.zeros(weight.scales.shape, np.int8)
+    if weight.has_minima:
+        points, minima = nearest_points(weight, points)
+    # GatherBlockQuantized takes no default for unsigned 8-bit tables; an explicit point is exact.
+    explicit = points.any() or table
     return Blocks(
         weight.integers,
         wide(weight.scales),
         wide(points) if explicit else None,
         size,
         weight.bits,
-        wide(weight.minima) if weight.has_minima else None,
+        wide(minima) if weight.has_minima else None,
     )
+
+
+def nearest_points(weight: QuantizedWeight, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return zero points that are as near to 0 as whole steps go, and what of the minima is left.
+
+    The weights stay what they are. A kernel that rounds its inputs errs by the size of what it
+    multiplies them with: the steps from the point, which now are nearly the weights themselves (on
+    SmolLM2 the divergence halves).
+    """
+    least, most = RANGES[weight.bits]
+    safe = np.where(weight.scales == 0, 1, weight.scales)
+    found = np.clip(np.rint(points - weight.minima / safe), least, most).astype(np.int8)
+    moved = (found.astype(np.float32) - points) * weight.scales
+    return found, weight.minima + moved

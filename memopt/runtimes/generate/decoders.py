@@ -101,10 +101,13 @@ class OnnxDecoder:
         self._shared = candidate.variant.fused
         self._length, self._capacity = 0, 0
         self._held: dict[str, Any] = {}
+        self._bound: Any = None  # the buffers in _held, of a graph that writes in place
+        found = {item.name: item.shape for item in self._session.get_outputs()}
+        self._vocabulary = found["logits"][-1]
 
     def begin(self, batch: int, capacity: int) -> None:
         """Make empty buffers; see :class:`Decoder`."""
-        self._length = 0
+        self._length, self._bound = 0, None
         self._capacity = capacity + SLACK if self._shared else 0
         self._held = {
             name: self._value(np.zeros((batch, heads, self._capacity, size), np.float32))
@@ -124,21 +127,41 @@ class OnnxDecoder:
     ) -> NDArray[np.float32]:
         """Run the graph once for the logits of each token; see :class:`Decoder`."""
         feed, total = self._feed(ids, mask, positions), mask.shape[1]
+        logits = self._in_place(feed) if self._shared else self._copied(feed)
+        self._length = total
+        return logits
+
+    def _in_place(self, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Run the graph on its one buffer: what stays the same is bound once."""
+        if self._bound is None:
+            self._bound = self._session.io_binding()
+            for name, value in self._held.items():
+                self._bound.bind_ortvalue_input(PAST + name, value)
+                self._bound.bind_ortvalue_output(PRESENT + name, value)
+        for name, array in feed.items():
+            self._bound.bind_cpu_input(name, array)
+        if not isinstance(self._vocabulary, int):
+            self._bound.bind_output("logits")
+            self._session.run_with_iobinding(self._bound)
+            return np.asarray(self._bound.get_outputs()[-1].numpy(), np.float32)
+        logits = np.empty((*feed["input_ids"].shape, self._vocabulary), np.float32)
+        where = logits.shape, logits.ctypes.data
+        self._bound.bind_output("logits", "cpu", 0, np.float32, *where)
+        self._session.run_with_iobinding(self._bound)
+        return logits
+
+    def _copied(self, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Run the portable graph: the present of one step is the past of the next."""
         binding = self._session.io_binding()
         for name, array in feed.items():
             binding.bind_cpu_input(name, array)
         for name, value in self._held.items():
             binding.bind_ortvalue_input(PAST + name, value)
-            if self._shared:
-                binding.bind_ortvalue_output(PRESENT + name, value)
-            else:
-                binding.bind_output(PRESENT + name)
+            binding.bind_output(PRESENT + name)
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
         *present, logits = binding.get_outputs()
-        if not self._shared:
-            self._held = dict(zip(self._held, present, strict=True))
-        self._length = total
+        self._held = dict(zip(self._held, present, strict=True))
         return np.asarray(logits.numpy(), np.float32)
 
     def _feed(
@@ -156,6 +179,7 @@ class OnnxDecoder:
         feed[KEEP] = np.array([-1], np.int64)
         outputs = [*(PRESENT + name for name in self._held), "logits"]
         *present, logits = self._session.run(outputs, feed)
+        self._bound = None
         for (name, old), new in zip([*self._held.items()], present, strict=True):
             whole = np.zeros(old.shape(), np.float32)
             whole[:, :, :total] = new
@@ -178,10 +202,11 @@ class OnnxDecoder:
 
     def close(self) -> None:
         """Free buffers and session."""
-        self._held = {}
+        self._held, self._bound = {}, None
         self._backend.close()
 
     def _grow(self, capacity: int) -> None:
+        self._bound = None
         for name, value in self._held.items():
             old = value.numpy()
             new = np.zeros((*old.shape[:2], capacity, old.shape[3]), np.float32)

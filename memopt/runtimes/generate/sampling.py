@@ -100,7 +100,10 @@ class Sampler:
             token = int(scores.argmax())
         else:
             token = self._draw(scores / self._how.temperature)
-        return token, float(own[token] - _log_sum(own))
+        # float32 powers are several times faster, and exact to six digits: more than logits are.
+        top = logits.max()
+        powers = np.exp(logits - top).sum(dtype=np.float64)
+        return token, float(own[token] - float(top) - np.log(powers))
 
     def undecided(
         self,
