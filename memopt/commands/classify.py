@@ -38,8 +38,12 @@ def classify(
     from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
     from memopt.runtimes.towers import other_task
 
-    own = [label.strip() for label in labels.split(",") if label.strip()] if labels else None
-    if own and other_task(open_bundle(bundle)):
+    own = (
+        [label.strip() for label in labels.split(",") if label.strip()]
+        if labels is not None
+        else None
+    )
+    if own is not None and other_task(open_bundle(bundle)):
         with open_configured(ZeroShotClassifier, bundle, device, variant) as towers:
             found = answered(
                 given(inputs or [], source, column, "image"),

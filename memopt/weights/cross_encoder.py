@@ -27,5 +27,6 @@ def activation(folder: Path) -> str:
         older.get("activation_fn") if isinstance(older, dict) else None,
         config.get("sbert_ce_default_activation_function"),
     )
-    name = next((value for value in stated if isinstance(value, str)), "Sigmoid")
-    return name.rpartition(".")[2]
+    # Others are code that came with the model, which sentence-transformers passes over as well.
+    trusted = (value for value in stated if isinstance(value, str) and value.startswith("torch."))
+    return next(trusted, "Sigmoid").rpartition(".")[2]

@@ -113,9 +113,9 @@ class Classifier(Engine):
         entailment, contradiction = self._inference_labels()
         if not labels or isinstance(labels, str):
             raise InputError("no labels to choose among", fix="give two or more")
-        if hypothesis.format("\0").count("\0") != 1:
+        if hypothesis.count("{}") != 1:
             raise InputError(f"hypothesis {hypothesis!r} has no place for a label", fix="write {}")
-        pairs = [(text, hypothesis.format(label)) for text in texts for label in labels]
+        pairs = [(text, hypothesis.replace("{}", label)) for text in texts for label in labels]
         rows = self.answers(pairs, **how)
         shape = (len(texts), len(labels), len(self.labels))
         logits = np.stack(rows).reshape(shape) if rows else np.empty(shape, np.float32)
@@ -127,6 +127,8 @@ class Classifier(Engine):
         """Return the positions of entailment and contradiction among the labels."""
         lower = [name.lower() for name in self.labels]
         found = [next((i for i, n in enumerate(lower) if n.startswith(w)), None) for w in _NLI]
+        if len(lower) == 2 and found[0] is not None:
+            found[1] = 1 - found[0]  # entailment or not: the other label stands against it
         if self._bundle.manifest.modality != "text" or None in found:
             raise BundleError(
                 f"{self._bundle.path} has the labels {', '.join(self.labels[:5])}: labels of one's "

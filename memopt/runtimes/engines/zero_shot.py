@@ -117,11 +117,11 @@ class ZeroShotClassifier:
         """
         if not labels or isinstance(labels, str):
             raise InputError("no labels to choose among", fix="give two or more")
-        if hypothesis.format("\0").count("\0") != 1:
+        if hypothesis.count("{}") != 1:
             raise InputError(f"hypothesis {hypothesis!r} has no place for a label", fix="write {}")
         if top is not None and (type(top) is not int or top < 1):
             raise ConfigurationError(f"top is {top!r}", fix="give 1 or more, or None")
-        logits = self.logits(images, [hypothesis.format(label) for label in labels])
+        logits = self.logits(images, [hypothesis.replace("{}", label) for label in labels])
         each = self._bundle.manifest.model_type in FULL_LENGTH
         scores = sigmoid(logits) if each else softmax(logits) if logits.size else logits
         return [ranked_labels(row, labels, top) for row in scores]

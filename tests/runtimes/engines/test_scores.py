@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from memopt import ArrowEngine, Bundle, open_bundle
+from memopt.cli import app
 from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
 from memopt.exporters.base import export
 from memopt.runtimes.engines.classifier import Classifier
 from memopt.runtimes.engines.reranker import Reranker
 from memopt.runtimes.task_engine import open_task
 from memopt.weights.convert import convert
+from memopt.weights.cross_encoder import activation
 
 TEXTS = [
     "a cat sat on the mat",
@@ -114,6 +117,40 @@ def test_labels_of_ones_own_are_those_of_the_zero_shot_pipeline(made: Made) -> N
         pytest.raises(BundleError, match="natural language inference"),
     ):
         engine.classify(TEXTS, labels=labels)
+
+
+@pytest.mark.parametrize("names", [("entailment", "not_entailment"), ("other", "entailment")])
+def test_two_labels_of_inference_are_enough(made: Made, names: tuple[str, str]) -> None:
+    """Entailment or not takes labels of one's own, as the pipeline; braces are no code."""
+    folder, bundle = made(
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+    )
+    reference = pipeline("zero-shot-classification", folder)
+    labels = ["animals", "money"]
+    with Classifier(bundle) as engine:
+        for multi in (False, True):
+            right = reference(TEXTS[0], labels, multi_label=multi)
+            (found,) = engine.classify([TEXTS[0]], labels=labels, multi_label=multi)
+            assert list(found.labels) == right["labels"]
+            np.testing.assert_allclose(found.scores, right["scores"], atol=1e-5)
+        with pytest.raises(InputError, match="no place for a label"):
+            engine.classify(TEXTS, labels=labels, hypothesis="It is {thing}.")
+    done = CliRunner().invoke(app, ["classify", str(bundle.path), "a cat", "--labels", ""])
+    assert done.exit_code != 0
+    assert "no labels" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted"),
+    [("torch.nn.modules.linear.Identity", "Identity"), ("their.code.Identity", "Sigmoid")],
+)
+def test_an_activation_of_its_own_code_is_passed_over(
+    tmp_path: Path, stated: str, wanted: str
+) -> None:
+    """As in sentence-transformers, which then takes the default."""
+    config = {"sbert_ce_default_activation_function": stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert activation(tmp_path) == wanted
 
 
 def test_scores_of_pairs_are_those_of_a_cross_encoder(made: Made) -> None:
