@@ -1,6 +1,6 @@
 """SmolLM2-135M in memopt and its peers, in one run: prefill, decode, first token, memory, text.
 
-    python benchmarks/generate.py BUNDLE [--rounds 5] [--threads 1 2] [--new 64] [--json]
+    python benchmarks/generate.py BUNDLE [--rounds 5] [--threads 1 2] [--only PATTERN] [--json]
 
 BUNDLE is the converted and exported model (see docs/language.md); every variant that writes is a
 contender. Peers run in an environment of their own (`.peers-language`, made on first use):
@@ -48,6 +48,7 @@ PACKAGES = (
     "transformers",
 )
 LENGTHS = (16, 256, 1024)
+REFERENCE = "transformers torch"
 TEXTS = 32  # behind each of which distributions are compared
 
 
@@ -133,7 +134,7 @@ def contenders(bundle: Bundle, threads: list[int], peers: bool) -> list[Contende
         python = peer_python()
         found += [Contender(*peer, python) for peer in peers_of(bundle, count)]
         spec = {"kind": "transformers", "path": path, "threads": count}
-        found.append(Contender("transformers torch", spec))
+        found.append(Contender(REFERENCE, spec))
     return found
 
 
@@ -235,7 +236,7 @@ def compare(workers: list[Worker], tokenizer: Tokenizer, shown: set[int]) -> Non
             file = f"{folder}/{number}.npy"
             if worker.ask({"texts": texts, "file": file})["known"]:
                 told[worker.contender.label] = worker.contender, np.load(file)
-    _, exact = told.get("transformers torch", (None, None))
+    _, exact = told.get(REFERENCE, (None, None))
     for contender, other in told.values():
         if exact is not None:
             contender.divergence = float((np.exp(exact) * (exact - other)).sum(-1).mean())
@@ -300,6 +301,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--only", default="", help="contenders whose name has this pattern")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     bundle = open_bundle(given.bundle)
@@ -308,9 +310,11 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
     tokenizer.no_truncation()
     tried = contenders(bundle, given.threads, not given.no_peers)
+    # The float model that the others are told by stays.
+    tried = [c for c in tried if re.search(given.only, c.label) or c.label == REFERENCE]
     measure(tried, tokenizer, given.rounds, given.new)
     shown = best(tried)
-    float_one = next((c for c in shown if c.label == "transformers torch"), None)
+    float_one = next((c for c in shown if c.label == REFERENCE), None)
     rows = [row_of(contender, float_one) for contender in shown]
     if given.json:
         print(json.dumps(rows, indent=1))
