@@ -21,9 +21,11 @@ def test_the_python_of_the_page_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Each block that is no command, one after another, on a bundle under models/."""
+    """Each block about texts, one after another, on a bundle under models/."""
     found = re.findall(r"(?m)(?:^    .*\n(?:\n(?=    ))*)+", PAGE.read_text(encoding="utf-8"))
-    blocks = [dedent(block) for block in found if not block.startswith("    memopt ")]
+    # What is heard needs a model of its own: engines/test_transcriber.py has it.
+    python = [block for block in found if not block.startswith("    memopt ")]
+    blocks = [dedent(block) for block in python if "Transcriber" not in block]
     assert len(blocks) >= 2
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "smollm2").symlink_to(talker[0].path)
