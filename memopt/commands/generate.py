@@ -88,11 +88,11 @@ def generate(
     }
     with open_configured(opener(threads), bundle, device, variant) as engine:
         if as_json:
-            rows = zip(prompts, engine.generate(prompts, **options), strict=True)
-            show(rows, None, True, lambda _: None)
-            return
-        for prompt in prompts:
-            answer = printed(engine.stream(prompt, **options))
+            answers = engine.generate(prompts, **options)
+            show(zip(prompts, answers, strict=True), None, True, lambda _: None)
+        else:
+            answers = (printed(engine.stream(prompt, **options)) for prompt in prompts)
+        for answer in answers:
             if answer.finish != "stop" and (schema or regex or grammar):
                 raise InputError(
                     f"the answer was cut after {len(answer.tokens)} tokens: it is not of its form",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ _SAMPLE_BUDGET = 30 * _RATE
 _FEWEST_SAMPLES = 400
 # Frames transformed together: their spectra stay in the L2 cache. 30 s take 4 ms instead of 9.
 _FRAMES_AT_ONCE = 256
+# No recorder goes past it, and resampling takes memory by the rate: a header may say 4 billion.
+_HIGHEST = 768_000
 _FLOOR = 1e-10  # Whisper clips the mel power here before the logarithm
 
 
@@ -68,7 +71,7 @@ class AudioFrontEnd:
             return None
         if isinstance(item, tuple | list) and len(item) == 2:
             samples, rate = item
-            if isinstance(samples, np.ndarray) and isinstance(rate, int | float) and rate > 0:
+            if isinstance(samples, np.ndarray) and isinstance(rate, numbers.Real) and rate > 0:
                 return None
         return f"is {type(item).__name__}, not a path, bytes, array or (samples, rate)"
 
@@ -172,6 +175,8 @@ def waveform(item: Any, rate: int) -> NDArray[np.float32]:
         raise ValueError(f"samples of shape {samples.shape} are no waveform")
     if not np.isfinite(samples).all():
         raise ValueError("samples hold NaN or infinity")
+    if not 1 <= own <= _HIGHEST:
+        raise ValueError(f"{own:g} samples a second are no rate; give 1 to {_HIGHEST}")
     if own != rate:
         signal = require("scipy.signal", extra="media", why="resample sound")
         divisor = math.gcd(int(own), rate)

@@ -12,7 +12,7 @@ from memopt.bundle import read_json
 from memopt.errors import ConfigurationError, InputError
 from memopt.runtimes.base import Opener
 from memopt.runtimes.engines.writer import Generation, TextWriter
-from memopt.runtimes.generate.chat import Message, prompt_of
+from memopt.runtimes.generate.chat import ChatPrompt, Message, check, prompt_of
 from memopt.runtimes.generate.continuation import Continuation
 from memopt.runtimes.generate.decoders import open_decoder
 from memopt.runtimes.generate.lookup import agreeing
@@ -71,15 +71,19 @@ class Generator(TextWriter):
         options = {"keep": self.opening(messages), **options}
         return self.generate(self.chat_prompt(messages), **options)[0]
 
-    def chat_prompt(self, messages: Sequence[Message]) -> str:
-        """Return the prompt that :meth:`chat` gives the model."""
-        return prompt_of(self._bundle.path, messages, self._special)
+    def chat_prompt(self, messages: Sequence[Message]) -> ChatPrompt:
+        """Return the prompt that :meth:`chat` gives the model.
+
+        The template writes what begins a text (``bos_token``), so no such token is added to it.
+        """
+        return ChatPrompt(prompt_of(self._bundle.path, messages, self._special))
 
     def opening(self, messages: Sequence[Message]) -> int:
         """Return how many tokens stand before the first user's words: the system's, mostly.
 
         These are what :meth:`chat` keeps where the context slides.
         """
+        check(messages)
         system = [message for message in messages[:1] if message.get("role") == "system"]
         first, second = (
             self._encoded(0, self.chat_prompt([*system, {"role": "user", "content": said}]))

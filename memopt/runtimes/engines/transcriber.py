@@ -204,7 +204,7 @@ class Transcriber(PairWriter):
         most: int | None,
         cancel: threading.Event | None,
     ) -> list[list[Utterance]]:
-        with self._writing:
+        with self._writing.taken():
             rows, requests = [], []
             for sound in sounds:
                 spoken, request = self._plan(language, task, timestamps, most, begin=sound.language)

@@ -13,13 +13,15 @@ from typing import Any, TypeAlias, Unpack
 import numpy as np
 
 from memopt.bundle import read_json
-from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
+from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError, first_line
 from memopt.positions import position_limit
+from memopt.runtimes.generate.chat import ChatPrompt
 from memopt.runtimes.generate.continuation import Continuation, slide
 from memopt.runtimes.generate.lookup import Lookup
 from memopt.runtimes.generate.request import Options, Request
 from memopt.runtimes.generate.sampling import TIE
 from memopt.runtimes.generate.structure import Structure
+from memopt.runtimes.generate.turn import Turn
 from memopt.runtimes.generate.words import end_tokens
 from memopt.runtimes.task_engine import Engine
 
@@ -67,7 +69,7 @@ class TokenWriter(Engine):
     def after_fork(self) -> None:
         """In a child of fork(): the parent may be in the middle of a text."""
         super().after_fork()
-        self._writing = threading.Lock()
+        self._writing = Turn()
         self._steady: Any = None  # a decoder that reads one token as it does several
 
     @abstractmethod
@@ -92,10 +94,20 @@ class TokenWriter(Engine):
         rows: list[Continuation],
         request: Request,
         cancel: threading.Event | None = None,
+        reader: int | None = None,
     ) -> Pieces:
-        """Write all rows to their end once no other text is written; yield the first row's."""
-        with self._writing:
-            yield from self._written(rows, request, cancel)
+        """Write all rows to their end once no other text is written; yield the first row's.
+
+        ``reader`` is the thread that asks for the pieces; None is whichever did last.
+        """
+        with self._writing.taken(reader, cancel) as own:
+            if not own:
+                for row in rows:
+                    row.finish = "cancelled"
+                return _generation(rows[0])
+            for piece in self._written(rows, request, cancel):
+                yield piece
+                self._writing.reader = reader or threading.get_ident()
         return _generation(rows[0])
 
     def _written(
@@ -166,7 +178,12 @@ class TokenWriter(Engine):
         file = self._bundle.path / "tokenizer.json"
         if not file.is_file():
             raise BundleError(f"{self._bundle.path} has no tokenizer.json", fix="convert it again")
-        tokenizer = Tokenizer.from_file(str(file))
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise BundleError(
+                f"{file} is no tokenizer: {first_line(error)}", fix="convert it again"
+            ) from error
         # A prompt is never cut without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -222,8 +239,14 @@ class TextWriter(TokenWriter):
             ConfigurationError: a value out of its range, or a form that cannot be kept.
             DeviceError: no provider is left.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = _listed(prompts)
+        if not isinstance(cancel, threading.Event | None):
+            raise ConfigurationError(
+                f"cancel is {type(cancel).__name__}", fix="give a threading.Event"
+            )
         request = Request.of(options)
+        if not texts:
+            return []
         rows = self._rows(texts, request)
         for _ in self._write(rows, request, cancel):
             pass
@@ -241,21 +264,50 @@ class TextWriter(TokenWriter):
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[str]:
         """Yield as :meth:`stream` does, without holding up the event loop."""
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
 
-        pieces = self.stream(prompt, **options)
+        request, cancel = Request.of(options), threading.Event()
+        rows = self._rows([prompt], request)
+        pieces = self._write(rows, request, cancel, threading.get_ident())
+        # A thread of its own: one that waits for its turn holds up none that the text of now needs.
+        thread = ThreadPoolExecutor(1, "memopt-stream")
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            while (piece := await run(thread, next, pieces, None)) is not None:
                 yield piece
         finally:
-            pieces.close()
+            cancel.set()
+            try:
+                await run(thread, pieces.close)  # behind the token that is being written
+            finally:
+                thread.shutdown(wait=False)
 
     def _encoded(self, number: int, text: str) -> list[int]:
         if not isinstance(text, str):
             raise InputError(f"prompt {number} is {type(text).__name__}", fix="give text")
-        ids: list[int] = self._tokenizer.encode(text).ids
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"prompt {number} holds {text[error.start]!a}, which is no character",
+                fix="give it as UTF-8",
+            ) from error
+        # A chat's template has written the tokens that begin a text; twice is another text.
+        special = not isinstance(text, ChatPrompt)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         if not ids:
             raise InputError(f"prompt {number} is empty", fix="give a text to go on from")
         return ids
+
+
+def _listed(prompts: Any) -> list[str]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, collections.abc.Iterable):
+        raise InputError(
+            f"prompts is {type(prompts).__name__}", fix="give a text, or a list of texts"
+        )
+    return list(prompts)
 
 
 def _generation(row: Continuation) -> Generation:

@@ -9,10 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from memopt.bundle import read_json
 from memopt.errors import BundleError, InputError, first_line
 from memopt.extras import require
 
 Message = Mapping[str, Any]
+
+
+class ChatPrompt(str):
+    """A prompt whose special tokens are all written out: the tokenizer adds none."""
+
+    __slots__ = ()
+
+
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -23,13 +32,16 @@ def read_template(folder: Path) -> str | None:
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{file} is no UTF-8: {first_line(error)}") from error
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         return None
-    stated = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    stated = read_json(config).get("chat_template")
     if isinstance(stated, list):
-        named = {entry.get("name"): entry.get("template") for entry in stated}
+        named = {e.get("name"): e.get("template") for e in stated if isinstance(e, dict)}
         stated = named.get("default")
     return stated if isinstance(stated, str) else None
 
@@ -54,7 +66,7 @@ def prompt_of(
         raise BundleError(
             f"{folder} has no chat template", fix="use generate() with a prompt of your own"
         )
-    _check(messages)
+    check(messages)
     jinja2 = require("jinja2", extra="chat", why="write a chat by its template")
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -86,7 +98,19 @@ def prompt_of(
         ) from error
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check(messages: object) -> None:
+    """Refuse what is no conversation.
+
+    >>> check("hello")
+    Traceback (most recent call last):
+    ...
+    memopt.errors.InputError: messages is str; give a list of {"role": "user", "content": "..."}
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InputError(
+            f"messages is {type(messages).__name__}",
+            fix='give a list of {"role": "user", "content": "..."}',
+        )
     if not messages:
         raise InputError("there are no messages", fix="give at least one of a user")
     for number, message in enumerate(messages):
@@ -97,3 +121,9 @@ def _check(messages: Sequence[Message]) -> None:
             )
         if "content" not in message:
             raise InputError(f"message {number} has no content")
+        content = message["content"]
+        # An assistant that only calls tools says nothing; what else is no text would be printed.
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise InputError(
+                f"message {number} has content of {type(content).__name__}", fix="give text"
+            )

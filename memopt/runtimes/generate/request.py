@@ -101,11 +101,17 @@ class Request:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("keep", 0), ("speculate", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(f"{name} is {value!r}", fix=f"give {least} or more")
         if self.context not in CONTEXTS:
             raise ConfigurationError(
                 f"context is {self.context!r}", fix=f"give {' or '.join(CONTEXTS)}"
+            )
+        if not isinstance(self.exact, bool):
+            raise ConfigurationError(f"exact is {self.exact!r}", fix="give True or False")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(s, str) for s in self.stop):
+            raise ConfigurationError(
+                f"stop is {self.stop!r}", fix="give a text, or a list of texts"
             )
         if not all(self.stops):
             raise ConfigurationError("a stop string is empty", fix="leave it out")

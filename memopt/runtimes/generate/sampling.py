@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 # Logits nearer than this are one to a run that rounds otherwise (several tokens, another batch).
 TIE = 1e-3
+_KINDS = (
+    ("repetition_penalty", numbers.Real, "a number above 0"),
+    ("temperature", numbers.Real, "0 or more"),
+    ("top_k", numbers.Integral, "a whole number, 0 or more"),
+    ("top_p", numbers.Real, "a share above 0, up to 1"),
+    ("min_p", numbers.Real, "a share from 0 to below 1"),
+    ("seed", numbers.Integral, "a whole number, 0 or more, or leave it out"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +59,17 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind, wanted in _KINDS:
+            value = getattr(self, name)
+            if (value is not None or name != "seed") and (
+                not isinstance(value, kind) or isinstance(value, bool)
+            ):
+                raise ConfigurationError(f"{name} is {value!r}", fix=f"give {wanted}")
         ranges = (
-            ("repetition_penalty", self.repetition_penalty > 0, "a number above 0"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "a number above 0"),
+            ("temperature", 0 <= self.temperature < np.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more, or leave it out"),
             ("top_p", 0 < self.top_p <= 1, "a share above 0, up to 1"),
             ("min_p", 0 <= self.min_p < 1, "a share from 0 to below 1"),
         )
@@ -99,7 +115,8 @@ class Sampler:
         if self._how.temperature == 0:
             token = int(scores.argmax())
         else:
-            token = self._draw(scores / self._how.temperature)
+            with np.errstate(over="ignore"):  # as cold as can be, the likeliest alone is left
+                token = self._draw((scores - scores.max()) / self._how.temperature)
         # float32 powers are several times faster, and exact to six digits: more than logits are.
         top = logits.max()
         powers = np.exp(logits - top).sum(dtype=np.float64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.bundle import read_json
+from memopt.errors import BundleError
 
 
 def end_tokens(folder: Path) -> frozenset[int]:
@@ -19,7 +20,10 @@ def end_tokens(folder: Path) -> frozenset[int]:
         file = folder / name
         stated = read_json(file).get("eos_token_id") if file.is_file() else None
         if stated is not None:
-            return frozenset(stated if isinstance(stated, list) else [stated])
+            ends = stated if isinstance(stated, list) else [stated]
+            if not all(isinstance(end, int) for end in ends):
+                raise BundleError(f"{file}: eos_token_id is {stated!r}", fix="give token ids")
+            return frozenset(ends)
     return frozenset()
 
 
