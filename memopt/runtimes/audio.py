@@ -71,7 +71,11 @@ class AudioFrontEnd:
             return None
         if isinstance(item, tuple | list) and len(item) == 2:
             samples, rate = item
-            if isinstance(samples, np.ndarray) and isinstance(rate, numbers.Real) and rate > 0:
+            if (
+                isinstance(samples, np.ndarray)
+                and isinstance(rate, numbers.Real)
+                and float(rate) > 0
+            ):
                 return None
         return f"is {type(item).__name__}, not a path, bytes, array or (samples, rate)"
 

@@ -21,7 +21,7 @@ from memopt.runtimes.generate.lookup import Lookup
 from memopt.runtimes.generate.request import Options, Request
 from memopt.runtimes.generate.sampling import TIE
 from memopt.runtimes.generate.structure import Structure
-from memopt.runtimes.generate.turn import Turn
+from memopt.runtimes.generate.turn import TextTurn
 from memopt.runtimes.generate.words import end_tokens
 from memopt.runtimes.task_engine import Engine
 
@@ -69,7 +69,7 @@ class TokenWriter(Engine):
     def after_fork(self) -> None:
         """In a child of fork(): the parent may be in the middle of a text."""
         super().after_fork()
-        self._writing = Turn()
+        self._writing = TextTurn()
         self._steady: Any = None  # a decoder that reads one token as it does several
 
     @abstractmethod

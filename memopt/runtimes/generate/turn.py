@@ -12,13 +12,13 @@ from memopt.errors import ConfigurationError
 _LOOK = 0.05
 
 
-class Turn:
+class TextTurn:
     """A lock for which threads wait, but never a thread for a text that it has to read on itself.
 
     Attributes:
         reader: the thread that reads the text of now, None between texts.
 
-    >>> turn = Turn()
+    >>> turn = TextTurn()
     >>> with turn.taken(), turn.taken():
     ...     pass
     Traceback (most recent call last):
