@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from memopt.errors import ConfigurationError
+
 
 def classify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
@@ -38,12 +40,11 @@ def classify(
     from memopt.runtimes.engines.zero_shot import ZeroShotClassifier
     from memopt.runtimes.towers import other_task
 
-    own = (
-        [label.strip() for label in labels.split(",") if label.strip()]
-        if labels is not None
-        else None
-    )
+    given_labels = labels.split(",") if labels is not None else []
+    own = None if labels is None else [label.strip() for label in given_labels if label.strip()]
     if own is not None and other_task(open_bundle(bundle)):
+        if pair is not None:
+            raise ConfigurationError("--pair is of texts", fix="leave it out")
         with open_configured(ZeroShotClassifier, bundle, device, variant) as towers:
             found = answered(
                 given(inputs or [], source, column, "image"),

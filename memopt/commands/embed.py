@@ -68,7 +68,13 @@ def embed(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
 ) -> None:
     """Encode texts, images or sounds into vectors; memory stays flat, a kill loses little."""
+    if query and not late:
+        raise ConfigurationError("--query is of --late", fix="give both; else --prompt-name query")
     if sparse or late:
+        if not normalize:
+            raise ConfigurationError(
+                "--no-normalize is of dense vectors", fix="leave it out: these have their lengths"
+            )
         if sparse and late:
             raise ConfigurationError("--sparse and --late are two kinds", fix="give one of them")
         if resume or on_error != "fail":

@@ -59,6 +59,9 @@ class TorchBackend:
             self._model = _optimized(self._model)
         self.inputs = _inputs(self._loaded, bundle.manifest)
         self.dimension = bundle.manifest.dimension
+        if bundle.task.answer == "classes" or bundle.task.name == "token-classification":
+            # As many as the head's weights have; config.json may name fewer.
+            self.dimension = int(self._loaded.config.num_labels)
         self.streams = 1
         if settings.use_compile:
             self._model = torch.compile(self._model, dynamic=True, mode=settings.compile_mode)

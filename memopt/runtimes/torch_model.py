@@ -142,6 +142,11 @@ def load_model(
     require("torch", extra="export", why="build the model")
     row, config = task_of(task), load_config(bundle.path)
     module, config = _construct(config, row, attention)
+    with WeightLoader(weights or bundle.weights) as loader:
+        count = _stored_labels(module, config, loader) if row.answer in ("classes", "tokens") else 0
+    if count:
+        config.num_labels = count  # and their names, which are not complete
+        module, config = _construct(config, row, attention)
     late = row.name == "late-interaction"
     sentence = read_sentence(bundle.path) if row.embeds or late else None
     with WeightLoader(weights or bundle.weights) as loader:
@@ -169,6 +174,20 @@ def load_model(
     method = TOWERS.get(task, "") if (config.model_type, task) not in CLASSES else ""
     method = method if config.model_type in DUAL else ""
     return LoadedModel(module.eval(), config, names, head, picture, method)
+
+
+def _stored_labels(module: Any, config: Any, loader: WeightLoader) -> int:
+    """Return how many labels the head's weights have, where config.json names fewer or more.
+
+    transformers counts names: of a map with gaps it would build a smaller head than was trained.
+    """
+    stored = Converted(loader, module, without=())
+    found = set()
+    for name, weight in match_names(module, stored.names).items():
+        built, kept = tuple(module.get_parameter(name).shape), stored.shape(weight)
+        if kept != built and kept[1:] == built[1:] and built[0] == config.num_labels:
+            found.add(kept[0])
+    return int(found.pop()) if len(found) == 1 else 0
 
 
 def _encoder(module: Any, names: dict[str, str]) -> tuple[Any, dict[str, str]]:

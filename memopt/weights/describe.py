@@ -35,6 +35,8 @@ _KINDS = {"SparseEncoder": "sparse-embedding", "MultiVectorEncoder": "late-inter
 _KNOWN = frozenset(
     {"source", "revision", "task", "pooling", "normalize", "max_length", "dimension", "quantize"}
 )
+# What transformers reads in a classifier's config.
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 # transformers writes this huge number where a tokenizer has no limit.
 _NO_LIMIT = 10**9
 
@@ -74,6 +76,7 @@ def describe(
     files = folder / sentence.transformer if sentence else folder
     config = model_config(files, sentence)
     architecture, model_type = _identity(files, config)
+    _check_labels(files / "config.json", config)
     row = task_of(task or known.get("task") or _task(architecture, config, sentence))
     if not row.model:
         raise ConfigurationError(
@@ -194,6 +197,24 @@ def _identity(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
             )
     first = architectures if isinstance(architectures, str) else architectures[0]  # type: ignore[index]
     return str(first), str(model_type)
+
+
+def _check_labels(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse labels that transformers cannot read, and scores that it knows no loss for.
+
+    Raises:
+        WeightsError: ``id2label`` is no map, or ``problem_type`` is unknown.
+    """
+    labels, kind = config.get("id2label"), config.get("problem_type")
+    if labels is not None and not isinstance(labels, Mapping):
+        raise WeightsError(
+            f"{file}: id2label is a {type(labels).__name__}, not a map",
+            fix='write it as {"0": "name of the first", "1": ...}',
+        )
+    if kind is not None and kind not in PROBLEMS:
+        raise WeightsError(
+            f"{file}: problem_type {kind!r} is not known", fix=nearest(str(kind), PROBLEMS)
+        )
 
 
 def _heads(weights: Sequence[str]) -> list[str]:

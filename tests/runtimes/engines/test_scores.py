@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.cli import app
-from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError
+from memopt.errors import BundleError, ConfigurationError, DeviceError, InputError, WeightsError
 from memopt.exporters.base import export
 from memopt.runtimes.engines.classifier import Classifier
 from memopt.runtimes.engines.reranker import Reranker
@@ -249,6 +249,42 @@ def test_labels_without_names_are_numbered_and_told(made: Made, tmp_path: Path) 
     assert any("no label 2" in line for line in told)
     with Classifier(bundle, device="torch") as engine:
         assert set(engine.classify("a")[0].labels) == {"bad", "good", "LABEL_2"}
+
+
+@pytest.mark.parametrize("named", [{"0": "bad", "2": "so-so"}, {"0": "bad"}])
+def test_fewer_names_than_the_head_has_rows(
+    made: Made, tmp_path: Path, named: dict[str, str]
+) -> None:
+    """The head keeps the size it was trained with; transformers counts names and would cut it."""
+    whole, bundle = made(id2label={0: "bad", 1: "good", 2: "so-so"})
+    folder = shutil.copytree(whole, tmp_path / "few")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": named}))
+    few = convert(folder, tmp_path / "bundle", task="text-classification", on_warning=str)
+    names = [named.get(str(number), f"LABEL_{number}") for number in range(3)]
+    with Classifier(few, device="torch") as engine, Classifier(bundle, device="torch") as other:
+        got, exact = engine.classify("a cat")[0], other.classify("a cat")[0]
+    assert sorted(got.labels) == sorted(names)
+    np.testing.assert_allclose(got.scores, exact.scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id2label": ["bad", "good", "so-so"]}, "id2label is a list"),
+        ({"problem_type": "multi_label"}, "did you mean 'multi_label_classification'"),
+    ],
+)
+def test_a_config_that_says_its_labels_wrongly_is_refused(
+    made: Made, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    """At convert, where the file can still be mended."""
+    folder = shutil.copytree(made(id2label={0: "bad", 1: "good", 2: "so-so"})[0], tmp_path / "few")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(WeightsError, match=said):
+        convert(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_the_head_that_embedding_leaves_out_is_named(made: Made, tmp_path: Path) -> None:
