@@ -65,10 +65,11 @@ def chat(
         for said in messages or _asked():
             told.append({"role": "user", "content": said})
             pieces = engine.stream(engine.chat_prompt(told), keep=engine.opening(told), **options)
-            answer = "".join(pieces) if as_json else printed(pieces).text
-            told.append({"role": "assistant", "content": answer})
+            answer = printed(pieces, quiet=as_json)
+            told.append({"role": "assistant", "content": answer.text})
             if as_json:
-                echo(json_text({"input": said, "answer": answer}, indent=None))
+                row = {"input": said, "answer": answer.text, "finish": answer.finish}
+                echo(json_text(row, indent=None))
 
 
 def _asked() -> Iterator[str]:

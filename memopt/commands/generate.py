@@ -100,15 +100,16 @@ def generate(
                 )
 
 
-def printed(pieces: Pieces) -> Generation:
+def printed(pieces: Pieces, *, quiet: bool = False) -> Generation:
     """Print pieces as they come, and a line's end; return what was written."""
     from memopt.commands.console import echo
 
+    say = (lambda *_, **__: None) if quiet else echo
     try:
         while True:
-            echo(next(pieces), nl=False)  # typer flushes what it prints
+            say(next(pieces), nl=False)  # typer flushes what it prints
     except StopIteration as end:
-        echo("")
+        say("")
         found: Generation = end.value
         return found
 

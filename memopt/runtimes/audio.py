@@ -194,7 +194,10 @@ def _decoded(item: Any, rate: int) -> tuple[NDArray[Any], float]:
     if isinstance(item, tuple | list):
         return item[0], item[1]
     soundfile = require("soundfile", extra="media", why="read sound files")
-    source = io.BytesIO(item) if isinstance(item, bytes | bytearray) else str(item)
+    raw = isinstance(item, bytes | bytearray)
+    if not raw and not Path(str(item)).exists():
+        raise FileNotFoundError(f"there is no file {str(item)!r}")
+    source = io.BytesIO(item) if raw else str(item)
     samples, own = soundfile.read(source, dtype="float32")
     return samples, own
 

@@ -189,4 +189,8 @@ def test_the_commands(talker: Talker, tmp_path: Path) -> None:
     assert len(first["tokens"]) == len(second["logprobs"]) == 6
     talk = ["chat", str(bundle.path), "--device", "cpu", "--max-tokens", "4", "--json"]
     spoken = run.invoke(app, talk, input="hi\nand you?\n")
-    assert [json.loads(line)["input"] for line in spoken.stdout.splitlines()] == ["hi", "and you?"]
+    turns = [json.loads(line) for line in spoken.stdout.splitlines()]
+    assert [(turn["input"], turn["finish"]) for turn in turns] == [
+        ("hi", "length"),
+        ("and you?", "length"),
+    ]
