@@ -66,8 +66,8 @@ def preferred(prefill: float, decode: float, prefer: str) -> float:
 
     ``mix`` is of requests as chats have them: four tokens are read for each that is written.
 
-    >>> preferred(400.0, 50.0, "mix")
-    166.66666666666666
+    >>> round(preferred(400.0, 50.0, "mix"), 1)
+    166.7
     """
     if prefer == "mix":
         return (READ_PER_WRITTEN + 1) / (READ_PER_WRITTEN / prefill + 1 / decode)

@@ -73,7 +73,7 @@ def test_search_reaches_a_gate_that_plain_int2_misses(tiny_copy: Bundle, texts: 
     assert seen[0][0] == 1
     assert seen[0][1] > len(first.sensitivity)
     assert all(done <= whole for done, whole in seen)
-    assert open_bundle(tiny_copy.path).variant("onnx-int2-weight-only").passed
+    assert open_bundle(tiny_copy.path).variant("onnx-int2-weight-only-g16").passed
 
 
 class Ticks:
