@@ -82,6 +82,7 @@ def test_exporting_twice_gives_the_same_bytes(exported: Bundle, copy: Bundle) ->
         assert sha256_file(copy.path / name) == sha256_file(exported.path / name)
 
 
+@pytest.mark.slow
 def test_weights_past_the_limit_go_beside_the_graph(copy: Bundle) -> None:
     """With a small limit the weights are a plain file that the variant lists and ORT reads."""
     portable, fused = export(copy, external_data_bytes=10_000)
