@@ -130,7 +130,7 @@ def nearest_points(weight: QuantizedWeight, points: np.ndarray) -> tuple[np.ndar
 
     The weights stay what they are. A kernel that rounds its inputs errs by the size of what it
     multiplies them with: the steps from the point, which now are nearly the weights themselves (on
-    SmolLM2 the divergence halves).
+    SmolLM2 the divergence is a quarter of what it was).
     """
     least, most = RANGES[weight.bits]
     safe = np.where(weight.scales == 0, 1, weight.scales)
