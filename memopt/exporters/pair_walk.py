@@ -11,7 +11,7 @@ from memopt.errors import ExportError
 from memopt.exporters.check import Run, Tolerance
 from memopt.exporters.halves import cross_names, own_names
 from memopt.exporters.pair_cases import LOGITS, SOURCE_MASK, Sizes, source_of, source_states
-from memopt.runtimes.keys_values import PAST, PRESENT
+from memopt.runtimes.keys_values import PAST, held
 from memopt.runtimes.torch_model import LoadedModel
 
 STEPS = 64  # tokens that the graphs write beside torch
@@ -45,7 +45,7 @@ def walk(
     with torch.no_grad():
         expected = [_written(loaded, source, start, steps) for source in alone]
     together = _together(alone, loaded.config.pad_token_id or 0)
-    cross = {PAST + n.removeprefix(PRESENT): v for n, v in encode(together).items()}
+    cross = held(encode(together))
     return _followed(decode, together, cross, start, expected, sizes, tolerance, name)
 
 
@@ -132,8 +132,7 @@ def _followed(
                 )
             else:
                 equal += 1
-        kept = own_names(sizes.layers, PRESENT)
-        own = {PAST + n.removeprefix(PRESENT): outputs[n] for n in kept}
+        own = held(outputs)
         following = [row[min(step, len(row) - 1)][0] for row in expected]
         ids = np.array(following, np.int64)[:, None]
     return equal

@@ -210,17 +210,14 @@ def new_node(op_type: str, inputs: Sequence[Any], output: str, **attributes: Any
 
 def replace_node(graph: Any, old: Any, new: Sequence[Any]) -> None:
     """Put nodes in the place of one; the last one's output takes the name of the old one's."""
-    import onnx_ir as ir
-
-    values = old.outputs[:1], new[-1].outputs[:1]
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, *values)
+    replace_nodes(graph, [old], new)
 
 
 def replace_nodes(graph: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
-    """Put nodes in the place of several; the last one has an output for each of theirs."""
+    """Put nodes in the place of several; the last one's outputs take the names of theirs."""
     import onnx_ir as ir
 
-    values = [node.outputs[0] for node in old], new[-1].outputs
+    values = [node.outputs[0] for node in old], new[-1].outputs[: len(old)]
     ir.convenience.replace_nodes_and_values(graph, old[0], old, new, *values)
 
 

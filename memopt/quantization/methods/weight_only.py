@@ -46,6 +46,7 @@ from memopt.quantization.method import (
     kept_layers,
     match_layers,
 )
+from memopt.quantization.methods.static import share_of_power
 from memopt.quantization.methods.tables import (
     find_tables,
     quantize_tables,
@@ -129,9 +130,9 @@ def _stored(
         for linear in linears:
             if linear.name in loader and loader.info(linear.name).quant_type in QUANT_BITS:
                 weight = loader.load_quantized(linear.name)
-                error = output_error(linear.weight, weight.dequantize(), np.eye(linear.shape[1]))
-                found[linear.label] = weight, error**2
-    sizes = Counter({f"int{weight.bits}": 0 for weight, _ in found.values()})
+                exact = linear.weight
+                found[linear.label] = weight, share_of_power(weight.dequantize() - exact, exact)
+    sizes: Counter[str] = Counter()
     for weight, _ in found.values():
         sizes[f"int{weight.bits}"] += weight.integers.size
     most = sizes.most_common(1)[0][0] if sizes else "no layer in integers"
@@ -196,7 +197,7 @@ def _build(
             alike = (linear.source, weight.bits, *(count > 0 for count in counts))
             together.setdefault(alike, []).append(linear)
         else:
-            product = _product(model.graph, linear, weight, shared=blocks)
+            product = _product(model.graph, linear, blocks or to_blocks(weight))
             replace_node(model.graph, linear.node, product)
         layers.append(
             Layer(name=linear.name, kind=f"int{weight.bits}", error=error, macs=linear.size)
@@ -215,11 +216,10 @@ def _multiply(graph: Any, linears: Sequence[Linear], weights: Sequence[Quantized
 
     Each row of a weight is multiplied as it was: the numbers stay the same.
     """
-    nodes = [linear.node for linear in linears]
+    nodes, blocks = [linear.node for linear in linears], to_blocks(stacked(weights))
     if len(linears) == 1:
-        replace_node(graph, nodes[0], _product(graph, linears[0], weights[0], shared=None))
+        replace_node(graph, nodes[0], _product(graph, linears[0], blocks))
         return
-    blocks = to_blocks(stacked(weights))
     assert blocks is not None, "a recipe takes only group sizes that are blocks"
     name, output = "+".join(linear.name for linear in linears), f"{linears[0].output}/joined"
     source = nodes[0].inputs[0]
@@ -228,11 +228,8 @@ def _multiply(graph: Any, linears: Sequence[Linear], weights: Sequence[Quantized
     replace_nodes(graph, nodes, [*made, cut])
 
 
-def _product(
-    graph: Any, linear: Linear, weight: QuantizedWeight, *, shared: Blocks | None
-) -> list[Any]:
-    """Return the nodes of a product; of a table that is ``shared`` its rows are cut into blocks."""
-    blocks = shared or to_blocks(weight)
+def _product(graph: Any, linear: Linear, blocks: Blocks | None) -> list[Any]:
+    """Return the nodes of a product, and of its bias."""
     assert blocks is not None, "a recipe takes only group sizes that are blocks"
     output = linear.output
     label = f"{output}/product" if linear.bias is not None else output

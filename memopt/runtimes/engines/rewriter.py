@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -51,9 +53,9 @@ class PairWriter(TokenWriter):
         super()._opener(provider)  # raises where it is not there
         return cast(Opener, open_pair)
 
+    @abstractmethod
     def _source(self, rows: list[Continuation]) -> dict[str, NDArray[Any]]:
         """Return what the encoder reads, one row a text."""
-        raise NotImplementedError
 
     def _prefill(self, rows: list[Continuation], request: Request, decoder: Any) -> Any:
         decoder.encode(self._source(rows))
@@ -123,8 +125,6 @@ class Rewriter(PairWriter, TextWriter):
 
     def _sampling(self, request: Request) -> Any:
         """Return how tokens are chosen; the checkpoint's penalty is kept where none is asked."""
-        from dataclasses import replace
-
         stated = self._asked.settings.get("repetition_penalty")
         if request.sampling.repetition_penalty != 1.0 or not stated:
             return request.sampling

@@ -117,10 +117,7 @@ class Sampler:
         else:
             with np.errstate(over="ignore"):  # as cold as can be, the likeliest alone is left
                 token = self._draw((scores - scores.max()) / self._how.temperature)
-        # float32 powers are several times faster, and exact to six digits: more than logits are.
-        top = logits.max()
-        powers = np.exp(logits - top).sum(dtype=np.float64)
-        return token, float(own[token] - float(top) - np.log(powers))
+        return token, float(own[token] - _log_sum(logits))
 
     def undecided(
         self,
@@ -171,5 +168,6 @@ class Sampler:
 
 
 def _log_sum(values: NDArray[Any]) -> float:
-    top = float(values.max())
-    return top + float(np.log(np.exp(values - top).sum()))
+    # float32 powers are several times faster, and exact to six digits: more than logits are.
+    top = values.max()
+    return float(top) + float(np.log(np.exp(values - top).sum(dtype=np.float64)))
