@@ -14,8 +14,8 @@ from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
 from memopt.exporters import check, encoder, interface, onnx, openvino, pair
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.half import to_half
+from memopt.exporters.record import record
 from memopt.exporters.refusals import foreseen, refused
-from memopt.exporters.versions import versions
 from memopt.files import staged_directory
 from memopt.progress import Step, silent
 from memopt.registry import nearest
@@ -169,7 +169,16 @@ def _export(
                 known = folder / "source" / "model.onnx"
                 onnx.save_onnx(kind.portable(graph), known, limit=limit)
             variants = _openvino(job, known)
-        return _publish(job, variants, format, opset)
+        return record(
+            bundle,
+            variants,
+            folder,
+            format=format,
+            task=task,
+            precision=precision,
+            opset=opset,
+            dimension=_dimension(job),
+        )
 
 
 def _pair(
@@ -301,13 +310,10 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
     job.say(f"write and check {file.name}")
     beside = openvino.to_openvino(source, file, half=job.precision == "fp16")
     variants = []
-    for precision in _sharing(job):
+    known = job.bundle.manifest.variants
+    for precision in openvino.sharing(job.precision, lambda p: job.name("openvino", p) in known):
         name = job.name("openvino", precision)
-        # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
-        options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-        if job.task == "text-generation" and precision == "fp32":
-            # Its own default rounds keys and values to int8.
-            options["KV_CACHE_PRECISION"] = "f32"
+        options = openvino.compile_options(precision, cached=job.task == "text-generation")
         run = openvino.runner(file, job.signature.outputs, options)
         variants.append(
             Variant(
@@ -323,14 +329,6 @@ def _openvino(job: _Job, source: Path) -> list[Variant]:
             )
         )
     return variants
-
-
-def _sharing(job: _Job) -> list[str]:
-    """Return the precisions to check: fp32 and bf16 share a file, so writing it renews both."""
-    shared = ("fp32", "bf16")
-    known = job.bundle.manifest.variants
-    twins = [p for p in shared if job.precision in shared and job.name("openvino", p) in known]
-    return [job.precision, *(p for p in twins if p != job.precision)]
 
 
 def _name(format: str, precision: str, task: str, manifest: Manifest) -> str:
@@ -362,33 +360,6 @@ def whole(bundle: Bundle, variant: Variant) -> bool:
         if record is None or not path.is_file() or not has_hash(path, record["sha256"]):
             return False
     return True
-
-
-def _publish(job: _Job, variants: list[Variant], format: str, opset: int) -> tuple[Variant, ...]:
-    bundle = job.bundle
-    weights = bundle.manifest.files["weights.parquet"]["sha256"]
-    made_of = {"weights": weights, "opset": opset}
-    task = "" if job.task == bundle.manifest.task else job.task
-    variants = [
-        replace(v, check={**(v.check or {}), "made_of": made_of}, task=task) for v in variants
-    ]
-    # The graph after what it needs: a reader never sees a graph whose weights are not there yet.
-    names = dict.fromkeys(n for v in variants for n in (*v.companions, v.file))
-    bundle.add_variants(
-        *variants,
-        event={
-            "event": "export",
-            "format": format,
-            "task": job.task,
-            "precision": job.precision,
-            "opset": opset,
-            "variants": [variant.name for variant in variants],
-            "versions": versions(),
-        },
-        staged={name: job.folder / name for name in names},
-        dimension=_dimension(job),
-    )
-    return tuple(variants)
 
 
 def _dimension(job: _Job) -> int | None:

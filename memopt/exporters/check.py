@@ -85,6 +85,37 @@ def compare(
     }
 
 
+def likeliest(logits: Any) -> tuple[int, float]:
+    """Return the likeliest token of torch's logits (vocabulary,) and its lead over the next one.
+
+    The lead is relative to the size of the logits, as tolerances are.
+    """
+    best = logits.topk(2)
+    size = max(1.0, float(logits.abs().max()))
+    return int(best.indices[0]), float(best.values[0] - best.values[1]) / size
+
+
+def same_token(
+    got: int, expected: tuple[int, float], tolerance: Tolerance, where: str, fix: str
+) -> bool:
+    """Say whether a graph's token is torch's; False where torch's two likeliest are as likely.
+
+    Args:
+        got: the graph's.
+        expected: what :func:`likeliest` gave.
+        where: names the graph and the place, for the error.
+
+    Raises:
+        ExportError: it is another one.
+    """
+    token, lead = expected
+    if lead < tolerance.max_abs_error:
+        return False
+    if got != token:
+        raise ExportError(f"{where} is {got}, and torch's is {token}", fix=fix)
+    return True
+
+
 def _differences(
     outputs: Mapping[str, Any], feeds: Mapping[str, Any], expected: Mapping[str, Any], name: str
 ) -> tuple[float, float, float]:

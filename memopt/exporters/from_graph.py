@@ -106,8 +106,7 @@ def _openvino(
     file = folder / "openvino" / f"openvino_model{'_fp16' if half else ''}.xml"
     say(f"write and check {file.name}")
     beside = openvino.to_openvino(bundle.file(source), file, half=half)
-    # OpenVINO picks bf16 by itself on processors that have it: always say which is meant.
-    options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    options = openvino.compile_options(precision)
     run = openvino.runner(file, (source.output,), options)
     name = f"openvino-{precision}"
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,34 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
     except Exception as error:
         raise _refusal("read the graph", error) from error
     return (target.with_suffix(".bin").name,)
+
+
+def compile_options(precision: str, *, cached: bool = False) -> dict[str, str]:
+    """Return how a file is opened, so that OpenVINO computes in that precision.
+
+    By itself it picks bf16 on processors that have it and, of a model ``cached`` keys and values
+    are kept of, rounds these to int8: which is meant is always said.
+
+    >>> compile_options("fp32", cached=True)
+    {'INFERENCE_PRECISION_HINT': 'f32', 'KV_CACHE_PRECISION': 'f32'}
+    """
+    options = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    return options | ({"KV_CACHE_PRECISION": "f32"} if cached and precision == "fp32" else {})
+
+
+def sharing(precision: str, there: Callable[[str], bool]) -> list[str]:
+    """Return the precisions to check: fp32 and bf16 share a file, so writing it renews both.
+
+    Args:
+        precision: what is written.
+        there: says whether the bundle has a variant of another one.
+
+    >>> sharing("fp32", lambda other: True)
+    ['fp32', 'bf16']
+    """
+    shared = ("fp32", "bf16")
+    twins = [p for p in shared if precision in shared and p != precision and there(p)]
+    return [precision, *twins]
 
 
 def runner(path: Path, outputs: tuple[str, ...], options: Mapping[str, str]) -> Any:

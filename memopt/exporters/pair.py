@@ -11,7 +11,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from memopt.exporters.pair_cases import (
     turn_reference,
 )
 from memopt.exporters.pair_walk import walk
+from memopt.exporters.record import record
 from memopt.exporters.refusals import refused
-from memopt.exporters.versions import versions
 from memopt.files import staged_directory
 from memopt.progress import Step
 from memopt.runtimes.keys_values import ENCODER, encoder_of
@@ -101,7 +101,9 @@ def export_pair(
                 for graph, file in zip(graphs, files, strict=True):
                     onnx.save_onnx(graph, file, limit=limit)
             variants = _openvino(work, files, precision)
-        return _publish(work, variants, format, precision, opset)
+        return record(
+            bundle, variants, folder, format=format, task=task, precision=precision, opset=opset
+        )
 
 
 def _traced(loaded: LoadedModel, sizes: Sizes, opset: int, say: Step) -> tuple[Any, ...]:
@@ -171,25 +173,15 @@ def _openvino(work: _Work, sources: list[Path], precision: str) -> list[Variant]
         half = precision == "fp16"
         beside += [f"openvino/{name}" for name in openvino.to_openvino(source, file, half=half)]
     variants = []
-    for shared in _sharing(work.bundle, precision):
-        # OpenVINO picks bf16 by itself on processors that have it, and rounds keys and values to
-        # int8: always say which is meant.
-        options = {"INFERENCE_PRECISION_HINT": "bf16" if shared == "bf16" else "f32"}
-        if shared == "fp32":
-            options["KV_CACHE_PRECISION"] = "f32"
+    known = work.bundle.manifest.variants
+    for shared in openvino.sharing(precision, lambda p: f"openvino-{p}" in known):
+        options = openvino.compile_options(shared, cached=True)
         runs = [
             openvino.runner(file, signature.outputs, options)
             for file, signature in zip(files, signatures(work.sizes), strict=True)
         ]
         variants.append(_variant(work, "openvino", shared, files, beside, runs, options))
     return variants
-
-
-def _sharing(bundle: Bundle, precision: str) -> list[str]:
-    """Return the precisions to check: fp32 and bf16 share files, so writing them renews both."""
-    pair = ("fp32", "bf16")
-    twins = [p for p in pair if precision in pair and f"openvino-{p}" in bundle.manifest.variants]
-    return [precision, *(p for p in twins if p != precision)]
 
 
 def _variant(
@@ -241,30 +233,3 @@ def _compared(work: _Work, runs: list[Run], tolerance: Tolerance, name: str) -> 
         "tolerance": asdict(tolerance),
         "greedy_tokens": walk(encode, decode, work.loaded, work.sizes, tolerance, name),
     }
-
-
-def _publish(
-    work: _Work,
-    variants: list[Variant],
-    format: str,
-    precision: str,
-    opset: int,
-) -> tuple[Variant, ...]:
-    bundle = work.bundle
-    made_of = {"weights": bundle.manifest.files["weights.parquet"]["sha256"], "opset": opset}
-    variants = [replace(v, check={**(v.check or {}), "made_of": made_of}) for v in variants]
-    names = dict.fromkeys(n for v in variants for n in (*v.companions, v.file))
-    bundle.add_variants(
-        *variants,
-        event={
-            "event": "export",
-            "format": format,
-            "task": bundle.manifest.task,
-            "precision": precision,
-            "opset": opset,
-            "variants": [variant.name for variant in variants],
-            "versions": versions(),
-        },
-        staged={name: work.folder / name for name in names},
-    )
-    return tuple(variants)

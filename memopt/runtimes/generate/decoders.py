@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from memopt.bundle import Bundle
+from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import Placement, Settings
@@ -110,7 +110,7 @@ class OnnxDecoder:
         self._length, self._bound = 0, None
         self._capacity = capacity + SLACK if self._shared else 0
         self._held = {
-            name: self._value(np.zeros((batch, heads, self._capacity, size), np.float32))
+            name: ort_value(np.zeros((batch, heads, self._capacity, size), np.float32))
             for name, (heads, size) in self._shapes.items()
         }
 
@@ -183,7 +183,7 @@ class OnnxDecoder:
         for (name, old), new in zip([*self._held.items()], present, strict=True):
             whole = np.zeros(old.shape(), np.float32)
             whole[:, :, :total] = new
-            self._held[name] = self._value(whole)
+            self._held[name] = ort_value(whole)
         self._length = total
         return np.asarray(logits[:, -1], np.float32)
 
@@ -191,7 +191,7 @@ class OnnxDecoder:
         """Keep the first tokens; see :class:`Decoder`."""
         if not self._shared:
             self._held = {
-                name: self._value(np.ascontiguousarray(value.numpy()[:, :, :length]))
+                name: ort_value(np.ascontiguousarray(value.numpy()[:, :, :length]))
                 for name, value in self._held.items()
             }
         self._length = length
@@ -211,14 +211,8 @@ class OnnxDecoder:
             old = value.numpy()
             new = np.zeros((*old.shape[:2], capacity, old.shape[3]), np.float32)
             new[:, :, : self._length] = old[:, :, : self._length]
-            self._held[name] = self._value(new)
+            self._held[name] = ort_value(new)
         self._capacity = capacity
-
-    @staticmethod
-    def _value(array: NDArray[Any]) -> Any:
-        import onnxruntime as ort
-
-        return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 class OpenvinoDecoder:
@@ -227,12 +221,7 @@ class OpenvinoDecoder:
     def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
         ov = require("openvino", extra="openvino", why="run OpenVINO variants")
         self._threads = settings.threads or usable_cpus()
-        options = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self._threads,
-            **candidate.variant.options,
-        }
+        options = latency_options(candidate.variant, self._threads)
         core = ov.Core()
         model = core.read_model(str(bundle.file(candidate.variant)))
         self._choosing = _add_keep(model)
@@ -294,6 +283,23 @@ class OpenvinoDecoder:
     def close(self) -> None:
         """Free the model."""
         self._request = self._compiled = None
+
+
+def latency_options(variant: Variant, threads: int) -> dict[str, Any]:
+    """Return how OpenVINO opens what writes one token after the other."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        **variant.options,
+    }
+
+
+def ort_value(array: NDArray[Any]) -> Any:
+    """Return an array in memory that ONNX Runtime can bind to inputs and outputs."""
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _add_keep(model: Any) -> bool:

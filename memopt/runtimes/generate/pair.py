@@ -16,6 +16,7 @@ from memopt.errors import BundleError, DeviceError
 from memopt.extras import require
 from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
+from memopt.runtimes.generate.decoders import latency_options, ort_value
 from memopt.runtimes.keys_values import BEAM, PAST, PRESENT, encoder_of
 from memopt.runtimes.onnx import OnnxBackend
 
@@ -104,10 +105,10 @@ class OnnxPair:
         names = [PAST + name.removeprefix(PRESENT) for name in self._names]
         self._fixed = dict(zip(names, binding.get_outputs(), strict=True))
         if _SOURCE_MASK in self._decoder.inputs:
-            self._fixed[_SOURCE_MASK] = _value(np.ascontiguousarray(source[_MASK]))
+            self._fixed[_SOURCE_MASK] = ort_value(np.ascontiguousarray(source[_MASK]))
         batch = len(next(iter(source.values())))
         self._own = {
-            name: _value(np.zeros((batch, heads, 0, size), np.float32))
+            name: ort_value(np.zeros((batch, heads, 0, size), np.float32))
             for name, (heads, size) in self._shapes.items()
         }
 
@@ -145,12 +146,7 @@ class OpenvinoPair:
     ) -> None:
         ov = require("openvino", extra="openvino", why="run OpenVINO variants")
         self._threads = settings.threads or usable_cpus()
-        options = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self._threads,
-            **candidate.variant.options,
-        }
+        options = latency_options(candidate.variant, self._threads)
         core = ov.Core()
         files = (bundle.path / encoder, bundle.file(candidate.variant))
         # Nothing compiled is kept alive but by its requests.
@@ -195,9 +191,3 @@ class OpenvinoPair:
     def close(self) -> None:
         """Free the models."""
         self._requests = []
-
-
-def _value(array: NDArray[Any]) -> Any:
-    import onnxruntime as ort
-
-    return ort.OrtValue.ortvalue_from_numpy(array)
