@@ -142,14 +142,14 @@ def load_model(
     require("torch", extra="export", why="build the model")
     row, config = task_of(task), load_config(bundle.path)
     module, config = _construct(config, row, attention)
-    with WeightLoader(weights or bundle.weights) as loader:
-        count = _stored_labels(module, config, loader) if row.answer in ("classes", "tokens") else 0
-    if count:
-        config.num_labels = count  # and their names, which are not complete
-        module, config = _construct(config, row, attention)
     late = row.name == "late-interaction"
     sentence = read_sentence(bundle.path) if row.embeds or late else None
     with WeightLoader(weights or bundle.weights) as loader:
+        if row.answer in ("classes", "tokens") and (
+            count := _stored_labels(module, config, loader)
+        ):
+            config.num_labels = count  # and their names, which are not complete
+            module, config = _construct(config, row, attention)
         head = _head(bundle, row, sentence, loader)
         weights_now = Converted(loader, module, without=_prefixes(sentence, head))
         part = PARTS.get((config.model_type, task))
