@@ -29,7 +29,7 @@ MANIFEST = "memopt.json"
 FORMAT_VERSION = 1
 # "chain": what modules.json says step by step, see memopt.weights.chain.
 POOLINGS = ("mean", "cls", "max", "last", "model", "chain", "none")
-FORMATS = ("onnx", "openvino")
+FORMATS = ("onnx", "openvino", "torch-aoti")
 # How the hashes of files are checked when they are opened.
 VERIFY = ("open", "always", "never")
 _HASHED_AT_OPEN = 10**9  # bytes; hashing more would take over a second

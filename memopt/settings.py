@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Device = Literal[
-    "auto", "cuda", "rocm", "vulkan", "webgpu", "mps", "coreml", "openvino", "cpu", "arm", "torch"
+    "auto",
+    "cuda",
+    "rocm",
+    "vulkan",
+    "webgpu",
+    "mps",
+    "coreml",
+    "openvino",
+    "cpu",
+    "arm",
+    "aoti",
+    "torch",
 ]
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def export(
     source: Annotated[str, typer.Argument(help="Bundle folder, known name, or any SOURCE.")],
-    format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch-aoti.")] = "onnx",
     task: Annotated[
         str,
         typer.Option(help="auto: the bundle's own and a second tower's; or its name."),

@@ -11,7 +11,7 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
 from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
-from memopt.exporters import check, encoder, interface, onnx, openvino, pair
+from memopt.exporters import aoti, check, encoder, interface, onnx, openvino, pair
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.half import to_half
 from memopt.exporters.record import record
@@ -71,13 +71,14 @@ def export(
 
     ``onnx`` writes ``onnx/model.onnx`` (standard operators) and, in fp32, ``onnx/model_fused.onnx``
     for ONNX Runtime; ``openvino`` writes ``openvino/openvino_model.xml`` and ``.bin``. bf16 is a
-    way of running OpenVINO's fp32 file, so that variant shares it.
+    way of running OpenVINO's fp32 file, so that variant shares it. ``torch-aoti`` compiles
+    ``torch-aoti/model.pt2`` for this machine's GPU, or its CPU, and for its version of torch.
 
     Args:
         bundle: a converted bundle; only its Parquet weights and ``config.json`` are read.
-        format: ``onnx`` or ``openvino``.
+        format: ``onnx``, ``openvino`` or ``torch-aoti``.
         task: one of ``memopt.bundle.TASKS``; ``auto`` is the bundle's own and a second tower's.
-        precision: ``fp32``, ``fp16`` (onnx, openvino) or ``bf16`` (openvino).
+        precision: ``fp32``, ``fp16``, or ``bf16`` (openvino, torch-aoti).
         opset: ONNX operator set.
         fused: also write the graph with ONNX Runtime's fused operators (onnx, fp32).
         external_data_bytes: weights past this size go into a file beside the graph.
@@ -151,7 +152,7 @@ def _export(
         portable = current(bundle, plain, opset) if format == "openvino" else None
         known = bundle.file(portable) if portable else None
         graph = None
-        if known is None:
+        if known is None and format != "torch-aoti":
             with refused(loaded, task):
                 module = kind.wrap(loaded, bundle.manifest, task)
                 feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
@@ -162,7 +163,9 @@ def _export(
         with refused(loaded, task):
             cases = reference_cases(loaded, bundle.manifest, task, signature)
         job = _Job(bundle, task, precision, loaded, signature, cases, folder, limit, say)
-        if format == "onnx":
+        if format == "torch-aoti":
+            variants = [_package(job)]
+        elif format == "onnx":
             variants = _onnx(job, graph, fused=fused)
         else:
             if known is None:
@@ -213,6 +216,11 @@ def _checked(format: str, task: str, precision: str, opset: int, manifest: Manif
         raise ConfigurationError(
             f"opset {opset} is not supported",
             fix=f"choose {onnx.OPSETS.start} to {onnx.OPSETS.stop - 1}",
+        )
+    if format == "torch-aoti" and kind_of(manifest.task) is not encoder:
+        raise ExportError(
+            f"torch-aoti is for models that answer at once, and the task is {manifest.task}",
+            fix="use --format onnx or openvino",
         )
     if format == "onnx" and precision == "bf16":
         raise ExportError(
@@ -302,6 +310,25 @@ def _save(job: _Job, graph: Any, file_name: str, name: str) -> Variant:
 def _compared(job: _Job, run: check.Run, tolerance: check.Tolerance, name: str) -> dict[str, Any]:
     record: dict[str, Any] = kind_of(job.task).compare(run, job.loaded, job.cases, tolerance, name)
     return record
+
+
+def _package(job: _Job) -> Variant:
+    suffix = "" if job.precision == "fp32" else f"_{job.precision}"
+    name, file = job.name("torch-aoti", job.precision), f"torch-aoti/{job.stem}{suffix}.pt2"
+    options, record = aoti.to_package(
+        job.loaded, job.signature, job.cases, job.precision, job.folder / file, job.say
+    )
+    return Variant(
+        name=name,
+        format="torch-aoti",
+        precision=job.precision,
+        file=file,
+        target="gpu" if options["device"] == "cuda" else "cpu",
+        options=options,
+        inputs=job.signature.inputs,
+        output=job.signature.outputs[-1],
+        check=record,
+    )
 
 
 def _openvino(job: _Job, source: Path) -> list[Variant]:

@@ -61,6 +61,11 @@ def candidates(
         ]
         # ONNX Runtime's int8 graph is no candidate here: OpenVINO runs it as fast as its own, but
         # the vectors then depend on the batch (5e-3 on MiniLM; its own graph: not at all).
+    if "aoti" in targets:
+        for precision in ("fp32", "fp16", "bf16"):
+            why = f"compiled by torch's inductor, {precision}"
+            name = f"torch-aoti-{precision}"
+            found.append(_export(name, "aoti", "torch-aoti", precision, why))
     for device in ("cuda", "rocm", "coreml", "vulkan"):
         if device in targets:
             found += [

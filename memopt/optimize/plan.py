@@ -15,7 +15,7 @@ from memopt.registry import check_keys, nearest
 from memopt.tasks.quality import MEASURES
 
 PLAN_VERSION = 1
-TARGETS = ("cpu", "openvino", "cuda", "rocm", "coreml", "vulkan")
+TARGETS = ("cpu", "openvino", "cuda", "aoti", "rocm", "coreml", "vulkan")
 KINDS = ("export", "quantize")
 PREFERENCES = ("decode", "prefill", "mix")
 

@@ -214,6 +214,8 @@ def _encoder(source: str | Path) -> Bundle:
 
 def _candidates(bundle: Bundle, targets: Sequence[str] | None) -> tuple[Candidate, ...]:
     here = [name for name in TARGETS if installed(canonical(name))]
+    if "aoti" in here:
+        here.remove("aoti")  # compiling takes minutes: only where it is asked for
     names: Sequence[str] = ()
     if writes(bundle) and not bundle.imported:
         with WeightLoader(bundle.weights) as loader:

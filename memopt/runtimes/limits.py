@@ -15,8 +15,12 @@ from memopt.runtimes.base import Placement, Settings
 # hundred texts encoded: what the library itself takes where it is not loaded yet, how many times
 # the weights are there (OpenVINO maps the file and packs a copy), and activations with what the
 # runtime keeps for them.
-_LIBRARY_MB = {"onnx": ("onnxruntime", 40), "openvino": ("openvino", 70)}
-_COPIES = {"onnx": 1, "openvino": 2}
+_LIBRARY_MB = {
+    "onnx": ("onnxruntime", 40),
+    "openvino": ("openvino", 70),
+    "torch-aoti": ("torch", 250),
+}
+_COPIES = {"onnx": 1, "openvino": 2, "torch-aoti": 1}
 _WORKSPACE_MB = 100
 
 
@@ -38,7 +42,7 @@ def check(bundle: Bundle, candidate: Placement, settings: Settings) -> Settings:
     Raises:
         OverLimit: it would go past the limits of ``settings``.
     """
-    if candidate.provider == "cuda":
+    if candidate.provider == "cuda" or candidate.variant.options.get("device") == "cuda":
         size = bundle.file(candidate.variant).stat().st_size / 2**20
         allowed = check_vram(settings.vram_threshold, size)
         limit = min((x for x in (allowed, settings.memory_limit_mb) if x), default=None)

@@ -85,6 +85,14 @@ PROVIDERS: dict[str, Provider] = {
             fused=True,
         ),
         Provider(
+            name="aoti",
+            target="memopt.runtimes.aoti:AotiBackend",
+            summary="NVIDIA GPU, or the CPU, through packages compiled by torch's inductor",
+            extra="export",
+            formats=("torch-aoti",),
+            precisions=_GPU,
+        ),
+        Provider(
             name="torch",
             target="memopt.runtimes.torch:TorchBackend",
             summary="the reference: transformers on torch, weights from weights.parquet",
@@ -95,7 +103,7 @@ PROVIDERS: dict[str, Provider] = {
 }
 # Providers whose library can be opened in a child of fork() after its parent used it.
 FORKS = ("openvino", "cpu", "torch")
-AUTO_ORDER = ("cuda", "rocm", "coreml", "openvino", "cpu")
+AUTO_ORDER = ("cuda", "aoti", "rocm", "coreml", "openvino", "cpu")
 ALIASES = {"vulkan": "webgpu", "mps": "coreml", "arm": "cpu"}
 DEVICES = ("auto", *PROVIDERS, *ALIASES)
 
@@ -148,7 +156,7 @@ def _absent(name: str) -> tuple[str, str | None] | None:
             wheel = provider.plugin.replace("_", "-")
         hint = f" (it comes with {wheel})" if wheel else ""
         return f"this onnxruntime has no {provider.execution_provider}{hint}", None
-    module = {"openvino": "openvino", "torch": "torch"}.get(name)
+    module = {"openvino": "openvino", "torch": "torch", "aoti": "torch"}.get(name)
     if module and importlib.util.find_spec(module) is None:
         return f"{module} is not installed", provider.extra
     return None

@@ -5,15 +5,16 @@ from __future__ import annotations
 from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
 from memopt.registry import nearest
+from memopt.runtimes.aoti import trusted
 from memopt.runtimes.base import Placement
 from memopt.runtimes.cpu import covers, machine_key
 from memopt.runtimes.providers import AUTO_ORDER, DEVICES, PROVIDERS, canonical, installed
 
 # The device a variant was made for -> the providers that are such a device.
 _TARGETS = {
-    "cpu": ("cpu", "openvino", "torch"),
+    "cpu": ("cpu", "openvino", "torch", "aoti"),
     "openvino": ("openvino",),
-    "gpu": ("cuda", "rocm", "coreml", "webgpu"),
+    "gpu": ("cuda", "aoti", "rocm", "coreml", "webgpu"),
 }
 # One of these is among the inputs of a graph of that modality (docs/architecture.md).
 _INPUTS = {
@@ -55,11 +56,24 @@ def candidates(
             f"{bundle.path}, whose task is {bundle.manifest.task}",
             fix="convert the model with another --task into a bundle of its own",
         )
-    found = _all(bundle, asked, forced, half)
+    found = [c for c in _all(bundle, asked, forced, half) if _safe(c, bundle, asked, forced)]
+    if not found:
+        raise BundleError(
+            f"bundle {bundle.path} has only packages compiled elsewhere, which are native code",
+            fix="ask for device aoti, if you trust whoever made it",
+        )
     gpus = _TARGETS["gpu"]
     if cpu_fallback or asked not in ("auto", *gpus):
         return found
     return [c for c in found if c.provider in gpus] or found
+
+
+def _safe(placement: Placement, bundle: Bundle, asked: str, forced: Variant | None) -> bool:
+    """Say whether a variant is a graph, or a package compiled here, or one asked for by name."""
+    variant = placement.variant
+    if variant.format != "torch-aoti" or asked == "aoti" or variant is forced:
+        return True
+    return trusted(str(bundle.manifest.files.get(variant.file, {}).get("sha256", "")))
 
 
 def _all(bundle: Bundle, asked: str, forced: Variant | None, half: bool) -> list[Placement]:
@@ -171,9 +185,14 @@ def measured_speed(variant: Variant, provider: str) -> float | None:
 
 def _by_speed(others: list[Placement]) -> list[Placement]:
     """Put the CPU's measured candidates before its others, the fastest of all providers first."""
-    hosts = [c for c in others if c.provider in ("openvino", "cpu")]
+
+    def on_host(c: Placement) -> bool:
+        return c.provider in ("openvino", "cpu") or c.variant.options.get("device") == "cpu"
+
+    hosts = [c for c in others if on_host(c)]
     hosts.sort(key=lambda c: -(measured_speed(c.variant, c.provider) or 0.0))
-    return [c for c in others if c.provider not in ("openvino", "cpu")] + hosts
+    hosts.sort(key=lambda c: c.provider == "aoti" and not measured_speed(c.variant, "aoti"))
+    return [c for c in others if not on_host(c)] + hosts
 
 
 def _order(asked: str, variant: Variant) -> list[str]:

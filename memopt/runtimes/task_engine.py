@@ -49,9 +49,9 @@ class Engine:
 
     Args:
         path_or_bundle: a bundle folder, the name of a built bundle under ``models/``, or a Bundle.
-        device: auto, cuda, rocm, vulkan, webgpu, mps, coreml, openvino, cpu, arm or torch. ``auto``
-            takes what ``memopt optimize`` measured as best on this machine, else the first of
-            cuda, rocm, coreml, openvino, cpu that works and has a variant.
+        device: auto, cuda, rocm, vulkan, webgpu, mps, coreml, openvino, cpu, arm, aoti or torch.
+            ``auto`` takes what ``memopt optimize`` measured as best on this machine, else the
+            first of cuda, aoti, rocm, coreml, openvino, cpu that works and has a variant.
         variant: the variant's name, or auto.
         strict: raise DeviceError instead of falling back.
         threads: threads of the CPU backends; None takes every core this process may use.
@@ -143,7 +143,8 @@ class Engine:
                 self._unlocked.close()
             raise
         watch(self)
-        limits.show_memory(gpu=self._chain.candidate.provider == "cuda")
+        used = self._chain.candidate
+        limits.show_memory(gpu=used.provider == "cuda" or used.variant.target == "gpu")
 
     def after_fork(self) -> None:
         """In a child of fork(): tokenizer and locks of the parent are not used again."""
@@ -158,6 +159,8 @@ class Engine:
             self._unlocked.need(variant.file, *variant.companions)
         # Small files are often edited by hand, to good purpose; "always" takes them at their hash.
         verify = self._arguments["verify"]
+        if variant.format == "torch-aoti":
+            verify = "always"  # native code
         more = self._bundle.manifest.files if verify == "always" else ()
         self._bundle.check(variant.file, *variant.companions, *more, mode=verify)
         settings = limits.check(self._bundle, candidate, self._settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -204,15 +204,16 @@ class TextFrontEnd:
 
     def _feed(self, encodings: list[Any], width: int) -> dict[str, NDArray[np.int64]]:
         shape = (len(encodings), width)
+        lengths = np.fromiter(map(len, encodings), np.intp, len(encodings))[:, None]
+        columns = np.arange(width)
+        given = columns < lengths
         ids = np.full(shape, self._pad, np.int64)
-        mask = np.zeros(shape, np.int64)
-        for row, encoding in enumerate(encodings):
-            # A tokenizer without special tokens has none for "": the model then sees one padding
-            # token, because a row that is masked everywhere gives NaN in the softmax.
-            length = len(encoding) or 1
-            if len(encoding):
-                ids[row, :length] = encoding.ids
-            mask[row, : length if self._special else len(encoding)] = 1
+        # All rows at once: of short texts one array a row takes as long as tokenizing them.
+        ids[given] = _joined(encoding.ids for encoding in encodings)
+        # A tokenizer without special tokens has none for "": the model then sees one padding
+        # token, because a row that is masked everywhere gives NaN in the softmax.
+        seen = columns < np.maximum(lengths, 1) if self._special else given
+        mask = seen.astype(np.int64)
         feed = {"input_ids": ids}
         if self._wants_mask:
             feed["attention_mask"] = mask
@@ -222,10 +223,16 @@ class TextFrontEnd:
         if self._wants_types:
             types = np.zeros(shape, np.int64)
             if self._types or self._takes != "one":
-                for row, encoding in enumerate(encodings):
-                    types[row, : len(encoding)] = encoding.type_ids
+                types[given] = _joined(encoding.type_ids for encoding in encodings)
             feed["token_type_ids"] = types
         return feed
+
+
+def _joined(rows: Iterable[list[int]]) -> list[int]:
+    joined: list[int] = []
+    for row in rows:
+        joined += row
+    return joined
 
 
 def _unencodable(text: str) -> str | None:

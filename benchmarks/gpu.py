@@ -1,0 +1,283 @@
+"""Encoders on an NVIDIA GPU: memopt beside transformers and sentence-transformers, in one run.
+
+    python benchmarks/gpu.py [--models minilm,bert-base] [--save gpu.json]
+
+Runs alone: weights are seeded noise of the real configurations (all-MiniLM-L6-v2, bert-base), the
+tokenizer is trained on the seeded texts, nothing is downloaded. Compute alone is 128 rows of 128
+tokens that lie on the card; end to end is text to vectors in numpy. All in half precision, rounds
+in turn, medians. Needs torch with CUDA and transformers; sentence-transformers and onnxruntime-gpu
+are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from memopt.benchmark.record import versions
+from memopt.benchmark.workload import default_inputs
+from memopt.bundle import open_bundle
+from memopt.exporters.base import export
+from memopt.runtimes.aoti import Package
+from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.providers import installed
+from memopt.weights.convert import convert
+
+CONFIGS = {
+    "minilm": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "bert-base": {},
+}
+ROWS, TOKENS = 128, 128
+SHORT, LONG, LONG_TOKENS = 32_768, 4_096, 340
+VARIANTS = {"aoti": ("torch-aoti-fp16", "torch-aoti"), "cuda": ("onnx-fp16", "onnx")}
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: ``per_second`` inputs, or ``ms`` for one."""
+
+    model: str
+    what: str
+    contender: str
+    per_second: float
+    ms: float
+    cosine: float | None = None  # the least, to torch in float32
+
+
+def texts(count: int, words: int = 0) -> list[str]:
+    """Return seeded sentences, or texts of about so many words."""
+    from types import SimpleNamespace
+
+    many = count if not words else count * words // 10
+    sentences = default_inputs(SimpleNamespace(modality="text"), many, seed=1)  # type: ignore[arg-type]
+    if not words:
+        return sentences
+    step = many // count
+    return [" ".join(sentences[i * step : (i + 1) * step]) for i in range(count)]
+
+
+def make_folder(name: str, folder: Path) -> Path:
+    """Write a Hugging Face folder of a model with seeded weights, and its tokenizer."""
+    from tokenizers import BertWordPieceTokenizer
+
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator(texts(2_000), vocab_size=30_522, min_frequency=1)
+    tokenizer.enable_truncation(512)
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**CONFIGS[name]))
+    model.save_pretrained(folder)
+    fast = transformers.BertTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, model_max_length=512
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def build(name: str, folder: Path) -> None:
+    """Convert and export one model; a process of its own, so that models build side by side."""
+    bundle = convert(make_folder(name, folder / f"{name}-hf"), folder / name)
+    for variant, format_ in VARIANTS.values():
+        begin = time.perf_counter()
+        if format_ == "onnx" and not installed("cuda"):
+            continue
+        export(open_bundle(bundle.path), format=format_, precision="fp16")
+        print(f"{name}: {variant} in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of one run on the GPU, the median of five times ``repeats``."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    measured = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        measured.append(begin.elapsed_time(end) / repeats / 1e3)
+    return statistics.median(measured)
+
+
+def compute_alone(name: str, folder: Path) -> list[Row]:
+    """Measure the model and mean pooling alone, the inputs on the card."""
+    bundle = open_bundle(folder / name)
+    ids = np.random.default_rng(0).integers(5, 500, (ROWS, TOKENS))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feed["token_type_ids"] = np.zeros_like(ids)
+    placed = {key: torch.from_numpy(value).cuda() for key, value in feed.items()}
+    model = transformers.AutoModel.from_pretrained(folder / f"{name}-hf").eval().cuda()
+
+    def pooled(module: Any) -> Any:
+        hidden = module(**placed).last_hidden_state.float()
+        return torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+
+    def unit(vectors: Any) -> Any:
+        return torch.nn.functional.normalize(torch.as_tensor(vectors).cuda().float(), dim=-1)
+
+    runs: dict[str, Callable[[], Any]] = {}
+    with torch.inference_mode():
+        wanted = pooled(model)
+        model.half()
+        compiled = torch.compile(model)
+        runs["torch fp16"] = lambda: pooled(model)
+        runs["torch.compile fp16"] = lambda: pooled(compiled)
+        variant = bundle.variant(VARIANTS["aoti"][0])
+        package = Package(bundle.file(variant), variant.options, runners=1)
+        inputs = package.place(feed)
+        runs["memopt torch-aoti-fp16"] = lambda: package.compute(inputs)
+        engine = None
+        if installed("cuda"):
+            engine = ArrowEngine(bundle, device="cuda", variant=VARIANTS["cuda"][0], strict=True)
+            backend = engine._chain.backend
+            runs["memopt onnx-fp16"] = lambda: backend.run(feed)  # with its copies
+        found = []
+        for label, run in runs.items():
+            seconds = median_seconds(run, 10)
+            cosine = float((unit(run()) * wanted).sum(-1).min())
+            found.append(Row(name, "compute alone", label, ROWS / seconds, seconds * 1e3, cosine))
+    if engine is not None:
+        engine.close()
+    return found
+
+
+def end_to_end(name: str, folder: Path) -> list[Row]:
+    """Measure texts to vectors: many short ones, many long ones, one at a time."""
+    bundle = open_bundle(folder / name)
+    contenders: dict[str, Callable[[list[str]], Any]] = {}
+    engines = []
+    for device, (variant, _) in VARIANTS.items():
+        if installed(device):
+            engine = ArrowEngine(bundle, device=device, variant=variant, strict=True)
+            engines.append(engine)
+            contenders[f"memopt {variant}"] = engine.encode
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        print("sentence-transformers is not installed: not measured")
+    else:
+        peer = SentenceTransformer(str(folder / f"{name}-hf"), device="cuda").half()
+        peer.max_seq_length = 512
+        contenders["sentence-transformers fp16"] = lambda items: peer.encode(
+            items, batch_size=256, normalize_embeddings=True, show_progress_bar=False
+        )
+    work = {
+        "short texts": texts(SHORT),
+        f"texts of {LONG_TOKENS} tokens": texts(LONG, LONG_TOKENS),
+    }
+    found = []
+    for what, items in work.items():
+        rounds: dict[str, list[float]] = {label: [] for label in contenders}
+        vectors: dict[str, Any] = {}
+        for label, encode in contenders.items():
+            vectors[label] = encode(items[:1024])
+        for _ in range(ROUNDS):
+            for label, encode in contenders.items():
+                begin = time.perf_counter()
+                encode(items)
+                rounds[label].append(time.perf_counter() - begin)
+        peer_vectors = vectors.get("sentence-transformers fp16")
+        for label, seconds in rounds.items():
+            cosine = None
+            if peer_vectors is not None:
+                cosine = float((vectors[label] * peer_vectors).sum(-1).min())
+            took = statistics.median(seconds)
+            found.append(Row(name, what, label, len(items) / took, took * 1e3, cosine))
+    for label, encode in contenders.items():
+        latencies = []
+        for text in work["short texts"][:120]:
+            begin = time.perf_counter()
+            encode([text])
+            latencies.append(time.perf_counter() - begin)
+        one = statistics.median(latencies[20:])
+        found.append(Row(name, "one short text", label, 1 / one, one * 1e3))
+    for engine in engines:
+        for event in engine.events:
+            print(f"{name}: {event}")
+        engine.close()
+    return found
+
+
+def table(rows: list[Row]) -> Table:
+    """Return the measurements, each beside the peer of its kind."""
+    made = Table(title=torch.cuda.get_device_name())
+    for column in ("model", "what", "contender", "inputs/s", "ms", "x peer", "min cosine"):
+        made.add_column(
+            column, justify="left" if column in ("model", "what", "contender") else "right"
+        )
+    for row in rows:
+        peer = "torch fp16" if row.what == "compute alone" else "sentence-transformers fp16"
+        same = [r for r in rows if (r.model, r.what, r.contender) == (row.model, row.what, peer)]
+        times = f"{row.per_second / same[0].per_second:.2f}" if same else "-"
+        cosine = "-" if row.cosine is None else f"{row.cosine:.7f}"
+        made.add_row(
+            row.model, row.what, row.contender, f"{row.per_second:,.0f}", f"{row.ms:.2f}",
+            times, cosine,
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    """Build the models side by side, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(CONFIGS))
+    parser.add_argument("--folder", type=Path, help="where models are built, and kept")
+    parser.add_argument("--save", type=Path, help="write the rows as JSON")
+    parser.add_argument("--build", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.build:
+        build(given.build, given.folder)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA device here: nothing to measure")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    names = given.models.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.folder or Path(scratch)
+        command = [sys.executable, __file__, "--folder", str(folder), "--build"]
+        builds = [
+            subprocess.Popen([*command, name]) for name in names if not (folder / name).is_dir()
+        ]
+        if any(build.wait() for build in builds):
+            sys.exit("a model could not be built")
+        rows: list[Row] = []
+        for name in names:
+            rows += compute_alone(name, folder)
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows += end_to_end(name, folder)
+        Console(width=140).print(table(rows))
+        if given.save:
+            card = {"card": torch.cuda.get_device_name(), **versions()}
+            record = {**card, "rows": [asdict(row) for row in rows]}
+            given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
