@@ -38,6 +38,7 @@ BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 # Names that macOS' sysctl uses (hw.optional.arm.FEAT_...) for the same instructions.
 _APPLE = {"FEAT_DotProd": "asimddp", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16", "AdvSIMD": "asimd"}
 _CGROUP = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 @lru_cache(maxsize=1)
@@ -74,6 +75,23 @@ def cpu_model() -> str:
     """Return the processor's own name, for example ``AMD EPYC``."""
     found = re.search(r"^model name\s*:\s*(.*)$", _cpuinfo(), re.M)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def clock_mhz() -> int | None:
+    """Return the clock of this moment, the median of all cores in MHz; None where nobody says.
+
+    A virtual machine's system often tells the nominal clock, whatever the host's is.
+
+    >>> clock_mhz() is None or clock_mhz() > 0
+    True
+    """
+    told = [_words(path) for path in _CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    clocks = [int(words[0]) / 1000 for words in told if words and words[0].isdigit()]
+    if not clocks:
+        # Read each time: _cpuinfo() remembers, and a clock changes.
+        text = " ".join(_words(Path("/proc/cpuinfo")))
+        clocks = [float(value) for value in re.findall(r"cpu MHz : ([\d.]+)", text)]
+    return round(sorted(clocks)[len(clocks) // 2]) if clocks else None
 
 
 def usable_cpus() -> int:

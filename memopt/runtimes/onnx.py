@@ -153,11 +153,18 @@ class OnnxBackend:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.streams, f"memopt-{candidate.provider}")
 
-    def _open(self, threads: int) -> Any:
+    def profiled(self, prefix: Path) -> Any:
+        """Return a session like that of :meth:`run` that writes each node's time to a file."""
+        return self._open(self._threads, prefix)
+
+    def _open(self, threads: int, profile: Path | None = None) -> Any:
         def options() -> Any:
             made = session_options(threads)
             for key, value in self._variant.options.items():
                 made.add_session_config_entry(key, value)
+            if profile is not None:
+                made.enable_profiling = True
+                made.profile_file_prefix = str(profile)
             return made
 
         if self._provider == "cpu":

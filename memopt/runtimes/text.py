@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 _NO_LIMIT = 1_000_000
 # Texts tokenized at once, while the chunk before them runs: nothing runs beside the first, so it is
 # small. Each chunk sweeps over the widths once, and a new shape costs a runtime as much as a tenth
-# of a batch, so later ones are large, up to this many characters (6 MB of ids).
+# of a batch, so later ones are large, up to this many characters: the tokenizer holds some hundred
+# bytes a token, before it cuts, of two chunks at a time.
 CHUNKS = (64, 512, 2048)
-_MOST_CHARACTERS = 1 << 20
+_MOST_CHARACTERS = 1 << 18
 # Longer texts already have few widths; every model has positions for this many tokens.
 LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
@@ -138,7 +139,7 @@ class TextFrontEnd:
         while start < len(order):
             size = CHUNKS[min(len(chunks), len(CHUNKS) - 1)]
             longest = max(int(lengths[order[start]]), 1)
-            stop = start + min(size, max(CHUNKS[1], _MOST_CHARACTERS // longest))
+            stop = start + min(size, max(CHUNKS[0], _MOST_CHARACTERS // longest))
             chunks.append(order[start:stop])
             start = stop
         return chunks
