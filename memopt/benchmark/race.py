@@ -34,6 +34,7 @@ class Worker:
         self.seconds: list[float] = []
         self.latencies: list[float] = []
         self.memory: dict[str, float] = {}
+        self.kernels: dict[str, Any] = {}
         self.vram_mb: float | None = None
         # The worker needs only its own folder off the path: a file there must not shadow a package.
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker

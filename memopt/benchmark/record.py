@@ -16,7 +16,7 @@ import numpy as np
 from memopt.errors import InputError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
-from memopt.runtimes.cpu import cpu_model, usable_cpus
+from memopt.runtimes.cpu import cpu_features, cpu_model, usable_cpus
 
 # What decides speed; each contender tells the versions of its own environment.
 PACKAGES = (
@@ -61,6 +61,7 @@ class BenchmarkMetrics:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  # of the contender's own environment
     vram_mb: float | None = None
+    kernels: Mapping[str, Any] = field(default_factory=dict)  # of memopt's own: kernels_of()
     measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
 
     @property
@@ -135,11 +136,12 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return processor, cores in use and memory of this machine."""
+    """Return processor, its instruction sets, cores in use and memory of this machine."""
     import psutil
 
     return {
         "processor": cpu_model(),
+        "instruction_sets": ", ".join(sorted(cpu_features())),
         "cores": usable_cpus(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),

@@ -22,7 +22,7 @@ from memopt.benchmark.peers import Contender
 from memopt.benchmark.race import Race, Worker
 from memopt.benchmark.record import BenchmarkMetrics, hardware
 from memopt.bundle import stamp
-from memopt.errors import InputError
+from memopt.errors import InputError, MemoptError
 from memopt.progress import Step, silent
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.runtimes.limits import process_vram_mb
@@ -101,6 +101,7 @@ def run(
             race.each(f"{what} single inputs,", partial(_time_singles, part=part), way)
             took = time.monotonic() - begin
         race.each("memory of", _weigh)
+        race.each("kernels of", _profile)
     workers = race.workers
     if vectors is not None:
         vectors.update({worker.contender.label: worker.answers for worker in workers})
@@ -154,6 +155,16 @@ def _weigh(worker: Worker) -> None:
     worker.vram_mb = process_vram_mb(worker.process.pid)
 
 
+def _profile(worker: Worker) -> None:
+    if worker.contender.spec.get("kind") != "memopt":
+        return
+    try:
+        worker.kernels = worker.ask(do="kernels")
+    except MemoptError as error:
+        # What was measured already stands; the record says why this is missing.
+        worker.kernels = {"error": str(error)}
+
+
 def _record(
     worker: Worker, against: Any, common: Mapping[str, Any], task: str, about: About | None
 ) -> BenchmarkMetrics:
@@ -178,6 +189,7 @@ def _record(
         cosine_mean=None if cosines is None else float(cosines.mean()),
         cosine_low=None if cosines is None else expected_minimum(cosines),
         vram_mb=worker.vram_mb,
+        kernels=worker.kernels,
         measures=measures,
         versions=worker.opened["versions"],
         **common,

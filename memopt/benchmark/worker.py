@@ -2,7 +2,7 @@
 
 It reads one JSON command per line from stdin and answers with one JSON line on stdout:
 ``open``, ``encode`` (all inputs, timed), ``adapt`` (one input at a time), ``single`` (so too, each
-timed), ``memory``.
+timed), ``memory``, ``kernels`` (of memopt's own: what ran, with its share of the time).
 Inputs travel as a file once, vectors come back as ``.npy``, so that pipes carry numbers only.
 """
 
@@ -249,6 +249,11 @@ def main() -> None:
                 answer = {"times": times}
             elif command["do"] == "memory":
                 answer = memory()
+            elif command["do"] == "kernels":
+                from memopt.benchmark.kernels import kernels_of
+
+                variant, device = spec.get("variant", "auto"), spec.get("device", "auto")
+                answer = kernels_of(spec["path"], variant, device, inputs)
         except Exception as error:  # noqa: BLE001 - the parent reports it for this contender
             answer = {"error": f"{type(error).__name__}: {error}"}
         _PROTOCOL.write(json.dumps(answer) + "\n")

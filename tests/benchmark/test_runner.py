@@ -49,6 +49,8 @@ def test_records_hold_what_was_measured(records: list[BenchmarkMetrics]) -> None
         assert record.first_vector_seconds > record.load_seconds > 0
     assert records[1].cosine_min == pytest.approx(1.0, abs=1e-5)
     assert records[0].versions["onnxruntime"]
+    assert records[0].kernels["kernels"][0]["nodes"] > 0
+    assert records[0].hardware["instruction_sets"] == ", ".join(sorted(cpu_features()))
 
 
 def test_few_inputs_are_repeated(minilm: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
