@@ -85,10 +85,12 @@ def test_chunks_grow_and_hold_every_text_once(bundle: Bundle) -> None:
     chunks = front.chunks(texts)
     assert sorted(np.concatenate(chunks).tolist()) == list(range(len(texts)))
     sizes = [len(chunk) for chunk in chunks]
-    assert sizes[:2] == [64, 512]
-    assert 512 <= min(sizes[2:-1]) < max(sizes) <= 2048
-    for chunk in chunks[2:-1]:
-        assert len(chunk) == 512 or sum(len(texts[i]) for i in chunk) <= 1 << 20
+    # The longest come first, and of those few fit.
+    assert sizes[0] == 64 == min(sizes[:-1])
+    assert 512 < max(sizes) <= 2048
+    for chunk in chunks[1:]:
+        assert len(chunk) == 64 or sum(len(texts[i]) for i in chunk) <= 1 << 18
+    assert [len(chunk) for chunk in front.chunks(["word"] * 6_000)] == [64, 512, 2048, 2048, 1328]
     lengths = [len(texts[i]) for i in np.concatenate(chunks)]
     assert lengths == sorted(lengths, reverse=True)
     assert [len(chunk) for chunk in front.chunks(texts[:128])] == [128]
