@@ -33,6 +33,7 @@ class Worker:
         self.answers: Any = np.empty((0, 0), np.float32)  # vectors, or a row an input
         self.seconds: list[float] = []
         self.latencies: list[float] = []
+        self.round_latencies: list[float] = []  # the median of each round
         self.memory: dict[str, float] = {}
         self.kernels: dict[str, Any] = {}
         self.vram_mb: float | None = None

@@ -63,6 +63,7 @@ class BenchmarkMetrics:
     vram_mb: float | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict)  # of memopt's own: kernels_of()
     measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
+    rounds_latency_ms: tuple[float, ...] = ()  # p50 of one input, one per round, paired too
 
     @property
     def nearness(self) -> float | None:
@@ -86,7 +87,9 @@ class BenchmarkMetrics:
         """
         try:
             raw = parse_json(path.read_bytes(), str(path))
-            return cls(**{**raw, "rounds_seconds": tuple(raw["rounds_seconds"])})
+            raw["rounds_seconds"] = tuple(raw["rounds_seconds"])
+            raw["rounds_latency_ms"] = tuple(raw.get("rounds_latency_ms", ()))
+            return cls(**raw)
         except (OSError, InputError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path} is not a benchmark record ({type(error).__name__}: {error})",

@@ -147,7 +147,9 @@ def _turns(count: int, rounds: int) -> list[range]:
 
 
 def _time_singles(worker: Worker, part: range) -> None:
-    worker.latencies += worker.ask(do="single", start=part.start, stop=part.stop)["times"]
+    times = worker.ask(do="single", start=part.start, stop=part.stop)["times"]
+    worker.latencies += times
+    worker.round_latencies.append(float(np.median(times)) * 1e3)
 
 
 def _weigh(worker: Worker) -> None:
@@ -176,6 +178,7 @@ def _record(
         spec=worker.contender.spec,
         python=worker.contender.python,
         rounds_seconds=tuple(worker.seconds),
+        rounds_latency_ms=tuple(worker.round_latencies),
         items_per_second=common["items"] / float(np.median(worker.seconds)),
         load_seconds=worker.opened["load_seconds"],
         first_vector_seconds=worker.opened["first_vector_seconds"],

@@ -35,6 +35,8 @@ def open_memopt(spec: dict[str, Any]) -> Encode:
         device=spec.get("device", "auto"),
         variant=spec.get("variant", "auto"),
         streams=spec.get("streams"),
+        threads=spec.get("threads"),
+        openvino_options=spec.get("openvino_options"),
     )
     # `auto` is whatever opens here; of what was asked for by name, another one says nothing.
     auto = spec.get("variant", "auto") == spec.get("device", "auto") == "auto"

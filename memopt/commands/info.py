@@ -59,9 +59,12 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
     )
     variants = Table("variant", "file", "MB", "passed", "export check", "validation", "speed")
     chosen = {c.get("variant") for c in m.chosen.values()}
+    single = {(c.get("single") or {}).get("variant") for c in m.chosen.values()}
     for variant in m.variants.values():
         variants.add_row(
-            variant.name + (" *" if variant.name in chosen else ""),
+            variant.name
+            + (" *" if variant.name in chosen else "")
+            + (" 1" if variant.name in single else ""),
             variant.file,
             f"{bundle.size(variant) / 1e6:.1f}",
             "yes" if variant.passed else "NO",
@@ -80,8 +83,8 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
             "-",
         )
     console.print(variants)
-    if chosen:
-        console.print("* chosen by memopt optimize")
+    for line in _choices(m):
+        console.print(line)
     files = Table("file", "bytes", "sha256" + (" (verified)" if verified else ""))
     for name, record in m.files.items():
         files.add_row(name, f"{record['bytes']:,}", record["sha256"])
@@ -92,6 +95,30 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
         details = ", ".join(f"{k}={_short(v)}" for k, v in rest.items())
         history.add_row(str(event.get("at", "")), str(event.get("event", "")), details)
     console.print(history)
+
+
+def _choices(manifest: Manifest) -> list[str]:
+    """Return a line for each machine that `memopt optimize` chose on, and whether it is this."""
+    from memopt.runtimes.cpu import machine_key
+
+    lines = []
+    for machine, record in manifest.chosen.items():
+        if not record.get("variant"):
+            continue
+        alone = record.get("single") or {}
+        line = f"* chosen by memopt optimize: {record['variant']} on {record.get('device')}"
+        if alone.get("variant"):
+            line += f"; 1 for one input: {alone['variant']} on {alone.get('device')}"
+        told = [
+            f"{placement} with {' '.join(f'{k}={v}' for k, v in options.items())}"
+            for placement, options in (record.get("options") or {}).items()
+            if options
+        ]
+        where = "on this processor" if machine == machine_key() else "not on this processor"
+        lines.append("; ".join([line, *told, f"measured on {machine}, {where}"]))
+    if lines and machine_key() not in manifest.chosen:
+        lines.append(f"nothing was measured here: memopt optimize {manifest.name} measures again")
+    return lines
 
 
 def _check(check: Any) -> str:

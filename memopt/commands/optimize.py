@@ -38,7 +38,10 @@ def optimize(
     rounds: Annotated[int, typer.Option(min=1, help="Timed passes per candidate.")] = 5,
     prefer: Annotated[
         str | None,
-        typer.Option(help="Speed of a language model: decode, prefill or mix. [decode]"),
+        typer.Option(
+            help="Speed that counts: throughput, latency or both [both]; of a language model "
+            "decode, prefill or mix [decode]."
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(help="Replay the candidates of an earlier plan.json.")
@@ -74,7 +77,7 @@ def optimize(
             seed=int(pick(seed, "seed", 0)),
             rounds=rounds,
             bounds=parse_bounds(gates) if gates else (replayed.gate if replayed else None),
-            prefer=prefer or (replayed.prefer if replayed else "") or "decode",
+            prefer=prefer or (replayed.prefer if replayed else "") or None,
             plan=replayed,
             step=say,
             on_outcome=lambda *outcome: errors.print(told(*outcome)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,30 @@ REFERENCE = "onnx-fp32"
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """A measure of speed: what less is better of, and the same by paired round."""
+
+    cost: Callable[[Outcome], float]
+    rounds: Callable[[Outcome], Sequence[float]]
+
+    def as_fast(self, outcome: Outcome, fastest: Outcome) -> bool:
+        """Whether one is as fast as the fastest within the noise."""
+        least = self.cost(fastest)
+        lag = self.cost(outcome) / least if least else math.inf
+        pairs = zip(self.rounds(outcome), self.rounds(fastest), strict=False)
+        won = any(mine < other for mine, other in pairs)
+        return outcome is fastest or lag <= SAME_SPEED or (lag <= DOUBTFUL_SPEED and won)
+
+
+def _seconds_an_input(outcome: Outcome) -> float:
+    return 1 / outcome.items_per_second if outcome.items_per_second else math.inf
+
+
+BATCHES = Goal(_seconds_an_input, lambda outcome: outcome.rounds_seconds)
+SINGLE = Goal(lambda o: o.latency_ms_p50 or math.inf, lambda outcome: outcome.rounds_latency_ms)
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """Every outcome with its numbers, and the float reference's inputs per second."""
 
@@ -51,6 +75,7 @@ def judge(
     rounds: int,
     deadline: float | None,
     say: Step,
+    prefer: str = "both",
 ) -> Judged:
     """Measure every outcome that was built, drop what misses the gate, choose among the rest.
 
@@ -58,6 +83,7 @@ def judge(
         path: the bundle.
         inputs: not used for calibration.
         rounds: timed passes; fewer when ``deadline`` (of ``time.monotonic``) comes first.
+        prefer: of :func:`choose`.
 
     Raises:
         MemoptError: the float reference itself cannot run.
@@ -66,9 +92,9 @@ def judge(
     if not built:
         return Judged(tuple(outcomes), None)
     bundle = open_bundle(path)
-    contenders = [_contender(path, "reference", REFERENCE, "cpu")]
+    contenders = [contender(path, "reference", REFERENCE, "cpu")]
     contenders += [
-        _contender(path, o.candidate.label, o.candidate.name, o.candidate.device) for o in built
+        contender(path, o.candidate.label, o.candidate.name, o.candidate.device) for o in built
     ]
     failed: dict[str, str] = {}
     records = run(
@@ -92,8 +118,8 @@ def judge(
         elif label in failed:
             measured.append(replace(outcome, status="dropped", reason=failed[label]))
         else:
-            measured.append(_gated(outcome, found[label], gate))
-    return Judged(tuple(choose(_as_at_home(measured))), records[0].items_per_second)
+            measured.append(gated(outcome, found[label], gate))
+    return Judged(tuple(choose(_as_at_home(measured), prefer)), records[0].items_per_second)
 
 
 def _as_at_home(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -112,17 +138,47 @@ def _as_at_home(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return checked
 
 
-def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def choose(outcomes: Sequence[Outcome], prefer: str = "throughput") -> list[Outcome]:
     """Mark the fastest passing outcome as chosen and say of each other one how it compares.
 
     Where speeds are the same within the noise, the better answers win, then the smaller file, then
     the earlier candidate.
+
+    Args:
+        prefer: ``latency`` takes the fastest for one input at a time, every other the one with
+            most inputs (or tokens) a second; ``both`` marks the one for single inputs beside it.
     """
     passing = [o for o in outcomes if o.status == "kept"]
     if not passing:
         return list(outcomes)
-    fastest = max(passing, key=_speed)
-    near = [o for o in passing if _as_fast(o, fastest)]
+    goal = SINGLE if prefer == "latency" else BATCHES
+    best, why = _best(passing, goal)
+    alone = best if prefer == "latency" else None
+    if prefer == "both" and all(o.latency_ms_p50 for o in passing):
+        alone, reason = _best(passing, SINGLE)
+        if alone is not best:
+            reason = f"for one input: {reason}"
+    decided = []
+    for outcome in outcomes:
+        single = outcome is alone
+        if outcome is best:
+            outcome = replace(outcome, status="chosen", reason=why)
+        elif single:
+            outcome = replace(outcome, reason=reason)
+        elif outcome.status == "kept":
+            share = goal.cost(best) / goal.cost(outcome)
+            closer = (outcome.quality or 0.0) > (best.quality or 0.0)
+            quality = "closer to float32, but" if closer else "no closer to float32, and"
+            reason_kept = f"right, {quality} {share:.2f}x as fast as the choice"
+            outcome = replace(outcome, reason=reason_kept)
+        decided.append(replace(outcome, single=single))
+    return decided
+
+
+def _best(passing: Sequence[Outcome], goal: Goal) -> tuple[Outcome, str]:
+    """Return the winner by one measure of speed, and why."""
+    fastest = min(passing, key=goal.cost)
+    near = [o for o in passing if goal.as_fast(o, fastest)]
     largest = max(o.bytes for o in near) or 1
 
     def merit(outcome: Outcome) -> tuple[float, float]:
@@ -131,25 +187,14 @@ def choose(outcomes: Sequence[Outcome]) -> list[Outcome]:
         return round(-math.log10(error), 1), -round(outcome.bytes / largest, 1)
 
     best = max(near, key=merit)
-    why = "the fastest that passes the gate"
-    if best is not fastest:
-        better = "better answers" if merit(best) > merit(fastest) else "as good answers"
-        why = f"as fast as {fastest.candidate.label} within the noise, {better}"
-    decided = []
-    for outcome in outcomes:
-        if outcome is best:
-            outcome = replace(outcome, status="chosen", reason=why)
-        elif outcome.status == "kept":
-            share = _speed(outcome) / _speed(best)
-            closer = (outcome.quality or 0.0) > (best.quality or 0.0)
-            quality = "closer to float32, but" if closer else "no closer to float32, and"
-            reason = f"right, {quality} {share:.2f}x as fast as the choice"
-            outcome = replace(outcome, reason=reason)
-        decided.append(outcome)
-    return decided
+    if best is fastest:
+        return best, "the fastest that passes the gate"
+    better = "better answers" if merit(best) > merit(fastest) else "as good answers"
+    return best, f"as fast as {fastest.candidate.label} within the noise, {better}"
 
 
-def _gated(outcome: Outcome, record: BenchmarkMetrics, gate: Gate) -> Outcome:
+def gated(outcome: Outcome, record: BenchmarkMetrics, gate: Gate) -> Outcome:
+    """Return an outcome with what was measured, dropped where that misses the gate."""
     # The validator of quantize and the engine of this run batch the same inputs otherwise, which
     # changes the answers of some graphs (dynamic int8): the worst that was measured counts.
     cosine = _least(outcome.cosine_min, record.cosine_min)
@@ -168,6 +213,7 @@ def _gated(outcome: Outcome, record: BenchmarkMetrics, gate: Gate) -> Outcome:
         items_per_second=record.items_per_second,
         latency_ms_p50=record.latency_ms_p50,
         rounds_seconds=record.rounds_seconds,
+        rounds_latency_ms=record.rounds_latency_ms,
     )
 
 
@@ -175,18 +221,8 @@ def _least(*measured: float | None) -> float | None:
     return min((value for value in measured if value is not None), default=None)
 
 
-def _as_fast(outcome: Outcome, fastest: Outcome) -> bool:
-    lag = _speed(fastest) / _speed(outcome) if _speed(outcome) else math.inf
-    pairs = zip(outcome.rounds_seconds, fastest.rounds_seconds, strict=False)
-    won = any(mine < other for mine, other in pairs)
-    return lag <= SAME_SPEED or (lag <= DOUBTFUL_SPEED and won)
-
-
-def _speed(outcome: Outcome) -> float:
-    return outcome.items_per_second or 0.0
-
-
-def _contender(path: Path, label: str, variant: str, device: str) -> Contender:
+def contender(path: Path, label: str, variant: str, device: str) -> Contender:
+    """Return a placement as it is opened where nothing was tuned."""
     spec: dict[str, Any] = {
         "kind": "memopt",
         "path": str(path.absolute()),
@@ -196,4 +232,5 @@ def _contender(path: Path, label: str, variant: str, device: str) -> Contender:
     if canonical(device) in ("cpu", "openvino"):
         # All alike, whatever an earlier call found best for one of them.
         spec["streams"] = usual_streams(usable_cpus())
+        spec |= {"threads": usable_cpus(), "openvino_options": {}}
     return Contender(label=label, spec=spec)

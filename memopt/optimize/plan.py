@@ -17,7 +17,10 @@ from memopt.tasks.quality import MEASURES
 PLAN_VERSION = 1
 TARGETS = ("cpu", "openvino", "cuda", "aoti", "rocm", "coreml", "vulkan")
 KINDS = ("export", "quantize")
-PREFERENCES = ("decode", "prefill", "mix")
+# Which speed decides: of a language model, and of a model that answers inputs.
+WRITING = ("decode", "prefill", "mix")
+ANSWERING = ("throughput", "latency", "both")
+PREFERENCES = (*WRITING, *ANSWERING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,8 @@ class Outcome:
     latency_ms_p50: float | None = None
     rounds_seconds: tuple[float, ...] = ()  # paired by position with those of the others
     threads: int | None = None  # of a language model, the number that was fastest
+    single: bool = False  # chosen for requests of one input
+    rounds_latency_ms: tuple[float, ...] = ()  # p50 of one input, paired with those of the others
 
     @property
     def shown(self) -> float | None:
@@ -91,7 +96,9 @@ class Outcome:
 class Plan:
     """What ``memopt optimize`` tried and chose, enough to do the same elsewhere.
 
-    ``chosen`` and ``chosen_device`` name the winner; ``machine`` says where that was so.
+    ``chosen`` and ``chosen_device`` name the winner, ``single`` and ``single_device`` the one for
+    requests of one input where that was asked for; ``machine`` says where that was so, ``options``
+    with which open options each placement was fastest there.
     """
 
     source: str
@@ -105,7 +112,10 @@ class Plan:
     calibration_sha256: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, float] = field(default_factory=dict)  # bounds of a task's measures
-    prefer: str = ""  # of a language model, what speed is: decode, prefill or mix
+    prefer: str = ""  # what speed is: see WRITING and ANSWERING
+    single: str | None = None
+    single_device: str | None = None
+    options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -126,6 +136,11 @@ class Plan:
             raise ConfigurationError(
                 f"prefer cannot be {self.prefer!r}", fix=nearest(str(self.prefer), PREFERENCES)
             )
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is of a language model."""
+        return self.prefer in WRITING
 
     def save(self, target: Path) -> None:
         """Write the plan as JSON, whole or not at all."""
@@ -197,6 +212,9 @@ class Optimized:
             "bundle": str(self.bundle),
             "chosen": self.plan.chosen,
             "chosen_device": self.plan.chosen_device,
+            "single": self.plan.single,
+            "single_device": self.plan.single_device,
+            "options": {name: dict(told) for name, told in self.plan.options.items()},
             "seconds": self.seconds,
             "inputs": self.inputs,
             "reference_items_per_second": self.reference,

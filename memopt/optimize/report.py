@@ -52,7 +52,7 @@ def rows(result: Optimized) -> list[list[str]]:
             [
                 outcome.candidate.name,
                 outcome.candidate.device,
-                outcome.status,
+                _result(outcome),
                 number(outcome.shown, ".4f"),
                 number(outcome.cosine_mean, ".5f"),
                 number(speed, ",.0f"),
@@ -76,8 +76,14 @@ def table(result: Optimized) -> Any:
         numeric = name not in ("candidate", "device", "result", "why")
         made.add_column(name, justify="right" if numeric else "left")
     for outcome, line in zip(ranked(result.outcomes), rows(result), strict=True):
-        made.add_row(*line, style=_COLOURS.get(outcome.status))
+        style = _COLOURS.get(outcome.status, "green" if outcome.single else None)
+        made.add_row(*line, style=style)
     return made
+
+
+def _result(outcome: Outcome) -> str:
+    """Return the verdict in words, ``one input`` where it is the choice for those."""
+    return f"{outcome.status}, one input" if outcome.single else outcome.status
 
 
 def _gate(result: Optimized) -> tuple[str, float]:
@@ -91,7 +97,7 @@ def _gate(result: Optimized) -> tuple[str, float]:
 
 def _header(result: Optimized) -> tuple[str, ...]:
     named = {"min cosine": _gate(result)[0]}
-    if result.plan.prefer:
+    if result.plan.writes:
         named |= {"items/s": f"{result.plan.prefer} tok/s", "p50 ms": "ms a token"}
     return tuple(named.get(column, column) for column in HEADER)
 
@@ -111,12 +117,24 @@ def summary(result: Optimized) -> str:
     if best is None or best.items_per_second is None:
         return "no candidate passed; auto stays as it was"
     times = f", {best.items_per_second / result.reference:.1f}x float32" if result.reference else ""
-    unit = f"tok/s {result.plan.prefer}" if result.plan.prefer else "items/s"
+    unit = f"tok/s {result.plan.prefer}" if result.plan.writes else "items/s"
     threads = f" with {best.threads} of the threads" if best.threads else ""
-    return (
+    said = (
         f"chosen: {best.candidate.label}{threads}, {best.items_per_second:,.0f} {unit}{times}, "
         f"{_gate(result)[0]} {best.shown:.4f}, {best.bytes / 1e6:.1f} MB"
     )
+    alone = next((o for o in result.outcomes if o.single), None)
+    if alone is not None:
+        said += (
+            f"; for one input: {alone.candidate.label}, {alone.latency_ms_p50:.2f} ms, "
+            f"{_gate(result)[0]} {alone.shown:.4f}"
+        )
+    told = [
+        f"{placement} opened with {' '.join(f'{k}={v}' for k, v in options.items())}"
+        for placement, options in result.plan.options.items()
+        if options
+    ]
+    return "; ".join([said, *told])
 
 
 def write_html(result: Optimized, target: Path) -> None:
@@ -133,7 +151,7 @@ def write_html(result: Optimized, target: Path) -> None:
         chart = [charts.tradeoff(points, "items per second", measure, gate=bound)]
     reference = f"{result.reference:,.0f} items/s" if result.reference else "not measured"
     numbered = [[number, *row] for number, row in enumerate(rows(result), 1)]
-    styles = [STYLES[outcome.status] for outcome in order]
+    styles = ["good" if outcome.single else STYLES[outcome.status] for outcome in order]
     html = pages.page(
         f"memopt optimize: {result.bundle.name}",
         {

@@ -20,13 +20,14 @@ from memopt.optimize.build import USED_UP, Inputs, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.language import judge_writers
-from memopt.optimize.plan import TARGETS, Candidate, Optimized, Outcome, Plan
+from memopt.optimize.options import remember_options
+from memopt.optimize.plan import ANSWERING, TARGETS, WRITING, Candidate, Optimized, Outcome, Plan
 from memopt.optimize.report import write_html
 from memopt.progress import Step, silent
 from memopt.quantization.accuracy.calibration import described
 from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.method import writes
-from memopt.runtimes.cpu import cpu_features, machine_key
+from memopt.runtimes.cpu import cpu_features, cpu_model, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
 from memopt.weights.convert import resolve
@@ -67,7 +68,7 @@ def optimize(
     seed: int = 0,
     rounds: int = 5,
     bounds: Mapping[str, float] | None = None,
-    prefer: str = "decode",
+    prefer: str | None = None,
     plan: Plan | None = None,
     step: Step = silent,
     on_outcome: Callable[[int, int, Outcome], None] | None = None,
@@ -90,7 +91,9 @@ def optimize(
         samples: calibration inputs.
         rounds: timed passes per candidate.
         bounds: of the measures of a task without vectors, see :mod:`memopt.tasks.quality`.
-        prefer: of a language model, which speed counts: ``decode``, ``prefill`` or ``mix``.
+        prefer: which speed counts. Of a language model ``decode`` (what None takes), ``prefill``
+            or ``mix``; of others ``throughput`` (batches), ``latency`` (one input at a time) or
+            ``both`` (None), where the engine answers each kind of request with its own choice.
         plan: candidates of an earlier call, to be replayed instead of this machine's own list.
         step: called with a line before each step.
         on_outcome: called with number, count and outcome when a candidate was built, or was not.
@@ -108,6 +111,7 @@ def optimize(
     altair()  # not missed at the end
     step("resolve the model")
     resolved = _encoder(source)
+    preference = _preference(prefer, resolved)
     inputs = Inputs.read(resolved, Path(calibration), samples, seed)
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
@@ -122,20 +126,21 @@ def optimize(
             calibration_sha256=_digest(Path(calibration)),
             machine={"key": machine_key(), **hardware(), **versions()},
             gate=bounds or {},
-            prefer=prefer if writes(resolved) else "",
+            prefer=preference,
         )
         bundle = build_bases(bundle, wanted, step)
         outcomes = _build_all(bundle.path, wanted, inputs, gate, budgeted, step, on_outcome)
         timing: dict[str, Any] = {"rounds": rounds, "deadline": budgeted.begin + budget}
-        if made.prefer:
+        if made.writes:
             held_out = inputs.held_out
             judged = judge_writers(
                 bundle.path, outcomes, held_out, gate, prefer=made.prefer, say=step, **timing
             )
         else:
             items = inputs.held_out.items
+            timing["prefer"] = made.prefer
             judged = judge(bundle.path, outcomes, items, gate, say=step, **timing)
-        made = _choose(bundle.path, made, judged, inputs, step)
+        made, noted = _choose(bundle.path, made, judged, inputs, budgeted.begin + budget, step)
         result = Optimized(
             bundle=bundle.path,
             plan=made,
@@ -143,7 +148,7 @@ def optimize(
             inputs=len(inputs.held_out),
             seconds=budgeted.spent,
             reference=judged.reference,
-            notes=_differences(plan, made),
+            notes=(*_differences(plan, made), *noted),
             at=stamp({})["at"],
         )
         _write(result)
@@ -184,21 +189,46 @@ def _write(result: Optimized) -> None:
         write_html(result, result.bundle / REPORT_FILE)
 
 
-def _choose(path: Path, plan: Plan, judged: Judged, inputs: Inputs, say: Step) -> Plan:
-    """Write measurements and the choice into the manifest; return the plan with the choice."""
+def _choose(
+    path: Path, plan: Plan, judged: Judged, inputs: Inputs, deadline: float, say: Step
+) -> tuple[Plan, tuple[str, ...]]:
+    """Write measurements and the choice into the manifest; return the plan with it, and notes."""
     best = _best(judged.outcomes)
+    alone = next((outcome for outcome in judged.outcomes if outcome.single), None)
     if best is not None:
         plan = replace(plan, chosen=best.candidate.name, chosen_device=best.candidate.device)
+    if alone is not None and plan.prefer == "both":
+        plan = replace(plan, single=alone.candidate.name, single_device=alone.candidate.device)
     _remember(path, plan, judged, described(inputs.held_out))
-    if best is not None and not plan.prefer:
-        say("choose the number of streams")
-        tune_streams(
-            open_bundle(path),
-            inputs.held_out.items[:TUNING_SAMPLES],
-            device=canonical(best.candidate.device),
-            variant=best.candidate.name,
+    if best is None or plan.writes:
+        return plan, ()
+    gate = Gate(min_cosine=plan.min_cosine, bounds=plan.gate)
+    options, notes = remember_options(path, plan, inputs.held_out.items, gate, deadline, say)
+    say("choose the number of streams")
+    tune_streams(
+        open_bundle(path),
+        inputs.held_out.items[:TUNING_SAMPLES],
+        device=canonical(best.candidate.device),
+        variant=best.candidate.name,
+    )
+    return replace(plan, options=options), notes
+
+
+def _preference(given: str | None, bundle: Bundle) -> str:
+    """Return which speed counts.
+
+    Raises:
+        ConfigurationError: it is no speed of a model of this kind.
+    """
+    known = WRITING if writes(bundle) else ANSWERING
+    prefer = given or ("decode" if writes(bundle) else "both")
+    if prefer not in known:
+        kind = "a language model" if writes(bundle) else f"task {bundle.manifest.task}"
+        raise ConfigurationError(
+            f"prefer is {prefer!r}, and {bundle.path} is of {kind}",
+            fix="choose " + ", ".join(known),
         )
-    return plan
+    return prefer
 
 
 def _encoder(source: str | Path) -> Bundle:
@@ -236,6 +266,9 @@ def _differences(before: Plan | None, now: Plan) -> tuple[str, ...]:
     notes = []
     if before.calibration_sha256 and before.calibration_sha256 != now.calibration_sha256:
         notes.append(f"the calibration data are not the plan's: {now.calibration} differs")
+    where = str(before.machine.get("key", ""))
+    if where and where != machine_key():
+        notes.append(f"the plan was measured on {where}, not on this processor: measured again")
     if before.chosen and (before.chosen, before.chosen_device) != (now.chosen, now.chosen_device):
         where = before.machine.get("processor", "another machine")
         notes.append(f"on {where} the choice was {before.chosen} on {before.chosen_device}")
@@ -267,12 +300,18 @@ def _remember(path: Path, plan: Plan, judged: Judged, proof: Mapping[str, Any]) 
             kept = before if isinstance(before, dict) else {}
             device = canonical(best.candidate.device)
             chosen[key] = {**kept, "variant": best.candidate.name, "device": device}
+            chosen[key]["processor"] = cpu_model()
+            chosen[key].pop("single", None)
+            if plan.single is not None:
+                alone = {"variant": plan.single, "device": canonical(plan.single_device or "")}
+                chosen[key]["single"] = alone
             if best.threads:
                 known = kept.get("threads", {})
                 chosen[key]["threads"] = {**known, f"{device}:{best.candidate.name}": best.threads}
         event = {
             "event": "optimize",
             "chosen": best.candidate.label if best else None,
+            **({"single": f"{plan.single} on {plan.single_device}"} if plan.single else {}),
             "min_cosine": plan.min_cosine,
             **({"gate": dict(plan.gate)} if plan.gate else {}),
             "calibration_sha256": plan.calibration_sha256,
@@ -302,8 +341,8 @@ def _judged(
     # count now, and of what was measured on them the worst.
     proof = {
         **(variant.validation or {}),
-        **({} if plan.prefer else {"cosine_min": outcome.cosine_min}),
-        **({} if plan.prefer else {"cosine_low": outcome.cosine_low}),
+        **({} if plan.writes else {"cosine_min": outcome.cosine_min}),
+        **({} if plan.writes else {"cosine_low": outcome.cosine_low}),
         **outcome.measures,
         "set_sha256": proven["sha256"],
         "gate": asdict(Gate(min_cosine=plan.min_cosine, bounds=plan.gate)),

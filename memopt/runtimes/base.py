@@ -55,6 +55,7 @@ class Settings:
     use_compile: bool = False  # this and the two below: the torch backend's
     compile_mode: str = "default"
     use_ipex: bool = False
+    openvino_options: Mapping[str, str] | None = None  # over the variant's own; None: not measured
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams", "memory_limit_mb"):

@@ -110,6 +110,22 @@ def usable_cpus() -> int:
     return max(1, min(count, -int(-quota // 1))) if quota else max(1, count)
 
 
+def physical_cores() -> int:
+    """Return how many of :func:`usable_cpus` are cores of their own, not a core's second thread.
+
+    All of them where the system does not say.
+
+    >>> 1 <= physical_cores() <= usable_cpus()
+    True
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return usable_cpus()
+    root, file = Path("/sys/devices/system/cpu"), "topology/thread_siblings_list"
+    told = (_words(root / f"cpu{cpu}" / file) for cpu in os.sched_getaffinity(0))
+    siblings = {tuple(words) for words in told if words}
+    return min(len(siblings) or usable_cpus(), usable_cpus())
+
+
 def cgroup_cpu_quota(root: Path) -> float | None:
     """Return the cores the cgroup below ``root`` allows (v2 ``cpu.max``, else v1), None if all.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -234,9 +235,12 @@ class ArrowEngine(Engine):
             )
         return known[prompt_name]
 
-    def _prompted(self, prompt: str | None) -> FrontEnd:
-        front = self._front_end()
-        return front if prompt is None else front.with_prompt(prompt)  # type: ignore[attr-defined]
+    def _prompted(self, prompt: str | None) -> Callable[[FrontEnd, Sequence[str]], FrontEnd]:
+        def prompted(front: Any, _: Sequence[str]) -> FrontEnd:
+            made: FrontEnd = front if prompt is None else front.with_prompt(prompt)
+            return made
+
+        return prompted
 
     async def aencode(self, inputs: Any, normalize: bool = True) -> NDArray[np.float32]:
         """Like :meth:`encode`, for event loops: callers at the same time share one batch.

@@ -56,10 +56,39 @@ class FallbackEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class Failure:
+    """What could not be used, in which way (a FallbackEvent's ``kind``) and why."""
+
     candidate: Placement
     kind: str
     reason: str
+
+
+class Exhausted(DeviceError):
+    """Nothing is left to take over; ``failures`` say of each candidate why."""
+
+    def __init__(
+        self, problem: str, failures: Sequence[Failure], *, fix: str | None = None
+    ) -> None:
+        super().__init__(problem, fix=fix)
+        self.failures = tuple(failures)
+
+
+def tell(events: list[FallbackEvent], failures: Sequence[Failure], winner: Placement) -> None:
+    """Append what was handed over to ``events``, to the log and to the metrics."""
+    steps = [f.candidate for f in failures] + [winner]
+    for failure, following in zip(failures, steps[1:], strict=True):
+        from_, to = failure.candidate, following
+        event = FallbackEvent(
+            from_=from_.provider,
+            to=to.provider,
+            reason=failure.reason,
+            kind=failure.kind,
+            from_variant=from_.variant.name,
+            to_variant=to.variant.name,
+        )
+        events.append(event)
+        metrics.fallback(from_.provider, to.provider, failure.kind, told=str(event))
 
 
 class BackendChain:
@@ -87,8 +116,8 @@ class BackendChain:
     ) -> None:
         self._left = list(candidates)
         self._open = open_backend
-        self._strict = strict
-        self._events = events
+        self.strict = strict
+        self.events = events
         self._lock = threading.RLock()
         self._closed = False
         self._forked = False  # the backend is of the process that this one was forked from
@@ -120,17 +149,17 @@ class BackendChain:
         with self._lock:
             if not self._forked or self._closed:
                 return
-            failures: list[_Failure] = []
+            failures: list[Failure] = []
             if self._candidate.provider in FORKS:
                 self._left.insert(0, self._candidate)
             else:
                 reason = "its driver does not work in a child of fork()"
-                if self._strict:
+                if self.strict:
                     raise DeviceError(
                         f"{self._candidate} cannot be used here: {reason}",
                         fix="start workers with spawn, or open the engine in the worker",
                     )
-                failures.append(_Failure(self._candidate, "open", reason))
+                failures.append(Failure(self._candidate, "open", reason))
                 self._left = [c for c in self._left if c.provider in FORKS]
             self._backend, self._candidate = self._next(failures)
             self._forked = False
@@ -250,14 +279,14 @@ class BackendChain:
         with self._lock:
             # Batches to come are half as large at once.
             backend.tokens = max(1, backend.tokens // 2)
-            failure = _Failure(self._candidate, "memory", f"{one_line(error)}; batch halved")
-            self._tell([failure], self._candidate)
+            failure = Failure(self._candidate, "memory", f"{one_line(error)}; batch halved")
+            tell(self.events, [failure], self._candidate)
 
     def _replace(self, error: Exception) -> None:
         candidate, failed = self._candidate, self._backend
         kind = _kind(error, "run")
-        failure = _Failure(candidate, kind, one_line(error))
-        if self._strict:
+        failure = Failure(candidate, kind, one_line(error))
+        if self.strict:
             raise DeviceError(f"{candidate} failed: {failure.reason}") from error
         # The provider itself died or ran out of memory: its other variants are no way out, unless
         # it is the last provider there is.
@@ -265,51 +294,38 @@ class BackendChain:
         if others:
             self._left = others
         elif not self._left:
-            raise DeviceError(
-                f"{candidate} failed and nothing is left to take over: {failure.reason}"
+            raise Exhausted(
+                f"{candidate} failed and nothing is left to take over: {failure.reason}", [failure]
             ) from error
         self._backend, self._candidate = self._next([failure])
         failed.close()
 
-    def _next(self, failures: list[_Failure]) -> tuple[Backend, Placement]:
+    def _next(self, failures: list[Failure]) -> tuple[Backend, Placement]:
         while self._left:
             candidate = self._left.pop(0)
             try:
                 backend = self._open(candidate)
             except Unavailable as error:
-                failures.append(_Failure(candidate, "unavailable", error.problem))
+                failures.append(Failure(candidate, "unavailable", error.problem))
                 self._left = [c for c in self._left if c.provider != candidate.provider]
             except (BundleError, WeightsError):
                 # A changed file, or a wrong key, is no failure of a provider: no other takes over.
                 raise
             except Exception as error:  # noqa: BLE001 - any failure to open is handed on
-                failures.append(_Failure(candidate, _kind(error, "open"), one_line(error)))
+                failures.append(Failure(candidate, _kind(error, "open"), one_line(error)))
             else:
-                self._tell(failures, candidate)
+                tell(self.events, failures, candidate)
                 return backend, candidate
-            if self._strict:
+            if self.strict:
                 failure = failures[0]
                 raise DeviceError(
                     f"{failure.candidate} cannot be used: {failure.reason}",
                     fix="leave strict out to let another provider take over",
                 )
         told = "; ".join(f"{f.candidate}: {f.reason}" for f in failures)
-        raise DeviceError(f"no provider can run this bundle: {told}", fix="run: memopt doctor")
-
-    def _tell(self, failures: list[_Failure], winner: Placement) -> None:
-        steps = [f.candidate for f in failures] + [winner]
-        for failure, following in zip(failures, steps[1:], strict=True):
-            from_, to = failure.candidate, following
-            event = FallbackEvent(
-                from_=from_.provider,
-                to=to.provider,
-                reason=failure.reason,
-                kind=failure.kind,
-                from_variant=from_.variant.name,
-                to_variant=to.variant.name,
-            )
-            self._events.append(event)
-            metrics.fallback(from_.provider, to.provider, failure.kind, told=str(event))
+        raise Exhausted(
+            f"no provider can run this bundle: {told}", failures, fix="run: memopt doctor"
+        )
 
 
 def _refuse_input(error: Exception) -> None:

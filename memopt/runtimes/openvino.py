@@ -90,7 +90,8 @@ class OpenvinoBackend:
         self.tokens = TOKENS_ON_CPU
         self.step = SINGLE_STEP
         self.streams = settings.streams or usual_streams(self._threads)
-        options = {**_DEFAULTS, **candidate.variant.options}
+        measured = settings.openvino_options or {}
+        options = {**_DEFAULTS, **candidate.variant.options, **measured}
         if options["INFERENCE_PRECISION_HINT"] == "bf16" and not BF16 & cpu_features():
             # The plugin would imitate bf16, slower than float32.
             options["INFERENCE_PRECISION_HINT"] = "f32"
@@ -134,12 +135,13 @@ class OpenvinoBackend:
         own = {"CPU_RUNTIME_CACHE_CAPACITY": _KERNELS_KEPT} if self._device == "CPU" else {}
         return {
             **own,
+            # Pinning fails or hurts where the cores are shared or only partly ours, unless it was
+            # measured to help.
+            "ENABLE_CPU_PINNING": "NO",
             **self._options,
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
             "NUM_STREAMS": str(streams),
             "INFERENCE_NUM_THREADS": str(self._threads),
-            # Pinning fails or hurts where the cores are shared or only partly ours.
-            "ENABLE_CPU_PINNING": "NO",
         }
 
     def profiled(self) -> Any:
@@ -226,6 +228,7 @@ class OpenvinoBackend:
             "threads": self._threads,
             "streams": self.streams,
             "nodes": {f"openvino-{self._device}": len(compiled.get_runtime_model().get_ops())},
+            "options": dict(self._options),
             "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
         }
 

@@ -142,6 +142,11 @@ def _manifest(
         name, device = record.get("variant"), record.get("device")
         there = name in variants and provider in ("auto", device)
         kept = {k: v for k, v in record.items() if there or k not in ("variant", "device")}
+        alone = record.get("single")
+        if isinstance(alone, dict) and not (
+            alone.get("variant") in variants and provider in ("auto", alone.get("device"))
+        ):
+            del kept["single"]
         if kept:
             chosen[machine] = kept
     event = {"event": "pack", "target": provider, "variants": list(variants)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
 from memopt.registry import nearest
 from memopt.runtimes.aoti import trusted
-from memopt.runtimes.base import Placement
+from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.cpu import covers, machine_key
 from memopt.runtimes.providers import AUTO_ORDER, DEVICES, PROVIDERS, canonical, installed
 
@@ -208,23 +212,59 @@ def tuned_record(bundle: Bundle) -> dict[str, object]:
     return dict(record) if isinstance(record, dict) else {}
 
 
-def tuned_streams(bundle: Bundle, candidate: Placement) -> int | None:
-    """Return how many streams tune_streams measured as best for this on this machine."""
-    streams = tuned_record(bundle).get("streams")
-    known = streams.get(str(candidate)) if isinstance(streams, dict) else None
-    return known if isinstance(known, int) else None
+def tuned_elsewhere(bundle: Bundle) -> str:
+    """Return where `memopt optimize` measured, "" where it was here, or nowhere.
+
+    A choice is of one processor: it is not taken on another, and whoever asks is told so.
+    """
+    key = machine_key()
+    others = [name for name, record in bundle.manifest.chosen.items() if isinstance(record, dict)]
+    return "" if key in others or not others else others[-1]
 
 
-def tuned_threads(bundle: Bundle, candidate: Placement) -> int | None:
-    """Return how many threads `memopt optimize` measured as best for this on this machine."""
-    threads = tuned_record(bundle).get("threads")
-    known = threads.get(str(candidate)) if isinstance(threads, dict) else None
-    return known if isinstance(known, int) and known > 0 else None
+def tuned_single(bundle: Bundle) -> Placement | None:
+    """Return what `memopt optimize` measured as fastest for one input on this machine."""
+    record = tuned_record(bundle).get("single")
+    return _chosen(bundle, record) if isinstance(record, dict) else None
+
+
+def tuned_settings(
+    bundle: Bundle, candidate: Placement, settings: Settings, *, single: bool = False
+) -> Settings:
+    """Return settings with what was measured here as best for a placement, where nothing is said.
+
+    Args:
+        single: for requests of one input, where other options were better for those.
+    """
+    record = tuned_record(bundle)
+    name = str(candidate)
+
+    def known(what: str) -> Any:
+        values = record.get(what)
+        return values.get(name) if isinstance(values, dict) else None
+
+    found: dict[str, Any] = {}
+    for what in ("streams", "threads"):
+        count = known(what)
+        if getattr(settings, what) is None and isinstance(count, int) and count > 0:
+            found[what] = count
+    if settings.openvino_options is None:
+        options, alone = known("options"), record.get("single")
+        if single and isinstance(alone, dict) and "options" in alone:
+            options = alone["options"]
+        told = options if isinstance(options, dict) else {}
+        found["openvino_options"] = {str(key): str(value) for key, value in told.items()}
+    return replace(settings, **found)
 
 
 def _tuned(bundle: Bundle, asked: str) -> Placement | None:
     """Return the choice of `memopt optimize` for this machine when it fits what was asked."""
-    record = tuned_record(bundle)
+    chosen = _chosen(bundle, tuned_record(bundle))
+    return chosen if chosen is None or asked in ("auto", chosen.provider) else None
+
+
+def _chosen(bundle: Bundle, record: Mapping[str, object]) -> Placement | None:
+    """Return the placement that a record names, None where this bundle cannot be run so."""
     name, device = record.get("variant"), record.get("device")
     if not isinstance(name, str) or not isinstance(device, str) or device not in PROVIDERS:
         return None
@@ -233,7 +273,7 @@ def _tuned(bundle: Bundle, asked: str) -> Placement | None:
         return None
     if not of_task(variant, bundle):
         return None
-    return Placement(device, variant) if asked in ("auto", device) else None
+    return Placement(device, variant)
 
 
 def _nothing_for(bundle: Bundle, asked: str, forced: Variant | None) -> DeviceError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.processes import watch
 from memopt.runtimes.providers import opener
-from memopt.runtimes.selection import candidates, tuned_streams, tuned_threads
+from memopt.runtimes.selection import candidates, tuned_elsewhere, tuned_settings
+from memopt.runtimes.single import SinglePath, single_path
 from memopt.runtimes.towers import tower
 from memopt.runtimes.vectors import as_items, refusal
 from memopt.tasks.quality import quality_of
@@ -47,6 +48,11 @@ class Engine:
     ``memopt_fallback_events_total``. All methods may be called from several threads, and in a child
     of fork(), which opens a session of its own when it first needs one.
 
+    With device and variant ``auto`` a request of one input goes to the variant that
+    ``memopt optimize`` measured as fastest for those, where that is another one, opened when the
+    first comes. Both passed the same gate, but their answers differ by what that gate allows:
+    ``one_variant`` or a named ``variant`` gives the same bits to an input alone and in a batch.
+
     Args:
         path_or_bundle: a bundle folder, the name of a built bundle under ``models/``, or a Bundle.
         device: auto, cuda, rocm, vulkan, webgpu, mps, coreml, openvino, cpu, arm, aoti or torch.
@@ -64,6 +70,9 @@ class Engine:
         use_ipex: run the torch backend with Intel's extension.
         use_amp: on a GPU, take a float16 variant before a float32 one.
         fallback_to_cpu: let the CPU take over from a GPU that fails.
+        one_variant: answer single inputs with the variant of batches too.
+        openvino_options: properties an OpenVINO graph is opened with, over the variant's own;
+            None takes those measured as best on this machine.
         max_delay_ms: how long ``ArrowEngine.aencode`` waits for others to share a batch with.
         verify: how files are compared with their recorded hashes before they are opened: ``open``
             (graph and weights under 1 GB, remembered by size and time), ``always`` (every file of
@@ -100,6 +109,8 @@ class Engine:
         use_ipex: bool = False,
         use_amp: bool = True,
         fallback_to_cpu: bool = True,
+        one_variant: bool = False,
+        openvino_options: Mapping[str, str] | None = None,
         max_delay_ms: float = 2.0,
         verify: str = "open",
         task: str = "auto",
@@ -115,6 +126,7 @@ class Engine:
             use_compile=use_compile,
             compile_mode=compile_mode,
             use_ipex=use_ipex,
+            openvino_options=None if openvino_options is None else dict(openvino_options),
         )
         bundle.check(mode=verify)  # the mode itself
         # What opens it anew in another process.
@@ -125,11 +137,13 @@ class Engine:
             "strict": strict,
             "use_amp": use_amp,
             "fallback_to_cpu": fallback_to_cpu,
+            "one_variant": one_variant,
             "max_delay_ms": max_delay_ms,
             "verify": verify,
             "task": task,
         }
         self._events: list[FallbackEvent] = []
+        self._single: SinglePath | None = None
         self.after_fork()
         try:
             self._chain = BackendChain(
@@ -142,6 +156,8 @@ class Engine:
             if self._unlocked is not None:
                 self._unlocked.close()
             raise
+        if device == variant == "auto" and not one_variant:
+            self._single = single_path(self._bundle, self._chain, self._settings, self._open)
         watch(self)
         used = self._chain.candidate
         limits.show_memory(gpu=used.provider == "cuda" or used.variant.target == "gpu")
@@ -150,9 +166,11 @@ class Engine:
         """In a child of fork(): tokenizer and locks of the parent are not used again."""
         self._lock = threading.Lock()
         self._front: FrontEnd | None = None
+        if self._single is not None:
+            self._single.after_fork()
 
     # What a fake engine replaces.
-    def _open(self, candidate: Placement) -> Backend:
+    def _open(self, candidate: Placement, *, single: bool = False) -> Backend:
         open_backend = self._opener(candidate.provider)
         variant = candidate.variant
         if self._unlocked is not None:
@@ -164,17 +182,14 @@ class Engine:
         more = self._bundle.manifest.files if verify == "always" else ()
         self._bundle.check(variant.file, *variant.companions, *more, mode=verify)
         settings = limits.check(self._bundle, candidate, self._settings)
-        if settings.streams is None:
-            settings = replace(settings, streams=tuned_streams(self._bundle, candidate))
-        if settings.threads is None:
-            settings = replace(settings, threads=tuned_threads(self._bundle, candidate))
+        settings = tuned_settings(self._bundle, candidate, settings, single=single)
         return open_backend(self._bundle, candidate, settings)
 
     def _opener(self, provider: str) -> Opener:
         return opener(provider)
 
-    def _make_front(self) -> FrontEnd:
-        return make_front_end(self._bundle, self._chain.backend.inputs)
+    def _make_front(self, inputs: Sequence[str]) -> FrontEnd:
+        return make_front_end(self._bundle, inputs)
 
     def __enter__(self) -> Self:
         return self
@@ -201,17 +216,26 @@ class Engine:
         return tuple(self._events)
 
     def device_info(self) -> dict[str, Any]:
-        """Return what runs where: device, variant, precision, runtime, threads, nodes."""
+        """Return what runs where: device, variant, precision, runtime, threads, nodes.
+
+        ``single`` says the same of what answers single inputs, None where that is no other;
+        ``measured_on`` names the machine of a choice that was not measured on this one.
+        """
         candidate = self._chain.candidate
+        elsewhere = tuned_elsewhere(self._bundle)
         return {
             "device": candidate.provider,
             "variant": candidate.variant.name,
             "precision": candidate.variant.precision,
             **self._chain.backend.info(),
+            "single": self._single.info() if self._single else None,
+            "measured_on": f"{elsewhere}, not on this processor" if elsewhere else None,
         }
 
     def close(self) -> None:
         """Free the session. Closing twice is fine; using it afterwards raises DeviceError."""
+        if self._single is not None:
+            self._single.close()
         self._chain.close()
         if self._unlocked is not None:
             self._unlocked.close()
@@ -269,9 +293,13 @@ class Engine:
         batch_size: int | None,
         show_progress: bool,
         fail: bool,
-        front: FrontEnd | None = None,
+        front: Callable[[FrontEnd, Sequence[str]], FrontEnd] | None = None,
     ) -> None:
         """Hand the answers of each batch to ``store``; add what cannot be used to ``failures``.
+
+        Args:
+            front: returns what prepares a graph's inputs in place of the engine's own, given that
+                one and their names.
 
         Raises:
             InputError: an unusable input, only with ``fail``.
@@ -279,14 +307,22 @@ class Engine:
         begin = time.perf_counter()
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size is {batch_size!r}", fix="give 1 or more, or None")
-        front = front or self._front_end()
-        failures |= {i: why for i, item in enumerate(items) if (why := front.check(item))}
+        own = self._front_end()
+        used_front = front(own, self._chain.backend.inputs) if front else own
+        failures |= {i: why for i, item in enumerate(items) if (why := used_front.check(item))}
         if failures and fail:
             raise refusal(failures)
+        rest = (items, store, failures, batch_size, show_progress, fail)
         with metrics.errors("inference"):
-            run_items(self._chain, front, items, store, failures, batch_size, show_progress, fail)
+            chain = self._chain
+            path = self._single if len(items) == 1 else None
+            alone = path.run(own, self._make_front, front, rest) if path else None
+            if alone is not None:
+                chain = alone
+            else:
+                run_items(chain, used_front, *rest)
         if len(items):
-            used = self._chain.candidate
+            used = chain.candidate
             metrics.observe(
                 time.perf_counter() - begin,
                 device=used.provider,
@@ -297,8 +333,9 @@ class Engine:
     def _front_end(self) -> FrontEnd:
         front = self._front
         if front is None:
+            inputs = self._chain.backend.inputs
             with self._lock:
-                front = self._front = self._front or self._make_front()
+                front = self._front = self._front or self._make_front(inputs)
         return front
 
     def _accept(self, path_or_bundle: str | Path | Bundle, task: str = "auto") -> Bundle:

@@ -127,10 +127,10 @@ class _FakeEngine(ArrowEngine):
         self._fake_open = open_backend
         super().__init__(bundle, device="cpu")
 
-    def _open(self, candidate: Placement) -> Backend:
+    def _open(self, candidate: Placement, *, single: bool = False) -> Backend:
         return self._fake_open(candidate)
 
-    def _make_front(self) -> FrontEnd:
+    def _make_front(self, inputs: Sequence[str]) -> FrontEnd:
         return FakeFrontEnd(self._bundle.manifest.modality)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import pytest
 
 from memopt import ArrowEngine, Bundle, open_bundle
 from memopt.errors import ConfigurationError, InputError
+from memopt.optimize import options
 from memopt.optimize.candidates import candidates
-from memopt.optimize.judge import _as_at_home, _gated, choose
+from memopt.optimize.judge import _as_at_home, choose, gated
 from memopt.optimize.plan import Candidate, Optimized, Outcome, Plan, check_targets
-from memopt.optimize.run import optimize
+from memopt.optimize.run import _differences, optimize
 from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.configured import seconds
+from memopt.runtimes.cpu import BF16, cpu_features, machine_key
 from memopt.sealing import KEY_VARIABLE, load_key
 from memopt.weights.crypto import MAGIC
 from memopt.weights.locked import encrypt_bundle
@@ -227,17 +230,16 @@ def test_the_worst_that_was_measured_counts() -> None:
         items_per_second=1.0,
         latency_ms_p50=1.0,
         rounds_seconds=(1.0,),
+        rounds_latency_ms=(1.0,),
     )
-    judged = _gated(seen, record, Gate(min_cosine=0.98))
+    judged = gated(seen, record, Gate(min_cosine=0.98))
     assert (judged.status, judged.cosine_min, judged.cosine_low) == ("dropped", 0.9797, 0.97)
     assert judged.reason == "min cosine 0.9797 is below 0.98"
     assert (
-        _gated(
-            replace(seen, cosine_min=None, cosine_low=None), record, Gate(min_cosine=0.98)
-        ).status
+        gated(replace(seen, cosine_min=None, cosine_low=None), record, Gate(min_cosine=0.98)).status
         == "kept"
     )
-    lucky = _gated(replace(seen, cosine_min=None), record, Gate(min_cosine=0.98))
+    lucky = gated(replace(seen, cosine_min=None), record, Gate(min_cosine=0.98))
     assert "too near to 0.98" in lucky.reason
 
 
@@ -335,3 +337,95 @@ def test_missing_calibration_and_a_bad_gate_are_refused(minilm_copy: Bundle) -> 
         optimize(minilm_copy.path, Path("gone.csv"))
     with pytest.raises(ConfigurationError, match="min_cosine 2"):
         optimize(minilm_copy.path, Path("gone.csv"), min_cosine=2)
+
+
+def timed(name: str, speed: float, latency: float, cosine: float) -> Outcome:
+    return replace(outcome(name, speed, cosine), latency_ms_p50=latency)
+
+
+def test_batches_and_single_inputs_have_a_choice_each() -> None:
+    """Both mark two, latency makes the quickest for one input the choice, throughput marks one."""
+    given = [timed("many", 200, 2.0, 0.99), timed("one", 100, 1.0, 0.99)]
+
+    def marks(prefer: str) -> list[tuple[str, bool]]:
+        return [(o.status, o.single) for o in choose(given, prefer)]
+
+    assert marks("both") == [("chosen", False), ("kept", True)]
+    assert marks("latency") == [("kept", False), ("chosen", True)]
+    assert marks("throughput") == [("chosen", False), ("kept", False)]
+    # Better answers win among equal latencies, by paired rounds too.
+    near = [timed("rough", 100, 1.0, 0.98), timed("right", 100, 1.02, 0.999)]
+    assert [o.single for o in choose(near, "both")] == [False, True]
+    rounds = [(1.0, 1.0, 1.0), (1.1, 1.1, 1.1)]
+    pairs = zip([near[0], replace(near[1], latency_ms_p50=1.1)], rounds, strict=True)
+    slower = [replace(o, rounds_latency_ms=times) for o, times in pairs]
+    assert [o.single for o in choose(slower, "both")] == [True, False]
+    dropped = [replace(given[1], status="dropped"), given[0]]
+    assert [o.single for o in choose(dropped, "both")] == [False, True]
+
+
+def test_what_a_model_cannot_prefer_is_refused(minilm_copy: Bundle, data: Path) -> None:
+    """A language model's speeds are not an encoder's; both are told what they have."""
+    with pytest.raises(ConfigurationError, match=r"decode.*choose throughput, latency, both"):
+        optimize(minilm_copy.path, data, prefer="decode", samples=40)
+
+
+def test_open_options_are_measured_judged_and_used(
+    minilm_copy: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another precision does to the answers counts; what wins is opened with, here alone."""
+    path, name = minilm_copy.path, "openvino-fp32"
+    ways = (
+        options.OpenOptions(),
+        options.OpenOptions(properties={"INFERENCE_PRECISION_HINT": "bf16"}),
+        options.OpenOptions(properties={"SNIPPETS_MODE": "DISABLE"}),
+        options.OpenOptions(properties={"NO_SUCH_OPTION": "YES"}),
+    )
+    monkeypatch.setattr(options, "combinations", lambda *_: ways)
+    monkeypatch.setattr(options, "fastest", lambda times, *_: list(times)[-1])
+    monkeypatch.setattr(options, "ROUND_SECONDS", 0.0)
+    plan = Plan(
+        source="m",
+        min_cosine=0.9,
+        samples=10,
+        seed=0,
+        candidates=(),
+        chosen=name,
+        chosen_device="openvino",
+        single=name,
+        single_device="openvino",
+        prefer="both",
+    )
+    texts = data.read_text().splitlines()[:4]
+
+    def tuned(least: float) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:
+        gate, deadline = Gate(min_cosine=least), time.monotonic()
+        return options.remember_options(path, plan, texts, gate, deadline + 600, lambda line: None)
+
+    _, notes = tuned(0.9)
+    assert any("NO_SUCH_OPTION" in note for note in notes)
+    found, notes = tuned(0.99999)
+    if BF16 & cpu_features():  # elsewhere it is float32 by another name
+        assert any("bf16: min cosine" in note for note in notes)
+    assert found == {f"openvino:{name}": {"SNIPPETS_MODE": "DISABLE"}}
+    with ArrowEngine(path, device="openvino", variant=name) as engine:
+        assert engine.device_info()["options"]["SNIPPETS_MODE"] == "DISABLE"
+    late, notes = options.remember_options(path, plan, texts, Gate(), 0.0, lambda line: None)
+    assert late == {}
+    assert "not measured" in notes[0]
+
+
+def test_a_plan_of_another_processor_is_said_to_be_so() -> None:
+    """Its choice is no measurement of this machine."""
+    plan = Plan(
+        source="m",
+        min_cosine=0.9,
+        samples=10,
+        seed=0,
+        candidates=(),
+        machine={"key": "linux-Other-4c-avx9"},
+    )
+    now = replace(plan, machine={"key": machine_key()})
+    (note,) = _differences(plan, now)
+    assert "linux-Other-4c-avx9, not on this processor: measured again" in note
+    assert _differences(now, now) == ()

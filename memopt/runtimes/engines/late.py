@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.batching import FrontEnd
 
 
 class LateEncoder(Engine):
@@ -40,7 +41,7 @@ class LateEncoder(Engine):
     def after_fork(self) -> None:
         """In a child of fork(): nor are the front ends."""
         super().after_fork()
-        self._fronts: dict[bool, _LateFrontEnd] = {}
+        self._fronts: dict[tuple[bool, frozenset[str]], _LateFrontEnd] = {}
 
     @property
     def dimension(self) -> int:
@@ -68,15 +69,18 @@ class LateEncoder(Engine):
             InputError: a text that cannot be used, named by its position.
             DeviceError: the engine is closed, or no provider is left.
         """
-        front = self._front_of(query)
+        front = self._front_of(query, self._chain.backend.inputs)
         texts = as_items(inputs, "text")
         found = [np.zeros((0, self.dimension), np.float32)] * len(texts)
+
+        def given(_: FrontEnd, names: Sequence[str]) -> FrontEnd:
+            return self._front_of(query, names)
 
         def store(places: NDArray[np.intp], feed: Feed, output: Rows) -> None:
             for place, row, scored in zip(places, output, front.scored(feed), strict=True):
                 found[place] = row[scored]
 
-        self._run(texts, store, {}, batch_size, show_progress, fail=True, front=front)
+        self._run(texts, store, {}, batch_size, show_progress, fail=True, front=given)
         # Before an export only the vectors themselves say how long they are.
         vectors = stacked(found, found[0].shape[1] if found else self.dimension)
         if normalize:
@@ -87,12 +91,12 @@ class LateEncoder(Engine):
         """Return the MaxSim of every query with every document, float32 (queries, documents)."""
         return maxsim(queries, documents)
 
-    def _front_of(self, query: bool) -> _LateFrontEnd:
+    def _front_of(self, query: bool, inputs: Sequence[str]) -> _LateFrontEnd:
+        key = (query, frozenset(inputs))
         with self._lock:
-            if query not in self._fronts:
-                inputs = self._chain.backend.inputs
-                self._fronts[query] = _LateFrontEnd(self._bundle, inputs, query)
-            return self._fronts[query]
+            if key not in self._fronts:
+                self._fronts[key] = _LateFrontEnd(self._bundle, inputs, query)
+            return self._fronts[key]
 
 
 class _LateFrontEnd(TextFrontEnd):

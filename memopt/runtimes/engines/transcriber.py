@@ -290,7 +290,7 @@ class Transcriber(PairWriter):
     def _source(self, rows: list[Continuation]) -> dict[str, NDArray[Any]]:
         return {"input_features": self._windows}
 
-    def _make_front(self) -> AudioFrontEnd:
+    def _make_front(self, inputs: Sequence[str]) -> AudioFrontEnd:
         return AudioFrontEnd(self._bundle, ("input_features",))
 
     @cached_property

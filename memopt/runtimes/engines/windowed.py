@@ -35,8 +35,8 @@ class WindowedEngine(Engine):
     memopt.errors.BundleError: no bundle at '/nowhere'; run: memopt convert SOURCE -o /nowhere
     """
 
-    def _make_front(self) -> WindowFrontEnd:
-        return WindowFrontEnd(self._bundle, self._chain.backend.inputs)
+    def _make_front(self, inputs: Sequence[str]) -> WindowFrontEnd:
+        return WindowFrontEnd(self._bundle, inputs)
 
     def _windowed(
         self,
