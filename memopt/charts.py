@@ -71,6 +71,15 @@ class Point:
     y_low: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of a bar that is cut into parts: the bar's label, the part's name, its length."""
+
+    row: str
+    name: str
+    value: float
+
+
 def altair() -> Any:
     """Return Altair.
 
@@ -152,6 +161,32 @@ def bars(
     if gate is not None:
         layers.append(_gate(alt, gate, f"gate {gate:.4g}", across=False))
     return alt.layer(*layers).properties(width="container", height=40 * len(rows))
+
+
+def parts(pieces: Sequence[Part], unit: str) -> Any:
+    """Return horizontal bars cut into named parts, in their order, with a legend below."""
+    alt = altair()
+    names = list(dict.fromkeys(piece.name for piece in pieces))
+    values = [
+        {**asdict(piece), "place": names.index(piece.name), "shown": f"{piece.value:.3g} {unit}"}
+        for piece in pieces
+    ]
+    legend = alt.Legend(orient="bottom", direction="horizontal", columns=2, title=None)
+    bar_rows = list(dict.fromkeys(piece.row for piece in pieces))
+    base = alt.Chart(alt.Data(values=values)).mark_bar(stroke="var(--paper)", strokeWidth=1)
+    return base.encode(
+        y=alt.Y("row:N", title=None, sort=bar_rows, axis=alt.Axis(labelLimit=220)),
+        x=alt.X("value:Q", title=unit, stack="zero"),
+        color=alt.Color(
+            "name:N", legend=legend, sort=names, scale=alt.Scale(scheme="tableau20", domain=names)
+        ),
+        order=alt.Order("place:Q"),
+        tooltip=[
+            alt.Tooltip("row:N", title=" "),
+            alt.Tooltip("name:N", title="part"),
+            alt.Tooltip("shown:N", title="time"),
+        ],
+    ).properties(width="container", height=40 * len(bar_rows) + 20)
 
 
 def _gate(alt: Any, place: float, text: str, *, across: bool) -> Any:

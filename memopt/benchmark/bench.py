@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from memopt.benchmark.peers import Contender, check_peers, peer_contenders, peer_python
+from memopt.benchmark.profile import profile
 from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
 from memopt.progress import Step, silent
+from memopt.runtimes.profile import Profile
 from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
 from memopt.runtimes.text import takes_pairs
@@ -70,6 +72,30 @@ def bench(
         task=bundle.manifest.task,
         config=bundle.config(),
     )
+
+
+def profiles(
+    path: str | Path,
+    variants: Sequence[str] | None,
+    *,
+    device: str = "auto",
+    inputs: Path | None = None,
+    count: int = 1000,
+    on_step: Step = silent,
+) -> list[Profile]:
+    """Tell of each variant where the time of one input goes; arguments as of :func:`bench`.
+
+    Raises:
+        ConfigurationError: a variant whose runtime has no profiler here.
+        BundleError, InputError: as of :func:`bench`.
+    """
+    bundle = _encoder(path)
+    items = _inputs(bundle, inputs, count)
+    found = []
+    for name in variants or _passed_here(bundle, canonical(device), on_step):
+        on_step(f"profile {name}")
+        found.append(profile(bundle, name, device, items))
+    return found
 
 
 def _passed_here(bundle: Bundle, device: str, say: Step) -> list[str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from memopt import charts, pages
+from memopt.benchmark import profile
 from memopt.benchmark.record import BenchmarkMetrics, interval, ratio
 from memopt.files import atomic_path
+from memopt.runtimes.profile import Profile
 from memopt.tasks.quality import MEASURES
 
 HEADER = (
@@ -90,8 +92,13 @@ def circumstances(records: Sequence[BenchmarkMetrics]) -> list[tuple[str, str]]:
     return [(name, ", ".join(values)) for name, values in found.items()]
 
 
-def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
+def write_html(
+    records: Sequence[BenchmarkMetrics], target: Path, profiles: Sequence[Profile] = ()
+) -> None:
     """Write the run as one HTML file with bar charts, the table and the circumstances.
+
+    Args:
+        profiles: where the time of one input goes, a picture and a table more.
 
     Raises:
         MissingExtra: Altair is not installed.
@@ -117,6 +124,10 @@ def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
             ]
         return [charts.bars(bars, unit)]
 
+    cut: list[tuple[str, list[object]]] = []
+    if profiles:
+        told = pages.table(profile.HEADER, profile.rows(profiles))
+        cut = [("Where one input's time goes", [profile.chart(profiles), told])]
     first = records[0]
     models = dict.fromkeys(Path(r.spec["path"]).name for r in records if "path" in r.spec)
     html = pages.page(
@@ -130,6 +141,7 @@ def write_html(records: Sequence[BenchmarkMetrics], target: Path) -> None:
         [
             ("Throughput", chart("items_per_second", "items/s", best)),
             ("Single input, p50", chart("latency_ms_p50", "ms", single)),
+            *cut,
             ("Opening, until the first vector", chart("first_vector_seconds", "s")),
             ("Resident memory after the run", chart("rss_mb", "MB")),
             ("Numbers", [pages.table(header(records), rows(records))]),

@@ -12,6 +12,7 @@ from memopt.commands.console import echo
 
 if TYPE_CHECKING:
     from memopt.benchmark.record import BenchmarkMetrics
+    from memopt.runtimes.profile import Profile
 
 _PEERS = "sentence-transformers,fastembed,optimum: in the same run (builds 2 GB in .peers)."
 
@@ -38,6 +39,9 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Two records: measure both anew in turn, print the ratio."),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Where one input's time goes, down to the kernels.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with charts.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the records.")] = Path(
         "benchmark_results"
@@ -53,16 +57,16 @@ def bench(
     from memopt.commands.console import check_target, steps
     from memopt.errors import ConfigurationError
 
-    if compare and (bundle or variant or all_variants or peers or inputs):
+    if compare and (bundle or variant or all_variants or peers or inputs or profile):
         raise ConfigurationError(
             "--compare measures what its two records name",
-            fix="leave BUNDLE, --variant, --all, --inputs and --peers out",
+            fix="leave BUNDLE, --variant, --all, --inputs, --peers and --profile out",
         )
     if bundle is not None and _writes(bundle):
-        if report or peers:
+        if report or peers or profile:
             raise ConfigurationError(
-                "a language model's speed has no HTML page and no peers here",
-                fix="leave --report and --peers out; --json has every number",
+                "a language model's speed has no HTML page, no peers and no profile here",
+                fix="leave --report, --peers and --profile out; --json has every number",
             )
         names = variant or (None if all_variants else ["auto"])
         _bench_writing(bundle, names, device, inputs, rounds, as_json)
@@ -71,6 +75,7 @@ def bench(
     if report:
         check_target(report)
         altair()
+    names, profiles = variant or (None if all_variants else ["auto"]), []
     with steps("measuring") as say:
         if compare:
             records = measure.compare(*compare, rounds=rounds, singles=singles, on_step=say)
@@ -79,7 +84,7 @@ def bench(
         else:
             records = measure.bench(
                 bundle,
-                variants=variant or (None if all_variants else ["auto"]),
+                variants=names,
                 device=device,
                 inputs=inputs,
                 count=count,
@@ -88,7 +93,11 @@ def bench(
                 peers=[name.strip() for name in peers.split(",") if name.strip()],
                 on_step=say,
             )
-    _write(records, output, report, compared=compare is not None, as_json=as_json)
+            if profile:
+                profiles = measure.profiles(
+                    bundle, names, device=device, inputs=inputs, count=count, on_step=say
+                )
+    _write(records, profiles, output, report, compared=compare is not None, as_json=as_json)
 
 
 def _writes(bundle: Path) -> bool:
@@ -126,6 +135,7 @@ def _bench_writing(
 
 def _write(
     records: list[BenchmarkMetrics],
+    profiles: list[Profile],
     output: Path,
     report: Path | None,
     *,
@@ -136,18 +146,20 @@ def _write(
 
     written = [record.save(output) for record in records]
     if report:
-        write_html(records, report)
+        write_html(records, report, profiles)
         written.append(report)
-    _print(records, compared=compared, as_json=as_json)
+    _print(records, profiles, compared=compared, as_json=as_json)
     if not as_json:
         for path in written:
             echo(f"wrote {path}")
 
 
-def _print(records: list[BenchmarkMetrics], *, compared: bool, as_json: bool) -> None:
+def _print(
+    records: list[BenchmarkMetrics], profiles: list[Profile], *, compared: bool, as_json: bool
+) -> None:
     from dataclasses import asdict
 
-    from memopt.benchmark import report
+    from memopt.benchmark import profile, report
     from memopt.benchmark.bench import below_gate
     from memopt.benchmark.record import ratio
     from memopt.commands.console import stdout
@@ -155,11 +167,15 @@ def _print(records: list[BenchmarkMetrics], *, compared: bool, as_json: bool) ->
     result = ratio(records[1], records[0]) if compared else None
     if as_json:
         document: dict[str, object] = {"records": [asdict(record) for record in records]}
+        if profiles:
+            document["profiles"] = [asdict(told) for told in profiles]
         if result:
             document["ratio"] = asdict(result)
         echo(json.dumps(document, indent=1))
         return
     stdout(170).print(report.table(records))
+    if profiles:
+        stdout(120).print(profile.table(profiles))
     for line in below_gate(records):
         echo(line, err=True)
     if result:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ from memopt.runtimes.graph_cache import open_cached
 from memopt.runtimes.providers import PROVIDERS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.profile import Kernel
 
 _CPU = "CPUExecutionProvider"
 _WARNING, _FATAL = 2, 4  # ONNX Runtime's log levels; the first is its default
@@ -203,6 +206,22 @@ class OnnxBackend:
 
         (rows,) = one_by_one(run, feed) if self._one_row else run(feed)
         return np.asarray(rows, dtype=np.float32)
+
+    def bound(self, feed: Feed) -> Callable[[], object]:
+        """Return a run of the session alone, its inputs bound."""
+        session = self._session
+        binding = session.io_binding()
+        for name, values in feed.items():
+            binding.bind_cpu_input(name, values)
+        binding.bind_output(self._variant.output)
+        return partial(session.run_with_iobinding, binding, self._run_options)
+
+    def kernels(self, feed: Feed, runs: int) -> list[Kernel]:
+        """Return the kernels of one run, as the runtime's profiler tells them."""
+        from memopt.runtimes.profile import onnx_kernels
+
+        opened = partial(self._open, self._threads)
+        return onnx_kernels(opened, self._variant.output, feed, runs)
 
     def run_all(self, feed: Feed) -> dict[str, NDArray[Any]]:
         """Run the graph as it is, in the calling thread; return every output by name."""

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.profile import Kernel
 
 _LOG = logging.getLogger(__name__)
 # float32 unless the variant says otherwise: on a processor with bf16 the default would be bf16, an
@@ -144,10 +146,17 @@ class OpenvinoBackend:
             "INFERENCE_NUM_THREADS": str(self._threads),
         }
 
-    def profiled(self) -> Any:
+    def profiled(self, shape: tuple[int, ...] | None = None) -> Any:
         """Return the model compiled anew as for :meth:`run`, with a clock on every node."""
         options = {**self._compile_options(1), "PERF_COUNT": "YES"}
-        return self._core.compile_model(self._model, self._device, options)
+        return self._core.compile_model(self._shaped(shape), self._device, options)
+
+    def _shaped(self, shape: tuple[int, ...] | None) -> Any:
+        if shape is None:
+            return self._model
+        model = self._only_output(self._core.read_model(self._path))
+        model.reshape({name: list(shape) for name in self.inputs})
+        return model
 
     def _compile_fixed(self, shape: tuple[int, ...]) -> _Requests:
         return self._compile(1, shape)
@@ -160,11 +169,7 @@ class OpenvinoBackend:
         settings = self._compile_options(streams)
 
         def make() -> Any:
-            model = self._model
-            if shape is not None:
-                model = self._only_output(self._core.read_model(self._path))
-                model.reshape({name: list(shape) for name in self.inputs})
-            return self._core.compile_model(model, self._device, settings)
+            return self._core.compile_model(self._shaped(shape), self._device, settings)
 
         stat = self._path.stat()
         file = (str(self._path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -173,12 +178,29 @@ class OpenvinoBackend:
 
     def run(self, feed: Feed) -> Rows:
         """Run one batch in the calling thread, on all cores."""
+        return self._infer(self._fixed_for(feed) or self._single, feed)
+
+    def _fixed_for(self, feed: Feed) -> _Requests | None:
+        """Return the graph of this shape, None while there is none."""
+        if self._fixed is None:
+            return None
         first = feed[self.inputs[0]]
         short = first.ndim == 2 and first.shape[0] == 1 and first.shape[1] <= _WIDEST_FIXED
-        fixed = self._fixed.get(first.shape) if self._fixed and short else None
-        if fixed is not None:
-            return self._infer(fixed, feed)
-        return self._infer(self._single, feed)
+        return self._fixed.get(first.shape) if short else None
+
+    def bound(self, feed: Feed) -> Callable[[], object]:
+        """Return a run of the session alone, its inputs bound."""
+        request = (self._fixed_for(feed) or self._single).compiled.create_infer_request()
+        request.infer([feed[name] for name in self.inputs], share_inputs=True, share_outputs=True)
+        return partial(request.infer, share_outputs=True)
+
+    def kernels(self, feed: Feed, runs: int) -> list[Kernel]:
+        """Return the kernels of one run, as the plugin counts them."""
+        from memopt.runtimes.profile import openvino_kernels
+
+        shape = feed[self.inputs[0]].shape if self._fixed_for(feed) else None
+        inputs = [feed[name] for name in self.inputs]
+        return openvino_kernels(self.profiled(shape), inputs, runs)
 
     def submit(self, feed: Feed) -> Future[Rows]:
         """Run one batch on the next free stream; the first few go to the model compiled already."""

@@ -150,10 +150,15 @@ class TextFrontEnd:
         Raises:
             UnusableItems: texts with a token that the model has no embedding of.
         """
-        return self.batches(
-            self._tokenizer.encode_batch_fast(self._texts(items), add_special_tokens=self._special),
-            budget,
+        return self.batches(self.tokenize(items), budget)
+
+    def tokenize(self, items: Sequence[Any]) -> list[Any]:
+        """Return the tokenizer's encodings of texts or pairs, cut but not padded."""
+        texts = self._texts(items)
+        encodings: list[Any] = self._tokenizer.encode_batch_fast(
+            texts, add_special_tokens=self._special
         )
+        return encodings
 
     def batches(self, encodings: list[Any], budget: Budget = USUAL) -> list[Batch]:
         """Cut what was tokenized into batches of similar length.
