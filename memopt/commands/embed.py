@@ -128,7 +128,8 @@ def _engine(kind: str, *arguments: Any) -> Any:
     from memopt.runtimes.configured import open_configured
 
     entry = Entry(name=kind, target=f"memopt.runtimes.engines.{kind}", summary="")
-    return open_configured(entry.load(), *arguments)
+    # One variant for every part of the file: the last may be one row.
+    return open_configured(partial(entry.load(), one_variant=True), *arguments)
 
 
 def _rows(

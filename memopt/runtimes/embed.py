@@ -89,7 +89,11 @@ def embed(
 
     def encode(chunk: list[Item], first: int) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
         encoded = engine.encode_each(
-            [item.value for item in chunk], batch_size=batch_size, dimension=width, **how
+            [item.value for item in chunk],
+            batch_size=batch_size,
+            dimension=width,
+            part=True,  # the last chunk may be one row
+            **how,
         )
         failures = {i: chunk[i].problem or why for i, why in sorted(encoded.failures.items())}
         if failures and on_error == "fail":

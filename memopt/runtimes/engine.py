@@ -113,6 +113,11 @@ class ArrowEngine(Engine):
     ) -> Any:
         """Return one vector per input, in the order of the inputs; of one bare input its vector.
 
+        One input alone is answered by the variant that is fastest for that, where device and
+        variant are ``auto`` and ``memopt optimize`` found another than for batches: its vector then
+        differs from the same input's in a batch, within the gate that both passed. See
+        ``one_variant`` of :class:`memopt.runtimes.task_engine.Engine`.
+
         Args:
             inputs: a sequence; for text of str, for images of paths, encoded bytes, PIL images or
                 arrays (height, width[, channels]), for audio of paths, encoded bytes,
@@ -167,8 +172,15 @@ class ArrowEngine(Engine):
         prompt: str | None = None,
         prompt_name: str | None = None,
         dimension: int | None = None,
+        part: bool = False,
     ) -> Encoded:
         """Like :meth:`encode`, but tell which inputs could not be used and why.
+
+        Args:
+            inputs, normalize, batch_size, show_progress, prompt, prompt_name, dimension: as there.
+            fail: raise on an input that cannot be used, instead of a NaN row.
+            part: these are a part of more, all of which one variant shall answer: that of batches,
+                however few these are.
 
         Raises:
             InputError: an unusable input, only with ``fail``.
@@ -183,7 +195,7 @@ class ArrowEngine(Engine):
         def store(rows: NDArray[np.intp], feed: Feed, output: Rows) -> None:
             vectors[rows] = output[:, :width]
 
-        self._run(items, store, failures, batch_size, show_progress, fail, front)
+        self._run(items, store, failures, batch_size, show_progress, fail, front, part)
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:

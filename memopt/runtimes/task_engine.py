@@ -294,12 +294,14 @@ class Engine:
         show_progress: bool,
         fail: bool,
         front: Callable[[FrontEnd, Sequence[str]], FrontEnd] | None = None,
+        part: bool = False,
     ) -> None:
         """Hand the answers of each batch to ``store``; add what cannot be used to ``failures``.
 
         Args:
             front: returns what prepares a graph's inputs in place of the engine's own, given that
                 one and their names.
+            part: of more than this request: the variant of batches answers, however few these are.
 
         Raises:
             InputError: an unusable input, only with ``fail``.
@@ -315,7 +317,7 @@ class Engine:
         rest = (items, store, failures, batch_size, show_progress, fail)
         with metrics.errors("inference"):
             chain = self._chain
-            path = self._single if len(items) == 1 else None
+            path = self._single if len(items) == 1 and not part else None
             alone = path.run(own, self._make_front, front, rest) if path else None
             if alone is not None:
                 chain = alone

@@ -55,6 +55,8 @@ def test_one_input_goes_to_its_own_variant_and_a_batch_does_not(both: Bundle) ->
         np.testing.assert_array_equal(engine.encode(TEXTS[:1]), alone(both, SINGLE, TEXTS[:1]))
         assert engine.device_info()["single"]["runtime"].startswith("onnxruntime")
         assert engine.events == ()
+        part = engine.encode_each(TEXTS[:1], part=True).vectors
+        np.testing.assert_array_equal(part, alone(both, BATCHES, TEXTS[:1]))
         named = engine.encode(TEXTS[:1], prompt="query: ")
         np.testing.assert_array_equal(named, alone(both, SINGLE, ["query: " + TEXTS[0]]))
         again = pickle.loads(pickle.dumps(engine))

@@ -80,7 +80,10 @@ def _encoders(**bundles: str | None) -> dict[str, Encoder]:
     from memopt.runtimes.engine import ArrowEngine
 
     kinds = {"vision": VisionEncoder, "audio": AudioEncoder, "text": TextEncoder}
-    engines = {name: ArrowEngine(bundle) for name, bundle in bundles.items() if bundle is not None}
+    # What is trained on and judged by comes from one variant, however few rows there are.
+    engines = {
+        name: ArrowEngine(b, one_variant=True) for name, b in bundles.items() if b is not None
+    }
     return {name: kinds[name](engine, engine.dimension) for name, engine in engines.items()}
 
 
