@@ -155,7 +155,7 @@ def choose(outcomes: Sequence[Outcome], prefer: str = "throughput") -> list[Outc
     best, why = _best(passing, goal)
     alone = best if prefer == "latency" else None
     if prefer == "both" and all(o.latency_ms_p50 for o in passing):
-        alone, reason = _best(passing, SINGLE)
+        alone, reason = _best(passing, SINGLE, best)
         if alone is not best:
             reason = f"for one input: {reason}"
     decided = []
@@ -175,21 +175,27 @@ def choose(outcomes: Sequence[Outcome], prefer: str = "throughput") -> list[Outc
     return decided
 
 
-def _best(passing: Sequence[Outcome], goal: Goal) -> tuple[Outcome, str]:
-    """Return the winner by one measure of speed, and why."""
+def _best(
+    passing: Sequence[Outcome], goal: Goal, home: Outcome | None = None
+) -> tuple[Outcome, str]:
+    """Return the winner by one measure of speed, and why.
+
+    Among equals ``home`` wins, which is in memory for batches already.
+    """
     fastest = min(passing, key=goal.cost)
     near = [o for o in passing if goal.as_fast(o, fastest)]
     largest = max(o.bytes for o in near) or 1
 
-    def merit(outcome: Outcome) -> tuple[float, float]:
+    def merit(outcome: Outcome) -> tuple[float, bool, float]:
         # Rounded: a tenth of a nine and a few percent of the size decide nothing.
         error = max(1.0 - (outcome.quality or 0.0), _NO_ERROR)
-        return round(-math.log10(error), 1), -round(outcome.bytes / largest, 1)
+        size = -round(outcome.bytes / largest, 1)
+        return round(-math.log10(error), 1), outcome is home, size
 
     best = max(near, key=merit)
     if best is fastest:
         return best, "the fastest that passes the gate"
-    better = "better answers" if merit(best) > merit(fastest) else "as good answers"
+    better = "better answers" if merit(best)[0] > merit(fastest)[0] else "as good answers"
     return best, f"as fast as {fastest.candidate.label} within the noise, {better}"
 
 

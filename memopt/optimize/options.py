@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
 from memopt.bundle import Manifest, Variant, open_bundle
 from memopt.optimize.judge import REFERENCE, ROUND_SECONDS, contender, gated
@@ -50,7 +51,7 @@ class OptionsTuning:
     Attributes:
         second: for one input, where it would be opened beside ``batches``.
         cosine_min: by way, where vectors were compared.
-        notes: why a way was left out.
+        notes: how fast each way was, and why one was left out.
     """
 
     batches: OpenOptions
@@ -154,6 +155,7 @@ def tune_options(
             right.append(record)
         else:
             notes.append(f"{name} with {record.label}: {judged.reason}")
+    notes.append(f"{name} on {device}, {_gains(records)}")
     batches = fastest({r.label: r.rounds_seconds for r in right})
     latencies = {r.label: r.rounds_latency_ms for r in right}
     others = {label: times for label, times in latencies.items() if label != batches}
@@ -164,6 +166,21 @@ def tune_options(
         cosine_min={r.label: r.cosine_min for r in records},
         notes=tuple(notes),
     )
+
+
+def _gains(records: Sequence[BenchmarkMetrics]) -> str:
+    """Return how many times as fast each way is as the first, for batches and for one input."""
+    first = records[0]
+
+    def gain(mine: Sequence[float], base: Sequence[float]) -> str:
+        return f"{median(b / a for a, b in zip(mine, base, strict=False)):.2f}x"
+
+    told = [
+        f"{r.label} {gain(r.rounds_seconds, first.rounds_seconds)} and "
+        f"{gain(r.rounds_latency_ms, first.rounds_latency_ms)}"
+        for r in records[1:]
+    ]
+    return "batches and one input against the graph as it is: " + "; ".join(told)
 
 
 def fastest(times: Mapping[str, Sequence[float]], margin: float = MARGIN) -> str:

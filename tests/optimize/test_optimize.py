@@ -360,6 +360,9 @@ def test_batches_and_single_inputs_have_a_choice_each() -> None:
     pairs = zip([near[0], replace(near[1], latency_ms_p50=1.1)], rounds, strict=True)
     slower = [replace(o, rounds_latency_ms=times) for o, times in pairs]
     assert [o.single for o in choose(slower, "both")] == [True, False]
+    # What is in memory for batches already is enough where another is no better.
+    equal = [timed("small", 100, 1.0, 0.99), timed("many", 200, 1.02, 0.99)]
+    assert [o.single for o in choose(equal, "both")] == [False, True]
     dropped = [replace(given[1], status="dropped"), given[0]]
     assert [o.single for o in choose(dropped, "both")] == [False, True]
 
