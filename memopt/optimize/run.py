@@ -27,6 +27,7 @@ from memopt.progress import Step, silent
 from memopt.quantization.accuracy.calibration import described
 from memopt.quantization.accuracy.gate import Gate
 from memopt.quantization.method import writes
+from memopt.registry import nearest
 from memopt.runtimes.cpu import cpu_features, cpu_model, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
@@ -226,7 +227,7 @@ def _preference(given: str | None, bundle: Bundle) -> str:
         kind = "a language model" if writes(bundle) else f"task {bundle.manifest.task}"
         raise ConfigurationError(
             f"prefer is {prefer!r}, and {bundle.path} is of {kind}",
-            fix="choose " + ", ".join(known),
+            fix=nearest(prefer, known),
         )
     return prefer
 

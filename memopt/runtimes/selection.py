@@ -212,20 +212,22 @@ def tuned_record(bundle: Bundle) -> dict[str, object]:
     return dict(record) if isinstance(record, dict) else {}
 
 
-def tuned_elsewhere(bundle: Bundle) -> str:
-    """Return where `memopt optimize` measured, "" where it was here, or nowhere.
+def tuned_elsewhere(bundle: Bundle) -> str | None:
+    """Return where `memopt optimize` measured, in words; None where it was here, or nowhere.
 
     A choice is of one processor: it is not taken on another, and whoever asks is told so.
     """
     key = machine_key()
     others = [name for name, record in bundle.manifest.chosen.items() if isinstance(record, dict)]
-    return "" if key in others or not others else others[-1]
+    return None if key in others or not others else f"{others[-1]}, not on this processor"
 
 
 def tuned_single(bundle: Bundle) -> Placement | None:
     """Return what `memopt optimize` measured as fastest for one input on this machine."""
     record = tuned_record(bundle).get("single")
-    return _chosen(bundle, record) if isinstance(record, dict) else None
+    placement = _chosen(bundle, record) if isinstance(record, dict) else None
+    safe = placement is not None and _safe(placement, bundle, "auto", None)
+    return placement if safe else None
 
 
 def tuned_settings(

@@ -12,6 +12,7 @@ from memopt.errors import DeviceError
 from memopt.runtimes.base import Backend, Placement, Settings
 from memopt.runtimes.batching import run_items
 from memopt.runtimes.fallback import BackendChain, Exhausted, Failure, tell
+from memopt.runtimes.processes import watch
 from memopt.runtimes.selection import tuned_settings, tuned_single
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class SinglePath:
         self._chain: BackendChain | None = None
         self._given_up = False
         self.after_fork()
+        watch(self)
 
     def after_fork(self) -> None:
         """In a child of fork(): another thread may have had the lock, and front ends start anew."""

@@ -48,10 +48,9 @@ class Engine:
     ``memopt_fallback_events_total``. All methods may be called from several threads, and in a child
     of fork(), which opens a session of its own when it first needs one.
 
-    With device and variant ``auto`` a request of one input goes to the variant that
-    ``memopt optimize`` measured as fastest for those, where that is another one, opened when the
-    first comes. Both passed the same gate, but their answers differ by what that gate allows:
-    ``one_variant`` or a named ``variant`` gives the same bits to an input alone and in a batch.
+    With device and variant ``auto`` a request of one input goes to the variant measured as fastest
+    for those, opened when the first comes. Its answers differ from a batch's by what the gate of
+    both allows; ``one_variant`` or a named ``variant`` gives one graph for everything.
 
     Args:
         path_or_bundle: a bundle folder, the name of a built bundle under ``models/``, or a Bundle.
@@ -166,8 +165,6 @@ class Engine:
         """In a child of fork(): tokenizer and locks of the parent are not used again."""
         self._lock = threading.Lock()
         self._front: FrontEnd | None = None
-        if self._single is not None:
-            self._single.after_fork()
 
     # What a fake engine replaces.
     def _open(self, candidate: Placement, *, single: bool = False) -> Backend:
@@ -222,14 +219,13 @@ class Engine:
         ``measured_on`` names the machine of a choice that was not measured on this one.
         """
         candidate = self._chain.candidate
-        elsewhere = tuned_elsewhere(self._bundle)
         return {
             "device": candidate.provider,
             "variant": candidate.variant.name,
             "precision": candidate.variant.precision,
             **self._chain.backend.info(),
             "single": self._single.info() if self._single else None,
-            "measured_on": f"{elsewhere}, not on this processor" if elsewhere else None,
+            "measured_on": tuned_elsewhere(self._bundle),
         }
 
     def close(self) -> None:
@@ -335,9 +331,8 @@ class Engine:
     def _front_end(self) -> FrontEnd:
         front = self._front
         if front is None:
-            inputs = self._chain.backend.inputs
             with self._lock:
-                front = self._front = self._front or self._make_front(inputs)
+                front = self._front = self._front or self._make_front(self._chain.backend.inputs)
         return front
 
     def _accept(self, path_or_bundle: str | Path | Bundle, task: str = "auto") -> Bundle:

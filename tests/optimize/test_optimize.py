@@ -369,7 +369,7 @@ def test_batches_and_single_inputs_have_a_choice_each() -> None:
 
 def test_what_a_model_cannot_prefer_is_refused(minilm_copy: Bundle, data: Path) -> None:
     """A language model's speeds are not an encoder's; both are told what they have."""
-    with pytest.raises(ConfigurationError, match=r"decode.*choose throughput, latency, both"):
+    with pytest.raises(ConfigurationError, match=r"decode.*known: throughput, latency, both"):
         optimize(minilm_copy.path, data, prefer="decode", samples=40)
 
 

@@ -20,6 +20,7 @@ from memopt.runtimes.batching import FrontEnd
 from memopt.runtimes.cpu import machine_key
 from memopt.runtimes.fallback import BackendChain, FallbackEvent
 from memopt.runtimes.pack import pack
+from memopt.runtimes.selection import tuned_single
 from memopt.runtimes.single import SinglePath
 from memopt.runtimes.testing import FakeBackend, FakeFrontEnd, fake_engine
 
@@ -127,6 +128,20 @@ def test_options_of_their_own_are_a_second_compilation(minilm_copy: Bundle) -> N
         assert engine.device_info()["options"]["SNIPPETS_MODE"] == "DISABLE"
     with ArrowEngine(bundle.path, openvino_options={}) as engine:
         assert "SNIPPETS_MODE" not in engine.device_info()["options"]
+
+
+def test_native_code_compiled_elsewhere_is_no_choice_for_one_input(
+    minilm_copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest may name it; without being asked for it is run no more than for batches."""
+    graph = minilm_copy.variant("onnx-fp32")
+    package = replace(graph, name="torch-aoti-fp32", format="torch-aoti", options={"device": "cpu"})
+    variants = {**minilm_copy.manifest.variants, package.name: package}
+    bundle = minilm_copy.update(lambda m: replace(m, variants=variants))
+    bundle = choose(bundle, single={"variant": package.name, "device": "aoti"})
+    assert tuned_single(bundle) is None
+    monkeypatch.setattr("memopt.runtimes.selection.trusted", lambda digest: True)
+    assert tuned_single(bundle) == Placement("aoti", package)
 
 
 def test_a_choice_of_another_processor_is_not_taken_and_said_to_be_so(minilm_copy: Bundle) -> None:
