@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(rewriting: Rewriting, tmp_path: Path) -> None:
             engine.generate([3])  # type: ignore[list-item]
         decoder: Any = engine._chain.backend
         decoder.forward = lambda tokens: np.full((1, 259), np.nan, np.float32)
-        engine._chain._strict = True
+        engine._chain.strict = True
         with pytest.raises(DeviceError, match="not numbers"):
             engine.generate("a")
 
