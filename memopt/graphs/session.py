@@ -18,7 +18,7 @@ from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.keys_values import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.onnx import cpu_session, session_options, takes_one_row
-from memopt.runtimes.openvino import takes_one_row as openvino_takes_one_row
+from memopt.runtimes.openvino_axes import takes_one_row as openvino_takes_one_row
 
 Feed = Mapping[str, NDArray[Any]]
 # Runs the graph and returns the values named when it was opened, in that order.

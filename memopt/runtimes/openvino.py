@@ -16,6 +16,7 @@ from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, one_by_one, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.heap import drop_pages, trim_heap
+from memopt.runtimes.openvino_axes import last_axis, takes_one_row
 from memopt.runtimes.processes import keep_for_ever
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class OpenvinoBackend:
         model = self._only_output(model)
         self.inputs = tuple(port.get_any_name() for port in model.inputs)
         self._one_row = takes_one_row(model)
-        self.dimension = _width(model.output(0).get_partial_shape())
+        self.dimension = last_axis(model.output(0).get_partial_shape())
         self._model = model
         self._lock = threading.Lock()
         # Not OpenVINO's AsyncInferQueue: when an inference fails it never calls back (2026.4), and
@@ -266,22 +267,6 @@ class OpenvinoBackend:
             self._fixed.close()
         if self._many is not None and self._many is not self._single:
             self._many.drop()
-
-
-def takes_one_row(model: Any) -> bool:
-    """Whether a graph was made for batches of one: the first axis of all its inputs is 1."""
-    shapes = [port.get_partial_shape() for port in model.inputs]
-    return bool(shapes) and all(
-        s.rank.is_static and s.rank.get_length() > 0 and s[0].is_static and s[0].get_length() == 1
-        for s in shapes
-    )
-
-
-def _width(shape: Any) -> int | None:
-    """Return the length of the last axis, None where it is not fixed or there is none."""
-    if shape.rank.is_dynamic or not shape.rank.get_length() or shape[-1].is_dynamic:
-        return None
-    return int(shape[-1].get_length())
 
 
 class _FixedShapes:
