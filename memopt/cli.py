@@ -47,6 +47,7 @@ COMMANDS: tuple[str, ...] = (
     "encrypt",
     "info",
     "sync",
+    "serve",
     "memory",
     "doctor",
     "config",

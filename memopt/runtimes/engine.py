@@ -191,16 +191,19 @@ class ArrowEngine(Engine):
         items = as_items(inputs, self._bundle.manifest.modality)
         vectors = np.empty((len(items), width), np.float32)
         failures: dict[int, str] = {}
+        tokens = np.zeros(len(items), np.intp)
 
         def store(rows: NDArray[np.intp], feed: Feed, output: Rows) -> None:
             vectors[rows] = output[:, :width]
+            if "attention_mask" in feed:
+                tokens[rows] = np.count_nonzero(feed["attention_mask"], axis=1)
 
         self._run(items, store, failures, batch_size, show_progress, fail, front, part)
         if failures:
             vectors[list(failures)] = np.nan
         if normalize:
             unit_length(vectors)
-        return Encoded(vectors, failures)
+        return Encoded(vectors, failures, tokens)
 
     def comparable(self, inputs: Any) -> NDArray[np.float32]:
         """Return the vectors, as :meth:`encode`."""

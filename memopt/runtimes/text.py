@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,25 @@ _FIRST = np.zeros(1, np.intp)
 
 # What one input is, for error messages.
 _TAKES = {"one": "str", "pair": "a pair of str", "either": "str or a pair of str"}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A text that its sender has tokenized; special tokens are among the ids, or are left out.
+
+    >>> len(TokenIds((101, 102)))
+    2
+    """
+
+    ids: tuple[int, ...]
+
+    @property
+    def type_ids(self) -> list[int]:
+        """One segment."""
+        return [0] * len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class TextFrontEnd:
@@ -118,6 +138,8 @@ class TextFrontEnd:
 
     def check(self, item: Any) -> str | None:
         """Return why ``item`` cannot be encoded, None when it can."""
+        if isinstance(item, TokenIds):
+            return self._refused(item)
         if isinstance(item, str) and self._takes != "pair":
             return _unencodable(item)
         if self._takes != "one" and _is_pair(item):
@@ -153,12 +175,15 @@ class TextFrontEnd:
         return self.batches(self.tokenize(items), budget)
 
     def tokenize(self, items: Sequence[Any]) -> list[Any]:
-        """Return the tokenizer's encodings of texts or pairs, cut but not padded."""
-        texts = self._texts(items)
+        """Return encodings of texts or pairs, cut but not padded; token ids stand for themselves."""
+        texts = [item for item in items if not isinstance(item, TokenIds)]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
-            texts, add_special_tokens=self._special
+            self._texts(texts), add_special_tokens=self._special
         )
-        return encodings
+        if len(texts) == len(items):
+            return encodings
+        rest = iter(encodings)
+        return [item if isinstance(item, TokenIds) else next(rest) for item in items]
 
     def batches(self, encodings: list[Any], budget: Budget = USUAL) -> list[Batch]:
         """Cut what was tokenized into batches of similar length.
@@ -190,6 +215,14 @@ class TextFrontEnd:
         if any(batch.feed["input_ids"].max(initial=0) >= self._rows for batch in batches):
             self._refuse_beyond(encodings)
         return batches
+
+    def _refused(self, tokens: TokenIds) -> str | None:
+        """Return why ids cannot be used; cut, they could lose the special token at their end."""
+        if not 1 <= len(tokens) <= (self.max_length or len(tokens)):
+            return f"has {len(tokens)} tokens, and the model takes 1 to {self.max_length}"
+        if not 0 <= min(tokens.ids) <= max(tokens.ids) < self._rows:
+            return f"has tokens beyond the {self._rows} that the model knows"
+        return None
 
     def _texts(self, items: Sequence[Any]) -> list[Any]:
         """Return what the tokenizer is given: texts with the prompt, pairs as tuples."""
@@ -266,6 +299,8 @@ def _is_pair(item: Any) -> bool:
 
 
 def _characters(item: Any) -> int:
+    if isinstance(item, TokenIds):
+        return 4 * len(item)
     return len(item) if isinstance(item, str) else sum(map(len, item))
 
 

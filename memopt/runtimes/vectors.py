@@ -26,11 +26,13 @@ class Encoded:
     """Vectors, and the inputs that have none.
 
     ``vectors`` is float32 (n, dimension); the row of an input that could not be used is NaN and
-    ``failures`` maps its position to the reason.
+    ``failures`` maps its position to the reason. ``tokens`` (n,) is how many the model read of each
+    text, special ones too; zero for pictures and sounds.
     """
 
     vectors: NDArray[np.float32]
     failures: dict[int, str] = field(default_factory=dict)
+    tokens: NDArray[np.intp] = field(default_factory=lambda: np.zeros(0, np.intp))
 
 
 def is_bare(inputs: Any, modality: str) -> bool:

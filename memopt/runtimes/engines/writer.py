@@ -252,14 +252,16 @@ class TextWriter(TokenWriter):
             pass
         return [_generation(row) for row in rows]
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> Pieces:
+    def stream(
+        self, prompt: str, *, cancel: threading.Event | None = None, **options: Unpack[Options]
+    ) -> Pieces:
         """Yield what follows one prompt as it is written, in pieces of whole characters.
 
         Closing the iterator ends the text; at its end it returns the :class:`Generation`, the
-        value of ``yield from``. Options and errors are those of :meth:`generate`.
+        value of ``yield from``. Options, ``cancel`` and errors are those of :meth:`generate`.
         """
         request = Request.of(options)
-        return self._write(self._rows([prompt], request), request)
+        return self._write(self._rows([prompt], request), request, cancel)
 
     async def astream(self, prompt: str, **options: Unpack[Options]) -> AsyncIterator[str]:
         """Yield as :meth:`stream` does, without holding up the event loop."""

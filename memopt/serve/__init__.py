@@ -1,0 +1,1 @@
+"""``memopt serve``: bundles behind HTTP, by the routes that clients already speak."""

@@ -1,0 +1,196 @@
+"""The table of routes: path, what it takes, who answers; the OpenAPI document is read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from memopt import __version__
+from memopt.runtimes.limits import resident_mb
+from memopt.serve import schemas, texts, writing
+from memopt.serve.exchange import ARROW, Answer, Exchange
+from memopt.serve.failures import Refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One row. ``takes`` is the struct of the body, None for none; ``form`` allows a form too."""
+
+    method: str
+    path: str
+    answer: Callable[..., Awaitable[Answer]]
+    takes: type | None = None
+    summary: str = ""
+    kind: str = "application/json"
+    arrow: bool = False
+    stream: bool = False
+    form: bool = False
+
+
+async def models(x: Exchange) -> Answer:
+    """The models here, as OpenAI lists them."""
+    data = [
+        {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "memopt",
+            "task": model.task.name,
+        }
+        for model in x.host.models.values()
+    ]
+    return Answer(json={"object": "list", "data": data})
+
+
+async def info(x: Exchange) -> Answer:
+    """The first model, as TEI tells it, and all of them."""
+    first = next(iter(x.host.models.values()))
+    return Answer(
+        json={
+            "model_id": first.name,
+            "model_type": {"task": first.task.name},
+            "max_input_length": first.bundle.manifest.max_length,
+            "max_client_batch_size": x.host.limits.inputs,
+            "max_batch_tokens": x.host.limits.batch_tokens,
+            "version": __version__,
+            "rss_mb": round(resident_mb(), 1),
+            "models": x.telemetry.now()["models"],
+        }
+    )
+
+
+async def health(x: Exchange) -> Answer:
+    """The process lives."""
+    return Answer(json={"status": "ok"})
+
+
+async def state(x: Exchange) -> Answer:
+    """What the page shows: rate, medians, fill, providers, fallbacks."""
+    return Answer(json=x.telemetry.now())
+
+
+async def metrics(x: Exchange) -> Answer:
+    """Counters and times for Prometheus."""
+    return Answer(text=x.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def reload(x: Exchange, name: str) -> Answer:
+    """Open a bundle as it is now in the place of the old one; no request is lost."""
+    await _named(x, name).reload()
+    return Answer(json={"model": name, "open": True})
+
+
+async def load(x: Exchange, name: str) -> Answer:
+    """Open a model that is not open yet."""
+    async with x.host.use(_named(x, name)):
+        return Answer(json={"model": name, "open": True})
+
+
+async def unload(x: Exchange, name: str) -> Answer:
+    """Close a model behind its last request; the next one opens it anew."""
+    await _named(x, name).close()
+    return Answer(json={"model": name, "open": False})
+
+
+def _named(x: Exchange, name: str) -> Any:
+    if name not in x.host.models:
+        raise Refusal(404, f"no model {name!r}", kind="not_found_error",
+                      fix=f"there are: {', '.join(x.host.models)}")  # fmt: skip
+    return x.host.models[name]
+
+
+def _post(path: str, answer: Any, takes: Any, **further: Any) -> Route:
+    return Route(method="POST", path=path, answer=answer, takes=takes, **further)
+
+
+def _get(path: str, answer: Any, **further: Any) -> Route:
+    return Route(method="GET", path=path, answer=answer, **further)
+
+
+ROUTES = (
+    _post("/v1/embeddings", texts.embeddings, schemas.EmbeddingRequest, arrow=True),
+    _post("/v1/embeddings/media", texts.media, schemas.MediaRequest, arrow=True, form=True),
+    _post("/v1/completions", writing.completions, schemas.CompletionRequest, stream=True),
+    _post("/v1/chat/completions", writing.chat, schemas.ChatRequest, stream=True),
+    _post("/v1/rerank", texts.rerank, schemas.RerankRequest),
+    _get("/v1/models", models),
+    _post("/rerank", texts.rerank, schemas.RerankRequest),
+    _post("/embed", texts.embed, schemas.InputsRequest, arrow=True),
+    _post("/embed_all", texts.embed_all, schemas.InputsRequest),
+    _post("/embed_sparse", texts.embed_sparse, schemas.InputsRequest),
+    _post("/predict", texts.predict, schemas.PredictRequest),
+    _post("/classify", texts.predict, schemas.PredictRequest),
+    _post("/tag", texts.tag, schemas.TagRequest),
+    _post("/similarity", texts.similarity, schemas.SimilarityRequest),
+    _post("/tokenize", texts.tokenize, schemas.TokenizeRequest),
+    _get("/info", info),
+    _get("/health", health),
+    _get("/state", state),
+    _get("/metrics", metrics, kind="text/plain"),
+    Route(method="POST", path="/models/{name}/reload", answer=reload),
+    Route(method="POST", path="/models/{name}/load", answer=load),
+    Route(method="POST", path="/models/{name}/unload", answer=unload),
+)
+
+
+def openapi() -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of :data:`ROUTES`.
+
+    >>> sorted(openapi()["paths"]["/embed"])
+    ['post']
+    """
+    from memopt.extras import require
+
+    msgspec = require("msgspec", extra="serve", why="describe requests")
+    takes = {route.takes for route in ROUTES if route.takes}
+    _, components = msgspec.json.schema_components(
+        sorted(takes, key=lambda kind: kind.__name__), ref_template="#/components/schemas/{name}"
+    )
+    components["Error"] = {"type": "object", "required": ["error"], "properties": {"error": {}}}
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "memopt", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    kinds = [route.kind, *([ARROW] if route.arrow else [])]
+    kinds += ["text/event-stream"] if route.stream else []
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    codes = {
+        400: "a wrong request",
+        401: "no such key",
+        403: "a foreign host",
+        404: "no such model",
+    }
+    codes |= {413: "too large", 415: "no JSON", 422: "not of the form", 429: "too much waits"}
+    codes |= {501: "an extra is missing", 503: "stopping, or too late"}
+    found: dict[str, Any] = {
+        "summary": (route.summary or route.answer.__doc__ or "").strip().splitlines()[0],
+        "operationId": f"{route.method.lower()}{route.path.replace('/', '_').strip('{}')}",
+        "responses": {
+            "200": {"description": "the answer", "content": {kind: {} for kind in kinds}},
+            **{str(c): {"description": why, "content": error} for c, why in codes.items()},
+        },
+    }
+    if "{name}" in route.path:
+        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+        found["parameters"] = [name]
+    if route.takes:
+        schema = {"$ref": f"#/components/schemas/{route.takes.__name__}"}
+        content: dict[str, Any] = {"application/json": {"schema": schema}}
+        if route.form:
+            parts = {"type": "array", "items": {"type": "string", "format": "binary"}}
+            form = {"type": "object", "properties": {"file": parts, "model": {"type": "string"}}}
+            content["multipart/form-data"] = {"schema": form}
+        found["requestBody"] = {"required": True, "content": content}
+    return found
