@@ -12,7 +12,7 @@ from typing import Any
 from memopt.extras import require
 from memopt.serve.exchange import ARROW, Answer, Exchange
 from memopt.serve.failures import Refusal, refusal_of
-from memopt.serve.guard import Access, Guard, send_refusal
+from memopt.serve.guard import Access, Guard, error_body, send_refusal
 from memopt.serve.hosting import Host
 from memopt.serve.routes import ROUTES, Route, openapi
 from memopt.serve.telemetry import Telemetry
@@ -68,7 +68,9 @@ def make_app(
     ):
         data = Path(__file__).with_name(name).read_bytes()
         routes.append(routing.Route(path, _constant(data, kind)))
-    app = applications.Starlette(routes=routes, lifespan=lifespan)
+    app = applications.Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={404: _unrouted, 405: _unrouted}
+    )
     whole: Any = Guard(
         app,
         access=access or Access(),
@@ -81,6 +83,15 @@ def make_app(
             whole, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
         )
     return whole
+
+
+async def _unrouted(request: Any, error: Any) -> Any:
+    """Say of a path or a method that there is none, as the routes say what is wrong."""
+    responses = require("starlette.responses", extra="serve", why="serve")
+    wrong = f"no route {request.url.path}" if error.status_code == 404 else "no such method"
+    refusal = Refusal(error.status_code, wrong, kind="not_found_error", fix="see /openapi.json")
+    body = error_body(refusal, request.url.path)
+    return responses.Response(body, refusal.status, error.headers, "application/json")
 
 
 class _Endpoint:

@@ -189,7 +189,16 @@ def _local(host: bytes) -> bool:
 
 
 async def send_refusal(refusal: Refusal, send: Any, path: str) -> None:
-    """Send an error as the clients of that route know it: OpenAI's form, or TEI's."""
+    """Send an error."""
+    data = error_body(refusal, path)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+    headers += [(k.lower().encode(), v.encode()) for k, v in refusal.headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})
+
+
+def error_body(refusal: Refusal, path: str) -> bytes:
+    """Return an error as the clients of that route know it: OpenAI's form, or TEI's."""
     if path.startswith("/v1/"):
         body: dict[str, Any] = {
             "error": {
@@ -201,8 +210,4 @@ async def send_refusal(refusal: Refusal, send: Any, path: str) -> None:
         }
     else:
         body = {"error": str(refusal), "error_type": refusal.kind}
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-    headers += [(k.lower().encode(), v.encode()) for k, v in refusal.headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+    return json.dumps(body).encode()

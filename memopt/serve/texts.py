@@ -150,7 +150,10 @@ async def predict(x: Exchange, body: schemas.PredictRequest) -> Answer:
         "/predict",
     )
     rows = (await x.answer(model, work.classify, items)).answers
-    told = [[{"label": label, "score": score} for label, score in row] for row in rows]
+    told = [
+        [{"label": n, "score": s} for n, s in zip(row.labels, row.scores, strict=True)]
+        for row in rows
+    ]
     return Answer(json=told[0] if one else told)
 
 
