@@ -175,7 +175,7 @@ class TextFrontEnd:
         return self.batches(self.tokenize(items), budget)
 
     def tokenize(self, items: Sequence[Any]) -> list[Any]:
-        """Return encodings of texts or pairs, cut but not padded; token ids stand for themselves."""
+        """Return encodings of texts or pairs, cut, not padded; token ids stand for themselves."""
         texts = [item for item in items if not isinstance(item, TokenIds)]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
             self._texts(texts), add_special_tokens=self._special

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class _Endpoint:
             if self._decoder is not None:
                 arguments.append(await self._body(scope, receive, headers))
             answer = await _unless_gone(
-                asyncio.ensure_future(self._route.answer(exchange, *arguments)),
+                self._route.answer(exchange, *arguments),
                 receive,
                 self._host.limits.seconds,
             )
@@ -189,29 +189,35 @@ async def _form(scope: Any, receive: Any, most: int) -> Any:
         raise Refusal(400, "the form cannot be read") from error
 
 
-async def _unless_gone(task: asyncio.Future[Answer], receive: Any, seconds: float) -> Answer | None:
+async def _unless_gone(work: Awaitable[Answer], receive: Any, seconds: float) -> Answer | None:
     """Return the answer, or None when the client went first: then nothing more is computed.
 
     Raises:
         TimeoutError: it took longer than ``seconds``.
     """
+    loop, own = asyncio.get_running_loop(), asyncio.current_task()
+    assert own is not None
     gone: asyncio.Future[Any] | None = None
+
+    def watch() -> None:
+        nonlocal gone
+        gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda future: future.cancelled() or own.cancel())
+
+    # Most are answered before: those cost no task of their own.
+    later = loop.call_later(_WATCHED_SECONDS, watch)
     try:
-        done, _ = await asyncio.wait({task}, timeout=_WATCHED_SECONDS)
-        if not done:
-            gone = asyncio.ensure_future(_disconnected(receive))
-            await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if gone is not None and gone.done():
-            return None
-        raise TimeoutError
+        async with asyncio.timeout(seconds):
+            return await work
+    except asyncio.CancelledError:
+        if gone is None or not gone.done():
+            raise  # the server is stopping
+        own.uncancel()
+        return None
     finally:
-        for future in (task, gone):
-            if future is not None and not future.done():
-                future.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await future
+        later.cancel()
+        if gone is not None:
+            gone.cancel()
 
 
 async def _disconnected(receive: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import secrets
@@ -73,6 +74,7 @@ class Guard:
         self._access = access
         self._body_bytes = body_bytes
         self._telemetry = telemetry
+        self._run, self._requests = secrets.token_hex(4), itertools.count(1)
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -82,7 +84,7 @@ class Guard:
             return
         begin, status = time.perf_counter(), 0
         headers = dict(scope["headers"])
-        request = secrets.token_hex(8)
+        request = f"{self._run}-{next(self._requests):x}"
         who = ""
 
         async def told(message: Any) -> None:
