@@ -83,13 +83,16 @@ def serve(
     )
     scheme = "https" if cert else "http"
     stderr().print(f"memopt serves {', '.join(models)} on {scheme}://{host}:{port}/")
-    run(
-        Host(models, limits, {"device": device}),
-        address=host,
-        port=port,
-        access=Access(keys=keys, rate=rate, loopback=loopback(host)),
-        origins=tuple(cors_origin or ()),
-        certificate=cert,
-        private_key=key,
-        lazy=lazy,
-    )
+    try:
+        run(
+            Host(models, limits, {"device": device}),
+            address=host,
+            port=port,
+            access=Access(keys=keys, rate=rate, loopback=loopback(host)),
+            origins=tuple(cors_origin or ()),
+            certificate=cert,
+            private_key=key,
+            lazy=lazy,
+        )
+    finally:
+        own.removeHandler(handler)

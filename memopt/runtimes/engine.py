@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -12,7 +12,14 @@ from memopt.bundle import MANIFEST
 from memopt.errors import BundleError, ConfigurationError
 from memopt.registry import nearest
 from memopt.runtimes.task_engine import Engine
-from memopt.runtimes.vectors import Encoded, as_items, is_bare, to_arrow, unit_length
+from memopt.runtimes.vectors import (
+    Encoded,
+    as_items,
+    is_bare,
+    refusal,
+    to_arrow,
+    unit_length,
+)
 from memopt.weights.sentence import named_prompts
 
 if TYPE_CHECKING:
@@ -20,10 +27,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
+    from memopt.runtimes.batcher import Batcher
     from memopt.runtimes.batching import FrontEnd
-    from memopt.runtimes.coalesce import Coalescer
 
 __all__ = ["ArrowEngine"]
+# Inputs of callers at the same time that are encoded together.
+_TOGETHER = 1024
 
 
 class ArrowEngine(Engine):
@@ -42,12 +51,12 @@ class ArrowEngine(Engine):
     def after_fork(self) -> None:
         """In a child of fork(): nor is the queue of requests."""
         super().after_fork()
-        self._coalescer: Coalescer | None = None
+        self._batcher: Batcher | None = None
 
     def close(self) -> None:
         """Free the session. Closing twice is fine; encoding afterwards raises DeviceError."""
-        if self._coalescer is not None:
-            self._coalescer.close()
+        if self._batcher is not None:
+            self._batcher.close()
         super().close()
 
     @property
@@ -278,14 +287,29 @@ class ArrowEngine(Engine):
         items = as_items(inputs, modality)
         if not len(items):
             return np.empty((0, self.dimension), np.float32)
-        vectors = await asyncio.wrap_future(self._shared().submit(items, normalize))
+        # An input costs 1, whatever its length: that of the batch is the front end's to choose.
+        costs = [1] * len(items)
+        queue = self._shared()
+        waiting = queue.submit("encode", self._rows_of, items, costs, seconds=math.inf)
+        rows = (await asyncio.wrap_future(waiting)).answers
+        failures = {index: row for index, row in enumerate(rows) if isinstance(row, str)}
+        if failures:
+            raise refusal(failures)
+        vectors: NDArray[np.float32] = np.stack(rows)
+        if normalize:
+            unit_length(vectors)
         return vectors[0] if is_bare(inputs, modality) else vectors
 
-    def _shared(self) -> Coalescer:
-        with self._lock:
-            if self._coalescer is None:
-                from memopt.runtimes.coalesce import Coalescer
+    def _rows_of(self, items: Sequence[Any]) -> list[Any]:
+        """Return the vector of each input, or why it has none."""
+        encoded = self.encode_each(items, normalize=False)
+        return [encoded.failures.get(index, row) for index, row in enumerate(encoded.vectors)]
 
-                delay = self._arguments["max_delay_ms"]
-                self._coalescer = Coalescer(partial(self.encode_each, normalize=False), delay)
-            return self._coalescer
+    def _shared(self) -> Batcher:
+        with self._lock:
+            if self._batcher is None:
+                from memopt.runtimes.batcher import Batcher
+
+                delay = self._arguments["max_delay_ms"] / 1000
+                self._batcher = Batcher(batch_tokens=_TOGETHER, delay=delay)
+            return self._batcher

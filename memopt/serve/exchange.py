@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memopt.runtimes.batcher import Answered
 from memopt.serve import work
-from memopt.serve.batching import Answered
 from memopt.serve.hosting import Host, Hosted
 from memopt.serve.telemetry import Telemetry
 from memopt.tasks.table import Task

@@ -12,6 +12,7 @@ from memopt.errors import (
     MemoptError,
     MissingExtra,
 )
+from memopt.runtimes.batcher import Full
 
 # Status and OpenAI's type of an error, the most special first.
 _STATUS: tuple[tuple[type[Exception], int, str], ...] = (
@@ -57,6 +58,13 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, TimeoutError):
         return Refusal(503, "the request waited too long", kind="timeout_error",
                        headers={"Retry-After": "1"})  # fmt: skip
+    if isinstance(error, Full):
+        return Refusal(
+            429,
+            error.problem,
+            kind="overloaded_error",
+            headers={"Retry-After": str(error.seconds)},
+        )
     for kind, status, name in _STATUS:
         if isinstance(error, kind):
             return Refusal(status, str(error), kind=name)

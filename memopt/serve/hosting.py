@@ -12,10 +12,10 @@ from typing import Any
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError
+from memopt.runtimes.batcher import Batcher
 from memopt.runtimes.fallback import FallbackEvent
 from memopt.runtimes.limits import resident_mb
 from memopt.runtimes.task_engine import open_task
-from memopt.serve.batching import Batcher
 from memopt.serve.failures import Refusal
 from memopt.tasks.table import Task
 
@@ -24,7 +24,7 @@ from memopt.tasks.table import Task
 class Limits:
     """What a server may take.
 
-    ``batch_tokens`` and ``queue_tokens`` as of :class:`memopt.serve.batching.Batcher`;
+    ``batch_tokens`` and ``queue_tokens`` as of :class:`memopt.runtimes.batcher.Batcher`;
     ``memory_limit_mb`` is resident memory of the process, past which models that nobody uses are
     closed and no other is opened.
     """

@@ -219,8 +219,9 @@ async def tokenize(x: Exchange, body: schemas.TokenizeRequest) -> Answer:
 def dumped(value: Any) -> bytes:
     """Return JSON; float32 arrays in the fewest digits that give them back.
 
-    >>> dumped([np.float32(0.1), np.array([1.5], np.float32)])
-    b'[0.1,[1.5]]'
+    >>> import numpy as np
+    >>> dumped([np.array([0.1, 1.5], np.float32)])
+    b'[[0.1,1.5]]'
     """
     from memopt.extras import require
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from memopt.errors import InputError
+from memopt.runtimes.batcher import Answered, Run
 from memopt.runtimes.text import TokenIds
 from memopt.runtimes.vectors import unit_length
-from memopt.serve.batching import Answered, Run
 from memopt.serve.failures import Refusal
 from memopt.serve.hosting import Host, Hosted
 from memopt.serve.telemetry import Telemetry
@@ -66,7 +66,7 @@ def cost(item: Any) -> int:
     """Return about how many tokens an input is.
 
     >>> cost("a cat sat on the mat"), cost(("query", "document"))
-    (7, 6)
+    (7, 7)
     """
     if isinstance(item, str):
         return min(len(item) // 4 + 2, _LONGEST)

@@ -12,12 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memopt.errors import DeviceError
-from memopt.serve.failures import Refusal
 
 # Answers the inputs of one batch: for each an answer, or the error that is its own.
 Run = Callable[[Sequence[Any]], Sequence[Any]]
+# A batch of this many inputs gains nothing from waiting for more.
+_ENOUGH = 64
 # A request in a batch gets at least this many tokens of it, so that short ones are not cut.
 _LEAST_SHARE = 64
+
+
+class Full(DeviceError):
+    """Too much waits already; ``seconds`` from now there is likely to be room."""
+
+    def __init__(self, problem: str, seconds: int) -> None:
+        super().__init__(problem, fix=f"ask again in {seconds} s")
+        self.seconds = seconds
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,13 +59,13 @@ class _Request:
 class Batcher:
     """Computes the requests of one model, as many together as fit ``batch_tokens``.
 
-    Nothing waits for company: while a batch is computed the next one gathers. Requests of one key
-    share a batch, in turns of equal tokens, so that a large one delays a small one by one batch at
-    most.
+    While a batch is computed the next one gathers. Requests of one key share a batch, in turns of
+    equal tokens, so that a large one delays a small one by one batch at most.
 
     Args:
         batch_tokens: of one batch; an input larger than that is a batch of its own.
-        queue_tokens: that may wait in all; more is refused with 429.
+        queue_tokens: that may wait in all; more is refused. None is any number.
+        delay: seconds that the first request of a batch waits for others, unless they come before.
 
     >>> batcher = Batcher(batch_tokens=8, queue_tokens=100)
     >>> lengths = lambda texts: [len(text) for text in texts]
@@ -65,9 +74,12 @@ class Batcher:
     >>> batcher.close()
     """
 
-    def __init__(self, *, batch_tokens: int, queue_tokens: int) -> None:
+    def __init__(
+        self, *, batch_tokens: int, queue_tokens: int | None = None, delay: float = 0.0
+    ) -> None:
         self._batch_tokens = batch_tokens
         self._queue_tokens = queue_tokens
+        self._delay = delay
         self._requests: deque[_Request] = deque()
         self._tokens = 0
         self._rate = 0.0  # tokens a second, of late
@@ -94,7 +106,7 @@ class Batcher:
             seconds: after which it fails with TimeoutError if it still waits.
 
         Raises:
-            Refusal: 429 with ``Retry-After``: too much waits already.
+            Full: too much waits already.
             DeviceError: closed.
         """
         total = sum(costs)
@@ -105,16 +117,12 @@ class Batcher:
             return request.future
         with self._changed:
             if self._closed:
-                raise DeviceError("the server is stopping")
+                raise DeviceError("the engine is closed", fix="open a new one")
             # One alone is taken whatever its size: it is limited elsewhere.
-            if self._requests and self._tokens + total > self._queue_tokens:
+            most = self._queue_tokens
+            if most is not None and self._requests and self._tokens + total > most:
                 wait = max(1, round(self._tokens / self._rate)) if self._rate else 1
-                raise Refusal(
-                    429,
-                    f"{self._tokens} tokens wait already, and {self._queue_tokens} may",
-                    kind="overloaded_error",
-                    headers={"Retry-After": str(min(wait, 60))},
-                )
+                raise Full(f"{self._tokens} tokens wait already, and {most} may", min(wait, 60))
             self._requests.append(request)
             self._tokens += total
             if self._thread is None:
@@ -137,6 +145,7 @@ class Batcher:
             with self._changed:
                 while not self._requests and not self._closed:
                     self._changed.wait()
+                self._wait_for_others()
                 self._drop_dead()
                 if not self._requests:
                     if self._closed:
@@ -144,6 +153,14 @@ class Batcher:
                     continue
                 batch = self._gather()
             self._compute(batch)
+
+    def _wait_for_others(self) -> None:
+        """Let a batch gather; requests that came during the last one have waited already."""
+        while self._delay and self._requests and not self._closed:
+            left = self._requests[0].since + self._delay - time.monotonic()
+            if left <= 0 or sum(len(r.items) for r in self._requests) >= _ENOUGH:
+                return
+            self._changed.wait(left)
 
     def _drop_dead(self) -> None:
         """Take out what was cancelled, or waited too long."""
