@@ -64,7 +64,9 @@ def make_app(
     for path, name, kind in (
         ("/", "page.html", "text/html; charset=utf-8"),
         ("/page.js", "page.js", "text/javascript; charset=utf-8"),
+        ("/ask.js", "ask.js", "text/javascript; charset=utf-8"),
         ("/page.css", "page.css", "text/css; charset=utf-8"),
+        ("/page.svg", "page.svg", "image/svg+xml"),
     ):
         data = Path(__file__).with_name(name).read_bytes()
         routes.append(routing.Route(path, _constant(data, kind)))

@@ -21,7 +21,7 @@ from memopt.serve.failures import Refusal
 
 log = logging.getLogger("memopt.serve")
 # Asked for by those who have no key: whether it lives, and the page that asks for one.
-OPEN = ("/health", "/ready", "/")
+OPEN = ("/health", "/ready", "/", "/page.js", "/ask.js", "/page.css", "/page.svg")
 _CLIENTS = 10_000  # whose rates are remembered
 
 

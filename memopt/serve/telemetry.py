@@ -10,11 +10,14 @@ from typing import Any
 from memopt import metrics
 from memopt.extras import require
 from memopt.runtimes.limits import resident_mb
+from memopt.serve.guard import OPEN
 
 # Seconds; as TEI's histograms.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHOWN = 10  # seconds that the page's rate is of
 _KEPT = 512  # requests that the page's medians are of
+# Not in the page's rate and medians: who looks at a server is not its work.
+_WATCHING = frozenset((*OPEN, "/state", "/metrics", "/info", "/v1/models", "/openapi.json"))
 
 
 class Telemetry:
@@ -75,6 +78,8 @@ class Telemetry:
             self._duration.labels(method).observe(seconds)
         else:
             self._failure.labels(str(status)).inc()
+        if method in _WATCHING:
+            return
         if status < 400:
             self._times.append(seconds)
         now = int(time.time())
@@ -126,5 +131,6 @@ class Telemetry:
             "queue_ms": middle([q for q, _ in halves]),
             "compute_ms": middle([c for _, c in halves]),
             "rss_mb": round(resident_mb(), 1),
+            "memory_limit_mb": self._host.limits.memory_limit_mb,
             "models": models,
         }
