@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +15,11 @@ from memopt.serve.guard import OPEN
 # Seconds; as TEI's histograms.
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHOWN = 10  # seconds that the page's rate is of
+_COUNTERS = {
+    "te_request_count": ("Requests", "method"),
+    "te_request_success": ("Requests answered", "method"),
+    "te_request_failure": ("Requests refused or failed", "err"),
+}
 _KEPT = 512  # requests that the page's medians are of
 # Not in the page's rate and medians: who looks at a server is not its work.
 _WATCHING = frozenset((*OPEN, "/state", "/metrics", "/info", "/v1/models", "/openapi.json"))
@@ -31,15 +36,10 @@ class Telemetry:
         metrics.PerformanceMonitor(self.registry)
         self.begun = time.time()
 
-        def counter(name: str, about: str, *labels: str) -> Any:
-            return prom.Counter(name, about, labels, registry=self.registry)
-
         def histogram(name: str, about: str, *labels: str) -> Any:
             return prom.Histogram(name, about, labels, buckets=_SECONDS, registry=self.registry)
 
-        self._count = counter("te_request_count", "Requests", "method")
-        self._success = counter("te_request_success", "Requests answered", "method")
-        self._failure = counter("te_request_failure", "Requests refused or failed", "err")
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._duration = histogram("te_request_duration", "Seconds of a request", "method")
         self._queued = histogram("te_request_queue_duration", "Seconds in the queue", "model")
         self._computed = histogram(
@@ -66,18 +66,26 @@ class Telemetry:
                 size.add_metric([name], batcher.last_size)
                 tokens.add_metric([name], batcher.last_tokens)
         yield from (waiting, size, tokens)
+        # TEI's counters have no _total, which prometheus_client would add to a Counter's name.
+        unknown = require("prometheus_client.core", extra="serve", why="count").UnknownMetricFamily
+        for name, (about, label) in _COUNTERS.items():
+            family = unknown(name, about, labels=[label])
+            for (known, value), count in list(self._counts.items()):
+                if known == name:
+                    family.add_metric([value], count)
+            yield family
 
     def requested(self, method: str) -> None:
         """Count a request that came."""
-        self._count.labels(method).inc()
+        self._counts["te_request_count", method] += 1
 
     def answered(self, method: str, status: int, seconds: float) -> None:
         """Count what became of it."""
         if status < 400:
-            self._success.labels(method).inc()
+            self._counts["te_request_success", method] += 1
             self._duration.labels(method).observe(seconds)
         else:
-            self._failure.labels(str(status)).inc()
+            self._counts["te_request_failure", str(status)] += 1
         if method in _WATCHING:
             return
         if status < 400:
