@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from memopt.serve.memories import Memories
 
 
 def serve(
@@ -36,6 +41,12 @@ def serve(
     ] = None,
     cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
     key: Annotated[Path | None, typer.Option(help="TLS key, PEM.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="A memory store behind /v1/memories; needs --api-key-file.")
+    ] = None,
+    memory_key: Annotated[
+        Path | None, typer.Option(help="File of its key [default: variable MEMOPT_MEMORY_KEY].")
+    ] = None,
     lazy: Annotated[bool, typer.Option("--lazy", help="Open models when first asked.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line a request.")] = False,
 ) -> None:
@@ -68,6 +79,11 @@ def serve(
             f"{host} can be reached from other machines, and there are no keys",
             fix="give --api-key-file, or --host 127.0.0.1 behind a proxy that asks for one",
         )
+    if memory is not None and not keys:
+        raise ConfigurationError(
+            "every process of this machine reaches the port, and so could read the memory",
+            fix="give --api-key-file",
+        )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     own = logging.getLogger("memopt.serve")
@@ -84,15 +100,30 @@ def serve(
     scheme = "https" if cert else "http"
     stderr().print(f"memopt serves {', '.join(models)} on {scheme}://{host}:{port}/")
     try:
-        run(
-            Host(models, limits, {"device": device}),
-            address=host,
-            port=port,
-            access=Access(keys=keys, rate=rate, loopback=loopback(host)),
-            origins=tuple(cors_origin or ()),
-            certificate=cert,
-            private_key=key,
-            lazy=lazy,
-        )
+        with _memories(memory, memory_key) as memories:
+            run(
+                Host(models, limits, {"device": device}),
+                address=host,
+                port=port,
+                access=Access(keys=keys, rate=rate, loopback=loopback(host)),
+                origins=tuple(cors_origin or ()),
+                certificate=cert,
+                private_key=key,
+                lazy=lazy,
+                memories=memories,
+            )
     finally:
         own.removeHandler(handler)
+
+
+@contextmanager
+def _memories(store: str | None, key: Path | None) -> Iterator[Memories | None]:
+    """Open a memory store with the privacy rules of ``memopt memory``; nothing where it is None."""
+    if store is None:
+        yield None
+        return
+    from memopt.memory.session import open_memory
+    from memopt.serve.memories import Memories
+
+    with open_memory(store, create=False, key=key) as session:
+        yield Memories(session)

@@ -25,7 +25,12 @@ _POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors
 
 
 def make_app(
-    host: Host, *, access: Access | None = None, origins: tuple[str, ...] = (), lazy: bool = False
+    host: Host,
+    *,
+    access: Access | None = None,
+    origins: tuple[str, ...] = (),
+    lazy: bool = False,
+    memories: Any = None,
 ) -> Any:
     """Return the application.
 
@@ -34,6 +39,7 @@ def make_app(
         access: who may ask; everybody on this machine where it is None.
         origins: of pages elsewhere whose scripts may ask (CORS); none.
         lazy: open models when they are first asked for, not at the start.
+        memories: the :class:`memopt.serve.memories.Memories` of /v1/memories, None for none.
 
     Raises:
         MissingExtra: Starlette, msgspec or prometheus-client is not installed.
@@ -56,7 +62,9 @@ def make_app(
         await host.close()
 
     routes = [
-        routing.Route(route.path, _Endpoint(route, host, telemetry), methods=[route.method])
+        routing.Route(
+            route.path, _Endpoint(route, host, telemetry, memories), methods=[route.method]
+        )
         for route in ROUTES
     ]
     routes.append(routing.Route("/ready", _ready(ready), methods=["GET"]))
@@ -99,12 +107,13 @@ async def _unrouted(request: Any, error: Any) -> Any:
 class _Endpoint:
     """One route as ASGI."""
 
-    def __init__(self, route: Route, host: Host, telemetry: Telemetry) -> None:
+    def __init__(self, route: Route, host: Host, telemetry: Telemetry, memories: Any) -> None:
         import msgspec
 
         self._route = route
         self._host = host
         self._telemetry = telemetry
+        self._memories = memories
         self._decoder: Any = msgspec.json.Decoder(route.takes) if route.takes else None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -113,7 +122,12 @@ class _Endpoint:
         try:
             headers = dict(scope["headers"])
             arrow = self._route.arrow and ARROW.encode() in headers.get(b"accept", b"")
-            exchange = Exchange(host=self._host, telemetry=self._telemetry, wants_arrow=arrow)
+            exchange = Exchange(
+                host=self._host,
+                telemetry=self._telemetry,
+                wants_arrow=arrow,
+                memories=self._memories,
+            )
             arguments = list(scope["path_params"].values())
             if self._decoder is not None:
                 arguments.append(await self._body(scope, receive, headers))

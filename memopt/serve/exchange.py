@@ -34,6 +34,7 @@ class Exchange:
     host: Host
     telemetry: Telemetry
     wants_arrow: bool = False
+    memories: Any = None  # of /v1/memories; see memopt.serve.memories
 
     def find(self, name: str, able: Callable[[Task], bool], what: str) -> Hosted:
         """Return the model to ask; see :meth:`memopt.serve.hosting.Host.find`."""

@@ -69,7 +69,7 @@ def read_keys(path: Path) -> dict[bytes, str]:
 class Guard:
     """ASGI middleware in front of the routes."""
 
-    def __init__(self, app: Any, *, access: Access, body_bytes: int, telemetry: Any) -> None:
+    def __init__(self, app: Any, *, access: Access, body_bytes: int, telemetry: Any = None) -> None:
         self._app = app
         self._access = access
         self._body_bytes = body_bytes
@@ -103,8 +103,9 @@ class Guard:
             seconds = time.perf_counter() - begin
             # A path that no route has is a client's own words: it makes no label.
             route = scope.get("memopt.route", "other")
-            self._telemetry.requested(route)
-            self._telemetry.answered(route, status or 499, seconds)
+            if self._telemetry is not None:
+                self._telemetry.requested(route)
+                self._telemetry.answered(route, status or 499, seconds)
             if log.isEnabledFor(logging.INFO):
                 log.info(
                     json.dumps(

@@ -8,7 +8,7 @@ from typing import Any
 
 from memopt import __version__
 from memopt.runtimes.limits import resident_mb
-from memopt.serve import schemas, texts, writing
+from memopt.serve import memories, schemas, texts, writing
 from memopt.serve.exchange import ARROW, Answer, Exchange
 from memopt.serve.failures import Refusal
 
@@ -124,6 +124,10 @@ ROUTES = (
     _post("/tag", texts.tag, schemas.TagRequest),
     _post("/similarity", texts.similarity, schemas.SimilarityRequest),
     _post("/tokenize", texts.tokenize, schemas.TokenizeRequest),
+    _post("/v1/memories", memories.add, memories.MemoryRequest),
+    _post("/v1/memories/search", memories.search, memories.MemorySearchRequest),
+    _get("/v1/memories/{memory_id}", memories.get),
+    Route(method="DELETE", path="/v1/memories/{memory_id}", answer=memories.delete),
     _get("/info", info),
     _get("/health", health),
     _get("/state", state),
@@ -132,6 +136,10 @@ ROUTES = (
     Route(method="POST", path="/models/{name}/load", answer=load),
     Route(method="POST", path="/models/{name}/unload", answer=unload),
 )
+
+
+# Of a path in an operation's name.
+_IN_NAMES = str.maketrans("/", "_", "{}")
 
 
 def openapi() -> dict[str, Any]:
@@ -170,21 +178,22 @@ def _operation(route: Route) -> dict[str, Any]:
         400: "a wrong request",
         401: "no such key",
         403: "a foreign host",
-        404: "no such model",
+        404: "no such model, or memory",
     }
     codes |= {413: "too large", 415: "no JSON", 422: "not of the form", 429: "too much waits"}
     codes |= {501: "an extra is missing", 503: "stopping, or too late"}
     found: dict[str, Any] = {
         "summary": (route.summary or route.answer.__doc__ or "").strip().splitlines()[0],
-        "operationId": f"{route.method.lower()}{route.path.replace('/', '_').strip('{}')}",
+        "operationId": route.method.lower() + route.path.translate(_IN_NAMES),
         "responses": {
             "200": {"description": "the answer", "content": {kind: {} for kind in kinds}},
             **{str(c): {"description": why, "content": error} for c, why in codes.items()},
         },
     }
-    if "{name}" in route.path:
-        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-        found["parameters"] = [name]
+    if "{" in route.path:
+        name = route.path.partition("{")[2].partition("}")[0]
+        schema = {"type": "string"}
+        found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
     if route.takes:
         schema = {"$ref": f"#/components/schemas/{route.takes.__name__}"}
         content: dict[str, Any] = {"application/json": {"schema": schema}}

@@ -45,6 +45,7 @@ def serve(
     certificate: Path | None = None,
     private_key: Path | None = None,
     lazy: bool = False,
+    memories: Any = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; requests in work are answered first. SIGHUP reloads bundles.
 
@@ -59,7 +60,7 @@ def serve(
     for path in (certificate, private_key):
         if path is not None and not path.is_file():
             raise ConfigurationError(f"no file {str(path)!r}", fix="check the path")
-    app = make_app(host, access=access, origins=origins, lazy=lazy)
+    app = make_app(host, access=access, origins=origins, lazy=lazy, memories=memories)
     config = uvicorn.Config(
         app,
         host=address,
@@ -80,7 +81,7 @@ def serve(
         raise ConfigurationError(
             f"TLS cannot be set up: {error}", fix="check both files"
         ) from error
-    sock = _bound(address, port)
+    sock = bound(address, port)
     server = uvicorn.Server(config)
 
     async def run() -> None:
@@ -104,7 +105,12 @@ async def _reload(host: Host) -> None:
                 log.error("%s stays as it was: %s", model.name, error)
 
 
-def _bound(address: str, port: int) -> Any:
+def bound(address: str, port: int) -> Any:
+    """Return a socket that is bound to an address; port 0 takes a free one.
+
+    Raises:
+        DeviceError: the address is taken.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

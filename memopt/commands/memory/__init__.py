@@ -15,6 +15,7 @@ MEMORY_COMMANDS: tuple[str, ...] = (
     "stats",
     "consolidate",
     "worker",
+    "mcp",
     "train_joint",
     "export",
     "import_",

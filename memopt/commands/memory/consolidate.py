@@ -14,7 +14,6 @@ from memopt.commands.memory.shared import bundles, counted, open_store
 
 if TYPE_CHECKING:
     from memopt.memory.lifecycle.worker import Saving
-    from memopt.memory.memory_store import MemoryStore
 
 
 def consolidate(
@@ -73,34 +72,11 @@ def consolidate(
             run = partial(consolidation.consolidate, memories, recipe, llm=writer)
             with counted("consolidate") as step:
                 saved = worker.saving(memories, partial(run, on_step=step), drop_versions=compact)
-        events = _waiting(memories)
+        events = worker.waiting(memories)
     if as_json:
-        echo(json.dumps(document(saved, events), indent=1))
+        echo(json.dumps(worker.document(saved, events), indent=1))
     else:
         tell(saved, events)
-
-
-def _waiting(store: MemoryStore) -> list[str]:
-    """Return what failed and is to be tried again."""
-    events, now = store.events("consolidation-failed"), store.database.now()
-    return [event.detail for event in events if event.retry_at and event.retry_at > now]
-
-
-def document(saved: Saving, events: list[str]) -> dict[str, object]:
-    report = saved.report
-    found = ("scanned", "hot", "cold", "alone", "postponed")
-    done = ("condensed", "archived", "expired", "fallbacks", "failed", "stale")
-    return {
-        "dry_run": report.dry_run,
-        **{name: getattr(report.plan, name) for name in found},
-        "groups": [list(group.ids) for group in report.plan.groups],
-        "summaries": list(report.summaries),
-        **{name: getattr(report, name) for name in done},
-        "waiting": events,
-        "bytes_before": saved.before,
-        "bytes_after": saved.after,
-        "seconds": round(report.seconds, 3),
-    }
 
 
 def tell(saved: Saving, events: list[str]) -> None:

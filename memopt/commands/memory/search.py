@@ -9,7 +9,7 @@ import typer
 
 from memopt.commands.console import echo, stdout
 from memopt.commands.memory.options import AsJson, Category, Key, Since, Store, Until
-from memopt.commands.memory.shared import as_dict, moment, open_store, preview
+from memopt.commands.memory.shared import moment, open_store, preview
 from memopt.errors import InputError
 from memopt.visible import json_text
 
@@ -39,7 +39,7 @@ def search(
 ) -> None:
     """Find memories by meaning and by what they are associated with."""
     from memopt.memory.model.content import check_content
-    from memopt.memory.model.schema import Content, Filter
+    from memopt.memory.model.schema import Content, Filter, as_dict
 
     where = Filter(
         categories=tuple(category or ()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -58,24 +57,6 @@ def moment(text: str | None, name: str) -> datetime | None:
             f"--{name} {text!r} is no time", fix="write 2026-11-23 or 2026-11-23T10:00"
         ) from error
     return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def as_dict(memory: Memory, *, links: bool = True) -> dict[str, object]:
-    """Return a memory as JSON takes it: media as their sizes, no vector."""
-    document: dict[str, object] = {}
-    for entry in fields(memory):
-        name, value = entry.name, getattr(memory, entry.name)
-        if name == "joint_embedding" or (name == "association_links" and not links):
-            continue
-        if isinstance(value, bytes):
-            document[f"{name}_bytes"] = len(value)
-        elif name == "association_links":
-            document[name] = [[link.linked_id, round(link.weight, 4)] for link in value]
-        elif isinstance(value, datetime):
-            document[name] = value.isoformat()
-        elif value is not None:
-            document[name] = list(value) if isinstance(value, tuple) else value
-    return document
 
 
 def preview(memory: Memory, width: int = 80) -> str:

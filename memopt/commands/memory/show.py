@@ -9,7 +9,7 @@ import typer
 
 from memopt.commands.console import echo, stdout
 from memopt.commands.memory.options import AsJson, Key, Store
-from memopt.commands.memory.shared import as_dict, open_store
+from memopt.commands.memory.shared import open_store
 from memopt.visible import json_text
 
 
@@ -27,6 +27,7 @@ def show(
     from rich.table import Table
 
     from memopt.files import atomic_path
+    from memopt.memory.model.schema import as_dict
     from memopt.memory.privacy.access_log import read_log
 
     with open_store(store, embed=False, key=key) as here:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memopt.commands.console import echo, say
-from memopt.commands.memory.consolidate import document, tell
+from memopt.commands.memory.consolidate import tell
 from memopt.commands.memory.options import AsJson, Key, SendUnredacted, Store, Text
 from memopt.commands.memory.shared import bundles, open_store
 from memopt.errors import ConfigurationError
@@ -88,7 +88,7 @@ def worker(
 
 def _run(store: MemoryStore, why: str, run: Callable[[], Consolidation], *, as_json: bool) -> None:
     """Consolidate once and print what came of it."""
-    from memopt.memory.lifecycle.worker import saving
+    from memopt.memory.lifecycle.worker import document, saving
 
     saved = saving(store, run)
     now = store.database.now()

@@ -58,6 +58,30 @@ def saving(
     return Saving(report=report, before=before, after=after)
 
 
+def waiting(store: MemoryStore) -> list[str]:
+    """Return what failed and is to be tried again."""
+    events, now = store.events(FAILED), store.database.now()
+    return [event.detail for event in events if event.retry_at and event.retry_at > now]
+
+
+def document(saved: Saving, events: list[str]) -> dict[str, object]:
+    """Return what a run did as JSON takes it, with the events of :func:`waiting`."""
+    report = saved.report
+    found = ("scanned", "hot", "cold", "alone", "postponed")
+    done = ("condensed", "archived", "expired", "fallbacks", "failed", "stale")
+    return {
+        "dry_run": report.dry_run,
+        **{name: getattr(report.plan, name) for name in found},
+        "groups": [list(group.ids) for group in report.plan.groups],
+        "summaries": list(report.summaries),
+        **{name: getattr(report, name) for name in done},
+        "waiting": events,
+        "bytes_before": saved.before,
+        "bytes_after": saved.after,
+        "seconds": round(report.seconds, 3),
+    }
+
+
 class ConsolidationWorker:
     """Consolidates when the schedule or the size of the store says so.
 

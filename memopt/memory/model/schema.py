@@ -14,7 +14,7 @@ and beside them ``memory.json`` (format version, dimension, model, encryption ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -115,6 +115,28 @@ class Memory:
     source_count: int = 0
     consolidated_at: datetime | None = None
     modalities: tuple[str, ...] = ()
+
+
+def as_dict(memory: Memory, *, links: bool = True) -> dict[str, object]:
+    """Return a memory as JSON takes it: media as their sizes, no vector.
+
+    >>> as_dict(Memory(memory_id="a", vision_data=b"xyz"), links=False)["vision_data_bytes"]
+    3
+    """
+    document: dict[str, object] = {}
+    for entry in fields(memory):
+        name, value = entry.name, getattr(memory, entry.name)
+        if name == "joint_embedding" or (name == "association_links" and not links):
+            continue
+        if isinstance(value, bytes):
+            document[f"{name}_bytes"] = len(value)
+        elif name == "association_links":
+            document[name] = [[link.linked_id, round(link.weight, 4)] for link in value]
+        elif isinstance(value, datetime):
+            document[name] = value.isoformat()
+        elif value is not None:
+            document[name] = list(value) if isinstance(value, tuple) else value
+    return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
