@@ -197,8 +197,10 @@ class AssociationGraph(StoreObserver):
     # --- how links are found and written ----------------------------------------------------
 
     def _by_time(self, ids: Sequence[str], timestamps: Sequence[datetime]) -> _Links:
-        window = timedelta(seconds=self.recipe.window_s)
-        where = Filter(since=min(timestamps) - window, until=max(timestamps) + window)
+        window = self.recipe.window_s
+        where = Filter(
+            since=_moved(min(timestamps), -window), until=_moved(max(timestamps), window)
+        )
         fresh = [moment.timestamp() for moment in timestamps]
         table = self._reader.table(where, ["memory_id", "timestamp"], 8192)
         moments = seconds(table["timestamp"])
@@ -264,6 +266,14 @@ _Links = dict[tuple[str, str], tuple[float, str]]
 
 def _ordered(left: str, right: str) -> tuple[str, str]:
     return (left, right) if left < right else (right, left)
+
+
+def _moved(moment: datetime, seconds: float) -> datetime | None:
+    """Return a moment so much later; None past the calendar's end, where no memory can be."""
+    try:
+        return moment + timedelta(seconds=seconds)
+    except OverflowError:
+        return None
 
 
 def _named(names: Sequence[str], pairs: RowEdges, kind: str, known: _Links) -> _Links:

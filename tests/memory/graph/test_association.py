@@ -63,6 +63,18 @@ def test_new_memories_are_linked_by_time_and_by_meaning(store: MemoryStore) -> N
     assert linked(store, "alike") == {"a", "beside"}
 
 
+@pytest.mark.parametrize("end", [datetime.min, datetime.max], ids=["first", "last"])
+def test_memories_at_the_ends_of_the_calendar_are_linked(store: MemoryStore, end: datetime) -> None:
+    """Where there is no moment before, or after, to look from."""
+    AssociationGraph(store)
+    for number, name in enumerate(("a", "b")):
+        memory = NewMemory(
+            content=Content(text=name), memory_id=name, embedding=axis(number), timestamp=end
+        )
+        store.add(memory)
+    assert linked(store, "a") == {"b"}
+
+
 def test_deleting_a_memory_deletes_its_links(store: MemoryStore) -> None:
     """In both directions, with what is buffered."""
     graph = AssociationGraph(store)
