@@ -33,19 +33,19 @@ _INSTRUCTIONS = (
 )
 
 
-class OneMemory(Struct, kw_only=True, forbid_unknown_fields=True):
+class MemoryIdRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """A memory by its id, as remember and recall give it."""
 
     memory_id: MemoryId
 
 
-class Consolidation(Struct, kw_only=True, forbid_unknown_fields=True):
+class ConsolidationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """Whether to only say what would happen."""
 
     dry_run: bool = False
 
 
-class Nothing(Struct, kw_only=True, forbid_unknown_fields=True):
+class StatsRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """No arguments."""
 
 
@@ -73,25 +73,25 @@ TOOLS: Mapping[str, Tool] = {
         reads=True,
     ),
     "show": Tool(
-        takes=OneMemory,
+        takes=MemoryIdRequest,
         run=lambda memories, given: memories.show(given.memory_id),
         told="Show one memory whole, with what it is associated with.",
         reads=True,
     ),
     "forget": Tool(
-        takes=OneMemory,
+        takes=MemoryIdRequest,
         run=lambda memories, given: memories.forget(given.memory_id),
         told="Erase one memory from the disk for ever, and summaries made of it.",
         destroys=True,
     ),
     "consolidate": Tool(
-        takes=Consolidation,
+        takes=ConsolidationRequest,
         run=lambda memories, given: memories.consolidate(dry_run=given.dry_run),
         told="Summarise memories that are read often and archive old ones; may take minutes.",
         destroys=True,
     ),
     "stats": Tool(
-        takes=Nothing,
+        takes=StatsRequest,
         run=lambda memories, given: memories.stats(),
         told="Count the memories by tier, kind and category.",
         reads=True,
@@ -102,7 +102,7 @@ TOOLS: Mapping[str, Tool] = {
 def input_schema(takes: type[Struct]) -> dict[str, Any]:
     """Return the JSON schema of a tool's arguments, its root an object as MCP wants it.
 
-    >>> input_schema(OneMemory)["required"]
+    >>> input_schema(MemoryIdRequest)["required"]
     ['memory_id']
     """
     (_,), components = msgspec.json.schema_components([takes])
