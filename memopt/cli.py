@@ -31,6 +31,7 @@ COMMANDS: tuple[str, ...] = (
     "quantize",
     "optimize",
     "embed",
+    "job",
     "classify",
     "rerank",
     "detect",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from memopt.errors import InputError, MemoptError, first_line
 from memopt.extras import require
@@ -49,20 +49,29 @@ def check_footer(path: Path) -> None:
         ValueError, IndexError: it cannot be believed; the message says what is wrong.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(4)
-        file.seek(max(size - _TAIL, 0))
-        tail = file.read(_TAIL)
-        if size < 12 or tail[4:] not in (_MAGIC, _ENCRYPTED) or head not in (_MAGIC, _ENCRYPTED):
-            raise ValueError(f"{size} bytes that do not begin and end with {_MAGIC.decode()}")
-        if _ENCRYPTED in (head, tail[4:]):
-            raise ValueError("it is encrypted")
-        length = int.from_bytes(tail[:4], "little")
-        if length + 12 > size:
-            raise ValueError(f"a footer of {length} bytes is announced in a file of {size}")
-        file.seek(size - _TAIL - length)
-        footer = file.read(length)
+        check_opened(file, path.stat().st_size)
+
+
+def check_opened(file: BinaryIO, size: int) -> None:
+    """Compare what the footer of an open Parquet file of ``size`` bytes says with the file.
+
+    Raises:
+        ValueError, IndexError, OSError: as :func:`check_footer`.
+    """
+    file.seek(0)
+    head = file.read(4)
+    file.seek(max(size - _TAIL, 0))
+    tail = file.read(_TAIL)
+    if size < 12 or tail[4:] not in (_MAGIC, _ENCRYPTED) or head not in (_MAGIC, _ENCRYPTED):
+        raise ValueError(f"{size} bytes that do not begin and end with {_MAGIC.decode()}")
+    if _ENCRYPTED in (head, tail[4:]):
+        raise ValueError("it is encrypted")
+    length = int.from_bytes(tail[:4], "little")
+    if length + 12 > size:
+        raise ValueError(f"a footer of {length} bytes is announced in a file of {size}")
+    file.seek(size - _TAIL - length)
+    footer = file.read(length)
     meta, _ = read_struct(memoryview(footer), 0)
     if type(meta.get(1)) is not int:
         raise ValueError("the footer has no version")

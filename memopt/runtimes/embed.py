@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from memopt.checkpoints import Checkpoints
 from memopt.errors import ConfigurationError, InputError, MemoptError
 from memopt.extras import require
 from memopt.files import atomic_path
-from memopt.jsontext import parse_json
 from memopt.runtimes.engine import ArrowEngine
 from memopt.runtimes.inputs import Item, read_items
 from memopt.runtimes.vectors import progress, to_arrow
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 OUTPUTS = (".parquet", ".npy", ".jsonl")
 # Inputs per part: a few seconds of work on a small CPU is what a kill may cost.
 PART = {"text": 1024, "image": 128, "audio": 32}
-_STATE = "state.json"
 _PARTS = 2  # how parts are written; 1 was Parquet
 
 
@@ -152,6 +151,23 @@ def _target(output: str | Path, source: str, on_error: str) -> Path:
     return target
 
 
+def identity(engine: ArrowEngine, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides about the vectors: the variant, its file's hash and the settings.
+
+    >>> from memopt.runtimes.testing import fake_engine
+    >>> identity(fake_engine(), {"normalize": True, "prompt": None})
+    {'variant': 'fake', 'sha256': None, 'normalize': True}
+    """
+    manifest, name = engine.bundle.manifest, engine.device_info()["variant"]
+    file = manifest.variants[name].file if name in manifest.variants else "weights.parquet"
+    return {
+        "variant": name,
+        "sha256": manifest.files.get(file, {}).get("sha256"),
+        # As before there were prompts, so that what was begun then goes on.
+        **{key: value for key, value in how.items() if value is not None},
+    }
+
+
 class _Parts:
     """The finished parts of one output, in a hidden folder beside it."""
 
@@ -159,54 +175,19 @@ class _Parts:
         self, target: Path, engine: ArrowEngine, how: dict[str, Any], resume: bool
     ) -> None:
         self._target = target
-        self._folder = target.parent / f".{target.name}.parts"
         self._dimension: int = how["dimension"]
-        info = engine.device_info()
-        record = engine.bundle.manifest.files.get(
-            engine.bundle.manifest.variants[info["variant"]].file
-            if info["variant"] in engine.bundle.manifest.variants
-            else "weights.parquet",
-            {},
-        )
-        state = {
-            "variant": info["variant"],
-            "sha256": record.get("sha256"),
-            # As before there were prompts, so that what was begun then goes on.
-            **{name: value for name, value in how.items() if value is not None},
-            "parts": _PARTS,
-        }
+        folder = target.parent / f".{target.name}.parts"
         if not resume:
-            self.remove()
-        old = self._folder / _STATE
-        if old.is_file():
-            was = self._note(old)
-            if was != state:
-                names = [*state, *(name for name in was if name not in state)]
-                differs = ", ".join(n for n in names if was.get(n) != state.get(n))
-                raise InputError(
-                    f"the unfinished {target} was made with another {differs}",
-                    fix="run without --resume to start anew",
-                )
-        else:
-            with atomic_path(old) as path:
-                path.write_text(json.dumps(state), encoding="utf-8")
-
-    def _note(self, file: Path) -> dict[str, Any]:
+            shutil.rmtree(folder, ignore_errors=True)
+        state = {**identity(engine, how), "parts": _PARTS}
         anew = "run without --resume to start anew"
-        note = parse_json(file.read_bytes(), str(file), fix=anew)
-        if not isinstance(note, dict):
-            raise InputError(f"{file} is not a JSON object", fix=anew)
-        return note
-
-    def _paths(self, number: int) -> tuple[Path, Path]:
-        return self._folder / f"{number:08d}.npy", self._folder / f"{number:08d}.json"
+        self._notes = Checkpoints(folder, state, what=str(target), anew=anew)
 
     def done(self, number: int, chunk: Sequence[Item]) -> list[dict[str, Any]] | None:
         """Return what part ``number`` skipped, None when it is still to be made."""
-        _, note = self._paths(number)
-        if not note.is_file():
+        record = self._notes.read(number)
+        if record is None:
             return None
-        record = self._note(note)
         if record.get("inputs") != _digest(chunk):
             raise InputError(
                 f"the inputs of the unfinished {self._target} have changed",
@@ -224,14 +205,12 @@ class _Parts:
         skipped: list[dict[str, Any]],
     ) -> None:
         """Write one part; its note comes last and makes it count."""
-        data, note = self._paths(number)
-        with atomic_path(data) as path, path.open("wb") as file:
+        with atomic_path(self._notes.path(number, ".npy")) as path, path.open("wb") as file:
             np.save(file, vectors)
         record: dict[str, Any] = {"inputs": _digest(chunk), "first": first, "skipped": skipped}
         if self._target.suffix != ".npy":
             record["labels"] = [item.label for item in chunk]
-        with atomic_path(note) as path:
-            path.write_text(json.dumps(record), encoding="utf-8")
+        self._notes.write(number, record)
 
     def assemble(self, count: int) -> None:
         """Write the output from the parts."""
@@ -241,13 +220,12 @@ class _Parts:
 
     def remove(self) -> None:
         """Remove the parts."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._notes.remove()
 
     def _whole(self) -> Iterator[tuple[dict[str, Any], NDArray[np.float32], NDArray[np.intp]]]:
         """Yield each part's note, its vectors and the rows of it that were not skipped."""
-        for note in sorted(self._folder.glob("[0-9]*.json")):
-            record = self._note(note)
-            vectors = np.load(note.with_suffix(".npy"), mmap_mode="r")
+        for number, record in self._notes:
+            vectors = np.load(self._notes.path(number, ".npy"), mmap_mode="r")
             keep = np.ones(len(vectors), bool)
             keep[[entry["index"] - record["first"] for entry in record["skipped"]]] = False
             yield record, vectors, np.flatnonzero(keep)

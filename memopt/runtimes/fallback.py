@@ -275,10 +275,13 @@ class BackendChain:
                 found.append(again)
         return np.concatenate(found)
 
+    def halve(self, backend: Backend) -> None:
+        """Make the batches to come half as large at once."""
+        backend.tokens = max(1, backend.tokens // 2)
+
     def _tell_halved(self, backend: Backend, error: Exception) -> None:
         with self._lock:
-            # Batches to come are half as large at once.
-            backend.tokens = max(1, backend.tokens // 2)
+            self.halve(backend)
             failure = Failure(self._candidate, "memory", f"{one_line(error)}; batch halved")
             tell(self.events, [failure], self._candidate)
 

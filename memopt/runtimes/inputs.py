@@ -76,7 +76,7 @@ def _folder(path: Path, modality: str) -> Iterator[Item]:
 def _rows(records: Records, column: str | None) -> Iterator[Item]:
     if records.names is None:
         for record in records:
-            name = column or (_usual(record.values, record.where) if record.values else "")
+            name = column or (usual_column(record.values, record.where) if record.values else "")
             column = column or name or None
             yield _item(record, name)
         return
@@ -85,7 +85,7 @@ def _rows(records: Records, column: str | None) -> Iterator[Item]:
             f"{records.path} may have a header or none: its first line holds no usual column name",
             fix="choose with --column: a name of that line, or a number (from 0) if it is a row",
         )
-    name = column or _usual(dict.fromkeys(records.names), records.path)
+    name = column or usual_column(dict.fromkeys(records.names), records.path)
     records.check(name)
     for record in records.read([name]):
         yield _item(record, name)
@@ -97,10 +97,15 @@ def _item(record: Record, name: str) -> Item:
     if name not in record.values:
         told = f"has no {name!r}, {nearest(name, record.values)}"
         return Item(None, None, f"({record.where}) {told}")
-    return _cell(record.values[name], record.where)
+    return as_item(record.values[name], record.where)
 
 
-def _cell(value: Any, where: str) -> Item:
+def as_item(value: Any, where: str) -> Item:
+    """Return a cell as an input: text, encoded bytes, or what Hugging Face keeps media in.
+
+    >>> as_item({"bytes": b"RIFF", "path": None}, "a row 1").value, as_item(None, "a row 2").problem
+    (b'RIFF', '(a row 2) is null, not text or bytes')
+    """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         value = value["bytes"]  # how Hugging Face datasets store images and sounds
     if isinstance(value, str):
@@ -111,7 +116,12 @@ def _cell(value: Any, where: str) -> Item:
     return Item(None, None, f"({where}) is {kind}, not text or bytes")
 
 
-def _usual(names: Mapping[str, Any], where: str) -> str:
+def usual_column(names: Mapping[str, Any], where: str) -> str:
+    """Return the column that is read where none is named.
+
+    Raises:
+        InputError: there are several, and none has a usual name.
+    """
     found = [name for name in _USUAL if name in names]
     if found:
         return found[0]

@@ -236,6 +236,13 @@ class Engine:
         if self._unlocked is not None:
             self._unlocked.close()
 
+    def halve_batches(self) -> None:
+        """Make the batches to come half as large, where no ``batch_size`` says how large.
+
+        For a caller that found too little memory beside the session; the session itself does so.
+        """
+        self._chain.halve(self._chain.backend)
+
     def answers(
         self,
         inputs: Any,

@@ -1,0 +1,1 @@
+"""Work over data sets that one machine cannot hold, fragment by fragment, each exactly once."""
