@@ -57,7 +57,8 @@ class Worker:
     def __init__(self, task: EmbedTask, halvings: int = 0) -> None:
         self._task = task
         self._reader = Reader(task.source)
-        opener = partial(ArrowEngine, threads=task.threads)
+        # A last batch of one input is encoded as the others are.
+        opener = partial(ArrowEngine, threads=task.threads, one_variant=True)
         self._engine = open_configured(opener, task.bundle, task.device, task.variant, task.strict)
         self._how: dict[str, Any] = {
             "normalize": task.normalize,
