@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from memopt import open_bundle
 from memopt.benchmark.workload import default_inputs
-from memopt.jobs.embed import Report, embed_job
+from memopt.jobs.embed import JobReport, embed_job
 from memopt.runtimes.configured import open_engine
 
 Way = Callable[[], tuple[float, float]]  # seconds of work, and until it began
@@ -56,7 +56,7 @@ def job(bundle: str, source: Path, folder: Path, **options: Any) -> Way:
     def run() -> tuple[float, float]:
         home = Path(tempfile.mkdtemp(dir=folder))
         begin, commits = time.perf_counter(), [0.0]
-        report: Report = embed_job(
+        report: JobReport = embed_job(
             str(source), str(home / "out"), bundle,
             on_progress=lambda *_: commits.append(time.perf_counter() - begin), **options,
         )  # fmt: skip

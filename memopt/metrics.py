@@ -122,6 +122,8 @@ def fallback(from_: str, to: str, reason: str, *, told: str = "") -> None:
 def errors(component: str) -> Iterator[None]:
     """Count what is raised inside, by ``component`` and the error's class; it is raised on.
 
+    A class of :mod:`memopt.errors` stands for its kinds elsewhere in the house.
+
     >>> with contextlib.suppress(OSError), errors("doc"):
     ...     raise OSError
     >>> value(ERRORS, component="doc", error="OSError")
@@ -130,7 +132,9 @@ def errors(component: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        count(ERRORS, component=component, error=type(error).__name__)
+        kinds = type(error).__mro__
+        known = (kind.__name__ for kind in kinds if kind.__module__ == "memopt.errors")
+        count(ERRORS, component=component, error=next(known, type(error).__name__))
         raise
 
 

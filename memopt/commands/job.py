@@ -12,7 +12,7 @@ import typer
 from memopt.commands.console import echo, progress, say
 
 if TYPE_CHECKING:
-    from memopt.jobs.embed import Report
+    from memopt.jobs.embed import JobReport
 
 app = typer.Typer(help="Work over a data set of any size; a kill loses little.")
 
@@ -130,7 +130,7 @@ def embed(
     _print(report, dry_run)
 
 
-def _print(report: Report, dry_run: bool) -> None:
+def _print(report: JobReport, dry_run: bool) -> None:
     if report.ignored:
         say(f"{report.ignored} files are of no kind that is read and were passed over")
     if dry_run:

@@ -59,8 +59,8 @@ def serve(
 
     from memopt.commands.console import stderr
     from memopt.errors import ConfigurationError
-    from memopt.serve.guard import Access, read_keys
-    from memopt.serve.hosting import Host, Limits
+    from memopt.serve.guard import Admission, read_keys
+    from memopt.serve.hosting import Capacity, Host
     from memopt.serve.server import loopback
     from memopt.serve.server import serve as run
     from memopt.weights.convert import resolve
@@ -90,7 +90,7 @@ def serve(
     own.addHandler(handler)
     own.propagate = False
     own.setLevel(logging.WARNING if quiet else logging.INFO)
-    limits = Limits(
+    limits = Capacity(
         batch_tokens=batch_tokens,
         queue_tokens=queue_tokens,
         memory_limit_mb=memory_limit_mb,
@@ -105,7 +105,7 @@ def serve(
                 Host(models, limits, {"device": device}),
                 address=host,
                 port=port,
-                access=Access(keys=keys, rate=rate, loopback=loopback(host)),
+                access=Admission(keys=keys, rate=rate, loopback=loopback(host)),
                 origins=tuple(cors_origin or ()),
                 certificate=cert,
                 private_key=key,

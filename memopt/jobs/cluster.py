@@ -7,10 +7,10 @@ from typing import Any
 
 from memopt.errors import DeviceError, brief
 from memopt.extras import require
-from memopt.jobs.crew import SLOTS, Message
+from memopt.jobs.crew import SLOTS, WorkerMessage
 from memopt.jobs.local import plain
 from memopt.jobs.source import Fragment
-from memopt.jobs.worker import EmbedTask, Worker
+from memopt.jobs.worker import EmbedTask, FragmentWorker
 from memopt.runtimes.cpu import usable_cpus
 
 
@@ -63,7 +63,7 @@ class Actors:
         reference = self._actors[worker].run.remote(fragment)
         self._waiting[reference] = (worker, fragment.number)
 
-    def receive(self) -> Message:
+    def receive(self) -> WorkerMessage:
         """See :class:`memopt.jobs.crew.Workers`."""
         (reference, *_), _ = self._ray.wait(list(self._waiting), num_returns=1)
         worker, number = self._waiting.pop(reference)
@@ -71,10 +71,10 @@ class Actors:
             kind, value = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
             self._forget(worker)
-            return Message(worker, "died", number, f"worker {worker} ended: {brief(error)}")
+            return WorkerMessage(worker, "died", number, f"worker {worker} ended: {brief(error)}")
         except self._ray.exceptions.RayError as error:
-            return Message(worker, "failed", number, plain(error))
-        return Message(worker, kind, number, value)
+            return WorkerMessage(worker, "failed", number, plain(error))
+        return WorkerMessage(worker, kind, number, value)
 
     def close(self) -> None:
         """See :class:`memopt.jobs.crew.Workers`."""
@@ -92,16 +92,16 @@ class Actors:
 
 
 class Actor:
-    """A :class:`Worker` whose failures are values, so that each says what it was."""
+    """A :class:`FragmentWorker` whose failures are values, so that each says what it was."""
 
     def __init__(self, task: EmbedTask, halvings: int) -> None:
         self._arguments = task, halvings
-        self._worker: Worker | None = None
+        self._worker: FragmentWorker | None = None
 
     def info(self) -> tuple[str, Any]:
         """Open the engine and say what it is."""
         try:
-            self._worker = Worker(*self._arguments)
+            self._worker = FragmentWorker(*self._arguments)
             return "ready", self._worker.info()
         except Exception as error:  # noqa: BLE001 - told to the driver, which raises it
             return "failed", plain(error)

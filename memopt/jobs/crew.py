@@ -17,7 +17,7 @@ _ATTEMPTS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class WorkerMessage:
     """What a worker said: it is ``ready``, has ``done`` a fragment, found too little ``memory``,
     ``failed``, or ``died``."""
 
@@ -38,7 +38,7 @@ class Workers(Protocol):
     def send(self, worker: int, fragment: Fragment) -> None:
         """Have it work on a fragment; it says how that went."""
 
-    def receive(self) -> Message:
+    def receive(self) -> WorkerMessage:
         """Wait for what any of them says."""
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Crew:
                     holds[fragment.number] = fragment
                     self._workers.send(worker, fragment)
 
-    def _restart(self, message: Message, left: deque[Fragment]) -> None:
+    def _restart(self, message: WorkerMessage, left: deque[Fragment]) -> None:
         holds = self._holds[message.worker]
         if message.worker not in self._ready and not holds:
             raise DeviceError(

@@ -17,7 +17,7 @@ from memopt.extras import require
 from memopt.files import atomic_path, lock_plain
 from memopt.jobs import parts
 from memopt.jobs.crew import Crew, Workers
-from memopt.jobs.source import INDEX, VECTOR, Source, kept_schema, plan
+from memopt.jobs.source import INDEX, VECTOR, JobSource, kept_schema, plan
 from memopt.jobs.worker import EmbedTask
 from memopt.progress import Progress, silent
 
@@ -27,7 +27,7 @@ _NOTES, _PARTS, _SPOOL, _LOCK = "fragments", "parts", "spool", "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class JobReport:
     """What :func:`embed_job` did, or, of a dry run, would do."""
 
     destination: str
@@ -64,7 +64,7 @@ def embed_job(
     dry_run: bool = False,
     on_progress: Progress = silent,
     **options: Any,
-) -> Report:
+) -> JobReport:
     """Encode every row of ``source`` into ``destination``.
 
     Beside the destination a folder ``DESTINATION.job`` says what is done; it stays, with the
@@ -179,7 +179,7 @@ class _Job:
         target: Path,
         home: Path,
         kind: str,
-        source: Source,
+        source: JobSource,
         task: EmbedTask,
         on_progress: Progress,
     ) -> None:
@@ -194,7 +194,7 @@ class _Job:
         if not source.rows:
             raise InputError(f"{source.place} holds nothing to embed")
 
-    def run(self, workers: Callable[[], Workers], begin: float) -> Report:
+    def run(self, workers: Callable[[], Workers], begin: float) -> JobReport:
         if state := stored_state(self._home / _NOTES):
             # The model is opened later, and not to find that nothing is left to do.
             self._open_notes(state.get("made_by", {}))
@@ -321,8 +321,8 @@ class _Job:
             path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def _report(target: Path, home: Path, source: Source, **values: Any) -> Report:
-    return Report(
+def _report(target: Path, home: Path, source: JobSource, **values: Any) -> JobReport:
+    return JobReport(
         destination=str(target),
         job=str(home),
         rows=source.rows,

@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from memopt.errors import DeviceError, MemoptError, brief
-from memopt.jobs.crew import SLOTS, Message
+from memopt.jobs.crew import SLOTS, WorkerMessage
 from memopt.jobs.source import Fragment
-from memopt.jobs.worker import EmbedTask, Worker
+from memopt.jobs.worker import EmbedTask, FragmentWorker
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -34,7 +34,7 @@ class Processes:
         self._context = multiprocessing.get_context("spawn")
         self._task, self.count = task, count
         self._members: dict[int, tuple[Any, Connection]] = {}
-        self._said: deque[Message] = deque()
+        self._said: deque[WorkerMessage] = deque()
 
     def start(self, worker: int, halvings: int) -> None:
         """See :class:`memopt.jobs.crew.Workers`."""
@@ -52,7 +52,7 @@ class Processes:
         with suppress(OSError):  # it died: receive() says so
             self._members[worker][1].send(fragment)
 
-    def receive(self) -> Message:
+    def receive(self) -> WorkerMessage:
         """See :class:`memopt.jobs.crew.Workers`."""
         from multiprocessing.connection import wait
 
@@ -62,9 +62,9 @@ class Processes:
                 try:
                     kind, number, value = self._members[worker][1].recv()
                 except (EOFError, OSError, pickle.UnpicklingError):
-                    self._said.append(Message(worker, "died", value=self._obituary(worker)))
+                    self._said.append(WorkerMessage(worker, "died", value=self._obituary(worker)))
                 else:
-                    self._said.append(Message(worker, kind, number, value))
+                    self._said.append(WorkerMessage(worker, kind, number, value))
         return self._said.popleft()
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ def _serve(connection: Connection, task: EmbedTask, halvings: int) -> None:
             connection.send((kind, number, value))
 
     try:
-        worker = Worker(task, halvings)
+        worker = FragmentWorker(task, halvings)
         say("ready", -1, worker.info())
     except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
         say("failed", -1, plain(error))

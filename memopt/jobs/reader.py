@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from memopt.jobs.source import Fragment, Source
+    from memopt.jobs.source import Fragment, JobSource
 
 
-class Reader:
+class FragmentReader:
     """Reads the fragments of a source; may be called from several threads.
 
     A Parquet file is read on from where the fragment before ended: a row group holds many
     fragments and can only be decoded from its beginning.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: JobSource) -> None:
         self._source = source
         self._guard = threading.Lock()
         self._dataset: Any = None
-        self._cursor: tuple[str, Cursor] | None = None
+        self._cursor: tuple[str, RowCursor] | None = None
 
     def read(self, fragment: Fragment) -> tuple[pa.Table, list[Item], list[str]]:
         """Return the kept columns, what is to be encoded, and where each row stood.
@@ -87,12 +87,12 @@ class Reader:
             system, inside = filesystem(path if spooled else self._source.place)
             table = open_table(system, inside if spooled else path)
             names = [*self._source.keep, self._source.column, *((WHERE, PROBLEM) * spooled)]
-            self._cursor = (path, Cursor(table, list(dict.fromkeys(names))))
+            self._cursor = (path, RowCursor(table, list(dict.fromkeys(names))))
         with one_line(Path(path), InputError):
             return self._cursor[1].read(fragment.start, fragment.rows)
 
 
-class Cursor:
+class RowCursor:
     """Reads runs of rows of a Parquet file, decoding each row group once as long as they ascend."""
 
     def __init__(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:

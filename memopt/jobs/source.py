@@ -41,7 +41,7 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class JobSource:
     """A planned source.
 
     Attributes:
@@ -75,7 +75,7 @@ def plan(
     keep: Sequence[str] | None = None,
     rows: int | None = None,
     spool: Path | None = None,
-) -> Source:
+) -> JobSource:
     """Find the rows of a source and cut them into fragments.
 
     Args:
@@ -123,7 +123,7 @@ def _fingerprint(files: Sequence[File]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _media(place: str, files: list[File], size: int, ignored: int) -> Source:
+def _media(place: str, files: list[File], size: int, ignored: int) -> JobSource:
     import pyarrow as pa
 
     paths = [file.path for file in files]
@@ -133,7 +133,7 @@ def _media(place: str, files: list[File], size: int, ignored: int) -> Source:
         for number, first in enumerate(runs)
         for part in [tuple(paths[first : first + size])]
     ]
-    return Source(
+    return JobSource(
         place=place,
         kind="media",
         column="path",
@@ -147,7 +147,7 @@ def _media(place: str, files: list[File], size: int, ignored: int) -> Source:
     )
 
 
-def _lance(place: str, column: str | None, keep: Sequence[str] | None, size: int) -> Source:
+def _lance(place: str, column: str | None, keep: Sequence[str] | None, size: int) -> JobSource:
     lance = require("lance", extra="jobs", why=f"read {place}")
     try:
         dataset = lance.dataset(place)
@@ -155,7 +155,7 @@ def _lance(place: str, column: str | None, keep: Sequence[str] | None, size: int
         raise InputError(f"{place} is no Lance data set", fix="check the path") from error
     column, schema = _columns(place, dataset.schema, column, keep)
     rows = dataset.count_rows()
-    return Source(
+    return JobSource(
         place=place,
         kind="lance",
         column=column,
@@ -177,7 +177,7 @@ def _tables(
     size: int,
     spool: Path | None,
     ignored: int,
-) -> Source:
+) -> JobSource:
     fingerprint = _fingerprint(files)
     parts: list[tuple[str, int]] = []
     agreed: tuple[str, pa.Schema] | None = None
@@ -200,7 +200,7 @@ def _tables(
             )
     assert agreed is not None
     fragments = tuple(_cut(parts, size))
-    return Source(
+    return JobSource(
         place=place,
         kind="parquet",
         column=agreed[0],
@@ -272,7 +272,7 @@ def _cut(parts: Sequence[tuple[str, int]], size: int) -> Iterator[Fragment]:
             number, first = number + 1, first + count
 
 
-def kept_schema(source: Source) -> Any:
+def kept_schema(source: JobSource) -> Any:
     """Return the Arrow schema of the kept columns."""
     import pyarrow as pa
 

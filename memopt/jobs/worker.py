@@ -12,8 +12,8 @@ import numpy as np
 
 from memopt.errors import DeviceError
 from memopt.jobs.parts import write_part
-from memopt.jobs.reader import Reader
-from memopt.jobs.source import INDEX, VECTOR, Fragment, Source
+from memopt.jobs.reader import FragmentReader
+from memopt.jobs.source import INDEX, VECTOR, Fragment, JobSource
 from memopt.runtimes.configured import open_configured
 from memopt.runtimes.embed import identity
 from memopt.runtimes.engine import ArrowEngine
@@ -28,7 +28,7 @@ class EmbedTask:
     ``folder`` takes the parts; ``threads`` of None are all cores.
     """
 
-    source: Source
+    source: JobSource
     bundle: str
     folder: str
     kind: str
@@ -43,7 +43,7 @@ class EmbedTask:
     dimension: int | None = None
 
 
-class Worker:
+class FragmentWorker:
     """Reads, encodes and writes fragments; :meth:`run` may be called from several threads.
 
     Two fragments at once keep the engine busy: one is read, tokenised or written while the other
@@ -56,7 +56,7 @@ class Worker:
 
     def __init__(self, task: EmbedTask, halvings: int = 0) -> None:
         self._task = task
-        self._reader = Reader(task.source)
+        self._reader = FragmentReader(task.source)
         # A last batch of one input is encoded as the others are.
         opener = partial(ArrowEngine, threads=task.threads, one_variant=True)
         self._engine = open_configured(opener, task.bundle, task.device, task.variant, task.strict)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from memopt.extras import require
-from memopt.serve.exchange import ARROW, Answer, Exchange
+from memopt.serve.exchange import ARROW, Reply, Service
 from memopt.serve.failures import Refusal, refusal_of
-from memopt.serve.guard import Access, Guard, error_body, send_refusal
+from memopt.serve.guard import Admission, Guard, error_body, send_refusal
 from memopt.serve.hosting import Host
 from memopt.serve.routes import ROUTES, Route, openapi
 from memopt.serve.telemetry import Telemetry
@@ -27,7 +27,7 @@ _POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors
 def make_app(
     host: Host,
     *,
-    access: Access | None = None,
+    access: Admission | None = None,
     origins: tuple[str, ...] = (),
     lazy: bool = False,
     memories: Any = None,
@@ -83,7 +83,7 @@ def make_app(
     )
     whole: Any = Guard(
         app,
-        access=access or Access(),
+        access=access or Admission(),
         body_bytes=host.limits.body_bytes,
         telemetry=telemetry,
     )
@@ -122,7 +122,7 @@ class _Endpoint:
         try:
             headers = dict(scope["headers"])
             arrow = self._route.arrow and ARROW.encode() in headers.get(b"accept", b"")
-            exchange = Exchange(
+            exchange = Service(
                 host=self._host,
                 telemetry=self._telemetry,
                 wants_arrow=arrow,
@@ -205,7 +205,7 @@ async def _form(scope: Any, receive: Any, most: int) -> Any:
         raise Refusal(400, "the form cannot be read") from error
 
 
-async def _unless_gone(work: Awaitable[Answer], receive: Any, seconds: float) -> Answer | None:
+async def _unless_gone(work: Awaitable[Reply], receive: Any, seconds: float) -> Reply | None:
     """Return the answer, or None when the client went first: then nothing more is computed.
 
     Raises:
@@ -241,7 +241,7 @@ async def _disconnected(receive: Any) -> None:
         pass
 
 
-async def _send(answer: Answer, receive: Any, send: Any) -> None:
+async def _send(answer: Reply, receive: Any, send: Any) -> None:
     if answer.events is not None:
         await _stream(answer.events, receive, send)
         return

@@ -16,7 +16,7 @@ ARROW = "application/vnd.apache.arrow.stream"
 
 
 @dataclass(slots=True, kw_only=True)
-class Answer:
+class Reply:
     """What goes back: one of these."""
 
     json: Any = None
@@ -28,7 +28,7 @@ class Answer:
 
 
 @dataclass(slots=True, kw_only=True)
-class Exchange:
+class Service:
     """What a route works with."""
 
     host: Host

@@ -26,7 +26,7 @@ _CLIENTS = 10_000  # whose rates are remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
+class Admission:
     """Who may ask. ``keys`` is SHA-256 of a key -> its name; none lets everybody in.
 
     ``rate`` is requests a second for each key, or each address where there are no keys; 0 is any.
@@ -69,7 +69,9 @@ def read_keys(path: Path) -> dict[bytes, str]:
 class Guard:
     """ASGI middleware in front of the routes."""
 
-    def __init__(self, app: Any, *, access: Access, body_bytes: int, telemetry: Any = None) -> None:
+    def __init__(
+        self, app: Any, *, access: Admission, body_bytes: int, telemetry: Any = None
+    ) -> None:
         self._app = app
         self._access = access
         self._body_bytes = body_bytes
@@ -78,7 +80,7 @@ class Guard:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Let a request through, or refuse it; see :class:`Access`."""
+        """Let a request through, or refuse it; see :class:`Admission`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

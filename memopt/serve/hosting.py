@@ -21,7 +21,7 @@ from memopt.tasks.table import Task
 
 
 @dataclass(slots=True, kw_only=True)
-class Limits:
+class Capacity:
     """What a server may take.
 
     ``batch_tokens`` and ``queue_tokens`` as of :class:`memopt.runtimes.batcher.Batcher`;
@@ -40,7 +40,7 @@ class Limits:
 class Opened:
     """An engine with its batcher, and how many requests are in it."""
 
-    def __init__(self, bundle: Bundle, engine: Any, limits: Limits) -> None:
+    def __init__(self, bundle: Bundle, engine: Any, limits: Capacity) -> None:
         self.bundle = bundle
         self.engine = engine
         self.batcher = Batcher(batch_tokens=limits.batch_tokens, queue_tokens=limits.queue_tokens)
@@ -57,7 +57,7 @@ class Opened:
 class Hosted:
     """One model by its name; its engine while that is open."""
 
-    def __init__(self, name: str, path: Path, options: Mapping[str, Any], limits: Limits) -> None:
+    def __init__(self, name: str, path: Path, options: Mapping[str, Any], limits: Capacity) -> None:
         self.name = name
         self.path = path
         self.bundle = open_bundle(path)
@@ -141,7 +141,7 @@ class Host:
     """
 
     def __init__(
-        self, models: Mapping[str, Path], limits: Limits, options: Mapping[str, Any] | None = None
+        self, models: Mapping[str, Path], limits: Capacity, options: Mapping[str, Any] | None = None
     ) -> None:
         if not models:
             raise ConfigurationError("no bundle to serve", fix="memopt serve BUNDLE")

@@ -18,7 +18,7 @@ from msgspec import Struct
 from memopt import __version__
 from memopt.errors import MemoptError
 from memopt.extras import require
-from memopt.serve.guard import Access, Guard
+from memopt.serve.guard import Admission, Guard
 from memopt.serve.memories import Memories, MemoryId, MemoryRequest, MemorySearchRequest
 from memopt.visible import json_text
 
@@ -204,7 +204,7 @@ async def _lines() -> AsyncIterator[str]:
         yield line.decode(errors="replace")
 
 
-def serve_http(memories: Memories, sock: socket.socket, access: Access) -> None:
+def serve_http(memories: Memories, sock: socket.socket, access: Admission) -> None:
     """Serve streamable HTTP at /mcp of a bound socket of this machine until SIGTERM or Ctrl-C.
 
     Requests whose Host or Origin names another machine are refused (DNS rebinding).

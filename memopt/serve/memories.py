@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import Meta, Struct
 
 from memopt.errors import ConfigurationError, InputError
-from memopt.serve.exchange import Answer, Exchange
+from memopt.serve.exchange import Reply, Service
 from memopt.serve.failures import Refusal
 
 if TYPE_CHECKING:
@@ -163,24 +163,24 @@ def _writer(session: Session, llm: str) -> LanguageModel | None:
     return language_model(llm, redact=redact) if redact else language_model(llm)
 
 
-async def add(x: Exchange, body: MemoryRequest) -> Answer:
+async def add(x: Service, body: MemoryRequest) -> Reply:
     """Remember a text."""
-    return Answer(json=await asyncio.to_thread(_memories(x).remember, body))
+    return Reply(json=await asyncio.to_thread(_memories(x).remember, body))
 
 
-async def search(x: Exchange, body: MemorySearchRequest) -> Answer:
+async def search(x: Service, body: MemorySearchRequest) -> Reply:
     """The memories that answer a question, best first."""
-    return Answer(json=await asyncio.to_thread(_memories(x).recall, body))
+    return Reply(json=await asyncio.to_thread(_memories(x).recall, body))
 
 
-async def get(x: Exchange, memory_id: str) -> Answer:
+async def get(x: Service, memory_id: str) -> Reply:
     """One memory, whole."""
-    return Answer(json=await _one(_memories(x).show, memory_id))
+    return Reply(json=await _one(_memories(x).show, memory_id))
 
 
-async def delete(x: Exchange, memory_id: str) -> Answer:
+async def delete(x: Service, memory_id: str) -> Reply:
     """Erase one memory from the disk, and the summaries made of it."""
-    return Answer(json=await _one(_memories(x).forget, memory_id))
+    return Reply(json=await _one(_memories(x).forget, memory_id))
 
 
 async def _one(verb: Any, memory_id: str) -> Any:
@@ -190,7 +190,7 @@ async def _one(verb: Any, memory_id: str) -> Any:
         raise Refusal(404, str(error), kind="not_found_error") from error
 
 
-def _memories(x: Exchange) -> Memories:
+def _memories(x: Service) -> Memories:
     if x.memories is None:
         raise Refusal(404, "this server has no memory", kind="not_found_error",
                       fix="start it with --memory STORE")  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from memopt import __version__
 from memopt.runtimes.limits import resident_mb
 from memopt.serve import memories, schemas, texts, writing
-from memopt.serve.exchange import ARROW, Answer, Exchange
+from memopt.serve.exchange import ARROW, Reply, Service
 from memopt.serve.failures import Refusal
 
 
@@ -19,7 +19,7 @@ class Route:
 
     method: str
     path: str
-    answer: Callable[..., Awaitable[Answer]]
+    answer: Callable[..., Awaitable[Reply]]
     takes: type | None = None
     summary: str = ""
     kind: str = "application/json"
@@ -28,7 +28,7 @@ class Route:
     form: bool = False
 
 
-async def models(x: Exchange) -> Answer:
+async def models(x: Service) -> Reply:
     """The models here, as OpenAI lists them."""
     data = [
         {
@@ -40,13 +40,13 @@ async def models(x: Exchange) -> Answer:
         }
         for model in x.host.models.values()
     ]
-    return Answer(json={"object": "list", "data": data})
+    return Reply(json={"object": "list", "data": data})
 
 
-async def info(x: Exchange) -> Answer:
+async def info(x: Service) -> Reply:
     """The first model, as TEI tells it, and all of them."""
     first = next(iter(x.host.models.values()))
-    return Answer(
+    return Reply(
         json={
             "model_id": first.name,
             "model_type": {"task": first.task.name},
@@ -60,40 +60,40 @@ async def info(x: Exchange) -> Answer:
     )
 
 
-async def health(x: Exchange) -> Answer:
+async def health(x: Service) -> Reply:
     """The process lives."""
-    return Answer(json={"status": "ok"})
+    return Reply(json={"status": "ok"})
 
 
-async def state(x: Exchange) -> Answer:
+async def state(x: Service) -> Reply:
     """What the page shows: rate, medians, fill, providers, fallbacks."""
-    return Answer(json=x.telemetry.now())
+    return Reply(json=x.telemetry.now())
 
 
-async def metrics(x: Exchange) -> Answer:
+async def metrics(x: Service) -> Reply:
     """Counters and times for Prometheus."""
-    return Answer(text=x.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Reply(text=x.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-async def reload(x: Exchange, name: str) -> Answer:
+async def reload(x: Service, name: str) -> Reply:
     """Open a bundle as it is now in the place of the old one; no request is lost."""
     await _named(x, name).reload()
-    return Answer(json={"model": name, "open": True})
+    return Reply(json={"model": name, "open": True})
 
 
-async def load(x: Exchange, name: str) -> Answer:
+async def load(x: Service, name: str) -> Reply:
     """Open a model that is not open yet."""
     async with x.host.use(_named(x, name)):
-        return Answer(json={"model": name, "open": True})
+        return Reply(json={"model": name, "open": True})
 
 
-async def unload(x: Exchange, name: str) -> Answer:
+async def unload(x: Service, name: str) -> Reply:
     """Close a model behind its last request; the next one opens it anew."""
     await _named(x, name).close()
-    return Answer(json={"model": name, "open": False})
+    return Reply(json={"model": name, "open": False})
 
 
-def _named(x: Exchange, name: str) -> Any:
+def _named(x: Service, name: str) -> Any:
     if name not in x.host.models:
         raise Refusal(404, f"no model {name!r}", kind="not_found_error",
                       fix=f"there are: {', '.join(x.host.models)}")  # fmt: skip

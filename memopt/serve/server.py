@@ -13,7 +13,7 @@ from typing import Any
 from memopt.errors import ConfigurationError, DeviceError
 from memopt.extras import require
 from memopt.serve.app import make_app
-from memopt.serve.guard import Access
+from memopt.serve.guard import Admission
 from memopt.serve.hosting import Host
 
 log = logging.getLogger("memopt.serve")
@@ -40,7 +40,7 @@ def serve(
     *,
     address: str = "127.0.0.1",
     port: int = 8080,
-    access: Access,
+    access: Admission,
     origins: tuple[str, ...] = (),
     certificate: Path | None = None,
     private_key: Path | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from memopt.runtimes.text import TokenIds, open_tokenizer
 from memopt.serve import schemas, work
-from memopt.serve.exchange import Answer, Exchange
+from memopt.serve.exchange import Reply, Service
 from memopt.serve.failures import Refusal
 from memopt.tasks.table import Task
 
@@ -36,7 +36,7 @@ def _vectors(task: Task) -> bool:
     return task.embeds and task.modality == "text"
 
 
-async def embeddings(x: Exchange, body: schemas.EmbeddingRequest) -> Answer:
+async def embeddings(x: Service, body: schemas.EmbeddingRequest) -> Reply:
     """Vectors of texts, as OpenAI gives them."""
     items = listed(body.input)
     if not items:
@@ -46,8 +46,8 @@ async def embeddings(x: Exchange, body: schemas.EmbeddingRequest) -> Answer:
     answers = (await x.answer(model, verb, items)).answers
     vectors = [vector for vector, _ in answers]
     if x.wants_arrow:
-        return Answer(arrow=vectors)
-    return Answer(json=_openai(vectors, sum(n for _, n in answers), model.name, body))
+        return Reply(arrow=vectors)
+    return Reply(json=_openai(vectors, sum(n for _, n in answers), model.name, body))
 
 
 def _openai(vectors: Sequence[Any], tokens: int, model: str, body: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _openai(vectors: Sequence[Any], tokens: int, model: str, body: Any) -> dict[
     return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
-async def media(x: Exchange, body: schemas.MediaRequest) -> Answer:
+async def media(x: Service, body: schemas.MediaRequest) -> Reply:
     """Vectors of pictures or sounds, sent as data URLs or as parts of a form."""
     from memopt.serve.media import decoded
 
@@ -74,13 +74,11 @@ async def media(x: Exchange, body: schemas.MediaRequest) -> Answer:
     answers = (await x.answer(model, work.embed(), items)).answers
     vectors = [vector for vector, _ in answers]
     return (
-        Answer(arrow=vectors)
-        if x.wants_arrow
-        else Answer(json=_openai(vectors, 0, model.name, body))
+        Reply(arrow=vectors) if x.wants_arrow else Reply(json=_openai(vectors, 0, model.name, body))
     )
 
 
-async def embed(x: Exchange, body: schemas.InputsRequest) -> Answer:
+async def embed(x: Service, body: schemas.InputsRequest) -> Reply:
     """Vectors of texts, as Text Embeddings Inference gives them."""
     model = x.find(body.model, _vectors, "/embed")
     verb = work.embed(
@@ -88,20 +86,20 @@ async def embed(x: Exchange, body: schemas.InputsRequest) -> Answer:
     )
     answers = (await x.answer(model, verb, listed(body.inputs))).answers
     vectors = [vector for vector, _ in answers]
-    return Answer(arrow=vectors) if x.wants_arrow else Answer(json=vectors)
+    return Reply(arrow=vectors) if x.wants_arrow else Reply(json=vectors)
 
 
-async def embed_all(x: Exchange, body: schemas.InputsRequest) -> Answer:
+async def embed_all(x: Service, body: schemas.InputsRequest) -> Reply:
     """Vectors of each text's tokens, of a late-interaction model."""
     model = x.find(body.model, lambda t: t.name == "late-interaction", "/embed_all")
-    return Answer(json=(await x.answer(model, work.embed_tokens, listed(body.inputs))).answers)
+    return Reply(json=(await x.answer(model, work.embed_tokens, listed(body.inputs))).answers)
 
 
-async def embed_sparse(x: Exchange, body: schemas.InputsRequest) -> Answer:
+async def embed_sparse(x: Service, body: schemas.InputsRequest) -> Reply:
     """Weights of words, by their ids."""
     model = x.find(body.model, lambda t: t.name == "sparse-embedding", "/embed_sparse")
     rows = (await x.answer(model, work.embed_sparse, listed(body.inputs))).answers
-    return Answer(
+    return Reply(
         json=[
             [
                 {"index": int(column), "value": float(value)}
@@ -112,7 +110,7 @@ async def embed_sparse(x: Exchange, body: schemas.InputsRequest) -> Answer:
     )
 
 
-async def rerank(x: Exchange, body: schemas.RerankRequest) -> Answer:
+async def rerank(x: Service, body: schemas.RerankRequest) -> Reply:
     """Documents in the order of how well they answer a query; Cohere's form, or TEI's."""
     given = body.texts if body.texts is not None else body.documents
     if given is None or (body.texts is not None and body.documents is not None):
@@ -124,7 +122,7 @@ async def rerank(x: Exchange, body: schemas.RerankRequest) -> Answer:
     scores = (await x.answer(model, work.score, [(body.query, text) for text in texts])).answers
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n]
     if body.texts is not None:
-        return Answer(
+        return Reply(
             json=[
                 {"index": i, "score": scores[i], **({"text": texts[i]} if body.return_text else {})}
                 for i in order
@@ -138,10 +136,10 @@ async def rerank(x: Exchange, body: schemas.RerankRequest) -> Answer:
         }
         for i in order
     ]
-    return Answer(json={"model": model.name, "results": results})
+    return Reply(json={"model": model.name, "results": results})
 
 
-async def predict(x: Exchange, body: schemas.PredictRequest) -> Answer:
+async def predict(x: Service, body: schemas.PredictRequest) -> Reply:
     """Labels and their scores of a text, of a pair of texts, or of several."""
     one, items = _predicted(body.inputs)
     model = x.find(
@@ -154,7 +152,7 @@ async def predict(x: Exchange, body: schemas.PredictRequest) -> Answer:
         [{"label": n, "score": s} for n, s in zip(row.labels, row.scores, strict=True)]
         for row in rows
     ]
-    return Answer(json=told[0] if one else told)
+    return Reply(json=told[0] if one else told)
 
 
 def _predicted(inputs: Any) -> tuple[bool, list[Any]]:
@@ -171,24 +169,24 @@ def _predicted(inputs: Any) -> tuple[bool, list[Any]]:
     return False, items
 
 
-async def tag(x: Exchange, body: schemas.TagRequest) -> Answer:
+async def tag(x: Service, body: schemas.TagRequest) -> Reply:
     """The labelled parts of texts: label, score, characters."""
     from dataclasses import asdict
 
     model = x.find(body.model, lambda t: t.name == "token-classification", "/tag")
     rows = (await x.answer(model, work.tag, listed(body.inputs))).answers
-    return Answer(json=[[asdict(span) for span in row] for row in rows])
+    return Reply(json=[[asdict(span) for span in row] for row in rows])
 
 
-async def similarity(x: Exchange, body: schemas.SimilarityRequest) -> Answer:
+async def similarity(x: Service, body: schemas.SimilarityRequest) -> Reply:
     """Cosines of a text with others."""
     model = x.find(body.model, _vectors, "/similarity")
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
     vectors = (await x.answer(model, work.embed(), texts)).answers
-    return Answer(json=work.similarity(vectors))
+    return Reply(json=work.similarity(vectors))
 
 
-async def tokenize(x: Exchange, body: schemas.TokenizeRequest) -> Answer:
+async def tokenize(x: Service, body: schemas.TokenizeRequest) -> Reply:
     """Token ids of texts, with the characters of each, as TEI gives them."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     model = x.find(body.model, lambda t: t.modality == "text", "/tokenize")
@@ -197,7 +195,7 @@ async def tokenize(x: Exchange, body: schemas.TokenizeRequest) -> Answer:
         texts, add_special_tokens=body.add_special_tokens
     )
     x.telemetry.tokenized(time.perf_counter() - begin)
-    return Answer(
+    return Reply(
         json=[
             [
                 {

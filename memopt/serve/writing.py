@@ -12,7 +12,7 @@ from typing import Any
 
 from memopt.runtimes.engines.writer import Generation
 from memopt.serve import schemas
-from memopt.serve.exchange import Answer, Exchange
+from memopt.serve.exchange import Reply, Service
 from memopt.serve.failures import Refusal, refusal_of
 from memopt.serve.hosting import Hosted
 from memopt.tasks.table import Task
@@ -24,7 +24,7 @@ def _writes(task: Task) -> bool:
     return task.name in ("text-generation", "text2text-generation")
 
 
-async def completions(x: Exchange, body: schemas.CompletionRequest) -> Answer:
+async def completions(x: Service, body: schemas.CompletionRequest) -> Reply:
     """What follows a prompt."""
     model = x.find(body.model, _writes, "/v1/completions")
     options = _options(body, body.max_tokens)
@@ -39,7 +39,7 @@ async def completions(x: Exchange, body: schemas.CompletionRequest) -> Answer:
     return await _written(x, model, prompt, options, body.stream, name, "text_completion", shaped)
 
 
-async def chat(x: Exchange, body: schemas.ChatRequest) -> Answer:
+async def chat(x: Service, body: schemas.ChatRequest) -> Reply:
     """The next message of a conversation."""
     model = x.find(body.model, lambda t: t.name == "text-generation", "/v1/chat/completions")
     options = _options(body, body.max_completion_tokens or body.max_tokens or 512)
@@ -95,7 +95,7 @@ def _message(number: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _written(
-    x: Exchange,
+    x: Service,
     model: Hosted,
     prompt: Callable[[Any], tuple[str, Mapping[str, Any]]],
     options: dict[str, Any],
@@ -103,7 +103,7 @@ async def _written(
     name: str,
     kind: str,
     shaped: Callable[[str, str | None], dict[str, Any]],
-) -> Answer:
+) -> Reply:
     """Return a text, or its pieces as they are written, in OpenAI's envelope."""
     about = {"id": name, "object": kind, "created": int(time.time()), "model": model.name}
     pieces = _pieces(x, model, prompt, options)
@@ -111,7 +111,7 @@ async def _written(
         written = [piece async for piece in pieces]
         last: Generation = written.pop()
         usage = _usage(last)
-        return Answer(json={**about, "choices": [shaped(last.text, _finish(last))], "usage": usage})
+        return Reply(json={**about, "choices": [shaped(last.text, _finish(last))], "usage": usage})
     first = await anext(pieces)  # what is wrong with the request is told before the stream begins
 
     async def events() -> AsyncIterator[Any]:
@@ -127,11 +127,11 @@ async def _written(
         finally:
             await pieces.aclose()
 
-    return Answer(events=events())
+    return Reply(events=events())
 
 
 async def _pieces(
-    x: Exchange,
+    x: Service,
     model: Hosted,
     prompt: Callable[[Any], tuple[str, Mapping[str, Any]]],
     options: dict[str, Any],

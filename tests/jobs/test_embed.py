@@ -22,7 +22,7 @@ from memopt import ArrowEngine
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError, InputError
 from memopt.files import lock_plain
-from memopt.jobs.embed import Report, embed_job
+from memopt.jobs.embed import JobReport, embed_job
 
 TEXTS = [f"a cat number {n} sleeps" for n in range(300)]
 
@@ -34,7 +34,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def run(source: Path, target: Path, minilm: Bundle, **options: Any) -> Report:
+def run(source: Path, target: Path, minilm: Bundle, **options: Any) -> JobReport:
     options = {"fragment_rows": 64, "device": "cpu", **options}
     return embed_job(str(source), str(target), minilm.path, **options)
 

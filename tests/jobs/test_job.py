@@ -21,7 +21,7 @@ import pytest
 
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError, InputError
-from memopt.jobs.embed import Report, embed_job
+from memopt.jobs.embed import JobReport, embed_job
 from memopt.runtimes.engine import ArrowEngine
 
 ROWS = 400
@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(source: Path, target: Path, bundle: Bundle, **options: Any) -> Report:
+def run(source: Path, target: Path, bundle: Bundle, **options: Any) -> JobReport:
     """A job of fragments of 64 rows, on one graph."""
     how = {"fragment_rows": 64, "device": "cpu", "variant": "onnx-fp32-fused", **options}
     return embed_job(str(source), str(target), bundle.path, **how)

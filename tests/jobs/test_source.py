@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.errors import InputError
-from memopt.jobs.reader import Cursor, Reader
-from memopt.jobs.source import Source, plan
+from memopt.jobs.reader import FragmentReader, RowCursor
+from memopt.jobs.source import JobSource, plan
 from tests.memory.s3_server import s3_server
 
 TEXTS = ["a cat", "", "zwei\u2028Hunde", 'said "so", twice', "a cat", "one\ntwo", "end"]
 
 
-def read(source: Source, order: list[int] | None = None) -> tuple[pa.Table, list[str | None]]:
+def read(source: JobSource, order: list[int] | None = None) -> tuple[pa.Table, list[str | None]]:
     """Return the kept columns and the inputs of all fragments."""
-    reader = Reader(source)
+    reader = FragmentReader(source)
     found = {i: reader.read(source.fragments[i]) for i in order or range(len(source.fragments))}
     parts = [found[i] for i in sorted(found)]
     table = pa.concat_tables([part[0] for part in parts])
@@ -86,7 +86,7 @@ def test_bad_rows_are_told_from_good_ones(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "x", "m": 1}\nnot json\n{"text": 7, "m": "a"}\n{"m": [1]}\n')
     source = plan(str(path), "text", spool=tmp_path / "spool")
-    table, items, where = Reader(source).read(source.fragments[0])
+    table, items, where = FragmentReader(source).read(source.fragments[0])
     assert [item.value for item in items] == ["x", None, None, None]
     problems = [item.problem for item in items]
     assert problems[1] is not None
@@ -156,7 +156,7 @@ def test_any_run_of_rows_is_read(groups: list[int], runs: list[tuple[int, int]])
         for group in groups:
             writer.write_table(pa.table({"n": np.arange(start, start + group)}))
             start += group
-    cursor = Cursor(pq.ParquetFile(pa.BufferReader(sink.getvalue())), ["n"])
+    cursor = RowCursor(pq.ParquetFile(pa.BufferReader(sink.getvalue())), ["n"])
     for start, count in runs:
         expected = list(range(rows))[start : start + count]
         assert cursor.read(start, count)["n"].to_pylist() == expected

@@ -15,8 +15,8 @@ import pytest
 
 from memopt.bundle import Bundle, open_bundle
 from memopt.serve.app import make_app
-from memopt.serve.guard import Access
-from memopt.serve.hosting import Host, Limits
+from memopt.serve.guard import Admission
+from memopt.serve.hosting import Capacity, Host
 
 Running = Callable[..., Any]
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -24,13 +24,13 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 @contextmanager
 def running(
-    models: dict[str, Path], limits: Limits | None = None, **further: Any
+    models: dict[str, Path], limits: Capacity | None = None, **further: Any
 ) -> Iterator[tuple[httpx.Client, Host]]:
     """Serve on a free port until the block ends."""
     import uvicorn
 
-    host = Host(models, limits or Limits(), {"verify": "never"})
-    app = make_app(host, access=further.pop("access", Access()), **further)
+    host = Host(models, limits or Capacity(), {"verify": "never"})
+    app = make_app(host, access=further.pop("access", Admission()), **further)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -85,7 +85,7 @@ def writer(talker: tuple[Bundle, Any], tmp_path_factory: pytest.TempPathFactory)
     return open_bundle(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(minilm: Bundle, small: dict[str, Bundle], writer: Bundle) -> Iterator[httpx.Client]:
     """One server of them all."""
     paths = {"minilm": minilm.path, "llama": writer.path}

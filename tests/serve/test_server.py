@@ -26,8 +26,8 @@ import pytest
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import ConfigurationError
 from memopt.runtimes.limits import resident_mb
-from memopt.serve.guard import Access, read_keys
-from memopt.serve.hosting import Limits
+from memopt.serve.guard import Admission, read_keys
+from memopt.serve.hosting import Capacity
 from tests.serve.conftest import events, running
 
 KEY, OTHER = "k" * 24, "o" * 24
@@ -46,7 +46,7 @@ def test_keys_and_rates(small: dict[str, Bundle], caplog: pytest.LogCaptureFixtu
     models = {"labels": small["labels"].path}
     body = {"inputs": "a secret text"}
     caplog.set_level(logging.INFO, "memopt.serve")
-    with running(models, access=Access(keys=KEYS, rate=3)) as (client, _):
+    with running(models, access=Admission(keys=KEYS, rate=3)) as (client, _):
         assert client.get("/health").status_code == 200
         assert client.post("/predict", json=body).status_code == 401
         wrong = {"authorization": "Bearer wrong"}
@@ -90,7 +90,7 @@ def test_pages_elsewhere_cannot_ask(served: httpx.Client) -> None:
 
 def test_sizes_are_limited(small: dict[str, Bundle]) -> None:
     """By the header, and by what really comes."""
-    limits = Limits(body_bytes=1000)
+    limits = Capacity(body_bytes=1000)
     with running({"labels": small["labels"].path}, limits) as (client, _):
         assert client.post("/predict", json={"inputs": "a" * 2000}).status_code == 413
 
@@ -158,7 +158,7 @@ def test_a_bundle_is_reloaded_without_losing_a_request(
 def test_models_give_way_where_memory_is_short(small: dict[str, Bundle]) -> None:
     """The one that was not used for longest is closed, and opened again when asked for."""
     paths = {name: small[name].path for name in ("labels", "reranker", "tags")}
-    limits = Limits()
+    limits = Capacity()
     with running(paths, limits, lazy=True) as (client, host):
         assert not any(model.opened for model in host.models.values())
         client.post("/predict", json={"inputs": "a"})
@@ -187,7 +187,7 @@ def test_a_client_that_goes_ends_the_writing(writer: Bundle) -> None:
 
 def test_a_request_has_its_time(small: dict[str, Bundle]) -> None:
     """One that takes longer is told so, and the server goes on."""
-    limits = Limits(seconds=0.3)
+    limits = Capacity(seconds=0.3)
     with running({"labels": small["labels"].path}, limits) as (client, host):
         engine = host.models["labels"].opened.engine
         scores = engine.scores

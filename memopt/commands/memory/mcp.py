@@ -43,7 +43,7 @@ def mcp(
     # Before the store is opened and made: what is missing is said at once.
     require("mcp", extra="mcp", why="serve a memory to agents")
     require("msgspec", extra="mcp", why="read requests")
-    from memopt.serve.guard import Access, read_keys
+    from memopt.serve.guard import Admission, read_keys
     from memopt.serve.mcp import serve_http, serve_stdio
     from memopt.serve.memories import Memories
     from memopt.serve.server import bound
@@ -64,4 +64,4 @@ def mcp(
             serve_stdio(memories)
             return
         say(f"memopt serves {store} on http://127.0.0.1:{sock.getsockname()[1]}/mcp")
-        serve_http(memories, sock, Access(keys=keys))
+        serve_http(memories, sock, Admission(keys=keys))
