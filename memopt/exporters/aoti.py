@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,11 @@ def _compile(
     whole: Any, named: dict[str, Any], signature: Signature, layout: str, target: Path
 ) -> None:
     import torch
+
+    if sys.version_info < (3, 12):
+        # inductor imports setuptools, which takes Python's own distutils' place, and refuses to be
+        # imported where another library has undone that.
+        os.environ.setdefault("SETUPTOOLS_USE_DISTUTILS", "stdlib")
     from torch._inductor import aoti_compile_and_package
     from torch.export import Dim
 

@@ -110,6 +110,8 @@ def test_ctrl_c_in_the_command_is_a_line(talker: Talker) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": root},
+        # A shell's job in the background has Ctrl-C ignored, and its children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     begun = process.stdout.read(1)
