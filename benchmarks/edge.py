@@ -20,7 +20,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_MB = 195
+# Of these 3.1 are memopt itself, and 8 what Python compiles when all of it has run.
+LIMIT_MB = 196
 HEAVY = {"pyarrow", "torch", "transformers", "onnx", "openvino", "pandas", "scipy", "lancedb"}
 RUNS = 9
 FIRST = """
