@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,8 @@ def make_app(
         )
         for route in ROUTES
     ]
-    routes.append(routing.Route("/ready", _ready(ready), methods=["GET"]))
-    routes.append(routing.Route("/openapi.json", _constant(dumped(openapi()), "application/json")))
+    routes.append(routing.Route("/ready", _Ready(ready), methods=["GET"]))
+    routes.append(routing.Route("/openapi.json", _Constant(dumped(openapi()), "application/json")))
     for path, name, kind in (
         ("/", "page.html", "text/html; charset=utf-8"),
         ("/page.js", "page.js", "text/javascript; charset=utf-8"),
@@ -77,7 +77,7 @@ def make_app(
         ("/page.svg", "page.svg", "image/svg+xml"),
     ):
         data = Path(__file__).with_name(name).read_bytes()
-        routes.append(routing.Route(path, _constant(data, kind)))
+        routes.append(routing.Route(path, _Constant(data, kind)))
     app = applications.Starlette(
         routes=routes, lifespan=lifespan, exception_handlers={404: _unrouted, 405: _unrouted}
     )
@@ -200,8 +200,6 @@ async def _form(scope: Any, receive: Any, most: int) -> Any:
                     urls.append(f"data:{part.content_type or ''};base64,{body}")
             return MediaRequest(input=urls, model=str(form.get("model") or ""))
     except Exception as error:
-        if isinstance(error, Refusal):
-            raise
         raise Refusal(400, "the form cannot be read") from error
 
 
@@ -298,11 +296,9 @@ def _arrow(vectors: Any) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _constant(body: bytes, kind: str) -> Callable[..., Awaitable[None]]:
-    return _Constant(body, kind)
-
-
 class _Constant:
+    """A file of the page, or the OpenAPI document, as ASGI."""
+
     def __init__(self, body: bytes, kind: str) -> None:
         self._body, self._kind = body, kind
 
@@ -313,11 +309,13 @@ class _Constant:
         )
 
 
-def _ready(ready: asyncio.Event) -> Any:
-    class Ready:
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            scope["memopt.route"] = "/ready"
-            status = 200 if ready.is_set() else 503
-            await _whole(send, status, dumped({"ready": ready.is_set()}), "application/json")
+class _Ready:
+    """Whether requests are answered, as ASGI: apart from whether the process lives."""
 
-    return Ready()
+    def __init__(self, ready: asyncio.Event) -> None:
+        self._ready = ready
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["memopt.route"] = "/ready"
+        status = 200 if self._ready.is_set() else 503
+        await _whole(send, status, dumped({"ready": self._ready.is_set()}), "application/json")

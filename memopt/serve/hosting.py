@@ -157,11 +157,7 @@ class Host:
             Refusal: 404 no such model, 400 it does something else.
         """
         if name:
-            model = self.models.get(name)
-            if model is None:
-                known = ", ".join(self.models)
-                raise Refusal(404, f"no model {name!r}", kind="not_found_error",
-                              fix=f"there are: {known}")  # fmt: skip
+            model = self.named(name)
             if not able(model.task):
                 raise Refusal(
                     400, f"{name} gives {model.task.summary}", fix=f"{what} needs another"
@@ -171,6 +167,19 @@ class Host:
             if able(model.task):
                 return model
         raise Refusal(400, f"no model here for {what}", fix="serve a bundle that does it")
+
+    def named(self, name: str) -> Hosted:
+        """Return the model of that name.
+
+        Raises:
+            Refusal: 404, there is none.
+        """
+        model = self.models.get(name)
+        if model is None:
+            known = ", ".join(self.models)
+            raise Refusal(404, f"no model {name!r}", kind="not_found_error",
+                          fix=f"there are: {known}")  # fmt: skip
+        return model
 
     @asynccontextmanager
     async def use(self, model: Hosted) -> AsyncIterator[Opened]:

@@ -10,7 +10,6 @@ from memopt import __version__
 from memopt.runtimes.limits import resident_mb
 from memopt.serve import memories, schemas, texts, writing
 from memopt.serve.exchange import ARROW, Reply, Service
-from memopt.serve.failures import Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,27 +76,20 @@ async def metrics(x: Service) -> Reply:
 
 async def reload(x: Service, name: str) -> Reply:
     """Open a bundle as it is now in the place of the old one; no request is lost."""
-    await _named(x, name).reload()
+    await x.host.named(name).reload()
     return Reply(json={"model": name, "open": True})
 
 
 async def load(x: Service, name: str) -> Reply:
     """Open a model that is not open yet."""
-    async with x.host.use(_named(x, name)):
+    async with x.host.use(x.host.named(name)):
         return Reply(json={"model": name, "open": True})
 
 
 async def unload(x: Service, name: str) -> Reply:
     """Close a model behind its last request; the next one opens it anew."""
-    await _named(x, name).close()
+    await x.host.named(name).close()
     return Reply(json={"model": name, "open": False})
-
-
-def _named(x: Service, name: str) -> Any:
-    if name not in x.host.models:
-        raise Refusal(404, f"no model {name!r}", kind="not_found_error",
-                      fix=f"there are: {', '.join(x.host.models)}")  # fmt: skip
-    return x.host.models[name]
 
 
 def _post(path: str, answer: Any, takes: Any, **further: Any) -> Route:
