@@ -50,6 +50,7 @@ class Settings:
 
     threads: int | None = None
     streams: int | None = None
+    shares_cores: bool = False  # fewer streams than usual are not taken, however measured
     memory_limit_mb: float | None = None
     vram_threshold: float = 0.9
     use_compile: bool = False  # this and the two below: the torch backend's

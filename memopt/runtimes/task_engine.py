@@ -62,6 +62,9 @@ class Engine:
         threads: threads of the CPU backends; None takes every core this process may use.
         streams: batches that run at once, sharing the threads; None takes what
             :func:`memopt.runtimes.tune.tune_streams` measured here, else the backend's default.
+        shares_cores: other work runs on the cores meanwhile (a server's clients, a job's reader):
+            not fewer streams than are usual then, though fewer were measured as fast on idle cores,
+            since the threads of one batch wait for the one that does not run.
         memory_limit_mb: resident memory this process may reach (on a GPU: of its memory); a
             variant that would pass it is not opened and the next smaller one takes over.
         vram_threshold: share of the GPU's memory that may be in use.
@@ -101,6 +104,7 @@ class Engine:
         *,
         threads: int | None = None,
         streams: int | None = None,
+        shares_cores: bool = False,
         memory_limit_mb: float | None = None,
         vram_threshold: float = 0.9,
         use_compile: bool = False,
@@ -120,6 +124,7 @@ class Engine:
         self._settings = Settings(
             threads=threads,
             streams=streams,
+            shares_cores=shares_cores,
             memory_limit_mb=memory_limit_mb,
             vram_threshold=vram_threshold,
             use_compile=use_compile,

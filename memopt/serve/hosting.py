@@ -87,7 +87,7 @@ class Hosted:
 
     def _open(self) -> Opened:
         bundle = open_bundle(self.path)
-        engine = open_task(bundle, **self._options)
+        engine = open_task(bundle, shares_cores=True, **self._options)
         try:
             _warm(bundle, engine)
         except BaseException:

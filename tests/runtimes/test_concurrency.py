@@ -149,6 +149,21 @@ def test_the_tuned_number_of_streams_is_remembered(minilm_copy: Bundle) -> None:
         tune_streams(bundle, [])
 
 
+def test_a_process_that_shares_its_cores_keeps_the_usual_streams(minilm_copy: Bundle) -> None:
+    """One stream was as fast with nothing beside it; more than the usual are taken as measured."""
+    from dataclasses import replace
+
+    name = "cpu:onnx-fp32-fused"
+    for measured, shared in ((1, 2), (4, 4)):
+        record = {"streams": {name: measured}}
+        bundle = minilm_copy.update(lambda m, r=record: replace(m, chosen={machine_key(): r}))
+        for shares, expected in ((False, measured), (True, shared)):
+            with ArrowEngine(
+                bundle, device="cpu", variant="onnx-fp32-fused", threads=2, shares_cores=shares
+            ) as engine:
+                assert engine.device_info()["streams"] == expected
+
+
 def test_a_memory_limit_moves_on_to_what_fits(minilm: Bundle) -> None:
     """A limit below every need is told with numbers; a generous one changes nothing."""
     with pytest.raises(DeviceError, match=r"memory_limit_mb=50"):
