@@ -58,9 +58,7 @@ class FragmentWorker:
         self._task = task
         self._reader = FragmentReader(task.source)
         # A last batch of one input is encoded as the others are.
-        opener = partial(
-            ArrowEngine, threads=task.threads, one_variant=True, shares_cores=True
-        )
+        opener = partial(ArrowEngine, threads=task.threads, one_variant=True, shares_cores=True)
         self._engine = open_configured(opener, task.bundle, task.device, task.variant, task.strict)
         self._how: dict[str, Any] = {
             "normalize": task.normalize,

@@ -155,6 +155,10 @@ class _Endpoint:
             # Also: a page elsewhere can send other kinds without being asked whether it may.
             raise Refusal(415, f"the body is {kind.decode('latin-1')[:60]!r}",
                           fix="send Content-Type: application/json")  # fmt: skip
+        if coding := headers.get(b"content-encoding", b""):
+            # Not unpacked: a small body could become any size.
+            raise Refusal(415, f"the body has Content-Encoding {coding.decode('latin-1')[:60]!r}",
+                          fix="send it as it is")  # fmt: skip
         data = await _read(receive, self._host.limits.body_bytes)
         try:
             return self._decoder.decode(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 from typing import Any
 
 import httpx
@@ -182,6 +183,10 @@ def test_bodies_that_are_no_json(served: httpx.Client) -> None:
     )
     assert served.post("/embed", content=b"[" * 100_000, headers=kind).status_code in (400, 422)
     assert served.post("/embed", content=b"inputs=a").status_code == 415
+    packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    told = served.post("/embed", content=gzip.compress(b'{"inputs": "a"}'), headers=packed)
+    assert told.status_code == 415
+    assert "Content-Encoding 'gzip'" in told.json()["error"]
     assert served.get("/embed").status_code == 405
 
 
