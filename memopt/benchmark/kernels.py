@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -22,6 +20,7 @@ from memopt.runtimes.task_engine import open_task
 if TYPE_CHECKING:
     from memopt.bundle import Bundle
     from memopt.runtimes.base import Feed
+    from memopt.runtimes.profile import Kernel
 
 # A batch as throughput has them; after so many runs threads, caches and clock are as under load.
 BATCH, RUNS = 32, 10
@@ -55,13 +54,13 @@ def kernels_of(
         return {}
     placement = Placement(told["device"], open_bundle(bundle.path).variant(told["variant"]))
     settings = Settings(threads=told["threads"], streams=1)
-    run = _openvino_times if placement.provider == "openvino" else _onnx_times
-    nodes: list[tuple[str, float]] = []
-    clock = clock_under(lambda: nodes.extend(run(bundle, placement, settings, inputs)))
-    names = instruction_sets(name for name, _ in nodes)
+    kernels: list[Kernel] = []
+    clock = clock_under(lambda: kernels.extend(_kernels(bundle, placement, settings, inputs)))
+    tells = placement.provider == "openvino"  # ONNX Runtime knows operators alone
+    names = [f"{k.kind} {k.implementation}" if tells else k.kind for k in kernels]
     return {
-        "kernels": _shares(nodes),
-        "instruction_sets": names if placement.provider == "openvino" else None,
+        "kernels": _shares(kernels, names),
+        "instruction_sets": instruction_sets(names) if tells else None,
         "clock_mhz": clock,
     }
 
@@ -99,40 +98,12 @@ def clock_under(work: Callable[[], None]) -> int | None:
     return sorted(seen)[len(seen) // 2] if seen else None
 
 
-def _openvino_times(
+def _kernels(
     bundle: Bundle, placement: Placement, settings: Settings, inputs: Sequence[Any]
-) -> list[tuple[str, float]]:
-    """Return kernel and microseconds of each node of the last of some runs."""
-    backend = OpenvinoBackend(bundle, placement, settings)
-    with closing(backend):
-        feed = _batch(bundle, inputs, backend.inputs)
-        request = backend.profiled().create_infer_request()
-        for _ in range(RUNS):
-            request.infer([feed[name] for name in backend.inputs])
-    return [
-        (f"{node.node_type} {node.exec_type}", node.real_time.total_seconds() * 1e6)
-        for node in request.get_profiling_info()
-        if node.real_time.total_seconds() > 0
-    ]
-
-
-def _onnx_times(
-    bundle: Bundle, placement: Placement, settings: Settings, inputs: Sequence[Any]
-) -> list[tuple[str, float]]:
-    """Return operator and microseconds of each node of the last of some runs."""
-    backend = OnnxBackend(bundle, placement, settings)
-    with tempfile.TemporaryDirectory(prefix="memopt-profile-") as folder, closing(backend):
-        feed = _batch(bundle, inputs, backend.inputs)
-        session = backend.profiled(Path(folder) / "run")
-        for _ in range(RUNS):
-            session.run(None, dict(feed))
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    last = max(event["ts"] for event in events if event["name"] == "model_run")
-    return [
-        (event["args"]["op_name"], float(event["dur"]))
-        for event in events
-        if event["name"].endswith("_kernel_time") and event["ts"] >= last
-    ]
+) -> list[Kernel]:
+    opened = OpenvinoBackend if placement.provider == "openvino" else OnnxBackend
+    with closing(opened(bundle, placement, settings)) as backend:
+        return backend.kernels(_batch(bundle, inputs, backend.inputs), RUNS)
 
 
 def _batch(bundle: Bundle, inputs: Sequence[Any], names: Sequence[str]) -> Feed:
@@ -140,13 +111,9 @@ def _batch(bundle: Bundle, inputs: Sequence[Any], names: Sequence[str]) -> Feed:
     return feed
 
 
-def _shares(nodes: Sequence[tuple[str, float]]) -> list[Mapping[str, Any]]:
-    times: dict[str, list[float]] = {}
-    for name, time in nodes:
-        times.setdefault(name, []).append(time)
-    whole = sum(time for _, time in nodes) or 1.0
-    rows = [
-        {"name": name, "nodes": len(spent), "share": round(sum(spent) / whole, 4)}
-        for name, spent in times.items()
+def _shares(kernels: Sequence[Kernel], names: Sequence[str]) -> list[Mapping[str, Any]]:
+    whole = sum(kernel.ms for kernel in kernels) or 1.0
+    return [
+        {"name": name, "nodes": kernel.count, "share": round(kernel.ms / whole, 4)}
+        for kernel, name in zip(kernels, names, strict=True)
     ]
-    return sorted(rows, key=lambda row: -float(str(row["share"])))

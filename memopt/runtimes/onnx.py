@@ -156,10 +156,6 @@ class OnnxBackend:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.streams, f"memopt-{candidate.provider}")
 
-    def profiled(self, prefix: Path) -> Any:
-        """Return a session like that of :meth:`run` that writes each node's time to a file."""
-        return self._open(self._threads, prefix)
-
     def _open(self, threads: int, profile: Path | None = None) -> Any:
         def options() -> Any:
             made = session_options(threads)
