@@ -17,6 +17,7 @@ from memopt.jobs.source import INDEX, VECTOR, Fragment, JobSource
 from memopt.runtimes.configured import open_configured
 from memopt.runtimes.embed import identity
 from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.fallback import lacked_memory
 from memopt.runtimes.inputs import Item
 from memopt.runtimes.vectors import to_arrow
 
@@ -87,12 +88,7 @@ class FragmentWorker:
         """
         table, items, where = self._reader.read(fragment)
         vectors, failures = self._encode(items)
-        used = self._engine.device_info()["variant"]
-        if used != self._identity["variant"]:
-            raise DeviceError(
-                f"variant {used} took over from {self._identity['variant']}: their vectors differ",
-                fix=f"begin anew with --variant {used}",
-            )
+        self._refuse_other_variant()
         rows = np.flatnonzero(~np.isin(np.arange(len(items)), list(failures)))
         written = write_part(
             self._task.kind, Path(self._task.folder), fragment.number,
@@ -114,10 +110,29 @@ class FragmentWorker:
         """Free the engine."""
         self._engine.close()
 
-    def _encode(self, items: Sequence[Item]) -> tuple[Any, dict[int, str]]:
-        encoded = self._engine.encode_each(
-            [item.value for item in items], batch_size=self._batch_size, **self._how
+    def _refuse_other_variant(self) -> None:
+        used, first = self._engine.device_info()["variant"], self._identity["variant"]
+        if used == first:
+            return
+        for event in self._engine.events:
+            # What took over has other vectors; a new worker with smaller batches has the same.
+            if event.kind == "memory" and event.from_variant == first != event.to_variant:
+                raise MemoryError(event.reason)
+        raise DeviceError(
+            f"variant {used} took over from {first}: their vectors differ",
+            fix=f"begin anew with --variant {used}",
         )
+
+    def _encode(self, items: Sequence[Item]) -> tuple[Any, dict[int, str]]:
+        try:
+            encoded = self._engine.encode_each(
+                [item.value for item in items], batch_size=self._batch_size, **self._how
+            )
+        except DeviceError as error:
+            # Not even one row fits beside what the batches before have left in this process.
+            if lacked_memory(error):
+                raise MemoryError(str(error)) from error
+            raise
         return encoded.vectors, {
             at: items[at].problem or why for at, why in encoded.failures.items()
         }

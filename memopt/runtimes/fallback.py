@@ -25,6 +25,8 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "out_of_memory",
     "failed to allocate",
+    "can't alloc",  # OpenVINO's nodes
+    "cannot allocate memory",  # the system, of a thread's stack too
     "bad_alloc",
     "bad allocation",
     "cudaerrormemoryallocation",
@@ -72,6 +74,18 @@ class Exhausted(DeviceError):
     ) -> None:
         super().__init__(problem, fix=fix)
         self.failures = tuple(failures)
+
+
+def lacked_memory(error: DeviceError) -> bool:
+    """Return whether a provider failed for want of memory, where nothing took over.
+
+    >>> lacked_memory(DeviceError("no such device"))
+    False
+    """
+    if isinstance(error, Exhausted):
+        return any(failure.kind == "memory" for failure in error.failures)
+    cause = error.__cause__  # of a strict engine, what the provider raised
+    return isinstance(cause, Exception) and _kind(cause, "run") == "memory"
 
 
 def tell(events: list[FallbackEvent], failures: Sequence[Failure], winner: Placement) -> None:
