@@ -32,7 +32,8 @@ def embed(
         ),
     ],
     destination: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to be made, or a memory store.")
+        str,
+        typer.Option("--output", "-o", help="Folder or URL to be made, or a memory store."),
     ],
     bundle: Annotated[
         Path, typer.Option("--bundle", "-b", help="Bundle folder, or a name under models/.")
@@ -100,7 +101,7 @@ def embed(
         with progress("embed", *bar) as step:
             report = embed_job(
                 source,
-                str(destination),
+                destination,
                 bundle,
                 to=to,
                 column=column,

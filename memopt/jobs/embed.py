@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from memopt.checkpoints import Checkpoints, stored_state
 from memopt.errors import ConfigurationError, InputError
 from memopt.extras import require
 from memopt.files import atomic_path, lock_plain
-from memopt.jobs import parts
 from memopt.jobs.crew import Crew, Workers
+from memopt.jobs.destinations import PARTS, Destination, open_destination
+from memopt.jobs.places import is_url
 from memopt.jobs.source import INDEX, VECTOR, JobSource, kept_schema, plan
 from memopt.jobs.worker import EmbedTask
 from memopt.progress import Progress, silent
 
 ENGINES = ("local", "ray")
 MANIFEST, FAILURES = "manifest.json", "failures.jsonl"
-_NOTES, _PARTS, _SPOOL, _LOCK = "fragments", "parts", "spool", "lock"
+_NOTES, _SPOOL, _LOCK = "fragments", "spool", "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +68,13 @@ def embed_job(
 ) -> JobReport:
     """Encode every row of ``source`` into ``destination``.
 
-    Beside the destination a folder ``DESTINATION.job`` says what is done; it stays, with the
-    manifest of all parts and the rows that could not be encoded.
+    Beside the destination, of an URL in the folder of now, a folder ``NAME.job`` says what is
+    done; it stays, with the manifest of all parts and the rows that could not be encoded.
 
     Args:
         source: a file, a folder or an URL: Parquet, CSV, JSON lines, text, Lance, media.
-        destination: a folder that is not there yet; a memory store may be.
+        destination: a folder that is not there yet, or an URL with nothing below (``s3://...``);
+            a memory store may be there.
         bundle: what encodes.
         to: parquet (a folder of files), lance, memory, or auto: lance for a name that ends so.
         column: what is encoded; None takes a usual name.
@@ -97,39 +99,36 @@ def embed_job(
     begin = time.perf_counter()
     opened = open_bundle(bundle)
     modality = opened.manifest.modality
-    kind = parts.kind_of(destination, to)
     require("pyarrow", extra="arrow", why="run a job")
-    _check(engine, address, workers, kind, modality, column)
-    target = Path(destination).absolute()
-    home = target.with_name(f"{target.name}.job")
+    target = open_destination(destination, to)
+    home = target.home
+    _check(engine, address, workers, target.kind, modality)
     cut: dict[str, Any] = {"column": column, "keep": keep, "rows": fragment_rows}
     if dry_run:
         planned = plan(source, modality, **cut)
-        return _report(target, home, planned, seconds=time.perf_counter() - begin)
-    _refuse_begun(target, home, kind, resume)
+        return _report(target, planned, seconds=time.perf_counter() - begin)
+    _refuse_begun(target, resume)
     home.mkdir(parents=True, exist_ok=True)
     lock = lock_plain(home / _LOCK)
     if lock is None:
         raise ConfigurationError(
-            f"another process is at work on {target}", fix="wait for it, or end it"
+            f"another process is at work on {target.place}", fix="wait for it, or end it"
         )
     with lock:
         planned = plan(source, modality, spool=home / _SPOOL, **cut)
         task = EmbedTask(
             source=planned,
             bundle=str(opened.path.absolute()),
-            folder=str(home / _PARTS),
-            kind=kind,
+            parts=target.parts,
+            kind=target.kind,
             threads=threads if threads or workers == 1 else _share(workers),
             **options,
         )
-        job = _Job(target, home, kind, planned, task, on_progress)
+        job = _Job(target, planned, task, on_progress)
         return job.run(lambda: _workers(engine, task, workers, address), begin)
 
 
-def _check(
-    engine: str, address: str | None, workers: int, kind: str, modality: str, column: str | None
-) -> None:
+def _check(engine: str, address: str | None, workers: int, kind: str, modality: str) -> None:
     if engine not in ENGINES:
         raise ConfigurationError(f"engine {engine!r}", fix=f"choose {' or '.join(ENGINES)}")
     if engine == "ray":
@@ -150,15 +149,14 @@ def _share(workers: int) -> int:
     return max(1, usable_cpus() // workers)
 
 
-def _refuse_begun(target: Path, home: Path, kind: str, resume: bool) -> None:
-    if resume:
-        return
-    if (home / _NOTES).exists():
+def _refuse_begun(target: Destination, resume: bool) -> None:
+    begun = (target.home / _NOTES).exists()
+    if begun and not resume:
         raise ConfigurationError(
-            f"{home} is of a job that was begun", fix="go on with --resume, or delete it"
+            f"{target.home} is of a job that was begun", fix="go on with --resume, or delete it"
         )
-    if target.exists() and kind != "memory":
-        raise ConfigurationError(f"{target} is there already", fix="give another path")
+    if not begun and target.exists():
+        raise ConfigurationError(f"{target.place} is there already", fix="give another path")
 
 
 def _workers(engine: str, task: EmbedTask, count: int, address: str | None) -> Workers:
@@ -176,16 +174,13 @@ class _Job:
 
     def __init__(
         self,
-        target: Path,
-        home: Path,
-        kind: str,
+        target: Destination,
         source: JobSource,
         task: EmbedTask,
         on_progress: Progress,
     ) -> None:
-        self._target, self._home, self._kind = target, home, kind
+        self._target, self._home = target, target.home
         self._source, self._task, self._tell = source, task, on_progress
-        self._parts = home / _PARTS
         self._notes: Checkpoints | None = None
         self._done: dict[int, dict[str, Any]] = {}
         self._device: dict[str, Any] = {}
@@ -202,7 +197,6 @@ class _Job:
         restarts: list[str] = []
         left = [f for f in self._source.fragments if f.number not in self._done]
         if left:
-            self._parts.mkdir(exist_ok=True)
             restarts = self._work(workers(), left)
         stored = None if self._finished() else self._finish()
         notes = list(self._done.values())
@@ -210,7 +204,6 @@ class _Job:
         fresh = sum(fragment.rows for fragment in left)
         return _report(
             self._target,
-            self._home,
             self._source,
             vectors=sum(note["vectors"] for note in notes),
             failures=sum(len(note["failures"]) for note in notes),
@@ -250,20 +243,22 @@ class _Job:
             "column": self._source.column,
             "keep": list(self._source.keep),
             "fragments": [len(self._source.fragments), self._source.fragments[0].rows],
-            "to": self._kind,
+            "to": self._target.kind,
             "options": self._options(),
             "made_by": made_by,
         }
+        if is_url(self._target.place):
+            # Its job's folder is not beside it: another of the same name would share it.
+            state["destination"] = self._target.place
         self._notes = Checkpoints(
             self._home / _NOTES,
             state,
-            what=str(self._target),
+            what=self._target.place,
             anew=f"delete {self._home} to begin anew",
         )
         if not self._done:
             self._done = dict(self._notes)
-            if not self._target.exists() or (self._kind == "memory" and not self._finished()):
-                parts.check_parts(self._parts, self._done)
+            self._target.check(self._done, self._finished())
 
     def _options(self) -> dict[str, Any]:
         """Return what was asked for and decides about the vectors."""
@@ -275,8 +270,8 @@ class _Job:
 
     def _finish(self) -> dict[str, int] | None:
         """Make the parts a whole; whatever was done of it before a kill is done once."""
-        notes = [self._done[number] for number in sorted(self._done)]
-        failures = [failure for note in notes for failure in note["failures"]]
+        notes = {number: self._done[number] for number in sorted(self._done)}
+        failures = [failure for note in notes.values() for failure in note["failures"]]
         with atomic_path(self._home / FAILURES) as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(f, ensure_ascii=False) + "\n" for f in failures)
         if len(failures) == self._source.rows:
@@ -286,19 +281,11 @@ class _Job:
                 f"({first['where']}) {first['reason']}",
                 fix=f"see {self._home / FAILURES}; another --column?",
             )
-        stored = None
-        if self._kind == "memory":
-            result = parts.fill_store(
-                self._target, self._parts, [n["file"] for n in notes], self._task.bundle,
-                self._source.column,
-            )  # fmt: skip
-            stored = {"added": result.added, "already": result.already}
-        else:
-            parts.finish(self._kind, self._parts, self._target, self._schema(), notes)
-        self._write_manifest(notes, len(failures))
-        for folder in (_SPOOL, _PARTS):
+        stored = self._target.finish(self._task, self._schema(), notes)
+        self._write_manifest(list(notes.values()), len(failures))
+        for folder in (_SPOOL, PARTS):
             shutil.rmtree(self._home / folder, ignore_errors=True)
-        return stored
+        return asdict(stored) if stored else None
 
     def _schema(self) -> Any:
         import pyarrow as pa
@@ -321,10 +308,10 @@ class _Job:
             path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def _report(target: Path, home: Path, source: JobSource, **values: Any) -> JobReport:
+def _report(target: Destination, source: JobSource, **values: Any) -> JobReport:
     return JobReport(
-        destination=str(target),
-        job=str(home),
+        destination=target.place,
+        job=str(target.home),
         rows=source.rows,
         fragments=len(source.fragments),
         ignored=source.ignored,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from memopt.errors import InputError, first_line
+from memopt.errors import ConfigurationError, InputError, first_line
 from memopt.extras import require
 from memopt.parquetfile import check_opened, one_line
 
@@ -50,7 +52,7 @@ def filesystem(place: str) -> tuple[Any, str]:
     Raises:
         InputError: an URL of a kind that nothing installed here can open.
     """
-    fs = require("pyarrow.fs", extra="arrow", why=f"read {place}")
+    fs = require("pyarrow.fs", extra="arrow", why=f"reach {place}")
     if not is_url(place):
         return fs.LocalFileSystem(), str(local_path(place).absolute())
     if urlsplit(place).scheme in ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs"):
@@ -59,10 +61,10 @@ def filesystem(place: str) -> tuple[Any, str]:
             return system, str(path)
         except (OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{place} cannot be opened: {first_line(error)}") from error
-    fsspec = require("fsspec", extra="jobs", why=f"read {place}")
+    fsspec = require("fsspec", extra="jobs", why=f"reach {place}")
     try:
         system, path = fsspec.core.url_to_fs(place)
-    except (ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"{place} cannot be opened: {first_line(error)}") from error
     return fs.PyFileSystem(fs.FSSpecHandler(system)), str(path)
 
@@ -94,6 +96,67 @@ def list_files(place: str) -> list[File]:
         (file for file in files if file.path == path or not _hidden(file.path, path)),
         key=lambda file: file.path,
     )
+
+
+def file_sizes(place: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a place, by their paths in it.
+
+    Raises:
+        InputError: an URL that cannot be listed.
+
+    >>> file_sizes("/nowhere")
+    {}
+    """
+    from pyarrow import fs
+
+    system, root = filesystem(place)
+    try:
+        entries = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise InputError(f"{place} cannot be listed: {first_line(error)}") from error
+    files = [entry for entry in entries if entry.type == fs.FileType.File]
+    return {str(PurePosixPath(file.path).relative_to(root)): file.size for file in files}
+
+
+def upload(file: Path, place: str, name: str) -> None:
+    """Write a file of this machine at an URL.
+
+    Raises:
+        ConfigurationError: nothing can be written there.
+    """
+    from pyarrow import fs
+
+    with _writing(place, name) as (system, path):
+        fs.copy_files(
+            str(file), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system
+        )
+
+
+def create_file(place: str, name: str) -> None:
+    """Make an empty file at an URL.
+
+    Raises:
+        ConfigurationError: nothing can be written there.
+    """
+    with _writing(place, name) as (system, path):
+        system.open_output_stream(path).close()
+
+
+@contextmanager
+def _writing(place: str, name: str) -> Iterator[tuple[Any, str]]:
+    from pyarrow import fs
+
+    system, root = filesystem(place)
+    path = f"{root}/{name}"
+    try:
+        if isinstance(system, fs.PyFileSystem):  # one of fsspec may have folders
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+        yield system, path
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ConfigurationError(
+            f"{place}/{name} cannot be written: {first_line(error)}",
+            fix="check the address and what you may do there",
+        ) from error
 
 
 def _hidden(path: str, folder: str) -> bool:

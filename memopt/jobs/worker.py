@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,12 @@ from memopt.runtimes.vectors import to_arrow
 class EmbedTask:
     """What every worker of a job does: plain values, sent to it as they are.
 
-    ``folder`` takes the parts; ``threads`` of None are all cores.
+    ``parts`` is a folder or an URL that takes them; ``threads`` of None are all cores.
     """
 
     source: JobSource
     bundle: str
-    folder: str
+    parts: str
     kind: str
     device: str | None = None
     variant: str = "auto"
@@ -91,7 +90,7 @@ class FragmentWorker:
         self._refuse_other_variant()
         rows = np.flatnonzero(~np.isin(np.arange(len(items)), list(failures)))
         written = write_part(
-            self._task.kind, Path(self._task.folder), fragment.number,
+            self._task.kind, self._task.parts, fragment.number,
             _with_vectors(table, rows, fragment.first, vectors),
         )  # fmt: skip
         return {
