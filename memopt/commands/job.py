@@ -90,6 +90,8 @@ def embed(
 ) -> None:
     """Encode every row; what cannot be encoded is set aside in DESTINATION.job/failures.jsonl.
 
+    The job's folder of an URL is in the folder of now.
+
     Exit codes: 0 done (also with rows set aside, which are counted), 1 failed, 2 wrong usage.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 from memopt.errors import DeviceError, brief
 from memopt.extras import require
@@ -12,6 +14,9 @@ from memopt.jobs.local import plain
 from memopt.jobs.source import Fragment
 from memopt.jobs.worker import EmbedTask, FragmentWorker
 from memopt.runtimes.cpu import usable_cpus
+
+# Seconds until an address that does not answer is none.
+_PATIENCE = 10
 
 
 class Actors:
@@ -31,6 +36,8 @@ class Actors:
 
     def __init__(self, task: EmbedTask, count: int, address: str | None = None) -> None:
         self._ray = ray = require("ray", extra="ray", why="run a job on a cluster")
+        if address:
+            _check_reached(address)
         self._task, self.count = task, count
         cores = task.threads or max(1, usable_cpus() // count)
         own: dict[str, Any] = {"num_cpus": max(cores * count, usable_cpus())}
@@ -46,7 +53,8 @@ class Actors:
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DeviceError(
-                f"no Ray cluster at {address!r}: {brief(error)}", fix="start one: ray start --head"
+                f"no Ray cluster at {address!r}: {brief(error)}",
+                fix="start one: ray start --head; one that wants a token: RAY_AUTH_MODE=token",
             ) from error
         self._class = ray.remote(num_cpus=cores, max_concurrency=SLOTS)(Actor)
         self._actors: dict[int, Any] = {}
@@ -89,6 +97,19 @@ class Actors:
         if worker in self._actors:
             self._forget(worker)
             self._ray.kill(self._actors.pop(worker))
+
+
+def _check_reached(address: str) -> None:
+    """Refuse an address that nobody listens at: Ray would ask there for many minutes."""
+    place = urlsplit(address if "://" in address else f"ray://{address}")
+    if place.port is None:
+        return  # "auto", or a name that Ray resolves
+    try:
+        socket.create_connection((place.hostname, place.port), _PATIENCE).close()
+    except OSError as error:
+        raise DeviceError(
+            f"no Ray cluster at {address!r}: {brief(error)}", fix="start one: ray start --head"
+        ) from error
 
 
 class Actor:
