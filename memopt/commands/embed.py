@@ -18,6 +18,27 @@ from memopt.errors import ConfigurationError
 if TYPE_CHECKING:
     from memopt.runtimes.embed import Embedded
 
+# The options of `memopt job embed` too.
+Device = Annotated[str | None, typer.Option(help="auto, cuda, openvino, cpu, ... [default: auto]")]
+VariantName = Annotated[str, typer.Option(help="Variant of the bundle.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Inputs per batch [default: by token budget].")
+]
+Normalize = Annotated[bool, typer.Option(help="Make the vectors unit length.")]
+Prompt = Annotated[
+    str | None, typer.Option(help="Put before every text [default: the model's own].")
+]
+PromptName = Annotated[
+    str | None, typer.Option(help="The model's prompt of that name: query, document, ...")
+]
+Dimension = Annotated[
+    int | None, typer.Option(min=1, help="Keep this many leading values of each vector.")
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Fail instead of falling back to another provider.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")]
+
 
 def embed(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder, or a name under models/.")],
@@ -32,29 +53,15 @@ def embed(
         str | None,
         typer.Option(help="Column to read; a number in a CSV without header, from 0."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cuda, openvino, cpu, ... [default: auto]")
-    ] = None,
-    variant: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Inputs per batch [default: by token budget].")
-    ] = None,
-    normalize: Annotated[bool, typer.Option(help="Make the vectors unit length.")] = True,
-    prompt: Annotated[
-        str | None, typer.Option(help="Put before every text [default: the model's own].")
-    ] = None,
-    prompt_name: Annotated[
-        str | None, typer.Option(help="The model's prompt of that name: query, document, ...")
-    ] = None,
-    dimension: Annotated[
-        int | None, typer.Option(min=1, help="Keep this many leading values of each vector.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail instead of falling back to another provider.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a killed run stopped.")
-    ] = False,
+    device: Device = None,
+    variant: VariantName = "auto",
+    batch_size: BatchSize = None,
+    normalize: Normalize = True,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    dimension: Dimension = None,
+    strict: Strict = False,
+    resume: Resume = False,
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option(help="What to do with an unreadable input.")
     ] = "fail",

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from memopt.commands.console import echo, progress, say
+from memopt.commands.embed import (
+    BatchSize,
+    Device,
+    Dimension,
+    Normalize,
+    Prompt,
+    PromptName,
+    Resume,
+    Strict,
+    VariantName,
+)
 
 if TYPE_CHECKING:
     from memopt.jobs.embed import JobReport
@@ -60,29 +71,15 @@ def embed(
         int | None,
         typer.Option(min=1, help="Rows of one unit of work [8192 texts, 256 images, 64 sounds]."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cuda, openvino, cpu, ... [default: auto]")
-    ] = None,
-    variant: Annotated[str, typer.Option(help="Variant of the bundle.")] = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Inputs per batch [default: by token budget].")
-    ] = None,
-    normalize: Annotated[bool, typer.Option(help="Make the vectors unit length.")] = True,
-    prompt: Annotated[
-        str | None, typer.Option(help="Put before every text [default: the model's own].")
-    ] = None,
-    prompt_name: Annotated[
-        str | None, typer.Option(help="The model's prompt of that name: query, document, ...")
-    ] = None,
-    dimension: Annotated[
-        int | None, typer.Option(min=1, help="Keep this many leading values of each vector.")
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail instead of falling back to another provider.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a killed run stopped.")
-    ] = False,
+    device: Device = None,
+    variant: VariantName = "auto",
+    batch_size: BatchSize = None,
+    normalize: Normalize = True,
+    prompt: Prompt = None,
+    prompt_name: PromptName = None,
+    dimension: Dimension = None,
+    strict: Strict = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how many rows and fragments; write nothing.")
     ] = False,
