@@ -81,7 +81,7 @@ def open_destination(place: str, asked: str) -> Destination:
         # Notes are renamed into place and locked, which no object store does.
         home = Path.cwd() / f"{place.rpartition('/')[2]}.job"
     if kind == "memory":
-        return Memories(place, home)
+        return MemoryDestination(place, home)
     return Bucket(place, kind, home) if is_url(place) else Folder(place, kind, home)
 
 
@@ -165,7 +165,7 @@ class Bucket:
             _commit_lance(self.place, schema, notes)
 
 
-class Memories:
+class MemoryDestination:
     """A memory store, which is filled when all parts are there; what is in it is left."""
 
     kind = "memory"
