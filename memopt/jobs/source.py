@@ -195,7 +195,8 @@ def _tables(
         agreed = agreed or own
         if own[0] != agreed[0] or not own[1].equals(agreed[1]):
             raise InputError(
-                f"{file.path} has other columns than {files[0].path}",
+                f"{file.path} has {_columns_told(own)}, and "
+                f"{files[0].path} {_columns_told(agreed)}",
                 fix="choose with --column and --keep what all files have alike",
             )
     assert agreed is not None
@@ -261,6 +262,12 @@ def _kept(
                 fix="name the columns to keep with --keep",
             )
     return pa.schema([schema.field(name) for name in dict.fromkeys(keep)])
+
+
+def _columns_told(columns: tuple[str, pa.Schema]) -> str:
+    """Return the column that is encoded and the kept ones with their types, in words."""
+    kept = ", ".join(f"{field.name} ({field.type})" for field in columns[1])
+    return f"column {columns[0]}, kept {kept or 'nothing'}"
 
 
 def _cut(parts: Sequence[tuple[str, int]], size: int) -> Iterator[Fragment]:
