@@ -126,6 +126,7 @@ class _Endpoint:
                 host=self._host,
                 telemetry=self._telemetry,
                 wants_arrow=arrow,
+                client=scope.get("memopt.client", ""),
                 memories=self._memories,
             )
             arguments = list(scope["path_params"].values())

@@ -34,6 +34,7 @@ class Service:
     host: Host
     telemetry: Telemetry
     wants_arrow: bool = False
+    client: str = ""  # the name of the API key that asks; its address where there are no keys
     memories: Any = None  # of /v1/memories; see memopt.serve.memories
 
     def find(self, name: str, able: Callable[[Task], bool], what: str) -> Hosted:

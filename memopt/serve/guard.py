@@ -67,7 +67,7 @@ def read_keys(path: Path) -> dict[bytes, str]:
 
 
 class Guard:
-    """ASGI middleware in front of the routes."""
+    """ASGI middleware in front of a Starlette application's routes."""
 
     def __init__(
         self, app: Any, *, access: Admission, body_bytes: int, telemetry: Any = None
@@ -98,13 +98,13 @@ class Guard:
 
         try:
             who = self._admit(scope, headers)
+            scope["memopt.client"] = who or _address(scope)
             await self._app(scope, receive, told)
         except Refusal as refusal:
             await send_refusal(refusal, told, scope["path"])
         finally:
             seconds = time.perf_counter() - begin
-            # A path that no route has is a client's own words: it makes no label.
-            route = scope.get("memopt.route", "other")
+            route = scope.get("memopt.route") or self._route(scope)
             if self._telemetry is not None:
                 self._telemetry.requested(route)
                 self._telemetry.answered(route, status or 499, seconds)
@@ -139,9 +139,16 @@ class Guard:
             return ""
         who = self._key(headers) if access.keys else ""
         if access.rate:
-            address = (scope.get("client") or ("",))[0]
-            self._take(who or address)
+            self._take(who or _address(scope))
         return who
+
+    def _route(self, scope: Any) -> str:
+        """Return the route that a request was for which no route got to see."""
+        for route in self._app.routes:
+            match, _ = route.matches(scope)
+            if match.value:
+                return str(route.path)
+        return "other"  # a path that no route has is a client's own words: it makes no label
 
     def _key(self, headers: Mapping[bytes, bytes]) -> str:
         given = headers.get(b"x-api-key", b"")
@@ -175,6 +182,11 @@ class Guard:
             wait = max(1, round((1 - left) / rate + 0.5))
             raise Refusal(429, f"more than {rate:g} requests a second", kind="rate_limit_error",
                           headers={"Retry-After": str(wait)})  # fmt: skip
+
+
+def _address(scope: Any) -> str:
+    """Return the address that a request comes from, "" where there is none."""
+    return str((scope.get("client") or ("",))[0])
 
 
 def _local(host: bytes) -> bool:

@@ -62,6 +62,8 @@ def test_added_found_shown_and_erased(kept: tuple[httpx.Client, Path, Session]) 
     session.store.close()
     actions = {line.action for line in read_log(session.store, memory_id=key)}
     assert {"write", "read", "delete"} <= actions
+    # Without keys the log names the address, not the user whom the server runs as.
+    assert {line.actor for line in read_log(session.store, memory_id=key)} == {"127.0.0.1"}
 
 
 def test_what_is_wrong_is_said(kept: tuple[httpx.Client, Path, Session]) -> None:
@@ -120,7 +122,7 @@ def test_the_command_wants_keys_for_a_memory(
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "give --api-key-file" in refused.stderr
-    (tmp_path / "keys").write_text(KEY + "\n")
+    (tmp_path / "keys").write_text(f"alice:{KEY}\n")
     (tmp_path / "keys").chmod(0o600)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -144,8 +146,11 @@ def test_the_command_wants_keys_for_a_memory(
             right = {"authorization": f"Bearer {KEY}"}
             found = client.post("/v1/memories/search", json=ask, headers=right).json()
             assert [row["text"] for row in found["memories"]] == ["A cat sleeps."]
-            client.post("/v1/memories", json={"text": "A dog barks."}, headers=right)
+            added = client.post("/v1/memories", json={"text": "A dog barks."}, headers=right).json()
     finally:
         process.terminate()
         assert process.wait(30) == 143
+    shown = json.loads(memopt("show", store, added["memory_id"], "--log", "--json").stdout)
+    assert ("alice", "write") in {(line["actor"], line["action"]) for line in shown["log"]}
+    assert KEY not in json.dumps(shown)
     assert "A dog barks." in json.dumps(json.loads(memopt("search", store, "dog", "--json").stdout))

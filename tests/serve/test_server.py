@@ -57,11 +57,21 @@ def test_keys_and_rates(small: dict[str, Bundle], caplog: pytest.LogCaptureFixtu
         codes = [client.post("/predict", json=body, headers=right).status_code for _ in range(6)]
         assert codes[:3] == [200] * 3
         assert 429 in codes[3:]
-        assert client.post("/predict", json=body, headers={"x-api-key": OTHER}).status_code == 200
+        other = {"x-api-key": OTHER}
+        assert client.post("/predict", json=body, headers=other).status_code == 200
+        assert client.get("/v1/memories/mine").status_code == 401
+        assert client.get("/nowhere").status_code == 401
+        counts = client.get("/metrics", headers=other).text
     lines = [json.loads(r.getMessage()) for r in caplog.records if r.getMessage()[:1] == "{"]
     assert {line["key"] for line in lines} == {"", "k", "o"}
     assert "secret" not in caplog.text
     assert KEY not in caplog.text
+    refused_too = 2 + len(codes) + 1  # refusals of the guard are counted under their route
+    assert f'te_request_count{{method="/predict"}} {refused_too}.0' in counts
+    assert 'te_request_count{method="/v1/memories/{memory_id}"} 1.0' in counts
+    assert 'te_request_count{method="other"} 1.0' in counts
+    routes = [line["route"] for line in lines if line["status"] in (401, 429)]
+    assert set(routes) == {"/predict", "/v1/memories/{memory_id}", "other"}
 
 
 def test_key_files(tmp_path: Path) -> None:

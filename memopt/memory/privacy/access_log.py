@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -23,6 +25,31 @@ from memopt.memory.store.observers import StoreObserver
 MOST_PENDING = 256
 LONGEST_PENDING = 5.0
 _LOG = logging.getLogger(__name__)
+_ACTOR: ContextVar[str | None] = ContextVar("memopt_actor", default=None)
+
+
+@contextmanager
+def acting(actor: str) -> Iterator[None]:
+    """Log what this thread or task does meanwhile as done by ``actor``, not by the store's own.
+
+    For a store that one process opens for many: the clients of a server. Threads that
+    :func:`asyncio.to_thread` starts inside go along.
+
+    >>> import tempfile
+    >>> from memopt.memory import MemoryStore
+    >>> store = MemoryStore(tempfile.mkdtemp(), dim=2, actor="server")
+    >>> log = AccessLog(store)
+    >>> with acting("ann"):
+    ...     log.accessed("read", ["m"])
+    >>> log.accessed("read", ["m"])
+    >>> [line.actor for line in read_log(store)]
+    ['ann', 'server']
+    """
+    token = _ACTOR.set(actor)
+    try:
+        yield
+    finally:
+        _ACTOR.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +69,7 @@ class AccessLog(StoreObserver):
     What changes or gives away data is on the disk before the call returns, reads soon after.
 
     Args:
-        store: watched from now on; ``store.actor`` says who.
+        store: watched from now on; ``store.actor`` says who, :func:`acting` who else for a while.
 
     >>> import tempfile
     >>> import numpy as np
@@ -71,7 +98,7 @@ class AccessLog(StoreObserver):
         """Note one access."""
         line = {
             "at": self._database.now(),
-            "actor": self._store.actor,
+            "actor": self._store.actor if (actor := _ACTOR.get()) is None else actor,
             "action": action,
             "memory_ids": list(ids),
             "detail": None,
