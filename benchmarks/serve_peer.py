@@ -1,9 +1,10 @@
-"""sentence-transformers behind the framework that memopt serves with: Starlette on uvicorn.
+"""A peer behind the framework that memopt serves with: Starlette on uvicorn.
 
-    python benchmarks/serve_peer.py FOLDER --port 8099
+    python benchmarks/serve_peer.py sentence-transformers FOLDER --port 8099
+    python benchmarks/serve_peer.py fastembed FOLDER --graph model.onnx --port 8099
 
-Requests wait for each other in a thread pool of one and are encoded as they come; with
-``--batched`` those that came meanwhile are encoded together, which is what a careful user writes.
+Requests that came while a batch was encoded are encoded together, in one thread, which is what a
+careful user writes. It runs in the peer's own environment: nothing of memopt is imported.
 """
 
 from __future__ import annotations
@@ -12,23 +13,57 @@ import argparse
 import asyncio
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import orjson
 import uvicorn
-from sentence_transformers import SentenceTransformer
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+BATCH = 64  # texts
+Encode = Callable[[list[str]], Any]
+
+
+def sentence_transformers(folder: str, graph: str) -> Encode:
+    """Open the folder in torch."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(folder, device="cpu")
+    return lambda texts: model.encode(
+        texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
+    )
+
+
+def fastembed(folder: str, graph: str) -> Encode:
+    """Open one graph of the folder in onnxruntime, the way fastembed takes others' models."""
+    import json
+    from pathlib import Path
+
+    from fastembed import TextEmbedding
+    from fastembed.common.model_description import ModelSource, PoolingType
+
+    size = json.loads(Path(folder, "config.json").read_text())["hidden_size"]
+    TextEmbedding.add_custom_model(
+        "local/model",
+        pooling=PoolingType.MEAN,
+        normalization=True,
+        sources=ModelSource(hf="local/model"),
+        dim=size,
+        model_file=graph,
+    )
+    model = TextEmbedding("local/model", specific_model_path=folder)
+    return lambda texts: np.stack(list(model.embed(texts, batch_size=BATCH)))
+
 
 class Queue:
     """Texts of several requests, encoded together by one thread."""
 
-    def __init__(self, model: Any, batched: bool) -> None:
-        self._model = model
-        self._batched = batched
+    def __init__(self, encode: Encode) -> None:
+        self._encode = encode
         self._waiting: queue.SimpleQueue[tuple[list[str], Any, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -42,33 +77,37 @@ class Queue:
     def _work(self) -> None:
         while True:
             batch = [self._waiting.get()]
-            while self._batched and not self._waiting.empty():
+            while not self._waiting.empty():
                 batch.append(self._waiting.get())
-            texts = [text for part, _, _ in batch for text in part]
-            vectors = self._model.encode(
-                texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False
-            )
+            vectors = self._encode([text for part, _, _ in batch for text in part])
             start = 0
             for part, loop, future in batch:
                 rows = vectors[start : start + len(part)]
-                loop.call_soon_threadsafe(future.set_result, rows)
+                loop.call_soon_threadsafe(_give, future, rows)
                 start += len(part)
+
+
+def _give(future: Any, rows: Any) -> None:
+    if not future.done():  # its client may have gone
+        future.set_result(rows)
 
 
 def main() -> None:
     """Serve one folder."""
+    kinds = {"sentence-transformers": sentence_transformers, "fastembed": fastembed}
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=list(kinds))
     parser.add_argument("folder")
+    parser.add_argument("--graph", default="model.onnx")
     parser.add_argument("--port", type=int, default=8099)
-    parser.add_argument("--batched", action="store_true")
     given = parser.parse_args()
-    work = Queue(SentenceTransformer(given.folder, device="cpu"), given.batched)
+    work = Queue(kinds[given.kind](given.folder, given.graph))
 
     async def embed(request: Request) -> Response:
         body = orjson.loads(await request.body())
         texts = body["inputs"]
         vectors = await work.encode([texts] if isinstance(texts, str) else texts)
-        data = orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)
+        data = orjson.dumps(np.ascontiguousarray(vectors), option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(data, media_type="application/json")
 
     async def ready(request: Request) -> Response:
