@@ -8,22 +8,27 @@ from typing import Any
 
 from memopt import __version__
 from memopt.runtimes.limits import resident_mb
-from memopt.serve import memories, schemas, texts, writing
+from memopt.serve import answers, memories, schemas, texts, writing
 from memopt.serve.exchange import ARROW, Reply, Service
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """One row. ``takes`` is the struct of the body, None for none; ``form`` allows a form too."""
+    """One row.
+
+    ``takes`` is the struct of the body, None for none; ``form`` allows a form too. ``gives`` is the
+    type of the answer, a tuple where the request decides which of several.
+    """
 
     method: str
     path: str
     answer: Callable[..., Awaitable[Reply]]
+    gives: Any
     takes: type | None = None
     summary: str = ""
     kind: str = "application/json"
     arrow: bool = False
-    stream: bool = False
+    stream: Any = None  # the type of an event, where the answer may be streamed
     form: bool = False
 
 
@@ -92,42 +97,48 @@ async def unload(x: Service, name: str) -> Reply:
     return Reply(json={"model": name, "open": False})
 
 
-def _post(path: str, answer: Any, takes: Any, **further: Any) -> Route:
-    return Route(method="POST", path=path, answer=answer, takes=takes, **further)
+def _post(path: str, answer: Any, takes: Any, gives: Any, **further: Any) -> Route:
+    return Route(method="POST", path=path, answer=answer, takes=takes, gives=gives, **further)
 
 
-def _get(path: str, answer: Any, **further: Any) -> Route:
-    return Route(method="GET", path=path, answer=answer, **further)
+def _get(path: str, answer: Any, gives: Any, **further: Any) -> Route:
+    return Route(method="GET", path=path, answer=answer, gives=gives, **further)
 
 
 ROUTES = (
-    _post("/v1/embeddings", texts.embeddings, schemas.EmbeddingRequest, arrow=True),
-    _post("/v1/embeddings/media", texts.media, schemas.MediaRequest, arrow=True, form=True),
-    _post("/v1/completions", writing.completions, schemas.CompletionRequest, stream=True),
-    _post("/v1/chat/completions", writing.chat, schemas.ChatRequest, stream=True),
-    _post("/v1/rerank", texts.rerank, schemas.RerankRequest),
-    _get("/v1/models", models),
-    _post("/rerank", texts.rerank, schemas.RerankRequest),
-    _post("/embed", texts.embed, schemas.InputsRequest, arrow=True),
-    _post("/embed_all", texts.embed_all, schemas.InputsRequest),
-    _post("/embed_sparse", texts.embed_sparse, schemas.InputsRequest),
-    _post("/predict", texts.predict, schemas.PredictRequest),
-    _post("/classify", texts.predict, schemas.PredictRequest),
-    _post("/tag", texts.tag, schemas.TagRequest),
-    _post("/similarity", texts.similarity, schemas.SimilarityRequest),
-    _post("/tokenize", texts.tokenize, schemas.TokenizeRequest),
-    _post("/v1/memories", memories.add, memories.MemoryRequest),
-    _post("/v1/memories/search", memories.search, memories.MemorySearchRequest),
-    _get("/v1/memories/{memory_id}", memories.get),
-    Route(method="DELETE", path="/v1/memories/{memory_id}", answer=memories.delete),
-    _get("/info", info),
-    _get("/health", health),
-    _get("/state", state),
-    _get("/metrics", metrics, kind="text/plain"),
-    Route(method="POST", path="/models/{name}/reload", answer=reload),
-    Route(method="POST", path="/models/{name}/load", answer=load),
-    Route(method="POST", path="/models/{name}/unload", answer=unload),
-)
+    _post("/v1/embeddings", texts.embeddings, schemas.EmbeddingRequest, answers.EmbeddingAnswer,
+          arrow=True),
+    _post("/v1/embeddings/media", texts.media, schemas.MediaRequest, answers.EmbeddingAnswer,
+          arrow=True, form=True),
+    _post("/v1/completions", writing.completions, schemas.CompletionRequest,
+          answers.CompletionAnswer, stream=answers.CompletionPiece),
+    _post("/v1/chat/completions", writing.chat, schemas.ChatRequest, answers.ChatAnswer,
+          stream=answers.ChatPiece),
+    _post("/v1/rerank", texts.rerank, schemas.RerankRequest, answers.RANKED),
+    _get("/v1/models", models, answers.ModelsAnswer),
+    _post("/rerank", texts.rerank, schemas.RerankRequest, answers.RANKED),
+    _post("/embed", texts.embed, schemas.InputsRequest, answers.VECTORS, arrow=True),
+    _post("/embed_all", texts.embed_all, schemas.InputsRequest, answers.TOKEN_VECTORS),
+    _post("/embed_sparse", texts.embed_sparse, schemas.InputsRequest, answers.SPARSE),
+    _post("/predict", texts.predict, schemas.PredictRequest, answers.LABELS),
+    _post("/classify", texts.predict, schemas.PredictRequest, answers.LABELS),
+    _post("/tag", texts.tag, schemas.TagRequest, answers.TAGS),
+    _post("/similarity", texts.similarity, schemas.SimilarityRequest, answers.COSINES),
+    _post("/tokenize", texts.tokenize, schemas.TokenizeRequest, answers.TOKENS),
+    _post("/v1/memories", memories.add, memories.MemoryRequest, answers.AddedAnswer),
+    _post("/v1/memories/search", memories.search, memories.MemorySearchRequest,
+          answers.MemoriesAnswer),
+    _get("/v1/memories/{memory_id}", memories.get, answers.MemoryAnswer),
+    Route(method="DELETE", path="/v1/memories/{memory_id}", answer=memories.delete,
+          gives=answers.ForgottenAnswer),
+    _get("/info", info, answers.InfoAnswer),
+    _get("/health", health, answers.HealthAnswer),
+    _get("/state", state, answers.StateAnswer),
+    _get("/metrics", metrics, str, kind="text/plain"),
+    _post("/models/{name}/reload", reload, None, answers.OpenAnswer),
+    _post("/models/{name}/load", load, None, answers.OpenAnswer),
+    _post("/models/{name}/unload", unload, None, answers.OpenAnswer),
+)  # fmt: skip
 
 
 # Of a path in an operation's name.
@@ -143,14 +154,21 @@ def openapi() -> dict[str, Any]:
     from memopt.extras import require
 
     msgspec = require("msgspec", extra="serve", why="describe requests")
-    takes = {route.takes for route in ROUTES if route.takes}
-    _, components = msgspec.json.schema_components(
-        sorted(takes, key=lambda kind: kind.__name__), ref_template="#/components/schemas/{name}"
+    kinds = [
+        kind
+        for route in ROUTES
+        for kind in (route.takes, *_alternatives(route), route.stream)
+        if kind
+    ]
+    described, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
     )
+    # Types made of others are written where they are used, structs once, by name.
+    schema_of = {id(kind): schema for kind, schema in zip(kinds, described, strict=True)}
     components["Error"] = {"type": "object", "required": ["error"], "properties": {"error": {}}}
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schema_of)
     return {
         "openapi": "3.1.0",
         "info": {"title": "memopt", "version": __version__},
@@ -162,9 +180,30 @@ def openapi() -> dict[str, Any]:
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    kinds = [route.kind, *([ARROW] if route.arrow else [])]
-    kinds += ["text/event-stream"] if route.stream else []
+def _alternatives(route: Route) -> tuple[Any, ...]:
+    return route.gives if isinstance(route.gives, tuple) else (route.gives,)
+
+
+def _answers(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
+    """Return the content of the 200 answer: a schema for each media type."""
+    schemas = [schema_of[id(kind)] for kind in _alternatives(route)]
+    content = {route.kind: {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
+    if route.arrow:
+        vectors = "an Arrow stream with one column, vector: fixed_size_list<float32>"
+        content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": vectors}}
+    if route.stream:
+        data = {
+            "type": "string",
+            "description": "JSON; of an error as under 400; [DONE] is the last",
+            "contentMediaType": "application/json",
+            "contentSchema": schema_of[id(route.stream)],
+        }
+        event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        content["text/event-stream"] = {"schema": event}
+    return content
+
+
+def _operation(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     codes = {
         400: "a wrong request",
@@ -178,7 +217,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "summary": (route.summary or route.answer.__doc__ or "").strip().splitlines()[0],
         "operationId": route.method.lower() + route.path.translate(_IN_NAMES),
         "responses": {
-            "200": {"description": "the answer", "content": {kind: {} for kind in kinds}},
+            "200": {"description": "the answer", "content": _answers(route, schema_of)},
             **{str(c): {"description": why, "content": error} for c, why in codes.items()},
         },
     }
@@ -187,8 +226,7 @@ def _operation(route: Route) -> dict[str, Any]:
         schema = {"type": "string"}
         found["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
     if route.takes:
-        schema = {"$ref": f"#/components/schemas/{route.takes.__name__}"}
-        content: dict[str, Any] = {"application/json": {"schema": schema}}
+        content: dict[str, Any] = {"application/json": {"schema": schema_of[id(route.takes)]}}
         if route.form:
             parts = {"type": "array", "items": {"type": "string", "format": "binary"}}
             form = {"type": "object", "properties": {"file": parts, "model": {"type": "string"}}}

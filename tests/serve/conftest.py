@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from memopt.bundle import Bundle, open_bundle
@@ -47,7 +48,7 @@ def running(
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> dict[str, Bundle]:
-    """Two-layer models of random weights: a classifier, a reranker, SPLADE and ColBERT."""
+    """Two-layer models of random weights: a classifier, a reranker, SPLADE, a tagger, ColBERT."""
     import torch
     import transformers as hf
 
@@ -63,6 +64,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> dict[str,
         ("reranker", "BertForSequenceClassification", "reranking", {"num_labels": 1}),
         ("sparse", "BertForMaskedLM", "sparse-embedding", {}),
         ("tags", "BertForTokenClassification", "token-classification", {"num_labels": 3}),
+        ("late", "BertModel", "late-interaction", {}),
     ):
         torch.manual_seed(7)
         folder = tmp_path_factory.mktemp(name) / "source"
@@ -72,6 +74,40 @@ def small(tmp_path_factory: pytest.TempPathFactory, minilm: Bundle) -> dict[str,
         export(bundle)
         found[name] = open_bundle(bundle.path)
     return found
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A one-layer ViT of random weights."""
+    import torch
+    import transformers as hf
+
+    from memopt.exporters.base import export
+    from memopt.weights.convert import convert
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("vit")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.ViTConfig(**sizes, intermediate_size=16, image_size=16, patch_size=8)
+    hf.ViTModel(config).save_pretrained(folder / "vit")
+    hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    bundle = convert(str(folder / "vit"), folder / "bundle")
+    export(bundle)
+    return open_bundle(bundle.path)
+
+
+@pytest.fixture(scope="session")
+def picture() -> str:
+    """A PNG as a data URL."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    data = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 @pytest.fixture(scope="session")

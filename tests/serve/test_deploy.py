@@ -19,13 +19,26 @@ def test_every_metric_of_the_dashboard_is_there(served: httpx.Client) -> None:
     served.post("/embed", json={"inputs": "a cat"}).raise_for_status()
     assert served.post("/embed", json={"inputs": "a", "model": "none"}).status_code == 404
     metrics.fallback("cuda", "cpu", "test")
-    lines = served.get("/metrics").text.splitlines()
-    given = {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    labels: dict[str, set[str]] = {}
+    for line in served.get("/metrics").text.splitlines():
+        if not line.startswith("#"):
+            name, _, told = line.rpartition(" ")[0].partition("{")
+            labels.setdefault(name, set()).update(re.findall(r'(\w+)="', told))
     panels = json.loads((DEPLOY / "grafana.json").read_text(encoding="utf-8"))["panels"]
-    queries = [target["expr"] for panel in panels for target in panel["targets"]]
-    named = set(re.findall(r"\b(?:te|memopt|inference|memory)_\w+", " ".join(queries)))
-    assert len(named) > 8
-    assert named <= given
+    targets = [target for panel in panels for target in panel["targets"]]
+    assert len(targets) > 8
+    for target in targets:
+        query = target["expr"]
+        by = {
+            label for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(", ")
+        }
+        words = re.sub(r"by \([^)]*\)|\[\w+\]", "", query)
+        # What is neither a function nor a number is a metric.
+        names = [word for word in re.findall(r"\b[a-z]\w+\b(?! ?\()", words) if word != "sum"]
+        assert len(names) == 1, query
+        assert names[0] in labels, query
+        shown = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+        assert by | shown <= labels[names[0]], query
 
 
 def test_compose_opens_ports_to_this_machine_only() -> None:

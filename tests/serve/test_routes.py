@@ -190,36 +190,17 @@ def test_bodies_that_are_no_json(served: httpx.Client) -> None:
     assert served.get("/embed").status_code == 405
 
 
-def test_pictures_as_data_urls_and_forms(tmp_path: Any) -> None:
+def test_pictures_as_data_urls_and_forms(pictures: Bundle, picture: str) -> None:
     """An image model's vectors of bytes sent both ways are the engine's of the file."""
-    import io
-
-    import torch
-    import transformers as hf
-    from PIL import Image
-
-    from memopt.bundle import open_bundle
-    from memopt.exporters.base import export
-    from memopt.weights.convert import convert
     from tests.serve.conftest import running
 
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.ViTConfig(**sizes, intermediate_size=16, image_size=16, patch_size=8)
-    hf.ViTModel(config).save_pretrained(tmp_path / "vit")
-    hf.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
-    bundle = convert(str(tmp_path / "vit"), tmp_path / "bundle")
-    export(bundle)
-    data = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(data, "PNG")
-    with open_task(open_bundle(bundle.path)) as engine:
-        expected = engine.encode([data.getvalue()])[0]
-    with running({"vit": bundle.path}) as (client, _):
-        url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-        sent = post(client, "/v1/embeddings/media", input=url)
+    data = base64.b64decode(picture.partition(",")[2])
+    with open_task(pictures) as engine:
+        expected = engine.encode([data])[0]
+    with running({"vit": pictures.path}) as (client, _):
+        sent = post(client, "/v1/embeddings/media", input=picture)
         np.testing.assert_allclose(sent["data"][0]["embedding"], expected, atol=1e-4)
-        files = {"file": ("a.png", data.getvalue(), "image/png")}
+        files = {"file": ("a.png", data, "image/png")}
         form = client.post("/v1/embeddings/media", files=files).json()
         np.testing.assert_allclose(form["data"][0]["embedding"], expected, atol=1e-4)
         broken = client.post("/v1/embeddings/media", json={"input": "data:image/png;base64,AAAA"})
