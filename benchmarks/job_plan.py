@@ -1,6 +1,6 @@
 """What a job over a billion texts needs: a small simulator with every assumption named.
 
-    python benchmarks/job_plan.py [--rows 1e9] [--rate 2500] [--workers 64] [--seed 0]
+    python benchmarks/job_plan.py [--rows 1e9] [--rate 3700] [--workers 64] [--seed 0]
 
 Fragments are handed out in order, two at a time, as memopt.jobs.crew does. A worker that dies does
 its fragments again after it was opened anew; a slow one (a straggler) computes at a third of the
@@ -23,7 +23,7 @@ class Assumptions:
     """All that is assumed."""
 
     rows: float = 1e9
-    rate: float = 2500.0  # rows a second of one worker of two cores
+    rate: float = 3700.0  # rows a second of one worker of two cores
     workers: int = 64
     fragment_rows: int = 100_000
     dimension: int = 384  # float32
@@ -90,7 +90,7 @@ def main() -> None:
     """Print one row a size of fragment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=float, default=1e9)
-    parser.add_argument("--rate", type=float, default=2500.0)
+    parser.add_argument("--rate", type=float, default=3700.0)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
