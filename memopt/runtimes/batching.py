@@ -29,17 +29,42 @@ TRIMMED_FROM = 2
 _FIRST = np.zeros(1, np.intp)
 
 
+# Longer texts already have few widths; every model has positions for this many tokens.
+LONGEST_ROUNDED = 32
+# Of so many inputs, widths are multiples of this part of the step; of more they are exact.
+_FEW = ((1, 1), (8, 2), (32, 4))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
     """What goes into one batch.
 
     ``batch_size`` items, or, for None, texts of at most ``tokens`` tokens in all. The width of a
-    single short text is rounded up to a multiple of ``step``.
+    single short text is rounded up to a multiple of ``step``, of few texts of a part of it: see
+    :meth:`rounded`.
     """
 
     batch_size: int | None = None
     tokens: int = TOKENS_ON_CPU
     step: int = 1
+
+    def rounded(self, length: int, inputs: int, limit: int | None) -> int:
+        """Return the width of a batch whose longest row has ``length`` tokens, of so many inputs.
+
+        Where a runtime pays for a shape that is not the last one (``step`` > 1), padding a few
+        short texts to few widths costs less than that: MiniLM in int8 on OpenVINO, calls of 2 to 4
+        texts 1.4x as fast, of 4 to 12 1.1x, of 64 the same.
+
+        >>> [Budget(step=16).rounded(13, inputs, None) for inputs in (1, 8, 32, 100)]
+        [16, 16, 16, 13]
+        >>> [Budget(step=16).rounded(9, inputs, 10) for inputs in (1, 8, 32, 100)]
+        [10, 10, 10, 9]
+        """
+        if length > LONGEST_ROUNDED:
+            return length
+        part = next((part for most, part in _FEW if inputs <= most), self.step)
+        step = max(1, self.step // part)
+        return min(-(-length // step) * step, limit or LONGEST_ROUNDED)
 
 
 USUAL = Budget()
@@ -143,7 +168,8 @@ def by_budget(
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
-        width = max(longest, 1) if alike else bucket(longest, limit)
+        rounded = longest if alike else budget.rounded(longest, len(lengths), limit)
+        width = max(longest, 1) if alike else bucket(rounded, limit)
         count = budget.batch_size or max(1, budget.tokens // width)
         rows = order[start : start + count]
         if alike:

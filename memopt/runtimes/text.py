@@ -37,8 +37,6 @@ _NO_LIMIT = 1_000_000
 # bytes a token, before it cuts, of two chunks at a time.
 CHUNKS = (64, 512, 2048)
 _MOST_CHARACTERS = 1 << 18
-# Longer texts already have few widths; every model has positions for this many tokens.
-LONGEST_ROUNDED = 32
 _FIRST = np.zeros(1, np.intp)
 
 
@@ -199,10 +197,7 @@ class TextFrontEnd:
             ]
         elif len(encodings) == 1 and not self._alike:
             # One sentence takes half a millisecond in a quantized graph: sorting would show.
-            length = len(encodings[0])
-            if length <= LONGEST_ROUNDED:
-                rounded = -(-length // budget.step) * budget.step
-                length = min(rounded, self.max_length or LONGEST_ROUNDED)
+            length = budget.rounded(len(encodings[0]), 1, self.max_length)
             width = bucket(length, self.max_length)
             batches = [Batch(_FIRST, self._feed(encodings, width))]
         else:
