@@ -168,8 +168,10 @@ def by_budget(
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
-        rounded = longest if alike else budget.rounded(longest, len(lengths), limit)
-        width = max(longest, 1) if alike else bucket(rounded, limit)
+        if alike:
+            width = max(longest, 1)
+        else:
+            width = bucket(budget.rounded(longest, len(lengths), limit), limit)
         count = budget.batch_size or max(1, budget.tokens // width)
         rows = order[start : start + count]
         if alike:
