@@ -160,6 +160,10 @@ def _leave() -> None:
     # would make a command that has done its work look killed.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # Where Ctrl-C met code compiled from a string (every dataclass is), CPython holds it to be
+    # unhandled, caught or not, and ends `python -m` by the signal, past the exit code; the next
+    # such code makes it forget (run_eval_code_obj of its pythonrun.c).
+    exec("")
 
 
 def _fail(message: str, code: int) -> None:

@@ -118,3 +118,30 @@ def test_a_broken_pipe_is_no_error() -> None:
     )
     assert result.stdout == "device:\n"
     assert "Traceback" not in result.stderr
+
+
+def interrupted(folder: Path, module: str) -> subprocess.CompletedProcess[bytes]:
+    path = os.pathsep.join([str(folder), str(Path(memopt.__file__).parents[1])])
+    command = [sys.executable, "-m", module]
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, check=False, env=environment, cwd=folder)
+
+
+def test_ctrl_c_where_a_class_is_made_keeps_the_exit_code(tmp_path: Path) -> None:
+    """Dataclasses are compiled from strings; after Ctrl-C there CPython ends `-m` by the signal."""
+    lines = ["from memopt import cli", "def app(*_, **__): exec('raise KeyboardInterrupt')"]
+    (tmp_path / "stopped.py").write_text("\n".join([*lines, "cli.app = app", "cli.main()"]))
+    done = interrupted(tmp_path, "stopped")
+    assert done.returncode == 130
+    assert done.stderr.startswith(b"error: interrupted;")
+
+
+def test_ctrl_c_before_the_command_keeps_the_exit_code(tmp_path: Path) -> None:
+    """The same while `python -m memopt` is still being loaded."""
+    package = tmp_path / "memopt"
+    package.mkdir()
+    main = Path(memopt.__file__).with_name("__main__.py")
+    (package / "__main__.py").write_bytes(main.read_bytes())
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text("exec('raise KeyboardInterrupt')")
+    assert interrupted(tmp_path, "memopt").returncode == 130
