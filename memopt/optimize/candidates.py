@@ -75,6 +75,10 @@ def candidates(
             if device == "cuda":
                 why = "fused operators on CUDA"
                 found.append(_export("onnx-fp32-fused", device, "onnx", "fp32", why))
+                # Fewer bytes to read; the products stay float. Their kernel is in this provider.
+                for bits in ("int8", "int4"):
+                    why = f"{bits} weights, float products"
+                    found.append(_quantize(device, why, method="weight-only", weight_type=bits))
     return tuple(found)
 
 
