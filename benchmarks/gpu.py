@@ -1,12 +1,13 @@
 """Encoders on an NVIDIA GPU: memopt beside transformers and sentence-transformers, in one run.
 
-    python benchmarks/gpu.py [--models minilm,bert-base] [--save gpu.json]
+    python benchmarks/gpu.py [--models minilm,bert-base] [--build-limit 150] [--save gpu.json]
 
 Runs alone: weights are seeded noise of the real configurations (all-MiniLM-L6-v2, bert-base), the
 tokenizer is trained on the seeded texts, nothing is downloaded. Compute alone is 128 rows of 128
 tokens that lie on the card; end to end is text to vectors in numpy. All in half precision, rounds
 in turn, medians. Needs torch with CUDA and transformers; sentence-transformers and onnxruntime-gpu
-are measured where they are installed.
+are measured where they are installed. What is not built within --build-limit seconds is left
+out, and said so; each table is printed, and saved, as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,7 +38,9 @@ from memopt.benchmark.workload import default_inputs
 from memopt.bundle import open_bundle
 from memopt.exporters.base import export
 from memopt.runtimes.aoti import Package
+from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.engine import ArrowEngine
+from memopt.runtimes.onnx import OnnxBackend
 from memopt.runtimes.providers import installed
 from memopt.weights.convert import convert
 
@@ -96,15 +100,45 @@ def make_folder(name: str, folder: Path) -> Path:
     return folder
 
 
-def build(name: str, folder: Path) -> None:
-    """Convert and export one model; a process of its own, so that models build side by side."""
-    bundle = convert(make_folder(name, folder / f"{name}-hf"), folder / name)
-    for variant, format_ in VARIANTS.values():
+def build(name: str, device: str, folder: Path) -> None:
+    """Convert one model, or export it for one provider; each in a process of its own."""
+    if device == "convert":
+        convert(make_folder(name, folder / f"{name}-hf"), folder / name)
+        return
+    _, format_ = VARIANTS[device]
+    export(open_bundle(folder / name), format=format_, precision="fp16")
+
+
+def is_built(name: str, device: str, folder: Path) -> bool:
+    """Return whether a step was done before, in a folder that is kept."""
+    if device == "convert":
+        return (folder / name).is_dir()
+    return VARIANTS[device][0] in open_bundle(folder / name).manifest.variants
+
+
+def build_all(names: list[str], folder: Path, limit: float) -> None:
+    """Build all models side by side; say how long each step took, and which went past the limit.
+
+    Raises:
+        SystemExit: a step failed.
+    """
+    for device in ("convert", *(device for device in VARIANTS if installed(device))):
         begin = time.perf_counter()
-        if format_ == "onnx" and not installed("cuda"):
-            continue
-        export(open_bundle(bundle.path), format=format_, precision="fp16")
-        print(f"{name}: {variant} in {time.perf_counter() - begin:.0f} s", flush=True)
+        command = [sys.executable, __file__, "--folder", str(folder), "--build"]
+        steps = {
+            name: subprocess.Popen([*command, f"{name}:{device}"], start_new_session=True)
+            for name in names
+            if not is_built(name, device, folder)
+        }
+        for name, step in steps.items():
+            try:
+                if step.wait(max(0.0, begin + limit - time.perf_counter())):
+                    raise SystemExit(f"{name}: {device} could not be built")
+                print(f"{name}: {device} built in {time.perf_counter() - begin:.0f} s", flush=True)
+            except subprocess.TimeoutExpired:
+                os.killpg(step.pid, signal.SIGKILL)  # a compiler has processes of its own
+                step.wait()
+                print(f"{name}: {device} not built in {limit:.0f} s: left out", flush=True)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -147,22 +181,22 @@ def compute_alone(name: str, folder: Path) -> list[Row]:
         compiled = torch.compile(model)
         runs["torch fp16"] = lambda: pooled(model)
         runs["torch.compile fp16"] = lambda: pooled(compiled)
-        variant = bundle.variant(VARIANTS["aoti"][0])
-        package = Package(bundle.file(variant), variant.options, runners=1)
-        inputs = package.place(feed)
-        runs["memopt torch-aoti-fp16"] = lambda: package.compute(inputs)
-        engine = None
-        if installed("cuda"):
-            engine = ArrowEngine(bundle, device="cuda", variant=VARIANTS["cuda"][0], strict=True)
-            backend = engine._chain.backend
+        there = bundle.manifest.variants
+        if compiled_variant := there.get(VARIANTS["aoti"][0]):
+            package = Package(bundle.file(compiled_variant), compiled_variant.options, runners=1)
+            inputs = package.place(feed)
+            runs["memopt torch-aoti-fp16"] = lambda: package.compute(inputs)
+        backend = None
+        if onnx_variant := there.get(VARIANTS["cuda"][0]):
+            backend = OnnxBackend(bundle, Placement("cuda", onnx_variant), Settings())
             runs["memopt onnx-fp16"] = lambda: backend.run(feed)  # with its copies
         found = []
         for label, run in runs.items():
             seconds = median_seconds(run, 10)
             cosine = float((unit(run()) * wanted).sum(-1).min())
             found.append(Row(name, "compute alone", label, ROWS / seconds, seconds * 1e3, cosine))
-    if engine is not None:
-        engine.close()
+    if backend is not None:
+        backend.close()
     return found
 
 
@@ -172,7 +206,7 @@ def end_to_end(name: str, folder: Path) -> list[Row]:
     contenders: dict[str, Callable[[list[str]], Any]] = {}
     engines = []
     for device, (variant, _) in VARIANTS.items():
-        if installed(device):
+        if variant in bundle.manifest.variants:
             engine = ArrowEngine(bundle, device=device, variant=variant, strict=True)
             engines.append(engine)
             contenders[f"memopt {variant}"] = engine.encode
@@ -247,11 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(CONFIGS))
     parser.add_argument("--folder", type=Path, help="where models are built, and kept")
+    parser.add_argument("--build-limit", type=float, default=150, help="seconds a step may take")
     parser.add_argument("--save", type=Path, help="write the rows as JSON")
     parser.add_argument("--build", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.build:
-        build(given.build, given.folder)
+        build(*given.build.split(":"), given.folder)
         return
     if not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here: nothing to measure")
@@ -259,24 +294,21 @@ def main() -> None:
     names = given.models.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
-        command = [sys.executable, __file__, "--folder", str(folder), "--build"]
-        builds = [
-            subprocess.Popen([*command, name]) for name in names if not (folder / name).is_dir()
-        ]
-        if any(build.wait() for build in builds):
-            sys.exit("a model could not be built")
+        build_all(names, folder, given.build_limit)
         rows: list[Row] = []
         for name in names:
-            rows += compute_alone(name, folder)
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            rows += end_to_end(name, folder)
-        Console(width=140).print(table(rows))
-        if given.save:
-            card = {"card": torch.cuda.get_device_name(), **versions()}
-            record = {**card, "rows": [asdict(row) for row in rows]}
-            given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            for measure in (compute_alone, end_to_end):
+                measured = measure(name, folder)
+                Console(width=140).print(table(measured))
+                rows += measured
+                if given.save:
+                    card = {"card": torch.cuda.get_device_name(), **versions()}
+                    record = {**card, "rows": [asdict(row) for row in rows]}
+                    text = json.dumps(record, indent=1) + "\n"
+                    given.save.write_text(text, encoding="utf-8")
+                torch._dynamo.reset()
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
