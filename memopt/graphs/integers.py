@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from memopt.extras import require
 from memopt.graphs.openvino import read_openvino
 from memopt.graphs.session import THREADS, Feed
 from memopt.runtimes.onnx import cpu_session, session_options
+from memopt.runtimes.openvino_core import open_core
 
 # Operators of ONNX Runtime whose product runs on integers.
 INTEGER_OPS = frozenset(
@@ -96,7 +96,6 @@ def _kernel_macs(name: str, args: Mapping[str, Any]) -> tuple[int, int]:
 
 def _openvino_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[str, Any]:
     """Compile a graph for one input shape and read the kernels of the compiled graph."""
-    ov = require("openvino", extra="openvino", why="read a compiled graph")
     model = read_openvino(path)
     shapes = {
         port: list(feed[name].shape)
@@ -106,7 +105,7 @@ def _openvino_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[
     }
     model.reshape(shapes)
     whole = sum(_node_macs(node) for node in model.get_ordered_ops())
-    compiled = ov.Core().compile_model(model, "CPU", dict(options))
+    compiled = open_core().compile_model(model, "CPU", dict(options))
     kernels: Counter[str] = Counter()
     integer = 0
     for node in compiled.get_runtime_model().get_ordered_ops():

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from memopt.bundle import Bundle
 from memopt.errors import InputError
-from memopt.extras import require
 from memopt.runtimes.base import one_by_one
 from memopt.runtimes.batching import Budget, UnusableItems
 from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.keys_values import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.onnx import cpu_session, session_options, takes_one_row
 from memopt.runtimes.openvino_axes import takes_one_row as openvino_takes_one_row
+from memopt.runtimes.openvino_core import open_core
 
 Feed = Mapping[str, NDArray[Any]]
 # Runs the graph and returns the values named when it was opened, in that order.
@@ -64,8 +64,7 @@ def open_openvino(
 
     Inputs that it does not have are left out; ``outputs`` are names or positions.
     """
-    ov = require("openvino", extra="openvino", why="run OpenVINO variants")
-    compiled = ov.Core().compile_model(graph, "CPU", dict(options))
+    compiled = open_core().compile_model(graph, "CPU", dict(options))
     inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
     if BEAM in inputs:
         stateful = StatefulRun(compiled)
@@ -135,9 +134,8 @@ def open_whole(
         graph, format, options: as of :func:`open_graph`.
     """
     if format == "openvino":
-        ov = require("openvino", extra="openvino", why="run OpenVINO variants")
         usual = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = ov.Core().compile_model(graph, "CPU", {**usual, **(options or {})})
+        compiled = open_core().compile_model(graph, "CPU", {**usual, **(options or {})})
         inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
         if BEAM in inputs:
             stateful = StatefulRun(compiled)

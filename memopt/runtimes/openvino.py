@@ -17,6 +17,7 @@ from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, one_by_one,
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.heap import drop_pages, trim_heap
 from memopt.runtimes.openvino_axes import last_axis, takes_one_row
+from memopt.runtimes.openvino_core import open_core
 from memopt.runtimes.processes import keep_for_ever
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def probe(name: str) -> str:
 
     x = ops.parameter([2, 2], np.float32)
     model = ov.Model([ops.matmul(x, x, False, False)], [x])
-    core = ov.Core()
+    core = open_core()
     core.compile_model(model, "CPU")([np.eye(2, dtype=np.float32)])
     return f"openvino {ov.__version__.split('-')[0]}, devices {', '.join(core.available_devices)}"
 
@@ -85,7 +86,7 @@ class OpenvinoBackend:
     def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        ov = _openvino()
+        _openvino()
         path = bundle.file(candidate.variant)
         if not path.is_file():
             raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
@@ -100,7 +101,7 @@ class OpenvinoBackend:
             options["INFERENCE_PRECISION_HINT"] = "f32"
         self._device = options.pop("DEVICE", "CPU")
         self._options = options
-        self._core = ov.Core()
+        self._core = open_core()
         self._path = path
         self._weights = path.with_suffix(".bin")
         self._output = candidate.variant.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -85,3 +87,28 @@ def test_engines_of_one_model_share_what_is_compiled(minilm: Bundle) -> None:
     np.testing.assert_array_equal(second.encode([SHORT, LONGER]), right)
     second.close()
     fewer.close()
+
+
+def test_ctrl_c_after_graphs_closed_in_their_order_is_an_interrupt(minilm: Bundle) -> None:
+    """OpenVINO leaves the thread a freed stack for signal handlers: a SIGSEGV at the next one."""
+    script = f"""
+import os, time
+from memopt.graphs.session import open_openvino
+from memopt.runtimes.openvino_core import open_core, same_signal_stack
+graphs = [open_openvino({str(minilm.file(minilm.variant("openvino-fp32")))!r}, [0], {{}})]
+with same_signal_stack():  # as around what nncf opens by itself
+    import openvino
+    theirs = openvino.Core()
+    theirs.get_versions("CPU")
+graphs.append(open_core())
+graphs.pop(0)
+del theirs
+graphs.pop(0)
+try:
+    os.kill(os.getpid(), 2)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.stdout == b"interrupted\n", done

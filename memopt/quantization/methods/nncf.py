@@ -29,6 +29,7 @@ from memopt.quantization.method import (
     writes,
 )
 from memopt.runtimes.keys_values import BEAM, has_states, with_positions
+from memopt.runtimes.openvino_core import same_signal_stack
 from memopt.runtimes.vectors import row_cosines
 
 # With absolute ranges, on MiniLM: 0.5 gives min cosine .968, 0.7 .991, 0.95 .987.
@@ -311,7 +312,7 @@ def _quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with root_log_kept(), redirect_stdout(io.StringIO()):
+        with root_log_kept(), same_signal_stack(), redirect_stdout(io.StringIO()):
             yield
     except Exception as error:
         if type(error).__module__ != "nncf.errors":

@@ -8,11 +8,11 @@ import numpy as np
 
 from memopt.bundle import Bundle, Variant
 from memopt.errors import BundleError, DeviceError
-from memopt.extras import require
 from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.keys_values import BEAM, KEEP, PAST, PRESENT
 from memopt.runtimes.onnx import OnnxBackend
+from memopt.runtimes.openvino_core import open_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -219,10 +219,9 @@ class OpenvinoDecoder:
     """A stateful model of OpenVINO; see :mod:`memopt.exporters.stateful`."""
 
     def __init__(self, bundle: Bundle, candidate: Placement, settings: Settings) -> None:
-        ov = require("openvino", extra="openvino", why="run OpenVINO variants")
         self._threads = settings.threads or usable_cpus()
         options = latency_options(candidate.variant, self._threads)
-        core = ov.Core()
+        core = open_core()
         model = core.read_model(str(bundle.file(candidate.variant)))
         self._choosing = _add_keep(model)
         self._compiled: Any = core.compile_model(model, "CPU", options)

@@ -19,6 +19,7 @@ from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.generate.decoders import latency_options, ort_value
 from memopt.runtimes.keys_values import BEAM, PAST, PRESENT, encoder_of
 from memopt.runtimes.onnx import OnnxBackend
+from memopt.runtimes.openvino_core import open_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -147,7 +148,7 @@ class OpenvinoPair:
         ov = require("openvino", extra="openvino", why="run OpenVINO variants")
         self._threads = settings.threads or usable_cpus()
         options = latency_options(candidate.variant, self._threads)
-        core = ov.Core()
+        core = open_core()
         files = (bundle.path / encoder, bundle.file(candidate.variant))
         # Nothing compiled is kept alive but by its requests.
         self._requests = [
