@@ -70,7 +70,7 @@ def optimize(
         result = run(
             source,
             calibration,
-            min_cosine=pick(min_cosine, "min_cosine", 0.98),
+            min_cosine=min_cosine,
             targets=check_targets(targets) if targets else None,
             budget=seconds(budget),
             samples=int(pick(samples, "samples", 300)),

@@ -61,6 +61,7 @@ def quantize(
     from memopt.config import load_config
     from memopt.quantization import quantize as library
     from memopt.quantization.configured import choose_recipe, gate_of, seconds
+    from memopt.tasks.quality import check_measured
     from memopt.weights.locked import unlocked
 
     settings = load_config().quantization
@@ -71,6 +72,8 @@ def quantize(
     if report:
         check_target(report)
         altair()
+    named = {"min_cosine": min_cosine, "max_perplexity_increase": max_perplexity_increase}
+    check_measured([name for name, bound in named.items() if bound is not None], opened.task.name)
     with unlocked(opened) as plain, _progress() as (step, progress):
         result = library.quantize(
             plain,

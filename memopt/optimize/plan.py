@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from memopt.errors import ConfigurationError
@@ -92,6 +93,10 @@ class Outcome:
         return 1.0 - self.measures[str(name)] if falls else self.shown
 
 
+def _items(table: object) -> Iterable[tuple[str, object]]:
+    return table.items() if isinstance(table, Mapping) else ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What ``memopt optimize`` tried and chose, enough to do the same elsewhere.
@@ -119,17 +124,22 @@ class Plan:
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "source": str,
-            "min_cosine": (int, float),
-            "samples": int,
-            "seed": int,
-            "calibration": str,
-            "calibration_sha256": str,
+        words, numbers, tables = (str,), (int, float), (Mapping,)
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("source", "calibration", "calibration_sha256"), words),
+            **dict.fromkeys(
+                ("chosen", "chosen_device", "single", "single_device"), (str, NoneType)
+            ),
+            **dict.fromkeys(("machine", "gate", "options"), tables),
+            **dict.fromkeys(("samples", "seed"), (int,)),
+            "min_cosine": numbers,
         }
-        for name, kind in kinds.items():
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigurationError(f"a plan's {name} cannot be {getattr(self, name)!r}")
+        given = {name: (getattr(self, name), kind) for name, kind in kinds.items()}
+        given |= {f"gate {name}": (bound, numbers) for name, bound in _items(self.gate)}
+        given |= {f"options of {name}": (told, tables) for name, told in _items(self.options)}
+        for name, (value, kind) in given.items():
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigurationError(f"a plan's {name} cannot be {value!r}")
         if not -1 <= self.min_cosine <= 1:
             raise ConfigurationError(f"min_cosine {self.min_cosine} is not in [-1, 1]")
         if self.prefer not in ("", *PREFERENCES):

@@ -31,11 +31,13 @@ from memopt.registry import nearest
 from memopt.runtimes.cpu import cpu_features, cpu_model, machine_key
 from memopt.runtimes.providers import canonical, installed
 from memopt.runtimes.tune import tune_streams
+from memopt.tasks.quality import check_measured
 from memopt.weights.convert import resolve
 from memopt.weights.locked import unlocked
 from memopt.weights.reader import WeightLoader
 
 PLAN_FILE, REPORT_FILE = "plan.json", "optimize.html"
+MIN_COSINE = 0.98
 # Building may use this share of the budget; the rest is for measuring what was built.
 BUILD_SHARE = 0.7
 TUNING_SAMPLES = 256
@@ -62,7 +64,7 @@ def optimize(
     source: str | Path,
     calibration: Path,
     *,
-    min_cosine: float = 0.98,
+    min_cosine: float | None = None,
     targets: Sequence[str] | None = None,
     budget: float = 900.0,
     samples: int = 300,
@@ -84,7 +86,7 @@ def optimize(
     Args:
         source: a bundle, or anything ``memopt convert`` takes.
         calibration: inputs of the model's modality; split by ``seed`` into calibration and proof.
-        min_cosine: the worst cosine a variant may have.
+        min_cosine: the worst cosine a variant may have; None takes the plan's, or 0.98.
         targets: what to build for; None takes what is usable here of cpu, openvino, cuda, ..., or
             all of the plan's.
         budget: seconds for all; what does not fit is skipped and said so. Past it nothing new is
@@ -104,7 +106,9 @@ def optimize(
         ConfigurationError: a value out of range, or a model that is no encoder.
         MemoptError: the float model itself cannot be exported.
     """
-    gate = Gate(min_cosine=min_cosine, bounds=bounds or {})
+    planned = plan.min_cosine if plan else MIN_COSINE
+    least = planned if min_cosine is None else min_cosine
+    gate = Gate(min_cosine=least, bounds=bounds or {})
     budgeted = TimeBudget(budget)
     plan = plan.only(targets) if plan and targets else plan
     if not Path(calibration).exists():
@@ -113,13 +117,15 @@ def optimize(
     step("resolve the model")
     resolved = _encoder(source)
     preference = _preference(prefer, resolved)
+    named = [*gate.bounds, *(["min_cosine"] if min_cosine is not None else [])]
+    check_measured(named, resolved.manifest.task)
     inputs = Inputs.read(resolved, Path(calibration), samples, seed)
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:
         wanted = plan.candidates if plan else _candidates(bundle, targets)
         made = Plan(
             source=str(source),
-            min_cosine=min_cosine,
+            min_cosine=least,
             samples=samples,
             seed=seed,
             candidates=tuple(wanted),

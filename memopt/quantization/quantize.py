@@ -33,6 +33,7 @@ from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
 from memopt.runtimes.openvino_file import save_openvino
 from memopt.runtimes.text import takes_pairs
+from memopt.tasks.quality import check_measured
 
 __all__ = ["Samples", "quantize"]
 
@@ -83,6 +84,7 @@ def quantize(
     opened.check(opened.weights.name)
     need_one_graph(opened, "quantization")
     base, gate = float_variant(opened, recipe), gate or Gate(min_cosine=least_cosine(recipe))
+    check_measured(gate.bounds, opened.manifest.task)
     calibration, held_out = read_samples(opened, samples)
     context = make_context(opened, base, recipe, calibration, samples, step)
     step("float reference")

@@ -6,12 +6,13 @@ The right answers are the float graph's. A task's first measure is the one that 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from memopt.errors import ConfigurationError
 from memopt.registry import check_keys
 from memopt.tasks.boxes import box_agreement, detector_kind, find_boxes
 from memopt.tasks.classes import label_names, label_scores, softmax
@@ -66,6 +67,7 @@ MEASURES: Mapping[str, Measure] = {
     "top1_agreement": Measure("same likeliest token, share"),
     "greedy_prefix": Measure("greedy tokens before the first other one, of 32, mean"),
 }
+_WRITTEN = ("perplexity_increase", "kl_mean", "kl_p99", "top1_agreement", "greedy_prefix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,12 @@ class Quality:
     """How the answers of one task are kept and compared.
 
     ``rows`` makes of a batch's output what is kept of each input; ``compare`` tells the measures of
-    (these, the right ones).
+    (these, the right ones), whose names are ``measures``.
     """
 
     rows: Callable[[NDArray[np.float32], Mapping[str, NDArray[Any]]], list[NDArray[Any]]]
     compare: Callable[[Rows, Rows, About], dict[str, float]]
+    measures: tuple[str, ...]
 
 
 def quality_of(task: str) -> Quality:
@@ -131,6 +134,32 @@ def check_bounds(bounds: Mapping[str, float]) -> None:
         ConfigurationError: naming the nearest that is one.
     """
     check_keys("the gate", bounds, MEASURES)
+
+
+def measures_of(task: str) -> tuple[str, ...]:
+    """Return the names of the bounds that hold something of a task's answers.
+
+    >>> measures_of("embedding"), measures_of("reranking")
+    (('min_cosine',), ('kendall', 'ndcg_at_10'))
+    """
+    if task == "text-generation":
+        return (*_WRITTEN, "max_perplexity_increase")
+    return _QUALITIES[task].measures if task in _QUALITIES else ("min_cosine",)
+
+
+def check_measured(bounds: Iterable[str], task: str) -> None:
+    """Refuse a bound of what is not measured of a task's answers: it would hold nothing.
+
+    Raises:
+        ConfigurationError: naming those that hold something.
+    """
+    known = measures_of(task)
+    if idle := [name for name in bounds if name not in known]:
+        ways = [f"--gate {n}=VALUE" if n in MEASURES else f"--{n.replace('_', '-')}" for n in known]
+        raise ConfigurationError(
+            f"a gate of {', '.join(idle)} would hold nothing: it is not measured of {task}",
+            fix="give " + " or ".join(ways),
+        )
 
 
 def _classes(got: Rows, right: Rows, about: About) -> dict[str, float]:
@@ -242,15 +271,16 @@ def _boxes(got: Rows, right: Rows, about: About) -> dict[str, float]:
     return {"box_iou": overlap, "class_agreement": alike}
 
 
+_RANKED = ("kendall", "ndcg_at_10")
 _QUALITIES: Mapping[str, Quality] = {
-    "text-classification": Quality(whole_rows, _classes),
-    "image-classification": Quality(whole_rows, _classes),
-    "audio-classification": Quality(whole_rows, _classes),
-    "reranking": Quality(whole_rows, _order),
-    "token-classification": Quality(trimmed_rows, _tags),
-    "question-answering": Quality(trimmed_rows, _answers),
-    "fill-mask": Quality(likeliest_rows, _words),
-    "sparse-embedding": Quality(whole_rows, _terms),
-    "late-interaction": Quality(trimmed_rows, _late),
-    "object-detection": Quality(whole_rows, _boxes),
+    "text-classification": Quality(whole_rows, _classes, ("agreement", "max_shift")),
+    "image-classification": Quality(whole_rows, _classes, ("agreement", "max_shift")),
+    "audio-classification": Quality(whole_rows, _classes, ("agreement", "max_shift")),
+    "reranking": Quality(whole_rows, _order, _RANKED),
+    "token-classification": Quality(trimmed_rows, _tags, ("span_f1", "agreement")),
+    "question-answering": Quality(trimmed_rows, _answers, ("span_f1", "exact_match")),
+    "fill-mask": Quality(likeliest_rows, _words, ("agreement",)),
+    "sparse-embedding": Quality(whole_rows, _terms, ("term_cosine", "term_overlap")),
+    "late-interaction": Quality(trimmed_rows, _late, _RANKED),
+    "object-detection": Quality(whole_rows, _boxes, ("box_iou", "class_agreement")),
 }

@@ -138,6 +138,11 @@ def test_a_plan_reads_back_and_strangers_are_refused(tmp_path: Path) -> None:
         {**asdict(plan), "version": 99},
         {**asdict(plan), "colour": "red"},
         {**asdict(plan), "min_cosine": 7},
+        {**asdict(plan), "min_cosine": True},
+        {**asdict(plan), "machine": "mine"},
+        {**asdict(plan), "gate": {"agreement": "high"}},
+        {**asdict(plan), "options": {"cpu:onnx-fp32": 3}},
+        {**asdict(plan), "chosen": 3},
         {**asdict(plan), "candidates": [{"name": "x", "kind": "export", "device": "cda"}]},
         {"version": 1},
         [],
@@ -339,6 +344,10 @@ def test_missing_calibration_and_a_bad_gate_are_refused(minilm_copy: Bundle) -> 
         optimize(minilm_copy.path, Path("gone.csv"))
     with pytest.raises(ConfigurationError, match="min_cosine 2"):
         optimize(minilm_copy.path, Path("gone.csv"), min_cosine=2)
+    texts = minilm_copy.path / "texts.txt"
+    texts.write_text("one")
+    with pytest.raises(ConfigurationError, match="agreement would hold nothing"):
+        optimize(minilm_copy.path, texts, bounds={"agreement": 0.9})
 
 
 def timed(name: str, speed: float, latency: float, cosine: float) -> Outcome:

@@ -11,7 +11,14 @@ from sklearn.metrics import ndcg_score
 
 from memopt.errors import ConfigurationError
 from memopt.quantization.accuracy.gate import Gate, Validation
-from memopt.tasks.quality import _QUALITIES, MEASURES, About, quality_of
+from memopt.tasks.quality import (
+    _QUALITIES,
+    MEASURES,
+    About,
+    check_measured,
+    measures_of,
+    quality_of,
+)
 from memopt.tasks.ranking import kendall_tau, ndcg
 
 RANDOM = np.random.default_rng(5)
@@ -58,6 +65,18 @@ def test_a_bound_of_ones_own_counts_and_an_unknown_one_is_refused() -> None:
     assert proof.failures(Gate(bounds={"agreement": 0.85})) == []
     with pytest.raises(ConfigurationError, match="did you mean 'agreement'"):
         Gate(bounds={"agrement": 0.9})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_bounds_of_a_task_are_what_it_measures_and_others_are_refused(task: str) -> None:
+    """A gate of what nobody measures would pass everything."""
+    right = rows(task)
+    measured = quality_of(task).compare(right, right, ABOUT)
+    assert set(measures_of(task)) == set(measured)
+    check_measured(measured, task)
+    for idle in ("min_cosine", "box_iou"):
+        with pytest.raises(ConfigurationError, match=f"{idle} would hold nothing.*--gate "):
+            check_measured([idle], task)
 
 
 def test_tau_and_ndcg_are_those_of_scipy_and_sklearn() -> None:
