@@ -36,6 +36,7 @@ class Worker:
         self.round_latencies: list[float] = []  # the median of each round
         self.memory: dict[str, float] = {}
         self.kernels: dict[str, Any] = {}
+        self.variants: dict[str, str] = {}  # that answered, of memopt's own
         self.vram_mb: float | None = None
         # The worker needs only its own folder off the path: a file there must not shadow a package.
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker

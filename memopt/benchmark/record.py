@@ -62,6 +62,7 @@ class BenchmarkMetrics:
     versions: Mapping[str, str] = field(default_factory=dict)  # of the contender's own environment
     vram_mb: float | None = None
     kernels: Mapping[str, Any] = field(default_factory=dict)  # of memopt's own: kernels_of()
+    variants: Mapping[str, str] = field(default_factory=dict)  # of memopt's own: what answered
     measures: Mapping[str, float] = field(default_factory=dict)  # of a task without vectors
     rounds_latency_ms: tuple[float, ...] = ()  # p50 of one input, one per round, paired too
 

@@ -81,6 +81,17 @@ def table(records: Sequence[BenchmarkMetrics]) -> Any:
     return made
 
 
+def answering(records: Sequence[BenchmarkMetrics]) -> list[str]:
+    """Return a line for each contender that was left to choose: what answered."""
+    lines = []
+    for record in records:
+        if record.spec.get("variant") == "auto" and record.variants:
+            told = ", ".join(f"{what} by {name}" for what, name in record.variants.items())
+            several = "; answers are compared of batches" if len(record.variants) > 1 else ""
+            lines.append(f"{record.label}: {told}{several}")
+    return lines
+
+
 def circumstances(records: Sequence[BenchmarkMetrics]) -> list[tuple[str, str]]:
     """Return what was measured on and with; a package of several versions names them all."""
     found = {name: [str(value)] for name, value in records[0].hardware.items()}
@@ -151,6 +162,7 @@ def write_html(
             f"{len(first.rounds_seconds)} alternating rounds; whiskers are 95 % bootstrap "
             "intervals of the median, ratios medians of paired rounds with theirs, against the "
             f"first row; cosines are against {first.reference or 'the first row'}."
+            + "".join(f" {line}." for line in answering(records))
         ),
     )
     with atomic_path(target) as path:

@@ -154,6 +154,7 @@ def _time_singles(worker: Worker, part: range) -> None:
 
 def _weigh(worker: Worker) -> None:
     worker.memory = worker.ask(do="memory")
+    worker.variants = worker.ask(do="variants")
     worker.vram_mb = process_vram_mb(worker.process.pid)
 
 
@@ -193,6 +194,7 @@ def _record(
         cosine_low=None if cosines is None else expected_minimum(cosines),
         vram_mb=worker.vram_mb,
         kernels=worker.kernels,
+        variants=worker.variants,
         measures=measures,
         versions=worker.opened["versions"],
         **common,

@@ -2,7 +2,8 @@
 
 It reads one JSON command per line from stdin and answers with one JSON line on stdout:
 ``open``, ``encode`` (all inputs, timed), ``adapt`` (one input at a time), ``single`` (so too, each
-timed), ``memory``, ``kernels`` (of memopt's own: what ran, with its share of the time).
+timed), ``memory``, and of memopt's own ``variants`` (what answered) and ``kernels`` (what ran, with
+its share of the time).
 Inputs travel as a file once, vectors come back as ``.npy``, so that pipes carry numbers only.
 """
 
@@ -26,23 +27,46 @@ ADAPTING = (3.0, 4)
 WAKING = (0.15, 4)
 
 
-def open_memopt(spec: dict[str, Any]) -> Encode:
-    """memopt's own engine of the bundle's task."""
-    from memopt.runtimes.task_engine import open_task
+class Memopt:
+    """memopt's own engine of the bundle's task.
 
-    engine = open_task(
-        spec["path"],
-        device=spec.get("device", "auto"),
-        variant=spec.get("variant", "auto"),
-        streams=spec.get("streams"),
-        threads=spec.get("threads"),
-        openvino_options=spec.get("openvino_options"),
-    )
-    # `auto` is whatever opens here; of what was asked for by name, another one says nothing.
-    auto = spec.get("variant", "auto") == spec.get("device", "auto") == "auto"
-    if engine.events and not (auto and engine.events[-1].kind == "unavailable"):
-        raise RuntimeError(f"fell back: {engine.events[0]}")
-    return lambda inputs: engine.comparable(inputs)
+    Raises:
+        RuntimeError: another variant answers than the one that is to be measured.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from memopt.runtimes.task_engine import open_task
+
+        self._engine = engine = open_task(
+            spec["path"],
+            device=spec.get("device", "auto"),
+            variant=spec.get("variant", "auto"),
+            streams=spec.get("streams"),
+            threads=spec.get("threads"),
+            openvino_options=spec.get("openvino_options"),
+        )
+        # `auto` is whatever opens here; of what was asked for by name, another one says nothing.
+        auto = spec.get("variant", "auto") == spec.get("device", "auto") == "auto"
+        if engine.events and not (auto and engine.events[-1].kind == "unavailable"):
+            raise RuntimeError(f"fell back: {engine.events[0]}")
+        self._known = len(engine.events)
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        answers = self._engine.comparable(inputs)
+        for event in self._engine.events[self._known :]:
+            # Else a batch was halved for want of memory.
+            if (event.from_, event.from_variant) != (event.to, event.to_variant):
+                raise RuntimeError(f"fell back: {event}")
+        return answers
+
+    def variants(self) -> dict[str, str]:
+        """Say what answered: of batches, and of single inputs where that is another."""
+        told = self._engine.device_info()
+        answering = {
+            "batches": told,
+            **({"single inputs": told["single"]} if told["single"] else {}),
+        }
+        return {what: f"{by['variant']} on {by['device']}" for what, by in answering.items()}
 
 
 def open_sentence_transformers(spec: dict[str, Any]) -> Encode:
@@ -130,7 +154,7 @@ def open_optimum(spec: dict[str, Any]) -> Encode:
 
 
 OPENERS: dict[str, Callable[[dict[str, Any]], Encode]] = {
-    "memopt": open_memopt,
+    "memopt": Memopt,
     "sentence-transformers": open_sentence_transformers,
     "fastembed": open_fastembed,
     "optimum": open_optimum,
@@ -251,6 +275,8 @@ def main() -> None:
                 answer = {"times": times}
             elif command["do"] == "memory":
                 answer = memory()
+            elif command["do"] == "variants":
+                answer = encode.variants() if isinstance(encode, Memopt) else {}
             elif command["do"] == "kernels":
                 from memopt.benchmark.kernels import kernels_of
 

@@ -176,6 +176,8 @@ def _print(
     stdout(170).print(report.table(records))
     if profiles:
         stdout(120).print(profile.table(profiles))
+    for line in report.answering(records):
+        echo(line)
     for line in below_gate(records):
         echo(line, err=True)
     if result:

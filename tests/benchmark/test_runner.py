@@ -18,7 +18,7 @@ from memopt.benchmark.runner import run
 from memopt.benchmark.workload import read_inputs
 from memopt.bundle import MANIFEST, Bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
-from memopt.runtimes.cpu import BF16, cpu_features
+from memopt.runtimes.cpu import BF16, cpu_features, machine_key
 
 TEXTS = [f"sentence number {i} about weather" for i in range(24)]
 
@@ -162,8 +162,30 @@ def test_answers_below_the_gate_a_variant_passed_are_said(
     (tmp_path / MANIFEST).write_text(manifest.to_json())
     spec = {"kind": "memopt", "path": str(tmp_path), "variant": variant.name}
     low = replace(records[0], spec=spec, cosine_min=0.962)
+    auto = replace(low, spec={**spec, "variant": "auto"}, variants={"batches": "onnx-fp32 on cpu"})
+    assert below_gate([auto]) == below_gate([low])
     (line,) = below_gate([low, replace(low, cosine_min=0.985)])
     assert line.startswith("onnx-fp32 passed 0.98 on its validation set and has 0.9620 here")
+
+
+def test_what_answered_is_said_and_another_variant_is_not_measured(minilm_copy: Bundle) -> None:
+    """Auto answers batches and single inputs by two variants; one that goes missing is an error."""
+    choice = {
+        "variant": "openvino-fp32",
+        "device": "openvino",
+        "single": {"variant": "onnx-fp32", "device": "cpu"},
+    }
+    bundle = minilm_copy.update(lambda m: replace(m, chosen={machine_key(): choice}))
+    (record,) = bench(bundle.path, variants=["auto"], count=2, rounds=1, singles=1)
+    answered = {"batches": "openvino-fp32 on openvino", "single inputs": "onnx-fp32 on cpu"}
+    assert record.variants == answered
+    (line,) = report.answering([record])
+    assert line.startswith(
+        "memopt auto: batches by openvino-fp32 on openvino, single inputs by onn"
+    )
+    bundle.file(bundle.variant("onnx-fp32")).unlink()
+    with pytest.raises(MemoptError, match=r"memopt auto: .*fell back: cpu:onnx-fp32 "):
+        bench(bundle.path, variants=["auto"], count=2, rounds=1, singles=1)
 
 
 def test_a_box_without_openvino_measures_what_it_can_run(
