@@ -31,6 +31,12 @@ PACKAGES = (
     "numpy",
 )
 BOOTSTRAP_SAMPLES = 2000
+# Fields by which a record is measured again.
+_READ_AGAIN: Mapping[str, type] = {
+    **dict.fromkeys(("label", "python", "inputs"), str),
+    "spec": Mapping,
+    "items": int,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,11 @@ class BenchmarkMetrics:
             raw = parse_json(path.read_bytes(), str(path))
             raw["rounds_seconds"] = tuple(raw["rounds_seconds"])
             raw["rounds_latency_ms"] = tuple(raw.get("rounds_latency_ms", ()))
-            return cls(**raw)
+            made = cls(**raw)
+            for name, kind in _READ_AGAIN.items():
+                if not isinstance(getattr(made, name), kind):
+                    raise TypeError(f"its {name} is {getattr(made, name)!r}")
+            return made
         except (OSError, InputError, TypeError, KeyError) as error:
             raise InputError(
                 f"{path} is not a benchmark record ({type(error).__name__}: {error})",

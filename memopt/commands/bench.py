@@ -82,6 +82,10 @@ def bench(
         elif bundle is None:
             raise ConfigurationError("no bundle given", fix="memopt bench BUNDLE")
         else:
+            if profile:  # of seconds, and refused where a runtime has no profiler
+                profiles = measure.profiles(
+                    bundle, names, device=device, inputs=inputs, count=count, on_step=say
+                )
             records = measure.bench(
                 bundle,
                 variants=names,
@@ -93,10 +97,6 @@ def bench(
                 peers=[name.strip() for name in peers.split(",") if name.strip()],
                 on_step=say,
             )
-            if profile:
-                profiles = measure.profiles(
-                    bundle, names, device=device, inputs=inputs, count=count, on_step=say
-                )
     _write(records, profiles, output, report, compared=compare is not None, as_json=as_json)
 
 

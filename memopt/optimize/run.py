@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -119,6 +120,11 @@ def optimize(
     preference = _preference(prefer, resolved)
     named = [*gate.bounds, *(["min_cosine"] if min_cosine is not None else [])]
     check_measured(named, resolved.manifest.task)
+    if not os.access(resolved.path, os.W_OK):  # minutes before the choice is written
+        raise ConfigurationError(
+            f"{resolved.path} cannot be written, and the choice is kept in it",
+            fix="copy it to a folder of yours: memopt optimize COPY",
+        )
     inputs = Inputs.read(resolved, Path(calibration), samples, seed)
     # Under a key: on a plain copy in memory, and what is new is put back encrypted at the end.
     with unlocked(resolved) as bundle:

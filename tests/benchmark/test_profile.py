@@ -7,12 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from memopt import ArrowEngine, Bundle
 from memopt.benchmark import profile as told
 from memopt.benchmark.bench import profiles
 from memopt.benchmark.report import write_html
 from memopt.benchmark.runner import run
+from memopt.cli import app
 from memopt.errors import ConfigurationError
 from memopt.runtimes import profile as measured
 from memopt.runtimes.profile import by_kind, profile_one
@@ -25,6 +27,23 @@ TEXT = "a cat sleeps on the warm keyboard"
 def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("RUNS", 5), ("WARM", 2), ("PROFILED", 3)):
         monkeypatch.setattr(measured, name, count)
+
+
+def test_what_cannot_be_profiled_is_said_before_minutes_are_measured(
+    minilm: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured already was thrown away with the refusal."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigurationError("no profiler here")
+
+    def too_early(*_: object, **__: object) -> None:
+        raise AssertionError("measured before it was known whether it can be profiled")
+
+    monkeypatch.setattr("memopt.benchmark.bench.profiles", refuse)
+    monkeypatch.setattr("memopt.benchmark.bench.bench", too_early)
+    done = CliRunner().invoke(app, ["bench", str(minilm.path), "--profile"])
+    assert isinstance(done.exception, ConfigurationError), done.exception
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def test_a_record_reads_back_and_a_foreign_file_is_refused(
     """JSON and back is the identity; anything else is one InputError that names the file."""
     path = records[0].save(tmp_path)
     assert BenchmarkMetrics.load(path) == records[0]
-    for content in ("", "[]", json.dumps({"label": "x"})):
+    wrong = [{**asdict(records[0]), **bad} for bad in ({"spec": 3}, {"items": "x"})]
+    for content in ("", "[]", json.dumps({"label": "x"}), *map(json.dumps, wrong)):
         path.write_text(content)
         with pytest.raises(InputError, match=path.name):
             BenchmarkMetrics.load(path)

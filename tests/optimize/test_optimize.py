@@ -350,6 +350,17 @@ def test_missing_calibration_and_a_bad_gate_are_refused(minilm_copy: Bundle) -> 
         optimize(minilm_copy.path, texts, bounds={"agreement": 0.9})
 
 
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(
+    minilm: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is kept in the bundle: it was refused when it had been measured."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one")
+    monkeypatch.setattr("os.access", lambda path, mode: path != minilm.path)
+    with pytest.raises(ConfigurationError, match=r"cannot be written.*memopt optimize COPY"):
+        optimize(minilm.path, texts)
+
+
 def timed(name: str, speed: float, latency: float, cosine: float) -> Outcome:
     return replace(outcome(name, speed, cosine), latency_ms_p50=latency)
 
