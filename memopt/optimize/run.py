@@ -136,7 +136,7 @@ def optimize(
             seed=seed,
             candidates=tuple(wanted),
             calibration=str(calibration),
-            calibration_sha256=_digest(Path(calibration)),
+            calibration_sha256=_digest(Path(calibration), inputs),
             machine={"key": machine_key(), **hardware(), **versions()},
             gate=bounds or {},
             prefer=preference,
@@ -364,8 +364,9 @@ def _judged(
     return replace(variant, benchmark=record, passed=passed, validation=proof)
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, inputs: Inputs) -> str:
+    """Return the SHA-256 of a file; of a folder's pictures or sounds, of those that are used."""
     if path.is_file():
         return sha256_file(path)
-    names = "\0".join(sorted(p.name for p in path.iterdir()))
-    return hashlib.sha256(names.encode()).hexdigest()
+    used = inputs.calibration.digest + inputs.held_out.digest
+    return hashlib.sha256(used.encode()).hexdigest()

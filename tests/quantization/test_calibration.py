@@ -12,6 +12,7 @@ import pytest
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError, InputError, MemoptError, QuantizationError
 from memopt.quantization.accuracy.calibration import (
+    FEWEST,
     CalibrationSet,
     check_disjoint,
     load,
@@ -158,3 +159,18 @@ def test_image_folder(tmp_path: Path) -> None:
     calibration, held = split(tmp_path, modality="image", samples=4, validation=4)
     assert (len(calibration), len(held)) == (4, 4)
     assert len(load(tmp_path, modality="image", samples=100)) == 12
+
+
+def test_pictures_are_told_by_their_bytes(tmp_path: Path) -> None:
+    """Another picture of the same name is other data; the same ones elsewhere are the same."""
+    folder, moved = tmp_path / "pictures", tmp_path / "moved"
+    folder.mkdir()
+    for number in range(FEWEST):
+        (folder / f"{number}.png").write_bytes(bytes([number]))
+    before = [part.digest for part in split(folder, modality="image")]
+    folder.rename(moved)
+    assert [part.digest for part in split(moved, modality="image")] == before
+    for number in range(FEWEST):
+        (moved / f"{number}.png").write_bytes(bytes([number + 100]))
+    after = [part.digest for part in split(moved, modality="image")]
+    assert all(new != old for new, old in zip(after, before, strict=True))

@@ -6,12 +6,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from memopt.errors import InputError, QuantizationError
+from memopt.files import sha256_file
 from memopt.records import FILES as TEXT_FILES
 from memopt.records import open_records
 from memopt.registry import nearest
@@ -31,7 +33,7 @@ class Example:
     score: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSet:
     """Inputs to calibrate or validate with, every one distinct.
 
@@ -46,12 +48,13 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over the items: which data a variant was made with."""
+        """SHA-256 over the items, of a picture or sound its bytes: which data a variant is of."""
         state = hashlib.sha256()
         for item in self.items:
-            state.update(f"{item}\0".encode())
+            told = sha256_file(item) if isinstance(item, Path) else item
+            state.update(f"{told}\0".encode())
         return state.hexdigest()
 
 
