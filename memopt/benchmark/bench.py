@@ -212,8 +212,7 @@ def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
     lines = []
     for record in records:
         path, name = record.spec.get("path"), record.spec.get("variant")
-        if name == "auto":  # the answers that were compared are those of batches
-            name = record.variants.get("batches", "").partition(" on ")[0]
+        name = record.compared if name == "auto" else name
         if record.spec.get("kind") != "memopt" or record.nearness is None:
             continue
         variant = open_bundle(str(path)).manifest.variants.get(str(name))

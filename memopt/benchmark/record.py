@@ -77,6 +77,13 @@ class BenchmarkMetrics:
         """How near the answers are to the reference's: min cosine, or the task's first measure."""
         return next(iter(self.measures.values()), None) if self.measures else self.cosine_min
 
+    @property
+    def compared(self) -> str:
+        """The variant whose answers were compared, "" of a peer: of one input the single one."""
+        batches = self.variants.get("batches", "")
+        told = self.variants.get("single inputs", batches) if self.items == 1 else batches
+        return told.partition(" on ")[0]
+
     def save(self, folder: Path) -> Path:
         """Write ``<folder>/<label>-<run_id>.json`` and return its path."""
         safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)

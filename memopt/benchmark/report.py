@@ -87,7 +87,7 @@ def answering(records: Sequence[BenchmarkMetrics]) -> list[str]:
     for record in records:
         if record.spec.get("variant") == "auto" and record.variants:
             told = ", ".join(f"{what} by {name}" for what, name in record.variants.items())
-            several = "; answers are compared of batches" if len(record.variants) > 1 else ""
+            several = f"; compared are {record.compared}'s" if len(record.variants) > 1 else ""
             lines.append(f"{record.label}: {told}{several}")
     return lines
 

@@ -97,6 +97,11 @@ def _print(bundle: Bundle, *, verified: bool) -> None:
     console.print(history)
 
 
+def _placed(choice: Mapping[str, Any], manifest: Manifest) -> str:
+    gone = "" if choice["variant"] in manifest.variants else " (no longer here: another answers)"
+    return f"{choice['variant']} on {choice.get('device')}{gone}"
+
+
 def _choices(manifest: Manifest) -> list[str]:
     """Return a line for each machine that `memopt optimize` chose on, and whether it is this."""
     from memopt.runtimes.cpu import machine_key
@@ -106,9 +111,9 @@ def _choices(manifest: Manifest) -> list[str]:
         if not record.get("variant"):
             continue
         alone = record.get("single") or {}
-        line = f"* chosen by memopt optimize: {record['variant']} on {record.get('device')}"
+        line = f"* chosen by memopt optimize: {_placed(record, manifest)}"
         if alone.get("variant"):
-            line += f"; 1 for one input: {alone['variant']} on {alone.get('device')}"
+            line += f"; 1 for one input: {_placed(alone, manifest)}"
         told = [
             f"{placement} with {' '.join(f'{k}={v}' for k, v in options.items())}"
             for placement, options in (record.get("options") or {}).items()

@@ -181,6 +181,8 @@ def test_what_answered_is_said_and_another_variant_is_not_measured(minilm_copy: 
     answered = {"batches": "openvino-fp32 on openvino", "single inputs": "onnx-fp32 on cpu"}
     assert record.variants == answered
     (line,) = report.answering([record])
+    assert line.endswith("; compared are openvino-fp32's")
+    assert replace(record, items=1).compared == "onnx-fp32"
     assert line.startswith(
         "memopt auto: batches by openvino-fp32 on openvino, single inputs by onn"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from memopt import ArrowEngine, Bundle, open_bundle
+from memopt.commands.info import _choices
 from memopt.errors import ConfigurationError, InputError
 from memopt.optimize import options
 from memopt.optimize.candidates import candidates
@@ -454,3 +455,15 @@ def test_a_plan_of_another_processor_is_said_to_be_so() -> None:
     (note,) = _differences(plan, now)
     assert "linux-Other-4c-avx9, not on this processor: measured again" in note
     assert _differences(now, now) == ()
+
+
+def test_a_choice_that_is_no_longer_in_the_bundle_is_said(minilm: Bundle) -> None:
+    """`memopt info` named a variant that cannot answer as the one that does."""
+    choice = {
+        "variant": "onnx-fp32",
+        "device": "cpu",
+        "single": {"variant": "gone", "device": "cpu"},
+    }
+    manifest = replace(minilm.manifest, chosen={machine_key(): choice})
+    (line,) = _choices(manifest)
+    assert "onnx-fp32 on cpu; 1 for one input: gone on cpu (no longer here" in line
