@@ -11,7 +11,7 @@ from typing import Any
 
 from memopt.bundle import FORMATS, TASKS, Bundle, Manifest, Variant, open_bundle
 from memopt.errors import ConfigurationError, ExportError, MissingExtra, brief
-from memopt.exporters import aoti, check, encoder, interface, onnx, openvino, pair
+from memopt.exporters import aoti, check, encoder, interface, onnx, openvino, pair, segments
 from memopt.exporters.from_graph import export_graph
 from memopt.exporters.half import to_half
 from memopt.exporters.record import record
@@ -148,17 +148,6 @@ def _export(
     with refused(loaded, task):
         signature = kind.signature(loaded, bundle.manifest, task)
     with staged_directory(bundle.path) as folder:
-        plain = _name("onnx", "fp32", task, bundle.manifest)
-        portable = current(bundle, plain, opset) if format == "openvino" else None
-        known = bundle.file(portable) if portable else None
-        graph = None
-        if known is None and format != "torch-aoti":
-            with refused(loaded, task):
-                module = kind.wrap(loaded, bundle.manifest, task)
-                feeds = kind.example(loaded, signature.inputs, kind.trace_shape(task), seed=0)
-                kind.reference(loaded, bundle.manifest, task, feeds)
-            say("trace and translate to ONNX")
-            graph = onnx.to_onnx(module, feeds, signature, loaded, opset)
         say("compute the torch reference")
         with refused(loaded, task):
             cases = reference_cases(loaded, bundle.manifest, task, signature)
@@ -166,12 +155,9 @@ def _export(
         if format == "torch-aoti":
             variants = [_package(job)]
         elif format == "onnx":
-            variants = _onnx(job, graph, fused=fused)
+            variants = _onnx(job, _graph(job, opset), fused=fused)
         else:
-            if known is None:
-                known = folder / "source" / "model.onnx"
-                onnx.save_onnx(kind.portable(graph), known, limit=limit)
-            variants = _openvino(job, known)
+            variants = _openvino(job, *_source(job, opset))
         return record(
             bundle,
             variants,
@@ -182,6 +168,36 @@ def _export(
             opset=opset,
             dimension=_dimension(job),
         )
+
+
+def _graph(job: _Job, opset: int, module: Any = None) -> Any:
+    """Return the model, or a module of it, in standard ONNX operators."""
+    loaded, manifest, task = job.loaded, job.bundle.manifest, job.task
+    kind = kind_of(task)
+    with refused(loaded, task):
+        module = module or kind.wrap(loaded, manifest, task)
+        feeds = kind.example(loaded, job.signature.inputs, kind.trace_shape(task), seed=0)
+        kind.reference(loaded, manifest, task, feeds)
+    job.say("trace and translate to ONNX")
+    return onnx.to_onnx(module, feeds, job.signature, loaded, opset)
+
+
+def _source(job: _Job, opset: int) -> tuple[Path, bool]:
+    """Return the ONNX file that OpenVINO's is made of, and whether it takes several texts a row."""
+    target = job.folder / "source" / "model.onnx"
+    shared = segments.segmented(job.loaded, job.task, job.signature, job.cases)
+    if shared is not None:
+        try:
+            onnx.save_onnx(_graph(job, opset, shared), target, limit=job.limit)
+        except ExportError as error:
+            _log.info("%s: one text a row: %s", job.bundle.path, error)
+        else:
+            return target, True
+    plain = current(job.bundle, _name("onnx", "fp32", job.task, job.bundle.manifest), opset)
+    if plain is not None:
+        return job.bundle.file(plain), False
+    onnx.save_onnx(kind_of(job.task).portable(_graph(job, opset)), target, limit=job.limit)
+    return target, False
 
 
 def _pair(
@@ -331,17 +347,20 @@ def _package(job: _Job) -> Variant:
     )
 
 
-def _openvino(job: _Job, source: Path) -> list[Variant]:
+def _openvino(job: _Job, source: Path, segmented: bool) -> list[Variant]:
     suffix = "_fp16" if job.precision == "fp16" else ""
     file = job.folder / "openvino" / f"openvino_{job.stem}{suffix}.xml"
     job.say(f"write and check {file.name}")
-    beside = openvino.to_openvino(source, file, half=job.precision == "fp16")
+    half = job.precision == "fp16"
+    beside = openvino.to_openvino(source, file, half=half, segmented=segmented)
     variants = []
     known = job.bundle.manifest.variants
     for precision in openvino.sharing(job.precision, lambda p: job.name("openvino", p) in known):
         name = job.name("openvino", precision)
         options = openvino.compile_options(precision, cached=job.task == "text-generation")
         run = openvino.runner(file, job.signature.outputs, options)
+        if segmented:
+            segments.compare_shared(run, job.cases, check.TOLERANCES[precision], name)
         variants.append(
             Variant(
                 name=name,

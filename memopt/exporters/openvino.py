@@ -13,18 +13,21 @@ from memopt.exporters.interface import by_name
 from memopt.exporters.stateful import make_stateful
 from memopt.extras import require, root_log_kept
 from memopt.graphs.session import open_openvino
-from memopt.runtimes.openvino_file import save_openvino
+from memopt.runtimes.openvino_file import SEGMENTED, save_openvino
 
 _log = logging.getLogger(__name__)
 
 
-def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
+def to_openvino(
+    source: Path, target: Path, *, half: bool, segmented: bool = False
+) -> tuple[str, ...]:
     """Convert an ONNX file to ``target`` (.xml) and its .bin.
 
     Args:
         source: the portable ONNX file.
         target: path of the .xml; the weights go beside it.
         half: store weights as float16 (save_model's own default), else keep float32.
+        segmented: the graph takes several texts a row, which the file then says.
 
     Returns:
         Names of the further files, relative to the folder of ``target``.
@@ -38,6 +41,8 @@ def to_openvino(source: Path, target: Path, *, half: bool) -> tuple[str, ...]:
         with root_log_kept():
             model = openvino.convert_model(source)
             make_stateful(model)
+            if segmented:
+                model.set_rt_info(True, list(SEGMENTED))
         save_openvino(model, target, half=half)
     except Exception as error:
         raise _refusal("read the graph", error) from error

@@ -113,6 +113,8 @@ def _openvino_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[
         kind, kernel = info.get("layerType", ""), info.get("primitiveType", "")
         if not kind.startswith(("FullyConnected", "MatMul", "Convolution")):
             continue
+        if node.output(0).get_partial_shape().is_dynamic:
+            continue
         kernels[f"{kind} {kernel}"] += 1
         if kernel.lower().endswith(("_i8", "_u8")):
             integer += _executed_macs(kind, node)
@@ -131,6 +133,8 @@ def _node_macs(node: Any) -> int:
     kind = node.get_type_name()
     if kind not in ("MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention"):
         return 0
+    if node.output(0).get_partial_shape().is_dynamic:
+        return 0  # pooling of as many texts as the mask counts: too little to matter
     output = int(np.prod(list(node.output(0).get_shape())))
     left, right = (list(node.input(place).get_shape()) for place in (0, 1))
     if kind == "MatMul":

@@ -27,11 +27,12 @@ from memopt.quantization.accuracy.gate import MIN_COSINE, Gate, Validation
 from memopt.quantization.accuracy.language import Validator, validator_of
 from memopt.quantization.accuracy.layer_error import with_errors
 from memopt.quantization.accuracy.result import Result, Trail
+from memopt.quantization.accuracy.validate import PrecisionValidator
 from memopt.quantization.math.statistics import token_probes
 from memopt.quantization.method import Context, Make, Quantized, writes
 from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
-from memopt.runtimes.openvino_file import save_openvino
+from memopt.runtimes.openvino_file import save_openvino, takes_segments
 from memopt.runtimes.text import takes_pairs
 from memopt.tasks.quality import check_measured
 
@@ -172,6 +173,8 @@ def _prove(
     options = {**(quantized.options or ({} if weights else base.options))}
     run = validator.open(files[0], recipe.format, options)
     validation = validator.validate(run, timed=weights is None)
+    if isinstance(validator, PrecisionValidator) and takes_segments(files[0], recipe.format):
+        validator.refuse_mixing(run)
     failures = tuple(validation.failures(gate))
     if failures and not keep_failing:
         name = weights.name if weights else recipe.variant_name

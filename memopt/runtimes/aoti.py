@@ -190,7 +190,7 @@ class AotiBackend:
         gpu = variant.options.get("device") == "cuda"
         self.streams = settings.streams or (_GPU_STREAMS if gpu else 1)
         self.tokens = TOKENS_ON_GPU if gpu else TOKENS_ON_CPU
-        self.step = 1
+        self.step, self.row = 1, 0
         self.inputs = variant.inputs
         self.dimension = bundle.manifest.dimension
         self._output = variant.output

@@ -107,6 +107,7 @@ class Backend(Protocol):
     streams: int
     tokens: int  # per batch: what keeps this backend busy at the best speed
     step: int  # the width of a single short text is rounded up to a multiple of this
+    row: int  # tokens of a row that short texts share inside the backend, 0 where none does
 
     def run(self, feed: Feed) -> Rows: ...
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from memopt.runtimes.base import TOKENS_ON_CPU
 from memopt.runtimes.heap import trim_heap
+from memopt.runtimes.segments import shares
 from memopt.runtimes.vectors import progress, refusal
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ MEDIA_BATCH = 8
 # 15 MB. Given back after each large chunk, of which one is some tenths of a second of work.
 TRIMMED_FROM = 2
 _FIRST = np.zeros(1, np.intp)
+# Requests of more texts than this are sorted by length instead of sharing rows: they hardly have
+# padding then, nor many shapes. MiniLM in int8: 300 texts 1.1x as fast in shared rows, 2,000 0.95x.
+MOST_SHARING = 512
 
 
 # Longer texts already have few widths; every model has positions for this many tokens.
@@ -41,12 +45,15 @@ class Budget:
 
     ``batch_size`` items, or, for None, texts of at most ``tokens`` tokens in all. The width of a
     single short text is rounded up to a multiple of ``step``, of few texts of a part of it: see
-    :meth:`rounded`.
+    :meth:`rounded`. Texts of at most ``row`` tokens are to share rows of so many: a batch has those
+    that fill its rows, of any lengths, and of few rows each of the ``streams`` gets some.
     """
 
     batch_size: int | None = None
     tokens: int = TOKENS_ON_CPU
     step: int = 1
+    row: int = 0
+    streams: int = 1
 
     def rounded(self, length: int, inputs: int, limit: int | None) -> int:
         """Return the width of a batch whose longest row has ``length`` tokens, of so many inputs.
@@ -165,6 +172,10 @@ def by_budget(
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []
+    if budget.row and budget.batch_size is None and len(order) > 1 and not alike:
+        short = order[lengths[order] <= budget.row]
+        order = order[lengths[order] > budget.row]
+        batches = _sharing(short, lengths, budget)
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
@@ -179,6 +190,22 @@ def by_budget(
         batches.append((rows, width))
         start += len(rows)
     return batches
+
+
+def _sharing(
+    texts: NDArray[np.intp], lengths: NDArray[np.intp], budget: Budget
+) -> list[tuple[NDArray[np.intp], int]]:
+    """Return batches of the texts that fill so many rows as have the budget's tokens.
+
+    They are padded to the width of a row, by which the backend knows them.
+    """
+    rows = shares(lengths[texts].tolist(), budget.row)
+    height = max(1, min(budget.tokens // budget.row, -(-len(rows) // budget.streams)))
+    groups = [
+        texts[[text for row in rows[start : start + height] for text in row]]
+        for start in range(0, len(rows), height)
+    ]
+    return [(group, budget.row) for group in groups]
 
 
 def in_flight(
@@ -258,7 +285,13 @@ def run_items(
         chunks = front.chunks(items) if len(items) > 1 else [_FIRST][: len(items)]
     if not chunks:
         return
-    budget = Budget(batch_size=batch_size, tokens=backend.tokens, step=backend.step)
+    budget = Budget(
+        batch_size=batch_size,
+        tokens=backend.tokens,
+        step=backend.step,
+        row=backend.row if len(items) <= MOST_SHARING else 0,
+        streams=backend.streams,
+    )
     batches = prepared_batches(front, items, chunks, budget, failures, fail)
     if len(chunks) == 1:
         ready = list(batches)

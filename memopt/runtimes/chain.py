@@ -6,7 +6,7 @@ section 3). :mod:`memopt.exporters.chain` computes the same in numpy, written a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ def run_chain(
     mask: Any,
     kept: Any = None,
     weights: Mapping[str, Any] | None = None,
+    *,
+    pool: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Return the named features that ``steps`` leave, ``sentence_embedding`` (batch, width) too.
 
@@ -48,12 +50,14 @@ def run_chain(
         mask: (batch, tokens), 1 where a token counts; None for pictures and sounds.
         kept: (batch, tokens), 1 where a token is pooled, for steps that leave out the prompt.
         weights: name -> tensor, for steps that have some.
+        pool: pools in place of what is written here, called as :func:`_pool`.
     """
+    pool = pool or _pool
     features = {TOKENS: getattr(result, "last_hidden_state", None)}
     for step in steps:
         if isinstance(step, PoolStep):
             pooled = mask if step.include_prompt or kept is None else kept
-            parts = [_pool(result, features[TOKENS], mask, pooled, mode) for mode in step.modes]
+            parts = [pool(result, features[TOKENS], mask, pooled, mode) for mode in step.modes]
             features[VECTOR] = parts[0] if len(parts) == 1 else _torch().cat(parts, dim=-1)
         elif isinstance(step, DenseStep):
             features[step.gives] = _dense(step, features[step.takes], weights or {})

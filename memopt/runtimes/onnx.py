@@ -134,7 +134,7 @@ class OnnxBackend:
         usual = usual_streams(self._threads) if self._provider == "cpu" else 1
         self.streams = settings.streams or usual
         self.tokens = TOKENS_ON_GPU if candidate.provider != "cpu" else TOKENS_ON_CPU
-        self.step = 1
+        self.step, self.row = 1, 0
         self._path = bundle.file(variant)
         if not self._path.is_file():
             raise DeviceError(f"{self._path} is missing", fix=f"run: memopt export {bundle.path}")

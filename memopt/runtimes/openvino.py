@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,7 +16,10 @@ from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.heap import drop_pages, trim_heap
 from memopt.runtimes.openvino_axes import last_axis, takes_one_row
 from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_file import is_segmented
+from memopt.runtimes.openvino_shapes import HEIGHTS, FixedShapes, SharedRows
 from memopt.runtimes.processes import keep_for_ever
+from memopt.runtimes.segments import ROW, sharing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from memopt.runtimes.base import Feed, Rows
     from memopt.runtimes.profile import Kernel
 
-_LOG = logging.getLogger(__name__)
 # float32 unless the variant says otherwise: on a processor with bf16 the default would be bf16, an
 # error of 1e-2 on a matrix product that nobody asked for.
 _DEFAULTS = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -44,6 +44,8 @@ BATCHES_BEFORE_STREAMS = 16
 # and the weights once more, so only for small models, short texts, and shapes that come often.
 SINGLES_BEFORE_FIXED = 64
 _MOST_FIXED, _WIDEST_FIXED, _MOST_FIXED_BYTES = 3, 64, 64 << 20
+# Calls of so many short texts come before graphs of their shared rows are compiled.
+_CALLS_BEFORE_ROWS = 8
 # Kernels made for shapes seen before: the plugin keeps 5,000 of each kind and stream, and oneDNN
 # below it 1,024 of all models, for ever. A service whose batches come in every shape would grow by
 # a gigabyte. MiniLM in int8, calls of 1 to 39 texts: 551 MB with 100 and 1,024, 331 MB with these,
@@ -92,7 +94,7 @@ class OpenvinoBackend:
             raise DeviceError(f"{path} is missing", fix=f"run: memopt export {bundle.path}")
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
-        self.step = SINGLE_STEP
+        self.step, self.row = SINGLE_STEP, 0
         self.streams = settings.streams or usual_streams(self._threads)
         measured = settings.openvino_options or {}
         options = {**_DEFAULTS, **candidate.variant.options, **measured}
@@ -106,6 +108,7 @@ class OpenvinoBackend:
         self._weights = path.with_suffix(".bin")
         self._output = candidate.variant.output
         model = self._core.read_model(path)
+        segmented = is_segmented(model)
         names = {name for port in model.outputs for name in port.get_names()}
         if self._output not in names:
             raise DeviceError(f"{path} has no output {self._output!r}", fix="export it again")
@@ -127,7 +130,14 @@ class OpenvinoBackend:
         self._many: _Requests | None = self._single if self.streams == 1 else None
         weights = self._weights
         small = weights.is_file() and weights.stat().st_size <= _MOST_FIXED_BYTES
-        self._fixed = _FixedShapes(self._compile_fixed) if small else None
+        self._fixed = self._shapes(1, SINGLES_BEFORE_FIXED, _MOST_FIXED) if small else None
+        self._rows = self._rows_many = None
+        if segmented:
+            self.row = ROW
+            self._rows_many = self._shared_rows(self.streams, HEIGHTS, small)
+            # Several rows are several batches where several run at once.
+            alone = self.streams > 1
+            self._rows = self._shared_rows(1, (1,), small) if alone else self._rows_many
 
     def _only_output(self, model: Any) -> Any:
         """Return the model that computes and copies out only what is asked for."""
@@ -155,8 +165,12 @@ class OpenvinoBackend:
         model.reshape({name: list(shape) for name in self.inputs})
         return model
 
-    def _compile_fixed(self, shape: tuple[int, ...]) -> _Requests:
-        return self._compile(1, shape)
+    def _shapes(self, streams: int, before: int, most: int) -> FixedShapes:
+        return FixedShapes(lambda shape: self._compile(streams, shape), before, most)
+
+    def _shared_rows(self, streams: int, heights: tuple[int, ...], small: bool) -> SharedRows:
+        shapes = self._shapes(streams, _CALLS_BEFORE_ROWS, len(heights)) if small else None
+        return SharedRows(self.inputs, heights, shapes)
 
     def _compile(self, streams: int, shape: tuple[int, ...] | None = None) -> _Requests:
         """Return the model compiled for so many streams, and for one shape of all its inputs.
@@ -175,9 +189,9 @@ class OpenvinoBackend:
 
     def run(self, feed: Feed) -> Rows:
         """Run one batch in the calling thread, on all cores."""
-        return self._infer(self._fixed_for(feed) or self._single, feed)
+        return self._infer(self._fixed_for(feed) or self._single, feed, self._rows)
 
-    def _fixed_for(self, feed: Feed) -> _Requests | None:
+    def _fixed_for(self, feed: Feed) -> Any:
         """Return the graph of this shape, None while there is none."""
         if self._fixed is None:
             return None
@@ -204,15 +218,18 @@ class OpenvinoBackend:
     def submit(self, feed: Feed) -> Future[Rows]:
         """Run one batch on the next free stream; the first few go to the model compiled already."""
         with self._lock:
-            self._submitted += 1
+            # Rows that texts share have graphs of their own.
+            self._submitted += not (self._rows_many and sharing(feed))
             if self._many is None and self._submitted > BATCHES_BEFORE_STREAMS:
                 self._many = self._compile(self.streams)
             requests = self._many or self._single
-        return self._pool.submit(lambda batch: self._infer(requests, batch), feed)
+        return self._pool.submit(self._infer, requests, feed, self._rows_many)
 
-    def _infer(self, requests: _Requests, feed: Feed) -> Rows:
+    def _infer(self, requests: _Requests, feed: Feed, rows: SharedRows | None) -> Rows:
         if self._closed:
             raise DeviceError("the model on openvino is closed")
+        if rows is not None and sharing(feed):
+            return rows.infer(requests, feed)
 
         def run(part: Feed) -> list[Rows]:
             return [requests.infer([part[name] for name in self.inputs])]
@@ -261,49 +278,11 @@ class OpenvinoBackend:
         self._whole = None
         self._pool.shutdown(wait=False)
         self._single.drop()
-        if self._fixed is not None:
-            self._fixed.close()
+        for shapes in (self._fixed, self._rows, self._rows_many):
+            if shapes is not None:
+                shapes.close()
         if self._many is not None and self._many is not self._single:
             self._many.drop()
-
-
-class _FixedShapes:
-    """Graphs compiled, beside the work, for the shapes that come most often."""
-
-    def __init__(self, compile_for: Callable[[tuple[int, ...]], _Requests]) -> None:
-        self._compile_for = compile_for
-        self._lock = threading.Lock()
-        self._seen: Counter[tuple[int, ...]] = Counter()
-        self._ready: dict[tuple[int, ...], _Requests] = {}
-        self._thread: threading.Thread | None = None
-
-    def get(self, shape: tuple[int, ...]) -> _Requests | None:
-        """Return the graph of a shape; None while there is none."""
-        found = self._ready.get(shape)
-        if found is not None or len(self._ready) >= _MOST_FIXED:
-            return found
-        with self._lock:
-            self._seen[shape] += 1
-            busy = self._thread is not None and self._thread.is_alive()
-            if self._seen[shape] >= SINGLES_BEFORE_FIXED and not busy:
-                # Counted from the start again if it fails.
-                self._seen[shape] = 0
-                self._thread = threading.Thread(target=self._make, args=(shape,), daemon=True)
-                self._thread.start()
-        return None
-
-    def _make(self, shape: tuple[int, ...]) -> None:
-        try:
-            self._ready[shape] = self._compile_for(shape)
-        except Exception as error:  # noqa: BLE001 - the graph of any shape answers as before
-            _LOG.warning("no graph for inputs of shape %s: %s", shape, error)
-
-    def close(self) -> None:
-        """Wait for a graph being made and forget all."""
-        if self._thread is not None:
-            self._thread.join()
-        for requests in self._ready.values():
-            requests.drop()
 
 
 class _Requests:

@@ -15,6 +15,22 @@ from memopt.extras import require
 # What a failed write leaves free on a full disk: less than its last buffer.
 _ALMOST_FULL = 1 << 20
 
+# Where a file says that its graph takes several texts a row, told apart by the mask's numbers.
+SEGMENTED = ("memopt", "segments")
+
+
+def is_segmented(model: Any) -> bool:
+    """Return whether an ``openvino.Model`` takes several texts a row."""
+    return bool(model.has_rt_info(list(SEGMENTED)))
+
+
+def takes_segments(path: Path, format: str) -> bool:
+    """Return whether a graph's file says that it takes several texts a row."""
+    if format != "openvino":
+        return False
+    openvino = require("openvino", extra="openvino", why="read OpenVINO files")
+    return is_segmented(openvino.Core().read_model(path))
+
 
 def save_openvino(model: Any, target: Path, *, half: bool = False) -> None:
     """Write ``target`` (.xml) and its .bin.

@@ -46,7 +46,7 @@ class FakeBackend:
         self.dimension: int | None = dimension
         self.streams = streams
         self.tokens = TOKENS_ON_CPU
-        self.step = 1
+        self.step, self.row = 1, 0
         self.runs = 0
         self.freed = 0
         self._fail = fail

@@ -51,7 +51,7 @@ class TorchBackend:
         self._torch = torch
         self._threads = settings.threads or usable_cpus()
         self.tokens = TOKENS_ON_CPU
-        self.step = 1
+        self.step, self.row = 1, 0
         torch.set_num_threads(self._threads)
         self._loaded: Any = _load(bundle)
         self._model: Any = self._loaded.module

@@ -185,7 +185,8 @@ class Failing:
     def __init__(self, real: Backend, first: int, error: Exception) -> None:
         self.real, self.first, self.error, self.runs = real, first, error, 0
         self.inputs, self.dimension = real.inputs, real.dimension
-        self.streams, self.tokens, self.step = real.streams, real.tokens, real.step
+        self.streams, self.tokens = real.streams, real.tokens
+        self.step, self.row = real.step, real.row
         self.pool = ThreadPoolExecutor(1, "failing")
 
     def run(self, feed: Feed) -> Rows:

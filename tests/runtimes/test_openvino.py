@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
 from memopt import ArrowEngine
 from memopt.bundle import Bundle
-from memopt.runtimes import openvino
+from memopt.runtimes import openvino, openvino_shapes
 from memopt.runtimes.openvino import OpenvinoBackend
 
 SHORT, LONGER = "A cat sleeps.", "The box by the window " + "runs a small model and " * 8
@@ -59,12 +60,17 @@ def test_a_fixed_graph_that_fails_changes_nothing(
 ) -> None:
     """The graph of any shape goes on, and it is said once."""
 
-    def broken(self: OpenvinoBackend, shape: tuple[int, ...]) -> None:
-        raise RuntimeError("no memory")
+    compiled = OpenvinoBackend._compile
+
+    def broken(self: OpenvinoBackend, streams: int, shape: tuple[int, ...] | None = None) -> Any:
+        if shape is not None:
+            raise RuntimeError("no memory")
+        return compiled(self, streams)
 
     said: list[str] = []
-    monkeypatch.setattr(OpenvinoBackend, "_compile_fixed", broken)
-    monkeypatch.setattr(openvino._LOG, "warning", lambda text, *values: said.append(text % values))
+    log = openvino_shapes._LOG
+    monkeypatch.setattr(OpenvinoBackend, "_compile", broken)
+    monkeypatch.setattr(log, "warning", lambda text, *values: said.append(text % values))
     with ArrowEngine(minilm, device="openvino", variant="openvino-fp32") as engine:
         first = engine.encode([SHORT])
         for _ in range(3):
@@ -92,7 +98,8 @@ def test_engines_of_one_model_share_what_is_compiled(minilm: Bundle) -> None:
 def test_ctrl_c_after_graphs_closed_in_their_order_is_an_interrupt(minilm: Bundle) -> None:
     """OpenVINO leaves the thread a freed stack for signal handlers: a SIGSEGV at the next one."""
     script = f"""
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 from memopt.graphs.session import open_openvino
 from memopt.runtimes.openvino_core import open_core, same_signal_stack
 graphs = [open_openvino({str(minilm.file(minilm.variant("openvino-fp32")))!r}, [0], {{}})]

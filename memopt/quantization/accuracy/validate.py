@@ -20,6 +20,7 @@ from memopt.moved import old_names
 from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.quantization.accuracy.gate import Validation
+from memopt.runtimes.segments import together
 from memopt.runtimes.vectors import row_cosines, unit_rows
 from memopt.tasks.quality import About, quality_of
 from memopt.tasks.table import task_of
@@ -35,6 +36,10 @@ ROUNDS = 3
 # Seconds of float work at most in one timed pass: speed here is an indication, `memopt bench`
 # measures.
 TIMED_SECONDS = 1.5
+# Batches whose texts are put into shared rows too, and how far answers may differ then, relative to
+# their size. Sums of another order turn a rounding here and there, 1e-3 in MiniLM's int8; a text
+# that saw another differs by ten times as much as this and more.
+SHARED_BATCHES, MIXED = 8, 2e-2
 # Validation inputs kept between runs: all of a text set; of pictures and sounds, 0.6 to 1 MB each,
 # a search then decodes them anew rather than hold hundreds of MB.
 HELD_BYTES = 128 << 20
@@ -104,6 +109,25 @@ class PrecisionValidator:
             speedup=faster,
             set_sha256=self._data.digest,
         )
+
+    def refuse_mixing(self, run: Run) -> None:
+        """Compare texts that share rows with each alone, for a graph that takes them so.
+
+        Raises:
+            QuantizationError: their answers differ.
+        """
+        for _, feed in islice(self._batches, SHARED_BATCHES):
+            mask = feed["attention_mask"]
+            if not (np.diff(mask, axis=1) <= 0).all() or not mask[:, 0].all():
+                continue
+            packed, order = together(feed, 2 * mask.shape[1])
+            alone = run(feed)
+            error = float(np.abs(run(packed) - alone[order]).max())
+            if error > MIXED * max(1.0, float(np.abs(alone).max())):
+                raise QuantizationError(
+                    f"texts that share rows are answered otherwise than alone (by {error:.2g})",
+                    fix="use --method static or nncf-weights",
+                )
 
     def _embedding(self, got: Rows, expected: Rows, faster: float | None) -> Validation:
         cosines = row_cosines(got, expected)
