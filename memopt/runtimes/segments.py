@@ -44,7 +44,7 @@ def shares(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def sharing(feed: Feed) -> bool:
-    """Return whether a batch is of texts that share rows: as wide as a row, none with holes.
+    """Return whether a batch is of texts to be put into rows: as wide as one, none with holes.
 
     Args:
         feed: arrays (batch, tokens).
@@ -55,7 +55,7 @@ def sharing(feed: Feed) -> bool:
     (True, False)
     """
     mask = feed["attention_mask"]
-    if len(mask) < 2 or mask.shape[1] != ROW:
+    if mask.shape[1] != ROW:
         return False
     return bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all())
 

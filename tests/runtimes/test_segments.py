@@ -101,7 +101,7 @@ def test_only_whole_texts_from_the_left_share_rows() -> None:
         odd = mask.copy()
         odd[place] = 1 - odd[place]
         assert not sharing({"attention_mask": odd})
-    assert not sharing({"attention_mask": mask[:1]})
+    assert not sharing({"attention_mask": mask[:, 1:]})
 
 
 def test_vectors_are_those_of_each_text_alone(shared: Bundle) -> None:
