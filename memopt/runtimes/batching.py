@@ -172,7 +172,8 @@ def by_budget(
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []
-    if budget.row and budget.batch_size is None and len(order) > 1 and not alike:
+    much = int(lengths.sum()) > budget.row // 2  # of less most of a row would be padding
+    if budget.row and budget.batch_size is None and len(order) > 1 and much and not alike:
         short = order[lengths[order] <= budget.row]
         order = order[lengths[order] > budget.row]
         batches = _sharing(short, lengths, budget)

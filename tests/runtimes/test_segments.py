@@ -23,6 +23,8 @@ from memopt.runtimes.segments import ROW, shares, sharing, together
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "with", "dog", "zebra", "quiz"]
 
+FEW = ["the quiz of the zebra quiz", "a dog with a mat with a quiz"]  # of 33 to 64 tokens
+
 
 def texts(count: int, most: int = 12, seed: int = 0) -> list[str]:
     """Seeded texts of 1 to ``most`` words."""
@@ -83,7 +85,8 @@ def test_batches_hold_every_text_once(sizes: list[int]) -> None:
     for rows, width in batches:
         longest = max(sizes[row] for row in rows)
         assert longest <= width
-        assert (width == ROW) == (longest <= ROW) or len(sizes) == 1 or len(rows) == 1
+        few = len(sizes) == 1 or sum(sizes) <= ROW // 2
+        assert few or (width == ROW) == (longest <= ROW) or len(rows) == 1
 
 
 def test_a_batch_size_means_what_it_says() -> None:
@@ -125,18 +128,18 @@ def test_rows_get_graphs_of_their_own(shared: Bundle, monkeypatch: pytest.Monkey
     with ArrowEngine(shared, device="openvino", streams=2, threads=2) as engine:
         backend = backend_of(engine)
         first = engine.encode(many)
-        few = engine.encode(["a cat", "the dog"])
+        few = engine.encode(FEW)
         for rows in (backend._rows, backend._rows_many):
             assert rows is not None
             assert rows._shapes is not None
             while len(rows._shapes._ready) < len(rows._heights):
                 engine.encode(many)
-                engine.encode(["a cat", "the dog"])
+                engine.encode(FEW)
                 time.sleep(0.02)
         free, backend._single = backend._single, None  # type: ignore[assignment]
         streams, backend._many = backend._many, None
         np.testing.assert_allclose(engine.encode(many), first, atol=1e-6)
-        np.testing.assert_allclose(engine.encode(["a cat", "the dog"]), few, atol=1e-6)
+        np.testing.assert_allclose(engine.encode(FEW), few, atol=1e-6)
         np.testing.assert_allclose(engine.encode(many[:2]), first[:2], atol=1e-6)
         backend._single, backend._many = free, streams
 
