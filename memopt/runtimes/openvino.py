@@ -14,6 +14,7 @@ from memopt.extras import require
 from memopt.runtimes.base import TOKENS_ON_CPU, Placement, Settings, one_by_one, usual_streams
 from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.heap import drop_pages, trim_heap
+from memopt.runtimes.limits import resident_mb
 from memopt.runtimes.openvino_axes import last_axis, takes_one_row
 from memopt.runtimes.openvino_core import open_core
 from memopt.runtimes.openvino_file import is_segmented
@@ -44,6 +45,8 @@ BATCHES_BEFORE_STREAMS = 16
 # and the weights once more, so only for small models, short texts, and shapes that come often.
 SINGLES_BEFORE_FIXED = 64
 _MOST_FIXED, _WIDEST_FIXED, _MOST_FIXED_BYTES = 3, 64, 64 << 20
+# Single texts and shared rows have so many in all, each about as large as the file.
+_GRAPHS = _MOST_FIXED + len(HEIGHTS) + 1
 # Calls of so many short texts come before graphs of their shared rows are compiled.
 _CALLS_BEFORE_ROWS = 8
 # Kernels made for shapes seen before: the plugin keeps 5,000 of each kind and stream, and oneDNN
@@ -129,7 +132,10 @@ class OpenvinoBackend:
         self._submitted = 0
         self._many: _Requests | None = self._single if self.streams == 1 else None
         weights = self._weights
-        small = weights.is_file() and weights.stat().st_size <= _MOST_FIXED_BYTES
+        size = weights.stat().st_size if weights.is_file() else _MOST_FIXED_BYTES + 1
+        limit = settings.memory_limit_mb
+        room = limit is None or resident_mb() + _GRAPHS * size / 2**20 <= limit
+        small = size <= _MOST_FIXED_BYTES and room
         self._fixed = self._shapes(1, SINGLES_BEFORE_FIXED, _MOST_FIXED) if small else None
         self._rows = self._rows_many = None
         if segmented:

@@ -17,6 +17,7 @@ from memopt import ArrowEngine
 from memopt.bundle import Bundle, open_bundle
 from memopt.exporters.base import export
 from memopt.runtimes import batching, openvino
+from memopt.runtimes.base import Settings
 from memopt.runtimes.batching import Budget, by_budget
 from memopt.runtimes.openvino import OpenvinoBackend
 from memopt.runtimes.segments import ROW, shares, sharing, together
@@ -142,6 +143,23 @@ def test_rows_get_graphs_of_their_own(shared: Bundle, monkeypatch: pytest.Monkey
         np.testing.assert_allclose(engine.encode(FEW), few, atol=1e-6)
         np.testing.assert_allclose(engine.encode(many[:2]), first[:2], atol=1e-6)
         backend._single, backend._many = free, streams
+
+
+def test_a_memory_limit_leaves_the_graphs_of_rows_out(
+    shared: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are shared all the same, on the graph of any shape."""
+    monkeypatch.setattr(openvino, "_CALLS_BEFORE_ROWS", 1)
+    monkeypatch.setattr(openvino, "resident_mb", lambda: 100.0)
+    size = shared.file(shared.variant("openvino-fp32")).with_suffix(".bin").stat().st_size / 2**20
+    for limit, graphs in ((100 + 20 * size, True), (100 + size, False)):
+        with ArrowEngine(shared, device="openvino", verify="never") as engine:
+            settings = Settings(memory_limit_mb=limit)
+            backend = OpenvinoBackend(shared, engine._chain.candidate, settings)
+        assert backend._rows is not None
+        assert backend.row == ROW
+        assert (backend._rows._shapes is not None) == (backend._fixed is not None) == graphs
+        backend.close()
 
 
 def test_large_requests_are_sorted_instead(shared: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
