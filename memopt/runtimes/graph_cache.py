@@ -23,6 +23,9 @@ log = logging.getLogger("memopt.runtimes")
 FOLDER = ".ort-cache"
 SWITCH = "MEMOPT_GRAPH_CACHE"  # set to 0 to open models without it
 # Smaller tensors stay in the graph: shapes and constants that optimization itself reads.
+# onnxruntime's own fallback prints to standard output, where a command's JSON goes, and tells
+# nobody else.
+_CPU: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
 _FEWEST_BYTES = "1024"
 
 
@@ -81,7 +84,7 @@ def _make(model: Path, path: Path, options: Any) -> None:
             ("session.save_external_prepacked_constant_initializers", "1"),
         ):
             options.add_session_config_entry(key, value)
-        ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(str(model), options, **_CPU)
         split_skip_layer_norm(graph)
         # Weights first: a graph is never there without them.
         if weights.is_file():
@@ -97,7 +100,7 @@ def _open(path: Path, options: Any) -> Any:
     import onnxruntime as ort
 
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, **_CPU)
 
 
 def _remove(path: Path) -> None:

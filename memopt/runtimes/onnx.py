@@ -108,8 +108,10 @@ def takes_one_row(session: Any) -> bool:
 
 def cpu_session(model: Path | bytes, options: Any) -> Any:
     """Open a graph, a file or serialized, on the CPU."""
+    # Here and below without onnxruntime's own fallback, which goes on elsewhere by itself and says
+    # so on standard output only, where a command's JSON goes.
     source = str(model) if isinstance(model, Path) else model
-    return _onnxruntime().InferenceSession(source, options, providers=[_CPU])
+    return _onnxruntime().InferenceSession(source, options, providers=[_CPU], enable_fallback=False)
 
 
 class OnnxBackend:
@@ -288,13 +290,13 @@ def _gpu_session(
     # Without this a GPU that cannot be opened becomes a CPU session and a warning (ort#23372).
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(source, options, providers=providers)
+        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=False)
     except Exception as error:
         if "fallback to CPU EP has been explicitly disabled" not in str(error):
             raise
         # Some nodes stay on the CPU. Shape arithmetic may; anything that carries the work may not.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
-        session = ort.InferenceSession(source, options, providers=providers)
+        session = ort.InferenceSession(source, options, providers=providers, enable_fallback=False)
         if wanted in session.get_providers():
             _refuse_heavy_on_cpu(session, name)
     if wanted not in session.get_providers():
