@@ -101,7 +101,7 @@ def _signature(loaded: LoadedModel, task: str) -> Signature:
 
 
 @cache
-def _module_classes() -> Any:
+def headed_class() -> Any:
     """Return the wrapper class; made on first use because it needs torch."""
     import torch
 
@@ -131,7 +131,7 @@ def _module_classes() -> Any:
 def wrap(loaded: LoadedModel, manifest: Manifest, task: str) -> Any:
     """Return a torch module that maps the graph's inputs, in order, to its outputs."""
     names = signature(loaded, manifest, task).inputs
-    return _module_classes()(loaded, names).eval()
+    return headed_class()(loaded, names).eval()
 
 
 def reference(loaded: LoadedModel, manifest: Manifest, task: str, feeds: dict[str, Any]) -> Any:

@@ -18,11 +18,11 @@ import numpy as np
 
 from memopt.errors import brief
 from memopt.exporters.check import TOLERANCES, Run, Tolerance, compare
-from memopt.exporters.interface import Signature
+from memopt.exporters.interface import Signature, headed_class
 from memopt.exporters.masks import FOUR_D_MASK
 from memopt.exporters.packed import position_offset
 from memopt.runtimes.chain import MASK_BIAS, run_chain
-from memopt.runtimes.segments import together
+from memopt.runtimes.segments import from_the_left, together
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.weights.chain import VECTOR, PoolStep
 
@@ -76,7 +76,7 @@ def compare_shared(run: Run, cases: Cases, tolerance: Tolerance, name: str) -> N
 
     def shared(feeds: Mapping[str, Any]) -> dict[str, Any]:
         mask, answer = feeds["attention_mask"], list(cases[0][1])[-1]
-        if not (np.diff(mask, axis=1) <= 0).all() or not mask.any(axis=1).all():
+        if not from_the_left(mask):
             return {answer: run(feeds)[answer]}
         packed, order = together(feeds, 2 * mask.shape[1])
         vectors = np.asarray(run(packed)[answer])
@@ -104,19 +104,14 @@ def _module_class() -> Any:
     """Return the class; made on first use because it needs torch."""
     import torch
 
-    class Segmented(torch.nn.Module):  # type: ignore[misc]
+    class Segmented(headed_class()):  # type: ignore[misc]
         """The model, called with positional graph inputs, plus its head, a vector a text."""
 
         def __init__(
             self, loaded: LoadedModel, inputs: tuple[str, ...], width: int, dimension: int
         ) -> None:
-            super().__init__()
+            super().__init__(loaded, inputs)
             self.width, self.dimension = width, dimension
-            self.model = loaded.module
-            self.method = loaded.method or "forward"
-            self.head = loaded.head
-            self.chain = torch.nn.ParameterList(loaded.head.weights.values()).requires_grad_(False)
-            self.inputs = inputs
             self.offset = position_offset(loaded.config)
             self.positions = "position_ids" in inspect.signature(loaded.call).parameters
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memopt.extras import require
+from memopt.runtimes.openvino_file import is_segmented
 
 Array = NDArray[np.floating[Any]]
 
@@ -21,6 +22,11 @@ def read_openvino(path: Path) -> Any:
     """Return the ``openvino.Model`` of a file."""
     openvino = require("openvino", extra="openvino", why="read OpenVINO graphs")
     return openvino.Core().read_model(path)
+
+
+def takes_segments(path: Path, format: str) -> bool:
+    """Return whether a graph's file says that it takes several texts a row."""
+    return format == "openvino" and is_segmented(read_openvino(path))
 
 
 def value_name(output: Any) -> str:

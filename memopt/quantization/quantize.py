@@ -14,6 +14,7 @@ from memopt.exporters.refusals import need_one_graph
 from memopt.files import staged_directory
 from memopt.graphs.integers import integer_share
 from memopt.graphs.linears import weight_names
+from memopt.graphs.openvino import takes_segments
 from memopt.graphs.session import feeds
 from memopt.progress import Progress, Step, silent
 from memopt.quantization.accuracy.calibration import (
@@ -32,7 +33,7 @@ from memopt.quantization.math.statistics import token_probes
 from memopt.quantization.method import Context, Make, Quantized, writes
 from memopt.quantization.recipe import Recipe, Samples
 from memopt.quantization.search import Compare, search
-from memopt.runtimes.openvino_file import save_openvino, takes_segments
+from memopt.runtimes.openvino_file import save_openvino
 from memopt.runtimes.text import takes_pairs
 from memopt.tasks.quality import check_measured
 

@@ -284,7 +284,8 @@ class OpenvinoBackend:
         self._whole = None
         self._pool.shutdown(wait=False)
         self._single.drop()
-        for shapes in (self._fixed, self._rows, self._rows_many):
+        # With one stream both kinds of rows are one: what is shared is given back once.
+        for shapes in {self._fixed, self._rows, self._rows_many}:
             if shapes is not None:
                 shapes.close()
         if self._many is not None and self._many is not self._single:

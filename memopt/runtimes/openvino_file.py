@@ -24,14 +24,6 @@ def is_segmented(model: Any) -> bool:
     return bool(model.has_rt_info(list(SEGMENTED)))
 
 
-def takes_segments(path: Path, format: str) -> bool:
-    """Return whether a graph's file says that it takes several texts a row."""
-    if format != "openvino":
-        return False
-    openvino = require("openvino", extra="openvino", why="read OpenVINO files")
-    return is_segmented(openvino.Core().read_model(path))
-
-
 def save_openvino(model: Any, target: Path, *, half: bool = False) -> None:
     """Write ``target`` (.xml) and its .bin.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -106,28 +105,29 @@ class SharedRows:
             feed: of which :func:`memopt.runtimes.segments.sharing` says that it can be.
         """
         packed, order = together(feed, ROW)
-        vectors = np.concatenate([self._run(free, part) for part in self._parts(packed)])
+        arrays = [packed[name] for name in self._inputs]
+        vectors = np.concatenate(
+            [
+                graph.infer([array[start:stop] for array in arrays])
+                for graph, start, stop in self._parts(free, len(arrays[0]))
+            ]
+        )
         rows = np.empty_like(vectors)
         rows[order] = vectors
         return rows
 
-    def _parts(self, packed: Feed) -> list[Feed]:
-        """Return the rows in the numbers there are graphs for, or all at once."""
-        left = len(packed["attention_mask"])
-        graphs = [self._shapes.get((h, ROW)) if self._shapes else None for h in self._heights]
-        if None in graphs:
-            return [packed]
-        cuts = [0]
-        while cuts[-1] < left:
-            cuts.append(cuts[-1] + next(h for h in self._heights if h <= left - cuts[-1]))
-        return [
-            {name: values[start:stop] for name, values in packed.items()}
-            for start, stop in pairwise(cuts)
-        ]
-
-    def _run(self, free: Graph, part: Feed) -> Rows:
-        graph = self._shapes.get(part["attention_mask"].shape) if self._shapes else None
-        return (graph or free).infer([part[name] for name in self._inputs])
+    def _parts(self, free: Graph, rows: int) -> list[tuple[Graph, int, int]]:
+        """Return which graph runs which rows: all the free one, until there are all others."""
+        graphs = {h: self._shapes.get((h, ROW)) if self._shapes else None for h in self._heights}
+        ready = {height: graph for height, graph in graphs.items() if graph is not None}
+        if len(ready) < len(graphs):
+            return [(free, 0, rows)]
+        parts, start = [], 0
+        while start < rows:
+            height = next(h for h in ready if h <= rows - start)
+            parts.append((ready[height], start, start + height))
+            start += height
+        return parts
 
     def close(self) -> None:
         """Drop the graphs."""

@@ -55,8 +55,15 @@ def sharing(feed: Feed) -> bool:
     (True, False)
     """
     mask = feed["attention_mask"]
-    if mask.shape[1] != ROW:
-        return False
+    return mask.shape[1] == ROW and from_the_left(mask)
+
+
+def from_the_left(mask: NDArray[Any]) -> bool:
+    """Return whether every row of a mask (batch, tokens) is ones, one at least, and then zeros.
+
+    >>> from_the_left(np.array([[1, 1], [1, 0]])), from_the_left(np.array([[1, 1], [0, 1]]))
+    (True, False)
+    """
     return bool((mask[:, 0] == 1).all() and (mask[:, 1:] <= mask[:, :-1]).all())
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from memopt.bundle import Bundle
 from memopt.errors import QuantizationError
+from memopt.graphs.openvino import takes_segments
 from memopt.graphs.session import open_graph
 from memopt.quantization.accuracy.validate import PrecisionValidator
 from memopt.quantization.quantize import Samples, float_variant, quantize, read_samples
 from memopt.quantization.recipe import Recipe
-from memopt.runtimes.openvino_file import takes_segments
 
 
 def test_texts_that_share_rows_are_compared_with_each_alone(

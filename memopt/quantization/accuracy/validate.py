@@ -20,7 +20,7 @@ from memopt.moved import old_names
 from memopt.quantization.accuracy.calibration import CalibrationSet
 from memopt.quantization.accuracy.extremes import expected_minimum
 from memopt.quantization.accuracy.gate import Validation
-from memopt.runtimes.segments import together
+from memopt.runtimes.segments import from_the_left, together
 from memopt.runtimes.vectors import row_cosines, unit_rows
 from memopt.tasks.quality import About, quality_of
 from memopt.tasks.table import task_of
@@ -118,7 +118,7 @@ class PrecisionValidator:
         """
         for _, feed in islice(self._batches, SHARED_BATCHES):
             mask = feed["attention_mask"]
-            if not (np.diff(mask, axis=1) <= 0).all() or not mask[:, 0].all():
+            if not from_the_left(mask):
                 continue
             packed, order = together(feed, 2 * mask.shape[1])
             alone = run(feed)
