@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memopt.benchmark.peers import Contender, check_peers, peer_contenders, peer_python
+from memopt.benchmark.peers import (
+    PEER_PYTHON,
+    Contender,
+    check_peers,
+    peer_contenders,
+    peer_python,
+)
 from memopt.benchmark.profile import profile
 from memopt.benchmark.record import BenchmarkMetrics
 from memopt.benchmark.runner import run
@@ -159,6 +167,7 @@ def compare(
     *,
     rounds: int = 5,
     singles: int = 200,
+    pythons: Sequence[str] = (),
     on_step: Step = silent,
 ) -> list[BenchmarkMetrics]:
     """Measure the contenders of two records again, in alternating rounds of one run.
@@ -166,8 +175,12 @@ def compare(
     Two runs at different times differ by the machine's mood as much as by the code, so the ratio
     of two old numbers says little; the records are used for what was measured, not for how fast.
 
+    Args:
+        pythons: interpreters that a record may name beside this one and the peers' one here.
+
     Raises:
-        InputError: a file that is no record. BundleError: a bundle that is gone.
+        InputError: a file that is no record, or one that names another interpreter.
+        BundleError: a bundle that is gone.
     """
     records = [BenchmarkMetrics.load(first), BenchmarkMetrics.load(second)]
     workloads = {(record.inputs, record.items) for record in records}
@@ -177,6 +190,13 @@ def compare(
             f"{first} and {second} were measured on different inputs: {told}",
             fix="measure both with the same --inputs and --count",
         )
+    known = {sys.executable, str(PEER_PYTHON.absolute()), *pythons}
+    for path, record in zip((first, second), records, strict=True):
+        if record.python not in known:  # a record may come from anybody, and this would be run
+            raise InputError(
+                f"{path} was measured with {record.python}, neither this Python nor the peers'",
+                fix=f"if you trust it: --python {shlex.quote(record.python)}",
+            )
     contenders = [
         Contender(label=record.label, spec=dict(record.spec), python=record.python)
         for record in records

@@ -19,6 +19,7 @@ from memopt.registry import nearest
 # newest needs transformers 5 and optimum-onnx does not run with that.
 REQUIREMENTS = ("sentence-transformers[onnx,openvino]", "torch==2.13.0", "fastembed")
 PEERS = ("sentence-transformers", "fastembed", "optimum")
+PEER_PYTHON = Path(".peers/bin/python")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +31,18 @@ class Contender:
     python: str = sys.executable
 
 
-def peer_python(home: Path = Path(".peers")) -> str:
+def peer_python() -> str:
     """Return the Python of the peers' environment, making it on first use (minutes).
 
     Raises:
         ConfigurationError: pip could not install the peers.
     """
-    python = home / "bin" / "python"
+    home = PEER_PYTHON.parents[1]
     done = home / "installed.txt"
     wanted = "\n".join(REQUIREMENTS)
     if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
         venv.create(home, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "-q", *REQUIREMENTS]
+        command = [str(PEER_PYTHON), "-m", "pip", "install", "-q", *REQUIREMENTS]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -51,7 +52,7 @@ def peer_python(home: Path = Path(".peers")) -> str:
             )
         with atomic_path(done) as path:
             path.write_text(wanted, encoding="utf-8")
-    return str(python.absolute())
+    return str(PEER_PYTHON.absolute())
 
 
 def check_peers(names: Sequence[str]) -> None:

@@ -39,6 +39,10 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Two records: measure both anew in turn, print the ratio."),
     ] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="Other interpreter that a compared record may run; repeatable."),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Where one input's time goes, down to the kernels.")
     ] = False,
@@ -78,7 +82,9 @@ def bench(
     names, profiles = variant or (None if all_variants else ["auto"]), []
     with steps("measuring") as say:
         if compare:
-            records = measure.compare(*compare, rounds=rounds, singles=singles, on_step=say)
+            records = measure.compare(
+                *compare, rounds=rounds, singles=singles, pythons=python or (), on_step=say
+            )
         elif bundle is None:
             raise ConfigurationError("no bundle given", fix="memopt bench BUNDLE")
         else:

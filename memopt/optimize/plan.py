@@ -12,6 +12,7 @@ from typing import Any
 from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
+from memopt.quantization.recipe import Recipe
 from memopt.registry import check_keys, nearest
 from memopt.tasks.quality import MEASURES
 
@@ -52,6 +53,12 @@ class Candidate:
             raise ConfigurationError(
                 f"candidate {self.name!r} has settings {self.settings!r}", fix="give an object"
             )
+        if self.kind == "quantize":
+            made = Recipe.from_dict(self.settings).variant_name
+            if made != self.name:  # else what is measured under the name is something else
+                raise ConfigurationError(
+                    f"candidate {self.name!r} has the recipe of {made!r}", fix="name it so"
+                )
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from memopt.charts import altair
 from memopt.errors import ConfigurationError, InputError
 from memopt.exporters.refusals import need_one_graph
 from memopt.files import sha256_file
-from memopt.optimize.build import USED_UP, Inputs, build, build_bases
+from memopt.optimize.build import Inputs, build, build_bases
 from memopt.optimize.candidates import candidates
 from memopt.optimize.judge import Judged, judge
 from memopt.optimize.language import judge_writers
@@ -182,11 +182,7 @@ def _build_all(
     built: list[float] = []
     for number, candidate in enumerate(wanted, start=1):
         say(f"candidate {number} of {len(wanted)}: {candidate.label}")
-        if budget.spent > budget.seconds:
-            outcome = Outcome(candidate=candidate, status="skipped", reason=USED_UP)
-        else:
-            left = budget.left_to_build(built)
-            outcome = build(path, candidate, inputs, gate, left)
+        outcome = build(path, candidate, inputs, gate, budget.left_to_build(built))
         if outcome.status != "skipped" and not outcome.reused:
             built.append(outcome.seconds)
         outcomes.append(outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,25 @@ def test_compare_measures_two_records_again_on_their_own_inputs(
     peers = [replace(first, spec={"kind": "optimum"}).save(tmp_path)] * 2
     with pytest.raises(InputError, match="both of peers"):
         compare(*peers)
+
+
+def test_compare_runs_no_interpreter_that_only_a_record_names(
+    minilm: Bundle, tmp_path: Path
+) -> None:
+    """A record may be somebody else's: its Python is run where the command names it too."""
+    (record,) = bench(minilm.path, variants=["onnx-fp32"], count=2, rounds=1, singles=1)
+    mine = record.save(tmp_path)
+    link = tmp_path / "python"
+    ran = tmp_path / "ran"
+    link.write_text(f'#!/bin/sh\ntouch {ran}\nexec {sys.executable} "$@"\n')
+    link.chmod(0o755)
+    other = replace(record, python=str(link), label="other").save(tmp_path)
+    with pytest.raises(InputError, match=r"neither this Python.*--python"):
+        compare(mine, other)
+    assert not ran.exists()
+    first, second = compare(mine, other, rounds=1, singles=1, pythons=[str(link)])
+    assert ran.exists()
+    assert second.cosine_min == pytest.approx(first.cosine_min, abs=1e-4)
 
 
 def test_inputs_are_read_like_calibration_data(tmp_path: Path) -> None:
