@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import random
 from contextlib import suppress
@@ -59,8 +60,21 @@ def test_the_formats_agree(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         assert everywhere(written(tmp_path, name, data)) == [ROWS] * 3, name
+    for name, data in files.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data.encode()))
+        assert everywhere(tmp_path / f"{name}.gz") == [ROWS] * 3, name
     pq.write_table(pa.table({"text": ROWS}), tmp_path / "g.parquet")
     assert everywhere(tmp_path / "g.parquet") == [ROWS] * 3
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.csv.gz", "a.jsonl.gz"])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, name: str) -> None:
+    """Cut off, changed inside, or none at all: one line with the file, after whole rows or not."""
+    whole = gzip.compress("\n".join(['"text"', *(f'"bird {n}"' for n in range(9_000))]).encode())
+    for data in (whole[:-9], whole[:200] + b"abc" + whole[203:], b"text"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=rf"{name} is no whole gzip file"):
+            list(read_items(str(tmp_path / name), "text", "text"))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def embed(
     source: Annotated[
         str,
         typer.Argument(
-            help=".parquet, .csv, .tsv, .jsonl, .txt, a folder of these, of images or sounds, "
-            "a Lance data set; a path or an URL."
+            help=".parquet, .csv, .tsv, .jsonl, .txt (also .gz), a folder of these, "
+            "of images or sounds, a Lance data set; a path or an URL."
         ),
     ],
     destination: Annotated[

@@ -13,6 +13,7 @@ from memopt.errors import ConfigurationError, InputError
 from memopt.extras import require
 from memopt.jobs.places import File, filesystem, list_files, local_path, open_table
 from memopt.jobs.spool import Spool
+from memopt.records import ending
 from memopt.registry import nearest
 from memopt.runtimes.inputs import SUFFIXES, usual_column
 
@@ -111,7 +112,7 @@ def plan(
 
 
 def _suffix(file: File) -> str:
-    return PurePosixPath(file.path).suffix.lower()
+    return ending(PurePosixPath(file.path))
 
 
 def _is_lance(place: str) -> bool:

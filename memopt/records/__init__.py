@@ -1,4 +1,4 @@
-"""One reader of rows: .txt, .csv, .tsv, .jsonl and .parquet, alike for every command.
+"""One reader of rows: .txt, .csv, .tsv, .jsonl (also with .gz) and .parquet, for every command.
 
 Whatever a file holds, no row is lost without a word: a row that cannot be used is a
 :class:`Record` with a ``problem``; a file whose rows cannot be told apart is refused.
@@ -12,11 +12,12 @@ from typing import BinaryIO
 
 from memopt.errors import InputError
 from memopt.records.lines import decoded_lines, json_lines, read_lines
+from memopt.records.opened import ending, opened
 from memopt.records.parquet import parquet_records
 from memopt.records.record import Record, Records
 from memopt.records.table import table_records
 
-__all__ = ["FILES", "Record", "Records", "decoded_lines", "open_records", "read_lines"]
+__all__ = ["FILES", "Record", "Records", "decoded_lines", "ending", "open_records", "read_lines"]
 
 FILES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -27,7 +28,8 @@ def open_records(path: str | Path, column: str | None = None) -> Records:
     A ``.txt`` file has one column, ``text``, and a row for each line. A ``.csv`` may be separated
     by commas, semicolons or tabs; its first line is a header when it holds a usual column name or
     ``column``, or when only later lines hold numbers. A ``.jsonl`` holds objects, or strings, which
-    are objects with the one field ``text``; empty lines of it and of a ``.csv`` are no rows.
+    are objects with the one field ``text``; empty lines of it and of a ``.csv`` are no rows. Any of
+    these may be compressed with gzip, ``.jsonl.gz`` say.
 
     Args:
         path: the file.
@@ -35,8 +37,8 @@ def open_records(path: str | Path, column: str | None = None) -> Records:
             from 0; its first line is then a row, unless the number is a name in it.
 
     Raises:
-        InputError: no such file, another ending, not UTF-8 (with the byte), a damaged Parquet file,
-            or, from the rows, a quote that is never closed.
+        InputError: no such file, another ending, not UTF-8 (with the byte), a damaged Parquet or
+            gzip file, or, from the rows, a quote that is never closed.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.csv"
@@ -45,7 +47,7 @@ def open_records(path: str | Path, column: str | None = None) -> Records:
     [{'text': 'a red, old door', 'score': '1'}]
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = ending(path)
     if suffix not in FILES:
         raise InputError(f"{path} has the ending {suffix!r}", fix=f"known: {', '.join(FILES)}")
     if not path.is_file():
@@ -60,5 +62,5 @@ def open_records(path: str | Path, column: str | None = None) -> Records:
 
 
 def _opened(path: Path, read: Callable[[BinaryIO, str], Iterator[Record]]) -> Iterator[Record]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         yield from read(file, str(path))

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from memopt.errors import InputError
 from memopt.records.lines import decoded
+from memopt.records.opened import ending, opened
 from memopt.records.record import Record, Records
 
 # Column names that tell a header from a first line of text.
@@ -60,12 +61,12 @@ def table_records(path: Path, column: str | None) -> Records:
 
 def _head(path: Path) -> tuple[list[str], list[str], str]:
     """Return the first two rows of a table and what separates its cells."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         sample = list(islice(_table_lines(file, str(path)), _SAMPLE))
     told = re.fullmatch(r"sep=(.)[\r\n]*", sample[0], re.IGNORECASE) if sample else None
     if told:
         delimiter = told[1]
-    elif path.suffix.lower() == ".tsv":
+    elif ending(path) == ".tsv":
         delimiter = "\t"
     else:
         delimiter = _delimiter(sample)
@@ -101,7 +102,7 @@ def _widths(sample: Sequence[str], delimiter: str) -> set[int]:
 def _rows(path: Path, delimiter: str, width: int | None) -> Iterator[tuple[int, list[str] | str]]:
     """Yield the line where each row begins, and its cells or what is wrong with it."""
     csv.field_size_limit(_LONGEST_CELL)
-    with path.open("rb") as file:
+    with opened(path) as file:
         lines = _table_lines(file, str(path))
         first = next(lines, "")
         skipped = bool(re.fullmatch(r"sep=(.)[\r\n]*", first, re.IGNORECASE))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.errors import InputError
-from memopt.records import FILES, Record, Records, open_records, read_lines
+from memopt.records import FILES, Record, Records, ending, open_records, read_lines
 from memopt.registry import nearest
 
 SUFFIXES = {
@@ -53,7 +53,7 @@ def read_items(source: str, modality: str, column: str | None = None) -> Iterato
         return _folder(path, modality)
     if not path.is_file():
         raise InputError(f"no input {source!r}")
-    suffix = path.suffix.lower()
+    suffix = ending(path)
     if suffix in FILES:
         return _rows(open_records(path, column), column)
     if suffix in SUFFIXES.get(modality, ()):

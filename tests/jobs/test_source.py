@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def read(source: JobSource, order: list[int] | None = None) -> tuple[pa.Table, l
 
 def write(folder: Path, suffix: str) -> Path:
     path = folder / f"rows{suffix}"
+    if suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(write(folder, suffix.removesuffix(".gz")).read_bytes()))
+        return path
     rows = [{"text": text, "n": n} for n, text in enumerate(TEXTS)]
     if suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -45,7 +49,7 @@ def write(folder: Path, suffix: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".lance"])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl", ".csv.gz", ".jsonl.gz", ".lance"])
 @pytest.mark.parametrize("size", [2, 100])
 def test_every_table_is_read_whole(suffix: str, size: int, tmp_path: Path) -> None:
     """All rows once, in order, whatever the order of the fragments; numbers stay numbers."""
@@ -55,7 +59,7 @@ def test_every_table_is_read_whole(suffix: str, size: int, tmp_path: Path) -> No
     assert [f.first for f in source.fragments] == list(range(0, len(TEXTS), size))
     table, inputs = read(source, list(range(len(source.fragments)))[::-1])
     assert inputs == TEXTS
-    numbers = [str(n) if suffix == ".csv" else n for n in range(len(TEXTS))]
+    numbers = [str(n) if suffix.startswith(".csv") else n for n in range(len(TEXTS))]
     assert table.to_pydict() == {"text": TEXTS, "n": numbers}
 
 

@@ -17,7 +17,7 @@ from memopt.commands.console import echo, progress, stderr, stdout
 from memopt.commands.memory.options import AsJson, Audio, Joint, Key, Redaction, Store, Text, Vision
 from memopt.commands.memory.shared import bundles, moment, open_store
 from memopt.errors import InputError
-from memopt.records import Record, open_records, read_lines
+from memopt.records import Record, ending, open_records, read_lines
 
 if TYPE_CHECKING:
     from memopt.memory.model.schema import NewMemory
@@ -99,7 +99,7 @@ def read(sources: list[str], *, category: str, **times: datetime | None) -> Iter
     for source in sources:
         _check(source)
         path = Path(source)
-        suffix = path.suffix.lower()
+        suffix = ending(path)
         if source == "-":
             yield from _lines(read_lines(sys.stdin.buffer, "the input"), usual)
         elif suffix not in _FILES or "\n" in source:
@@ -123,7 +123,7 @@ def _check(source: str) -> None:
 
     if source == "-" or "\n" in source:
         return
-    suffix = Path(source).suffix.lower()
+    suffix = ending(Path(source))
     if suffix in _FILES:
         if not os.path.isfile(source):
             raise InputError(f"{source} is no file", fix="check the path")

@@ -15,7 +15,7 @@ import numpy as np
 from memopt.errors import InputError, QuantizationError
 from memopt.files import sha256_file
 from memopt.records import FILES as TEXT_FILES
-from memopt.records import open_records
+from memopt.records import ending, open_records
 from memopt.registry import nearest
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -187,7 +187,7 @@ def read(
     if not path.exists():
         raise InputError(f"no calibration data at {str(path)!r}", fix="check the path")
     if modality == "text":
-        if path.is_dir() or path.suffix.lower() not in TEXT_FILES:
+        if path.is_dir() or ending(path) not in TEXT_FILES:
             kind = "a folder" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
             raise InputError(
                 f"{path} is {kind}, and this is a text model", fix="give " + ", ".join(TEXT_FILES)
@@ -210,7 +210,7 @@ def read(
 def _read_text(path: Path, column: str | None) -> Iterator[Example]:
     records = open_records(path, column)
     if column is not None:
-        if path.suffix.lower() == ".txt":
+        if ending(path) == ".txt":
             raise InputError(f"{path} has no columns", fix="leave --column out")
         records.check(column)
     for row in records.read(records.texts):
@@ -247,7 +247,7 @@ def _record(row: dict[str, Any], column: str | None, path: Path) -> Example:
                 fix=nearest(column, row) if row else None,
             )
         value = row[column]
-        if not isinstance(value, str) or (_number(value) and path.suffix != ".txt"):
+        if not isinstance(value, str) or (_number(value) and ending(path) != ".txt"):
             raise InputError(
                 f"column {column!r} of {path} holds {value!r}, not text",
                 fix="columns with text: " + ", ".join(_texts(row)),
