@@ -18,6 +18,7 @@ import numpy as np
 
 from memopt.errors import ExportError, brief
 from memopt.exporters.check import TOLERANCES, compare
+from memopt.exporters.distances import by_distance
 from memopt.exporters.interface import Signature
 from memopt.exporters.packed import (
     ATTENTION,
@@ -76,14 +77,16 @@ def to_package(
     if layout == PACKED and offset is not None:
         options["first_position"] = str(offset)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    loaded.module.to(device=device, dtype=dtype)
     say(f"compile for {device}, {layout} rows: a minute or two")
     feeds = max((feeds for feeds, _ in cases), key=lambda f: len(next(iter(f.values()))))
     target.parent.mkdir(parents=True, exist_ok=True)
     named = _tensors(feeds, layout, offset, device)
     options["inputs"] = ",".join(named)
     try:
-        _compile(module(loaded, layout, list(named)).to(device), named, signature, layout, target)
+        with by_distance(loaded.module):  # from before it is rounded
+            whole = module(loaded, layout, list(named)).to(device)
+            loaded.module.to(device=device, dtype=dtype)
+            _compile(whole, named, signature, layout, target)
         package = Package(target, options, runners=1)
     except Exception as error:  # anything may go wrong in a compiler
         _log.info("inductor: %s", error)

@@ -21,6 +21,7 @@ import numpy as np
 
 from memopt.errors import ExportError, MissingExtra, brief
 from memopt.exporters.cached import DOMAIN as MARKERS
+from memopt.exporters.distances import by_distance
 from memopt.exporters.interface import Signature, by_name
 from memopt.exporters.patched import Mends, mended
 from memopt.extras import require
@@ -61,7 +62,8 @@ def to_onnx(
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     registration.setLevel(logging.ERROR)
     try:
-        program = _translate(module, feeds, signature, opset)
+        with by_distance(loaded.module):
+            program = _translate(module, feeds, signature, opset)
     except Exception as error:  # noqa: BLE001 - torch raises anything; the second way may work
         _log.info("torch on %s: %s", loaded.config.model_type, error)
         try:

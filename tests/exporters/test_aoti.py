@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 
-from memopt.bundle import Bundle, Manifest, open_bundle
+from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, DeviceError, ExportError
-from memopt.exporters import aoti, interface
-from memopt.exporters.base import export, reference_cases
+from memopt.exporters import aoti
+from memopt.exporters.base import export
 from memopt.runtimes.aoti import Package
 from memopt.runtimes.engine import ArrowEngine
-from memopt.runtimes.torch_model import LoadedModel
+from tests.exporters.kit import built, prepared
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-}
 TEXTS = ["a cat", "the dog and the cat", "z", "a b c d e f g h i j k", "the cat"]
 
 
 def record(model: Any, pooling: str = "mean") -> dict[str, Any]:
     """How packed rows of a seeded model compare with torch's own padded ones."""
-    loaded = LoadedModel(model.eval(), model.config, {})
-    loaded = replace(loaded, head=replace(loaded.head, pooling=pooling))
-    manifest = Manifest(
-        name="m",
-        task="embedding",
-        modality="text",
-        architecture="M",
-        model_type=model.config.model_type,
-        pooling=pooling,
-    )
-    signature = interface.signature(loaded, manifest, "embedding")
-    cases = reference_cases(loaded, manifest, "embedding", signature)
+    loaded, signature, cases = prepared(model, pooling, normalize=False)
     answer = signature.outputs[-1]
     cases = [(feeds, {answer: expected[answer]}) for feeds, expected in cases]
     return aoti.packed_answers(loaded, signature, cases)
-
-
-def built(config: str, model: str, **further: Any) -> Any:
-    """A seeded model with transformers' plain attention."""
-    torch.manual_seed(0)
-    made = getattr(hf, config)(**{**TEXT, **further})
-    return getattr(hf, model)._from_config(made, attn_implementation="eager")
 
 
 @pytest.mark.parametrize(

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers as hf
 
-from memopt.bundle import Manifest
 from memopt.errors import ExportError
-from memopt.exporters import interface, segments
-from memopt.exporters.base import reference_cases
+from memopt.exporters import segments
 from memopt.exporters.check import TOLERANCES
 from memopt.runtimes.segments import together
-from memopt.runtimes.torch_model import LoadedModel
+from tests.exporters.kit import built, prepared
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 320,
-    "pad_token_id": 1,
-}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-
-
-def prepared(
-    config: str, model: str, pooling: str, **further: Any
-) -> tuple[LoadedModel, interface.Signature, list[Any]]:
-    """A seeded model with its head, the signature of its graph, and what that is checked with."""
-    torch.manual_seed(0)
-    made = getattr(hf, config)(**{**TEXT, **further})
-    module = getattr(hf, model)._from_config(made, attn_implementation="eager").eval()
-    loaded = LoadedModel(module, module.config, {})
-    head = replace(loaded.head, pooling=pooling, normalize=True)
-    loaded = replace(loaded, head=head)
-    manifest = Manifest(
-        name="m",
-        task="embedding",
-        modality="text",
-        architecture="M",
-        model_type=module.config.model_type,
-        pooling=pooling,
-        normalize=True,
-        max_length=128,
-    )
-    signature = interface.signature(loaded, manifest, "embedding")
-    return loaded, signature, reference_cases(loaded, manifest, "embedding", signature)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +34,7 @@ def test_texts_that_share_rows_are_answered_as_alone(
     config: str, model: str, pooling: str, further: dict[str, Any]
 ) -> None:
     """Attention, positions and pooling stay within each text; the module is compared with torch."""
-    loaded, signature, cases = prepared(config, model, pooling, **further)
+    loaded, signature, cases = prepared(built(config, model, **further), pooling)
     assert segments.segmented(loaded, "embedding", signature, cases) is not None
 
 
@@ -89,7 +51,7 @@ def test_other_models_get_one_text_a_row(
     config: str, model: str, pooling: str, further: dict[str, Any]
 ) -> None:
     """Nothing is offered that was not thought through."""
-    loaded, signature, cases = prepared(config, model, pooling, **further)
+    loaded, signature, cases = prepared(built(config, model, **further), pooling)
     assert segments.segmented(loaded, "embedding", signature, cases) is None
 
 
@@ -97,7 +59,7 @@ def test_a_model_whose_answers_would_differ_gets_one_text_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Positions that go on from text to text are found out by the comparison."""
-    loaded, signature, cases = prepared("BertConfig", "BertModel", "mean")
+    loaded, signature, cases = prepared(built("BertConfig", "BertModel"), "mean")
     module = segments.segmented(loaded, "embedding", signature, cases)
     assert module is not None
     positions = type(module)._positions
@@ -108,7 +70,7 @@ def test_a_model_whose_answers_would_differ_gets_one_text_a_row(
 
 def test_a_graph_that_mixes_texts_is_refused() -> None:
     """The file itself is compared too, not only the module it was made of."""
-    loaded, signature, cases = prepared("BertConfig", "BertModel", "mean")
+    loaded, signature, cases = prepared(built("BertConfig", "BertModel"), "mean")
     module = segments.segmented(loaded, "embedding", signature, cases)
     run = segments._runner(module, signature)
 
@@ -122,7 +84,7 @@ def test_a_graph_that_mixes_texts_is_refused() -> None:
 
 def test_a_row_of_padding_among_shared_ones_changes_nothing() -> None:
     """It has a vector of its own, which is finite."""
-    loaded, signature, cases = prepared("BertConfig", "BertModel", "mean")
+    loaded, signature, cases = prepared(built("BertConfig", "BertModel"), "mean")
     module = segments.segmented(loaded, "embedding", signature, cases)
     run = segments._runner(module, signature)
     ids = np.random.default_rng(0).integers(2, 99, (3, 10))
