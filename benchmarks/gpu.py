@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from make_models import write_tokenizer
 from rich.console import Console
 from rich.table import Table
 
@@ -85,18 +86,10 @@ def texts(count: int, words: int = 0) -> list[str]:
 
 def make_folder(name: str, folder: Path) -> Path:
     """Write a Hugging Face folder of a model with seeded weights, and its tokenizer."""
-    from tokenizers import BertWordPieceTokenizer
-
-    tokenizer = BertWordPieceTokenizer()
-    tokenizer.train_from_iterator(texts(2_000), vocab_size=30_522, min_frequency=1)
-    tokenizer.enable_truncation(512)
     torch.manual_seed(0)
     model = transformers.BertModel(transformers.BertConfig(**CONFIGS[name]))
     model.save_pretrained(folder)
-    fast = transformers.BertTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, model_max_length=512
-    )
-    fast.save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
 
 

@@ -1,7 +1,8 @@
 """Write Hugging Face folders of real size and random weights, where the hub cannot be reached.
 
-The configurations are those of openai/clip-vit-base-patch32 and openai/whisper-tiny; the weights
-are seeded noise. Good for export checks, sizes and speed, not for quality.
+The configurations are those of openai/clip-vit-base-patch32, openai/whisper-tiny and
+microsoft/deberta-v3-small (its table of words cut to 30,522); the weights are seeded noise. Good
+for export checks, sizes and speed, not for quality.
 
     python benchmarks/make_models.py /tmp/models
     memopt convert /tmp/models/clip-vit-base-patch32 -o /tmp/models/clip
@@ -14,11 +15,15 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
+from memopt.benchmark.workload import default_inputs
+
+WORDS = 30_522
 CLIP_PROCESSOR = {
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
@@ -95,20 +100,60 @@ def whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+def deberta() -> Any:
+    """DeBERTa-v3 small: six layers of 768 that attend by content and by distance."""
+    config = transformers.DebertaV2Config(
+        vocab_size=WORDS,
+        hidden_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        layer_norm_eps=1e-7,
+        type_vocab_size=0,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=256,
+        max_relative_positions=-1,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+    )
+    return transformers.DebertaV2Model(config)
+
+
+# name: model, and the configuration of its pictures or sounds; None for one of text
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any] | None]] = {
     "clip-vit-base-patch32": (clip, CLIP_PROCESSOR),
     "whisper-tiny": (whisper, WHISPER_PROCESSOR),
+    "deberta-v3-small": (deberta, None),
 }
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write one model folder: config.json, model.safetensors, preprocessor_config.json."""
+    """Write one model folder: config.json, model.safetensors, and processor or tokenizer."""
     build, processor = MODELS[name]
     torch.manual_seed(0)
     target = folder / name
     build().save_pretrained(target)
-    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    if processor is None:
+        write_tokenizer(target)
+    else:
+        (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     return target
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a WordPiece tokenizer trained on seeded texts."""
+    from tokenizers import BertWordPieceTokenizer
+
+    tokenizer = BertWordPieceTokenizer()
+    texts = default_inputs(SimpleNamespace(modality="text"), 2_000, seed=1)  # type: ignore[arg-type]
+    tokenizer.train_from_iterator(texts, vocab_size=WORDS, min_frequency=1)
+    tokenizer.enable_truncation(512)
+    fast = transformers.BertTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, model_max_length=512
+    )
+    fast.save_pretrained(folder)
 
 
 def main() -> None:

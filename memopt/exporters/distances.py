@@ -80,8 +80,8 @@ def _changed(attention: Any, embeddings: Any, rows: Any) -> tuple[Any, tuple[str
     """Give an attention its positions as buffers; return it and what was added."""
     import torch
 
-    added = ["_rows"]
-    attention.register_buffer("_rows", rows.to(embeddings.device), persistent=False)
+    added = ["distance_rows"]
+    attention.register_buffer("distance_rows", rows.to(embeddings.device), persistent=False)
     for which, names in _PROJECTIONS.items():
         if which in attention.pos_att_type:
             project = getattr(attention, next(n for n in names if hasattr(attention, n)))
@@ -89,8 +89,8 @@ def _changed(attention: Any, embeddings: Any, rows: Any) -> tuple[Any, tuple[str
                 projected = project(embeddings[: 2 * _span(attention)])
                 by_head = projected.unflatten(-1, (attention.num_attention_heads, -1))
             placed = by_head.transpose(0, 1).contiguous()
-            attention.register_buffer(f"_{which}", placed, persistent=False)
-            added.append(f"_{which}")
+            attention.register_buffer(f"{which}_positions", placed, persistent=False)
+            added.append(f"{which}_positions")
     method = "disentangled_attention_bias"
     if not hasattr(attention, method):
         method = "disentangled_att_bias"
@@ -117,7 +117,7 @@ def _bias(
     first = query_layer.dim() == 4
     tokens, dimension = query_layer.size(-2), query_layer.size(-1)
     distances = (tokens - 1) - torch.arange(2 * tokens, device=query_layer.device)
-    far = self._rows.numel() // 2
+    far = self.distance_rows.numel() // 2
     near = distances.clamp(-far, far) + far
     scale = (dimension * scale_factor) ** 0.5
 
@@ -129,10 +129,10 @@ def _bias(
 
     bias: Any = 0
     if "c2p" in self.pos_att_type:
-        positions = self._c2p.index_select(1, self._rows[near])
+        positions = self.c2p_positions.index_select(1, self.distance_rows[near])
         bias = bias + scores(query_layer, positions, 1.0 if first else scale)
     if "p2c" in self.pos_att_type:
-        positions = self._p2c.index_select(1, self._rows.flip(0)[near])
+        positions = self.p2c_positions.index_select(1, self.distance_rows.flip(0)[near])
         bias = bias + scores(key_layer, positions, scale).transpose(-1, -2)
     return bias
 
