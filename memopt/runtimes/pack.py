@@ -20,7 +20,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 # What a fast tokenizer.json was made from; the engine reads that file alone.
 _VOCABULARIES = (
     *("vocab.txt", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model"),
 )
 _HOSTS = ("openvino", "cpu")
 

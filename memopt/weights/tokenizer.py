@@ -96,6 +96,11 @@ def _load(source: Path, sentence: Sentence | None) -> Any:
     except MissingExtra as error:
         raise WeightsError(str(error)) from error
     except Exception as error:
+        if any(source.glob("*.model")):  # else it says that tiktoken is missing
+            try:
+                require("sentencepiece", extra="export", why="read the tokenizer")
+            except MissingExtra as missing:
+                raise WeightsError(str(missing)) from error
         reason = first_line(error)
         raise WeightsError(f"transformers cannot read the tokenizer: {reason}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,95 @@ def test_without_transformers_the_tokenizer_is_taken_as_it_lies(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """convert needs no transformers where tokenizer.json is there; it says what it did not do."""
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     lines: list[str] = []
     convert(source, tmp_path / "bundle", on_warning=lines.append)
     assert len(lines) == 1
     assert "transformers is needed to read the tokenizer" in lines[0]
+
+
+# Kinds of models whose checkpoints may come with a SentencePiece vocabulary alone, and its name.
+PIECES = {
+    "deberta-v2": ("DebertaV2Config", "DebertaV2Model", "spm.model"),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel", "sentencepiece.bpe.model"),
+    "camembert": ("CamembertConfig", "CamembertModel", "sentencepiece.bpe.model"),
+    "albert": ("AlbertConfig", "AlbertModel", "spiece.model"),
+    "t5": ("T5Config", "T5EncoderModel", "spiece.model"),
+}
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece vocabulary of a few hundred pieces, with the names that DeBERTa's has."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("pieces") / "spm"
+    named = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3),
+        model_prefix=str(prefix),
+        vocab_size=180,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **{f"{name}_id": number for number, name in enumerate(named)},
+        **{f"{name}_piece": piece for name, piece in named.items()},
+    )
+    return prefix.with_suffix(".model")
+
+
+def of_pieces(kind: str, pieces: Path, folder: Path) -> Path:
+    """Write a checkpoint whose tokenizer is its SentencePiece vocabulary."""
+    import transformers
+
+    config, model, name = PIECES[kind]
+    sizes: dict[str, Any] = {"vocab_size": 1_000, "hidden_size": 16, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "intermediate_size": 16, "max_position_embeddings": 130}
+    if kind == "t5":
+        sizes = {"vocab_size": 1_000, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+    if kind == "albert":
+        sizes["embedding_size"] = 16
+    getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    shutil.copy(pieces, folder / name)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 128}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_a_vocabulary_of_pieces_alone_is_a_tokenizer(
+    kind: str, pieces: Path, tmp_path: Path
+) -> None:
+    """As microsoft/deberta-v3-base and older checkpoints have it; the ids are transformers' own."""
+    source = of_pieces(kind, pieces, tmp_path / "source")
+    bundle = convert(str(source), tmp_path / "bundle")
+    assert (bundle.path / "tokenizer.json").is_file()
+    found = [
+        Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text).ids for text in TEXTS
+    ]
+    assert found == theirs(source, bundle.manifest.max_length)
+
+
+def test_its_pieces_are_what_sentencepiece_cuts(pieces: Path, tmp_path: Path) -> None:
+    """Beside transformers' reading of the file, the library's own."""
+    import sentencepiece
+
+    library = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    source = of_pieces("deberta-v2", pieces, tmp_path / "source")
+    bundle = convert(str(source), tmp_path / "bundle")
+    tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    for text in (tokenizer_module.PROBES[1], TEXTS[-1]):
+        assert tokenizer.encode(text, add_special_tokens=False).tokens == library.encode(
+            text, out_type=str
+        )
+
+
+def test_without_sentencepiece_the_missing_package_is_named(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not tiktoken, which transformers tries next and asks for."""
+    source = of_pieces("deberta-v2", pieces, tmp_path / "source")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (why,) = tokenizer_module.write_tokenizer(source, tmp_path, 128)
+    assert "sentencepiece" in why
+    assert "pip install" in why
+    assert "tiktoken" not in why
