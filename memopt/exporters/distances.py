@@ -39,21 +39,21 @@ def by_distance(model: Any) -> Iterator[None]:
 
 def _attentions(model: Any) -> Iterator[tuple[Any, Any, Any]]:
     """Yield each such attention, the embeddings of its positions, and the rows of distances."""
-    for kind in _KINDS:
-        if getattr(model.config, "model_type", "").replace("-", "_") != kind:
+    kind = str(getattr(getattr(model, "config", None), "model_type", "")).replace("-", "_")
+    if kind not in _KINDS:
+        return
+    library = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    for encoder in model.modules():
+        if not getattr(encoder, "relative_attention", False):
             continue
-        library = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-        for encoder in model.modules():
-            if not getattr(encoder, "relative_attention", False):
-                continue
-            if not hasattr(encoder, "get_rel_embedding"):
-                continue
-            for attention in encoder.modules():
-                if isinstance(attention, library.DisentangledSelfAttention):
-                    bucketed = getattr(library, "make_log_bucket_position", None)
-                    rows = _rows_of_distances(attention, bucketed)
-                    if rows is not None:
-                        yield attention, encoder.get_rel_embedding(), rows
+        if not hasattr(encoder, "get_rel_embedding"):
+            continue
+        for attention in encoder.modules():
+            if isinstance(attention, library.DisentangledSelfAttention):
+                bucketed = getattr(library, "make_log_bucket_position", None)
+                rows = _rows_of_distances(attention, bucketed)
+                if rows is not None:
+                    yield attention, encoder.get_rel_embedding(), rows
 
 
 def _span(attention: Any) -> int:
