@@ -41,6 +41,7 @@ from memopt.runtimes.providers import opener
 from memopt.weights.convert import convert
 
 MODELS = {"clip-vit-base-patch32": 8, "whisper-tiny": 2}  # items in a batch
+TASKS = {"clip-vit-base-patch32": "image-embedding", "whisper-tiny": "audio-embedding"}
 CALIBRATION = 32
 HELD_OUT = 16  # of another seed than what was calibrated and validated with
 
@@ -51,7 +52,7 @@ def prepare(name: str, work: Path) -> tuple[Path, Bundle]:
     if not (source / "config.json").is_file():
         make(name, work)
     if not (home / MANIFEST).is_file():
-        convert(str(source), home)
+        convert(str(source), home, task=TASKS[name])
     bundle = open_bundle(home)
     for format_, precision, variant in (
         ("onnx", "fp32", "onnx-fp32"),
