@@ -16,7 +16,7 @@ from memopt.runtimes.cpu import BF16, cpu_features, usable_cpus
 from memopt.runtimes.heap import drop_pages, trim_heap
 from memopt.runtimes.limits import resident_mb
 from memopt.runtimes.openvino_axes import last_axis, takes_one_row
-from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_core import compile_known, open_core
 from memopt.runtimes.openvino_file import is_segmented
 from memopt.runtimes.openvino_shapes import HEIGHTS, FixedShapes, SharedRows
 from memopt.runtimes.processes import keep_for_ever
@@ -186,7 +186,7 @@ class OpenvinoBackend:
         settings = self._compile_options(streams)
 
         def make() -> Any:
-            return self._core.compile_model(self._shaped(shape), self._device, settings)
+            return compile_known(self._core, self._shaped(shape), self._device, settings)
 
         stat = self._path.stat()
         file = (str(self._path.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -218,7 +218,7 @@ class OpenvinoBackend:
         shape = feed[self.inputs[0]].shape if self._fixed_for(feed) else None
         inputs = [feed[name] for name in self.inputs]
         options = {**self._compile_options(1), "PERF_COUNT": "YES"}
-        compiled = self._core.compile_model(self._shaped(shape), self._device, options)
+        compiled = compile_known(self._core, self._shaped(shape), self._device, options)
         return openvino_kernels(compiled, inputs, runs)
 
     def submit(self, feed: Feed) -> Future[Rows]:
@@ -251,7 +251,7 @@ class OpenvinoBackend:
                 raise DeviceError("the model on openvino is closed")
             if self._whole is None:
                 # Compiled anew: what serves batches computes one output only.
-                self._whole = self._core.compile_model(self._path, self._device, self._options)
+                self._whole = compile_known(self._core, self._path, self._device, self._options)
         results = self._whole(dict(feed))
         found = {}
         for port in self._whole.outputs:

@@ -12,7 +12,8 @@ import pytest
 
 from memopt import ArrowEngine
 from memopt.bundle import Bundle
-from memopt.runtimes import openvino, openvino_shapes
+from memopt.errors import DeviceError
+from memopt.runtimes import openvino, openvino_core, openvino_shapes
 from memopt.runtimes.openvino import OpenvinoBackend
 
 SHORT, LONGER = "A cat sleeps.", "The box by the window " + "runs a small model and " * 8
@@ -119,3 +120,21 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.stdout == b"interrupted\n", done
+
+
+def test_an_option_of_speed_that_this_openvino_lacks_is_left_out_aloud(
+    minilm: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bundle made with another release opens; an option that changes answers is not left out."""
+    monkeypatch.setattr(openvino_core, "_OF_SPEED", {"GONE_BY_NOW"})
+    wanted = {"GONE_BY_NOW": "YES", "ENABLE_HYPER_THREADING": "NO"}
+    usual: dict[str, Any] = {"device": "openvino", "variant": "openvino-fp32", "strict": True}
+    with ArrowEngine(minilm, **usual) as plain:
+        expected = plain.encode([SHORT])
+    with ArrowEngine(minilm, **usual, openvino_options=wanted) as engine:
+        np.testing.assert_allclose(engine.encode([SHORT]), expected, atol=1e-5)
+        compiled = backend_of(engine)._single.compiled
+        assert compiled.get_property("ENABLE_HYPER_THREADING") is False
+    assert "has no GONE_BY_NOW: opened without it" in caplog.text
+    with pytest.raises(DeviceError, match="Unsupported property UNHEARD"):
+        ArrowEngine(minilm, **usual, openvino_options={"UNHEARD": "YES"}).encode([SHORT])
