@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memopt.bundle import Bundle
 from memopt.errors import WeightsError
 from memopt.graphs.ir import constant, made_by
-from memopt.graphs.openvino import constant_of, folded, nodes_of, value_name
+from memopt.graphs.openvino import constant_of, folded, nodes_of, value_name, varying
 from memopt.weights.reader import WeightLoader
 
 Array = NDArray[np.floating[Any]]
@@ -103,9 +103,14 @@ def openvino_linears(model: Any, name_of: Callable[[Array], str | None]) -> list
     """Return the linear layers of an ``openvino.Model``, in order.
 
     A layer is named after its weight in the checkpoint where ``name_of`` knows it, else after its
-    node.
+    node. A product of learned queries, the same for every input, is none: the plugin computes it
+    once, and cannot where it is in integers (OpenVINO 2026.4).
     """
-    layers = [_openvino_linear(node, name_of) for node in nodes_of(model, "MatMul")]
+    inner = varying(model)
+    products = [
+        n for n in nodes_of(model, "MatMul") if n.input_value(0).get_node().get_name() in inner
+    ]
+    layers = [_openvino_linear(node, name_of) for node in products]
     return [item for item in layers if item is not None]
 
 

@@ -39,6 +39,21 @@ def nodes_of(model: Any, kind: str) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
 
 
+def varying(model: Any) -> set[str]:
+    """Return the names of the nodes whose values differ from input to input.
+
+    Not among them: what depends on an input's shape alone, such as rows of learned queries, one for
+    each picture.
+    """
+    found: set[str] = set()
+    for node in model.get_ordered_ops():
+        kind = node.get_type_name()
+        read = (value.get_node().get_name() for value in node.input_values())
+        if kind == "Parameter" or (kind != "ShapeOf" and any(name in found for name in read)):
+            found.add(node.get_name())
+    return found
+
+
 def constant_of(output: Any) -> Any:
     """Return the Constant node behind converts, transposes and reshapes, None for another value."""
     node = output.get_node()
