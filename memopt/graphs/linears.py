@@ -116,7 +116,9 @@ def openvino_linears(model: Any, name_of: Callable[[Array], str | None]) -> list
 
 def _openvino_linear(node: Any, name_of: Callable[[Array], str | None]) -> Linear | None:
     stored = constant_of(node.input_value(1))
-    if stored is None or len(stored.get_output_shape(0)) != 2:
+    # What is transposed on its way in has its features on another axis than the last.
+    turned = node.get_attributes()["transpose_a"]
+    if stored is None or turned or len(stored.get_output_shape(0)) != 2:
         return None
 
     def read() -> Array:

@@ -38,6 +38,14 @@ def test_a_product_of_learned_queries_is_no_layer() -> None:
     assert learned.get_name() not in varying(model)
 
 
+def test_a_product_of_a_transposed_value_is_no_layer() -> None:
+    """Its features are not on the last axis, whose length may differ from input to input."""
+    x = op.parameter([-1, 4, -1], np.float32, name="x")  # features before frames, as of SEW-D
+    weight = op.constant(np.eye(4, dtype=np.float32))
+    model = ov.Model([op.matmul(x, weight, True, True)], [x])
+    assert openvino_linears(model, lambda weight: None) == []
+
+
 @pytest.mark.slow
 def test_siglip_is_quantized(tmp_path: Path) -> None:
     """Its head asks with learned queries; in integers the plugin could not compile them."""
