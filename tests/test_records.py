@@ -69,9 +69,9 @@ def test_the_formats_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.csv.gz", "a.jsonl.gz"])
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, name: str) -> None:
-    """Cut off, changed inside, or none at all: one line with the file, after whole rows or not."""
+    """Cut off, changed, of other bytes or of none: one line with the file, early or late."""
     whole = gzip.compress("\n".join(['"text"', *(f'"bird {n}"' for n in range(9_000))]).encode())
-    for data in (whole[:-9], whole[:200] + b"abc" + whole[203:], b"text"):
+    for data in (whole[:-9], whole[:200] + b"abc" + whole[203:], b"text", b""):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=rf"{name} is no whole gzip file"):
             list(read_items(str(tmp_path / name), "text", "text"))

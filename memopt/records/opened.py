@@ -38,6 +38,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     try:
+        if not path.stat().st_size:  # gzip's own tool refuses it, Python's reads no rows
+            raise EOFError("it is empty")
         with gzip.open(path, "rb") as unpacked:
             yield cast(BinaryIO, unpacked)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -142,7 +142,7 @@ def test_object_stores_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for name, value in bucket.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.environment["AWS_ENDPOINT"])
-        for suffix in (".parquet", ".csv"):
+        for suffix in (".parquet", ".csv", ".csv.gz", ".jsonl.gz"):
             bucket.objects[f"data/rows{suffix}"] = write(tmp_path, suffix).read_bytes()
             source = plan(f"s3://data/rows{suffix}", "text", rows=3, spool=tmp_path / "spool")
             assert read(source)[1] == TEXTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from memopt.bundle import Bundle
 from memopt.cli import app as whole
 from memopt.commands.memory import app
+from memopt.commands.memory.add import read
 from memopt.errors import MemoptError
 from tests.memory.kit import files_with, png
 
@@ -103,6 +105,19 @@ def test_import_redacts_and_counts_as_add_does(minilm: Bundle, tmp_path: Path) -
     warned = memopt("import", tmp_path / "mail-0", tmp_path / "mails", "--redaction", "none")
     assert "0 added" in warned.stdout
     assert "1 ids hold other content, which stays" in warned.stderr
+
+
+def test_an_empty_cell_is_nothing_in_every_kind_of_table(tmp_path: Path) -> None:
+    """Not an empty time or category, whatever the file is compressed with."""
+    rows = [["text", "category", "expires_at"], ["a red door", "", ""], ["rain", "x", "2027-01-01"]]
+    for ending, delimiter in ((".csv", ","), (".tsv", "\t"), (".CSV.gz", ","), (".tsv.gz", "\t")):
+        table = "\n".join(delimiter.join(row) for row in rows).encode()
+        path = tmp_path / f"rows{ending}"
+        path.write_bytes(gzip.compress(table) if ending.endswith(".gz") else table)
+        first, second = read([str(path)], category="usual")
+        assert (first.category, first.expires_at) == ("usual", None), ending
+        assert second.category == "x", ending
+        assert second.expires_at is not None, ending
 
 
 def test_forget_erases(minilm: Bundle, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _rows(path: Path, usual: dict[str, Any]) -> Iterator[NewMemory]:
         if record.problem:
             raise InputError(f"{record.where} {record.problem}")
         values: dict[str, Any] = dict(record.values)
-        if path.suffix.lower() in _TABLES:
+        if ending(path) in _TABLES:
             # An empty cell of a table is nothing, not an empty text or time.
             values = {name: value for name, value in values.items() if value}
         yield _entry(values, path, record.where, usual)
