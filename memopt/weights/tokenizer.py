@@ -7,6 +7,8 @@ and padding that were saved with it. The bundle gets the outcome, for ``tokenize
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ PROBES = (
     "e\u0301 \ufb01 \u2460 zero\u200bwidth no\u00a0break \U0001f469\u200d\U0001f52c",
     "don't_split snake_case CamelCase x=y+1; https://example.org/a?b=c#d me@example.org",
 )
+# Plain words, then what most SentencePiece vocabularies write in other letters, and one that few
+# know. What a configuration may change on purpose (case, accents, punctuation, spaces) is not here.
+PLAIN = "a kettle that boils here fits \ufb01 \u2460 \uff46\uff55\uff4c\uff4c \u65e5"
 
 
 def write_tokenizer(
@@ -40,7 +45,8 @@ def write_tokenizer(
         sentence: the sentence-transformers pipeline, which may lower texts and pass arguments.
 
     Returns:
-        Lines for the user: the tokenizer is taken as it lies, or there is none.
+        Lines for the user: the tokenizer is taken as it lies, there is none, or transformers
+        cuts texts unlike the file that it reads.
 
     Raises:
         WeightsError: what was written gives other ids than transformers on a probe text.
@@ -65,7 +71,7 @@ def write_tokenizer(
     _settle(backend, tokenizer, max_length)
     backend.save(str(target))
     _compare(target, tokenizer, max_length)
-    return []
+    return _other_pieces(source, target)
 
 
 def lower_case(tokenizer: Any) -> None:
@@ -136,3 +142,68 @@ def _compare(target: Path, tokenizer: Any, max_length: int | None) -> None:
                 f"{probe[:60]!r} gives other token ids than transformers",
                 fix="report the model; a wrong tokenizer would give wrong vectors",
             )
+
+
+def _other_pieces(source: Path, target: Path) -> list[str]:
+    """Return a line where what was written cuts plain words unlike the file it was made from.
+
+    transformers reads some SentencePiece vocabularies without the letters they write in others'
+    place, their bytes or their order of merges: what a model knows becomes unknown to it.
+    """
+    from tokenizers import Tokenizer
+
+    name, probe, pieces = _pieces_of_file(source)
+    if not name:
+        return []
+    found = _pieces(Tokenizer.from_file(str(target)), probe)
+    differ = (i for i, pair in enumerate(zip_longest(found, pieces)) if pair[0] != pair[1])
+    first = next(differ, None)
+    if first is None:
+        return []
+    here, there = (" ".join(p or "(unknown)" for p in x[first:][:4]) for x in (found, pieces))
+    return [
+        f"transformers reads {source / name} unlike it is: {probe.strip()!r} is cut into {here!r} "
+        f"where the file has {there!r}; the model was hardly trained with such tokens"
+    ]
+
+
+def _pieces_of_file(source: Path) -> tuple[str, str, list[str | None]]:
+    """Return the file whose word it is, a text, and its pieces there; "" where there is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        import sentencepiece
+    except ImportError:
+        models = []
+    else:
+        models = sorted(source.glob("*.model"))
+    for path in models:
+        try:
+            library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            continue  # tiktoken's files have the same ending
+        cut = zip(library.encode(PLAIN, out_type=str), library.encode(PLAIN), strict=True)
+        return path.name, PLAIN, _joined(None if i == library.unk_id() else p for p, i in cut)
+    if (source / "tokenizer.json").is_file():
+        # Whether a space comes first is the configuration's to say.
+        probe = f" {PLAIN}"
+        return (
+            "tokenizer.json",
+            probe,
+            _pieces(Tokenizer.from_file(str(source / "tokenizer.json")), probe),
+        )
+    return "", "", []
+
+
+def _pieces(tokenizer: Any, text: str) -> list[str | None]:
+    """Return the pieces of a text, None for what the vocabulary does not hold."""
+    tokenizer.no_truncation()
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    tokens = tokenizer.encode(text, add_special_tokens=False).tokens
+    return _joined(None if t == unknown or tokenizer.token_to_id(t) is None else t for t in tokens)
+
+
+def _joined(pieces: Iterable[str | None]) -> list[str | None]:
+    """Return pieces with each run of unknown ones as one: libraries join them or do not."""
+    runs = ((piece, list(run)) for piece, run in groupby(pieces))
+    return [entry for piece, run in runs for entry in (run if piece is not None else [None])]

@@ -218,6 +218,41 @@ def test_its_pieces_are_what_sentencepiece_cuts(pieces: Path, tmp_path: Path) ->
         )
 
 
+@pytest.mark.parametrize("kind", PIECES)
+def test_letters_that_transformers_does_not_rewrite_are_told(
+    kind: str, pieces: Path, tmp_path: Path
+) -> None:
+    """DeBERTa's, which it reads without them; the others, with options of their own, are right."""
+    source = of_pieces(kind, pieces, tmp_path / "source")
+    edit(source, "tokenizer_config.json", do_lower_case=True, truncation_side="left")
+    lines: list[str] = []
+    convert(str(source), tmp_path / "bundle", on_warning=lines.append)
+    if kind != "deberta-v2":
+        assert lines == []
+        return
+    assert len(lines) == 1
+    assert "spm.model unlike it is" in lines[0]
+    assert "\u25811" in lines[0].partition("where the file has")[2]
+
+
+def test_so_are_those_of_a_tokenizer_that_was_right(pieces: Path, tmp_path: Path) -> None:
+    """Its tokenizer.json lies there with them; transformers makes it anew without."""
+    import sentencepiece.sentencepiece_model_pb2 as proto
+    from tokenizers import normalizers
+
+    source = of_pieces("deberta-v2", pieces, tmp_path / "source")
+    convert(str(source), tmp_path / "first")
+    letters = proto.ModelProto.FromString(pieces.read_bytes()).normalizer_spec.precompiled_charsmap
+    right = Tokenizer.from_file(str(tmp_path / "first" / "tokenizer.json"))
+    right.normalizer = normalizers.Precompiled(letters)
+    right.save(str(source / "tokenizer.json"))
+    (source / "spm.model").unlink()
+    lines: list[str] = []
+    convert(str(source), tmp_path / "bundle", on_warning=lines.append)
+    assert len(lines) == 1
+    assert "tokenizer.json unlike it is" in lines[0]
+
+
 def test_without_sentencepiece_the_missing_package_is_named(
     pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
