@@ -36,3 +36,17 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
         return rows
     padding = text.get("pad_token_id", 1)  # save_pretrained leaves out what is the default
     return max(1, rows - (padding if isinstance(padding, int) else 0) - 1)
+
+
+def counts_distances_alone(config: Mapping[str, Any]) -> bool:
+    """Return whether a text past :func:`position_limit` is one to the model like any other.
+
+    DeBERTa has a table of positions only where they are added to the tokens; the distances that
+    it attends by have no end.
+
+    >>> counts_distances_alone({"model_type": "deberta-v2", "position_biased_input": False})
+    True
+    """
+    # save_pretrained leaves out what is the default: they are added.
+    added = config.get("position_biased_input", True)
+    return config.get("model_type") in ("deberta", "deberta-v2") and added is False

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from memopt.errors import ExportError
-from memopt.positions import position_limit
+from memopt.positions import counts_distances_alone, position_limit
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.tasks.table import task_of
 from memopt.weights.kinds import AST, FULL_LENGTH, UNPADDED
@@ -159,7 +159,9 @@ def _longest(loaded: LoadedModel, task: str, max_length: int | None) -> int:
     """Return the most tokens to check with: all that a text may have, or what memory allows."""
     config = loaded.config
     stated = position_limit(config.to_dict())
-    limit = min(max_length or stated or 512, stated or max_length or 512)
+    limit = max_length or stated or 512
+    if not counts_distances_alone(config.to_dict()):
+        limit = min(limit, stated or limit)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
     heads = heads if isinstance(heads, int) and heads > 0 else 12
     limit = min(limit, int((LONGEST_SCORES / 4 / heads) ** 0.5))

@@ -9,7 +9,7 @@ from typing import Any
 
 from memopt.bundle import POOLINGS, Manifest, read_json
 from memopt.errors import BundleError, ConfigurationError, WeightsError
-from memopt.positions import position_limit
+from memopt.positions import counts_distances_alone, position_limit
 from memopt.registry import nearest
 from memopt.tasks.table import Task, task_of, task_of_class
 from memopt.weights.chain import chain_width
@@ -288,6 +288,8 @@ def _max_length(folder: Path, config: Mapping[str, Any], sentence: Sentence | No
     table = position_limit(config)
     limits = [] if table is None else [table]
     stated: Any = sentence.max_length if sentence else None
+    if stated is not None and counts_distances_alone(config):
+        return int(stated)
     if stated is None and (folder / "tokenizer_config.json").is_file():
         stated = read_json(folder / "tokenizer_config.json").get("model_max_length")
     if isinstance(stated, int | float) and 0 < stated < _NO_LIMIT:

@@ -253,6 +253,25 @@ def test_so_are_those_of_a_tokenizer_that_was_right(pieces: Path, tmp_path: Path
     assert "tokenizer.json unlike it is" in lines[0]
 
 
+@pytest.mark.parametrize(("added", "longest"), [(False, 200), (True, 130)])
+def test_a_deberta_takes_what_its_pipeline_says(
+    added: bool, longest: int, pieces: Path, tmp_path: Path
+) -> None:
+    """Past its positions too, where they are not added to the tokens; as sentence-transformers."""
+    source = of_pieces("deberta-v2", pieces, tmp_path / "source")
+    edit(source, "config.json", position_biased_input=added)
+    edit(source, "tokenizer_config.json", model_max_length=512)
+    (source / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 200}))
+    kind = "sentence_transformers.models.Transformer"
+    modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
+    modules += [{"idx": 1, "name": "1", "path": "1_Pooling", "type": kind[:-11] + "Pooling"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    assert convert(str(source), tmp_path / "bundle").manifest.max_length == longest
+
+
 def test_without_sentencepiece_the_missing_package_is_named(
     pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
