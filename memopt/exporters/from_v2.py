@@ -148,7 +148,8 @@ def quantized_graph(
                 editor.replace(value, weight.transposed() if turned else weight)
             else:
                 kept = loader.load(name).astype(stored.dtype)
-                set_constant(value, np.ascontiguousarray(kept.T if turned else kept))
+                laid_out = (kept.T if turned else kept).reshape(stored.shape)
+                set_constant(value, np.ascontiguousarray(laid_out))
     if not editor.counts:
         raise ExportError(
             f"no quantized weight of {weights_file} is in {graph}", fix="export the model again"

@@ -11,7 +11,8 @@ def is_transposed(stored: np.ndarray, weight: np.ndarray, *, name: str) -> bool:
     """Whether a graph's initializer is the transpose of the checkpoint's weight.
 
     Square matrices make shapes useless here, so values decide; exporters write Linear weights
-    transposed for MatMul and GPT-2's Conv1D weights as they are.
+    transposed for MatMul and GPT-2's Conv1D weights as they are. A vector may have got axes of
+    size one beside its own (DeBERTa's biases of queries), which is no transpose.
 
     Raises:
         WeightsError: it is neither: the graph was not made from these weights.
@@ -19,8 +20,12 @@ def is_transposed(stored: np.ndarray, weight: np.ndarray, *, name: str) -> bool:
     >>> w = np.arange(4, dtype=np.float32).reshape(2, 2)
     >>> is_transposed(w.T, w, name="w"), is_transposed(w, w, name="w")
     (True, False)
+    >>> is_transposed(w.reshape(1, 2, 1, 2), w.reshape(4), name="a vector")
+    False
     """
     if stored.shape == weight.shape and _equal(stored, weight):
+        return False
+    if weight.ndim == 1 and stored.size == weight.size and _equal(stored.reshape(-1), weight):
         return False
     if weight.ndim == 2 and stored.shape == weight.shape[::-1] and _equal(stored, weight.T):
         return True

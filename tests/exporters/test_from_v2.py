@@ -122,6 +122,23 @@ def test_the_graph_holds_the_files_integers(
     assert np.abs(run(model, ids) - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
+def test_a_vector_keeps_the_axes_that_the_graph_gave_it(tmp_path: Path) -> None:
+    """DeBERTa's biases of queries stand as (1, heads, 1, dimension) in its graph."""
+    graph, v1, v2 = files(tmp_path, 8, 0, 0, True)
+    plain, _ = quantized_graph(graph, v1, v2)
+    model = onnx.load(graph)
+    bias = next(i for i in model.graph.initializer if i.name == "first.bias")
+    bias.CopyFrom(numpy_helper.from_array(BIAS.reshape(1, -1), bias.name))
+    onnx.save(model, graph)
+    laid_out, _ = quantized_graph(graph, v1, v2)
+    ids = np.array([3, 0, 19, 7])
+    assert np.array_equal(run(laid_out, ids), run(plain, ids))
+    bias.CopyFrom(numpy_helper.from_array(BIAS[::-1].reshape(1, -1), bias.name))
+    onnx.save(model, graph)
+    with pytest.raises(WeightsError, match="is not the weight file's"):
+        quantized_graph(graph, v1, v2)
+
+
 def test_kernels_that_fit_are_used(tmp_path: Path) -> None:
     """Groups of a power of two run packed; other layouts are dequantized."""
     graph, v1, v2 = files(tmp_path, 4, 1, 32, True)

@@ -108,5 +108,6 @@ def _dequantized(context: Context[ArrowRecipe], weights: Path, kept: Collection[
                 continue
             turned = is_transposed(stored, original.load(name), name=name)
             value = np.asarray(quantized.load(name), np.float32)
-            set_constant(tensor, np.ascontiguousarray(value.T if turned else value))
+            laid_out = (value.T if turned else value).reshape(stored.shape)
+            set_constant(tensor, np.ascontiguousarray(laid_out))
     return to_proto(model)
