@@ -37,6 +37,19 @@ def by_distance(model: Any) -> Iterator[None]:
                 delattr(attention, name)
 
 
+def projected_positions(model: Any) -> dict[str, Any]:
+    """Return name -> float32 array (heads, positions, dimension) that such a graph holds.
+
+    They are no weights but made of some: a graph with other weights has other ones.
+    """
+    with by_distance(model):
+        return {
+            name: buffer.detach().float().numpy().copy()
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[2] in (f"{which}_positions" for which in _PROJECTIONS)
+        }
+
+
 def _attentions(model: Any) -> Iterator[tuple[Any, Any, Any]]:
     """Yield each such attention, the embeddings of its positions, and the rows of distances."""
     kind = str(getattr(getattr(model, "config", None), "model_type", "")).replace("-", "_")

@@ -23,6 +23,7 @@ from memopt.bundle import Bundle, Variant
 from memopt.errors import ExportError
 from memopt.exporters import check, onnx
 from memopt.exporters.base import kind_of, reference_cases
+from memopt.exporters.distances import projected_positions
 from memopt.exporters.refusals import need_one_graph
 from memopt.extras import require
 from memopt.files import sha256_file, staged_directory
@@ -78,6 +79,7 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
     manifest, task = bundle.manifest, bundle.manifest.task
     kind, writes = kind_of(task), bundle.task.answer == "logits"
     loaded = kind.load_model(bundle, task, path)
+    _project(graph, loaded.module)
     signature = kind.signature(loaded, manifest, task)
     cases = reference_cases(loaded, manifest, task, signature)
     with staged_directory(bundle.path) as folder:
@@ -105,6 +107,15 @@ def export_v2(bundle: Bundle, weights_file: str | Path, *, on_step: Step = silen
         staged = {f"onnx/{part}": folder / part for part in (*beside, file.name)}
         bundle.add_variants(variant, event=event, staged=staged)
         return variant
+
+
+def _project(graph: Any, module: Any) -> None:
+    """Put what the export computed of float weights in anew, of the file's."""
+    onnx = require("onnx", extra="export", why="build the quantized graph")
+    positions = projected_positions(module)
+    for tensor in graph.graph.initializer:
+        if tensor.name in positions:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(positions[tensor.name], tensor.name))
 
 
 def _proof(bundle: Bundle, path: Path) -> dict[str, Any]:

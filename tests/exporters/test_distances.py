@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
+from memopt.bundle import open_bundle
+from memopt.exporters.base import export
 from memopt.exporters.distances import by_distance
 from memopt.exporters.encoder import wrap
+from memopt.exporters.from_v2 import export_v2
 from memopt.exporters.onnx import to_onnx
+from memopt.quantization.arrow import ArrowQuantizer
+from memopt.weights.convert import convert
 from tests.exporters.kit import built, manifest_of, prepared
 
 TEXT: dict[str, Any] = {
@@ -128,3 +135,19 @@ def test_a_graph_holds_no_products_with_distances_that_no_text_has() -> None:
     kinds = Counter(node.op_type for node in graph.graph.node)
     assert not {"Tile", "GatherElements"} & kinds.keys()
     assert kinds["MatMul"] == TEXT["num_hidden_layers"] * (4 + 2 + 2 + 2)
+
+
+@pytest.mark.parametrize("kind", ["Deberta", pytest.param("DebertaV2", marks=pytest.mark.slow)])
+def test_a_graph_of_quantized_weights_has_their_positions(kind: str, tmp_path: Path) -> None:
+    """Not those that were projected with the float weights: it would not be of the file's."""
+    torch.manual_seed(0)
+    config = getattr(hf, f"{kind}Config")(**TEXT)
+    loud(getattr(hf, f"{kind}Model")(config)).save_pretrained(tmp_path / "source")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no tokenizer
+        bundle = convert(str(tmp_path / "source"), tmp_path / "bundle")
+    export(bundle, format="onnx")
+    ArrowQuantizer().quantize(bundle.weights, tmp_path / "v2.parquet")
+    variant = export_v2(open_bundle(bundle.path), tmp_path / "v2.parquet")
+    assert variant.check is not None
+    assert variant.check["min_cosine"] > 0.999999
