@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 
@@ -60,10 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", default="minilm")
     parser.add_argument("--variant", default="onnx-fp32-fused")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive_int, default=9)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
+    if bundle.variant(options.variant).format != "onnx":
+        parser.error(f"--variant {options.variant} is no ONNX graph, which onnxruntime could open")
     from memopt.runtimes.cpu import usable_cpus
 
     values = {
@@ -94,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

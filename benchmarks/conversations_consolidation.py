@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from command_line import run_main
 from conversations import BUNDLE, DATA, Dialogue, fill, read
 from rich.console import Console
 from rich.table import Table
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from command_line import positive_int, run_main
 
 MEMOPT = """
 from memopt.weights.convert import convert
@@ -80,10 +81,12 @@ def make_model(folder: Path, megabytes: int, tensor: int) -> None:
 def main() -> None:
     """Measure both ways and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=1024)
-    parser.add_argument("--tensor", type=int, default=16, help="size of each tensor in MB")
+    parser.add_argument("--megabytes", type=positive_int, default=1024)
+    parser.add_argument("--tensor", type=positive_int, default=16, help="size of each tensor in MB")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.tensor > options.megabytes:
+        parser.error(f"--tensor {options.tensor} is more than --megabytes {options.megabytes}")
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         make_model(home / "small", 1, 1)
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import psutil
 import tiny_models as tiny
+from command_line import check_names, positive_int, run_main
 from coverage_page import STATUSES, counted, write_page
 from rich.console import Console
 
@@ -319,12 +320,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*", metavar="TYPE", help="[default: all]")
     parser.add_argument("-o", "--output", type=Path, default=Path(".cache/coverage"))
-    parser.add_argument("-j", "--jobs", type=int, default=1)
+    parser.add_argument("-j", "--jobs", type=positive_int, default=1)
     parser.add_argument("--task", action="append", default=[], choices=["embedding", *HEADS])
     parser.add_argument("--again", action="append", default=[], choices=STATUSES)
     parser.add_argument("--docs", action="store_true", help="write docs/coverage.md of the rows")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     given = parser.parse_args()
+    if given.kinds:
+        check_names("type", given.kinds, {kind for kind, _ in cells()})
     given.output.mkdir(parents=True, exist_ok=True)
     file = given.output / "rows.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
@@ -363,4 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command_line import positive_int, run_main
 from digit_association import (
     SPEAKERS,
     Part,
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--unseen", default="yweweler", help="speaker left out of the training")
     parser.add_argument("--seed", type=int, default=0)
     # On cores that others keep busy one thread is faster than two that wait for each other.
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=positive_int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not DATA.is_dir():
@@ -314,4 +315,4 @@ def show(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="to pack [default: the real MiniLM]")
     parser.add_argument("--compile", action="store_true", help="leave --no-compile out")
     arguments = parser.parse_args()
+    if arguments.bundle and not (arguments.bundle / "memopt.json").is_file():
+        parser.error(f"no bundle at {str(arguments.bundle)!r}")
     with tempfile.TemporaryDirectory(prefix="memopt-edge-") as name:
         home = Path(name)
         venv.create(home / "venv", with_pip=True)

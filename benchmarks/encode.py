@@ -12,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
+from command_line import positive_int, run_main
 from peak import peaks
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from memopt.benchmark.peers import PEERS, Contender, peer_contenders, peer_pytho
 from memopt.benchmark.record import ratio
 from memopt.benchmark.runner import run
 from memopt.benchmark.workload import default_inputs, read_inputs
-from memopt.bundle import Bundle, open_bundle
+from memopt.bundle import Bundle, Variant, open_bundle
 from memopt.exporters.base import export
 from memopt.runtimes.cpu import BF16, cpu_features
 from memopt.weights.convert import resolve
@@ -44,8 +45,17 @@ def prepared(name: str) -> Bundle:
     return open_bundle(bundle.path)
 
 
-def share_of_peak(bundle: Bundle, texts: list[str], speed: float) -> None:
-    """Print how much of this machine's int8 matmul speed `speed` texts per second are.
+def arithmetic(variant: Variant) -> str:
+    """Return the precision, of those of peak.py, in which a variant multiplies."""
+    if variant.precision == "int8" and "weight" not in variant.method:
+        return "int8"
+    # Weights alone in int8 are made float again first. The runtime asks the processor as well.
+    half = variant.options.get("INFERENCE_PRECISION_HINT") == "bf16" and BF16 & cpu_features()
+    return "bf16" if half else "fp32"
+
+
+def share_of_peak(bundle: Bundle, variant: Variant, texts: list[str], speed: float) -> None:
+    """Print how much `speed` texts per second are of the matmul speed in the variant's precision.
 
     Counts 2 operations per weight of a linear layer and token; attention itself, about 3 % at these
     lengths, and all that is no matmul are left out.
@@ -58,9 +68,12 @@ def share_of_peak(bundle: Bundle, texts: list[str], speed: float) -> None:
     linear = sum(info.size for info in infos if len(info.shape) == 2)
     found = peaks()
     done = speed * tokens * 2 * linear / 1e9
-    print(f"  matmul           {done:,.0f} GOP/s ({tokens:.1f} tokens a text)")
-    for kind, peak in found.items():
-        print(f"    of {kind} peak   {done / peak:.0%} of {peak:,.0f} GOP/s")
+    kind = arithmetic(variant)
+    peak = found.pop(kind)
+    print(f"  matmul           {done:,.0f} GOP/s in {kind} ({tokens:.1f} tokens a text)")
+    print(f"    of {kind} peak   {done / peak:.0%} of {peak:,.0f} GOP/s")
+    others = ", ".join(f"{other} {speed:,.0f}" for other, speed in found.items())
+    print(f"    other peaks    {others} GOP/s")
 
 
 def main() -> None:
@@ -68,8 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", default="minilm")
     parser.add_argument("--peers", action="store_true", help="also the packaged peers (own venv)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--count", type=positive_int, default=3000)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -114,8 +127,9 @@ def main() -> None:
     print(f"  throughput ratio {against.median:.2f} [{against.low:.2f}, {against.high:.2f}]")
     print(f"  against torch    {ratio(best, torch).median:.2f}")
     print(f"  single p50       {torch.latency_ms_p50 / best.latency_ms_p50:.1f}x faster than torch")
-    share_of_peak(bundle, texts, best.items_per_second)
+    ran = bundle.variant(best.compared)
+    share_of_peak(bundle, ran, texts, best.items_per_second)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from command_line import positive_int, run_main
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from rich.console import Console
 from rich.table import Table
 
+from memopt.errors import BundleError
 from memopt.exporters.fuse import fuse
 from memopt.runtimes.cpu_graph import split_skip_layer_norm
 
@@ -49,8 +51,10 @@ def inputs(session: ort.InferenceSession, batch: int, length: int) -> dict[str, 
 
 def variants(file: Path, folder: Path) -> dict[str, Path]:
     """Write every contender below ``folder``."""
-    config = next(p / "config.json" for p in file.parents if (p / "config.json").is_file())
     model = onnx.load(file)
+    config = next((p / "config.json" for p in file.parents if (p / "config.json").is_file()), None)
+    if config is None:
+        raise BundleError(f"no config.json beside or above {file}", fix="give a bundle's graph")
     fused, report = fuse(model, json.loads(config.read_text(encoding="utf-8")))
     Console(stderr=True).print(report)
     made = {"portable": file}
@@ -93,8 +97,8 @@ def main() -> None:
     """Print one row per thread count and shape."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=positive_int, default=40)
     options = parser.parse_args()
     file = options.model if options.model.is_file() else options.model / "onnx" / "model.onnx"
     with tempfile.TemporaryDirectory() as folder:
@@ -113,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -31,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
 from memopt.bundle import Bundle, open_bundle
+from memopt.errors import BundleError
 from memopt.weights.convert import to_safetensors
 
 ROOT = Path(__file__).parents[1]
@@ -293,18 +295,31 @@ def row_of(contender: Contender, reference: Contender | None) -> dict[str, Any]:
     return row
 
 
+def language_model(folder: Path) -> Bundle:
+    """Open a bundle that writes text.
+
+    Raises:
+        BundleError: it has another task.
+    """
+    bundle = open_bundle(folder)
+    if bundle.manifest.task != "text-generation":
+        problem = f"bundle {folder} is for {bundle.manifest.task}, not text-generation"
+        raise BundleError(problem, fix="docs/language.md tells how one is made")
+    return bundle
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--threads", type=positive_int, nargs="+", default=[1, os.cpu_count() or 1])
+    parser.add_argument("--new", type=positive_int, default=64)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--only", default="", help="contenders whose name has this pattern")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    bundle = open_bundle(given.bundle)
+    bundle = language_model(given.bundle)
     if not given.no_peers and not (bundle.path / "model.safetensors").is_file():
         to_safetensors(bundle)
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
@@ -344,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

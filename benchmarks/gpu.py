@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from command_line import check_names, positive_float, run_main
 from make_models import write_tokenizer
 from rich.console import Console
 from rich.table import Table
@@ -274,17 +275,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(CONFIGS))
     parser.add_argument("--folder", type=Path, help="where models are built, and kept")
-    parser.add_argument("--build-limit", type=float, default=150, help="seconds a step may take")
+    parser.add_argument(
+        "--build-limit", type=positive_float, default=150, help="seconds a step may take"
+    )
     parser.add_argument("--save", type=Path, help="write the rows as JSON")
     parser.add_argument("--build", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.build:
         build(*given.build.split(":"), given.folder)
         return
+    names = given.models.split(",")
+    check_names("model", names, CONFIGS)
     if not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here: nothing to measure")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    names = given.models.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder or Path(scratch)
         build_all(names, folder, given.build_limit)
@@ -305,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,6 +13,7 @@ import argparse
 import sys
 
 import numpy as np
+from command_line import run_main
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -100,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from generate import Contender, Worker, peer_python, peers_of, prefix
+from command_line import positive_int, run_main
+from generate import Contender, Worker, language_model, peer_python, peers_of, prefix
 from rich.console import Console
 from rich.table import Table
 
-from memopt.bundle import Bundle, open_bundle
+from memopt.bundle import Bundle
 from memopt.runtimes.generate.words import end_tokens
 
 PROMPTS = (
@@ -63,10 +64,10 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--new", type=positive_int, default=32)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = compare(open_bundle(given.bundle), given.new)
+    rows = compare(language_model(given.bundle), given.new)
     if given.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -80,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,6 +28,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from command_line import nonnegative_int, positive_int, run_main
 
 from memopt import open_bundle
 from memopt.benchmark.workload import default_inputs
@@ -148,11 +149,11 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", default="models/minilm")
-    parser.add_argument("--rows", type=int, default=20_000, help="0: only --kills")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=nonnegative_int, default=20_000, help="0: only --kills")
+    parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--two", action="store_true", help="also two workers of one thread")
     parser.add_argument("--ray", action="store_true", help="also actors of a local Ray")
-    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--kills", type=nonnegative_int, default=0)
     arguments = parser.parse_args()
     bundle = str(open_bundle(arguments.bundle).path.absolute())
     with tempfile.TemporaryDirectory() as home:
@@ -174,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

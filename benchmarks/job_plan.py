@@ -14,6 +14,7 @@ import heapq
 import random
 from dataclasses import dataclass
 
+from command_line import positive_float, positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 
@@ -89,9 +90,9 @@ def simulate(given: Assumptions, seed: int) -> Outcome:
 def main() -> None:
     """Print one row a size of fragment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=float, default=1e9)
-    parser.add_argument("--rate", type=float, default=3700.0)
-    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--rows", type=positive_float, default=1e9)
+    parser.add_argument("--rate", type=positive_float, default=3700.0)
+    parser.add_argument("--workers", type=positive_int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     title = f"{asked.rows:.0e} rows, {asked.workers} workers of {asked.rate:,.0f} rows/s"
@@ -115,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from command_line import run_main
 
 from memopt.benchmark.workload import default_inputs
 
@@ -168,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ import numpy as np
 import soundfile
 import torch
 import transformers
+from command_line import positive_int, run_main
 from make_models import make
 from PIL import Image
 from rich.console import Console
@@ -188,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--work", type=Path, default=Path(".cache/media"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -215,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

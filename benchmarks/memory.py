@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import usearch.index
+from command_line import positive_int, run_main
 from line_chart import lines
 from rich.console import Console
 from rich.table import Table
@@ -414,7 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--sizes", type=positive_int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--large", action="store_true", help="also 1,000,000 (12 GB of memory)")
     parser.add_argument("--texts", action="store_true", help="questions of words only")
     parser.add_argument("--json", action="store_true")
@@ -509,4 +510,4 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 
+from command_line import positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 
@@ -65,8 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", default="minilm")
     parser.add_argument("--variants", default="onnx-fp32-fused,openvino-fp32")
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=positive_int, default=500)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from command_line import positive_int, run_main
 from quantize_peers import PLAIN, TORCH, Batches, Contender, opened, peers
 from rich.console import Console
 from rich.table import Table
@@ -293,7 +294,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("bundle", nargs="?", default="models/minilm")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--quick", action="store_true", help="no memory measurements")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -333,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import run_main
 from rich.console import Console
 from rich.table import Table
 
@@ -92,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

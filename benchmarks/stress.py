@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 import psutil
+from command_line import nonnegative_float, positive_float, run_main
 
 from memopt import ArrowEngine, open_bundle
 from memopt.benchmark.workload import default_inputs
@@ -31,8 +32,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--bundle", default="minilm")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--warm-up", type=float, default=60)
+    parser.add_argument("--seconds", type=positive_float, default=60)
+    parser.add_argument("--warm-up", type=nonnegative_float, default=60)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
     texts = default_inputs(bundle.manifest, 256)
@@ -81,9 +82,11 @@ def main() -> None:
     first, last = (statistics.median(part) for part in (memory[:quarter], memory[-quarter:]))
     print(f"{calls:,} calls, largest difference from serial {worst:.1e}")
     print(f"memory in use {first / 1e6:.0f} MB in the first quarter, {last / 1e6:.0f} in the last")
-    if worst > TOLERANCE or last > GROWTH * first:
-        raise SystemExit(1)
+    if worst > TOLERANCE:
+        raise SystemExit(f"a difference of more than {TOLERANCE:.0e}")
+    if last > GROWTH * first:
+        raise SystemExit(f"memory grew by more than {GROWTH - 1:.0%}: leak or short --warm-up")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

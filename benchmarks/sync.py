@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command_line import check_names, positive_int, run_main
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -340,15 +342,16 @@ def part_three(console: Console, repeats: int = 5) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--parameters", type=int, default=25_000_000)
+    parser.add_argument("--rounds", type=positive_int, default=10)
+    parser.add_argument("--steps", type=positive_int, default=20)
+    parser.add_argument("--parameters", type=positive_int, default=25_000_000)
     parser.add_argument("--parts", default="123", help="which parts to run")
     parser.add_argument("--serve-raw", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_raw:
         serve_raw()
         return
+    check_names("part", arguments.parts, "123")
     console = Console(width=None if Console().is_terminal else 190, highlight=False)
     good = "1" not in arguments.parts or part_one(console, arguments.rounds, arguments.steps)
     if "2" in arguments.parts:
@@ -360,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

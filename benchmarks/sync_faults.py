@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from chaos import ChaosProxy, Fault
+from command_line import positive_int, run_main
 
 from memopt.federation.client.client import SyncClient
 from memopt.federation.client.manager import DeltaSyncManager
@@ -156,7 +157,7 @@ def _restart(server: Server) -> None:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--rounds", type=positive_int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command_line import check_names, positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -222,11 +223,12 @@ def _row(
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", choices=[*MODELS, []], default=[*MODELS])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("kinds", nargs="*", default=[*MODELS], help=f"of {', '.join(MODELS)} [all]")
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--peers", action="store_true", help="also ONNX and OpenVINO (own venv)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    check_names("kind", options.kinds, MODELS)
     rows = [row for kind in options.kinds for row in measure(kind, options.rounds, options.peers)]
     if options.json:
         print(json.dumps(rows, indent=1))
@@ -250,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
