@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 from command_line import positive_int, run_main
 from rich.console import Console
@@ -19,25 +21,37 @@ from rich.table import Table
 
 from memopt import ArrowEngine, open_bundle
 from memopt.benchmark.workload import default_inputs
-from memopt.runtimes.batching import Budget
+
+
+def asked_of(engine: ArrowEngine, texts: list[str]) -> tuple[Any, list[tuple[str, Any]]]:
+    """Return the backend that encode() asks for ``texts``, and each method and feed it asks with.
+
+    They are noted on the way: which texts share a row, and who answers one alone, is the engine's.
+    """
+    single = engine._single.chain if engine._single and len(texts) == 1 else None
+    backend: Any = (single or engine._chain).backend
+    calls: list[tuple[str, Any]] = []
+
+    def noted(method: str) -> Callable[[Any], Any]:
+        ask = getattr(backend, method)
+        return lambda feed: calls.append((method, feed)) or ask(feed)
+
+    backend.run, backend.submit = noted("run"), noted("submit")
+    try:
+        engine.encode(texts)
+    finally:
+        del backend.run, backend.submit
+    return backend, calls
 
 
 def pure(engine: ArrowEngine, texts: list[str]) -> float:
     """Return the seconds the backend alone needs for the batches encode() makes of ``texts``."""
-    front, backend = engine._front_end(), engine._chain.backend
-    if len(texts) == 1:
-        (batch,) = front.prepare(texts, Budget(tokens=backend.tokens))
-        begin = time.perf_counter()
-        backend.run(batch.feed)
-        return time.perf_counter() - begin
-    feeds = [
-        batch.feed
-        for chunk in front.chunks(texts)
-        for batch in front.prepare([texts[i] for i in chunk], Budget(tokens=backend.tokens))
-    ]
+    backend, calls = asked_of(engine, texts)
     begin = time.perf_counter()
-    for future in [backend.submit(feed) for feed in feeds]:
-        future.result()
+    answers = [getattr(backend, method)(feed) for method, feed in calls]
+    for (method, _), answer in zip(calls, answers, strict=True):
+        if method == "submit":
+            answer.result()
     return time.perf_counter() - begin
 
 
