@@ -34,7 +34,12 @@ def asked_of(engine: ArrowEngine, texts: list[str]) -> tuple[Any, list[tuple[str
 
     def noted(method: str) -> Callable[[Any], Any]:
         ask = getattr(backend, method)
-        return lambda feed: calls.append((method, feed)) or ask(feed)
+
+        def call(feed: Any) -> Any:
+            calls.append((method, feed))
+            return ask(feed)
+
+        return call
 
     backend.run, backend.submit = noted("run"), noted("submit")
     try:
