@@ -325,6 +325,8 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
     tokenizer.no_truncation()
     tried = contenders(bundle, given.threads, not given.no_peers)
+    if not tried:
+        raise BundleError(f"{bundle.path} has no variant to run", fix="run memopt export first")
     # The float model that the others are told by stays.
     tried = [c for c in tried if re.search(given.only, c.label) or c.label == REFERENCE]
     measure(tried, tokenizer, given.rounds, given.new)
