@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def loud(model: Any) -> Any:
     return model.eval()
 
 
+def agrees(model: Any, lengths: Sequence[int]) -> None:
+    """Compare, of texts so long, what a model answers by distance, before and after."""
+    for tokens in lengths:
+        ids = torch.randint(3, 99, (3, tokens))
+        mask = torch.ones_like(ids)
+        mask[1, tokens // 2 + 1 :] = 0
+        with torch.no_grad():
+            wanted = model(ids, attention_mask=mask)[0]
+            with by_distance(model):
+                found = model(ids, attention_mask=mask)[0]
+            torch.testing.assert_close(found[mask > 0], wanted[mask > 0], atol=5e-5, rtol=0)
+            assert torch.equal(model(ids, attention_mask=mask)[0], wanted)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -64,18 +79,8 @@ def test_the_scores_are_transformers_own(settings: dict[str, Any]) -> None:
     """Of one token, of few, and of more than the model was made for, with padding; then undone."""
     torch.manual_seed(0)
     model = loud(hf.DebertaV2Model(hf.DebertaV2Config(**{**TEXT, **settings})))
-    lengths = (1, 2, 3, 17, 64) + ((150,) if not settings.get("position_biased_input") else ())
     before = dict(model.named_buffers())
-    for tokens in lengths:
-        ids = torch.randint(3, 99, (3, tokens))
-        mask = torch.ones_like(ids)
-        mask[1, tokens // 2 + 1 :] = 0
-        with torch.no_grad():
-            wanted = model(ids, attention_mask=mask)[0]
-            with by_distance(model):
-                found = model(ids, attention_mask=mask)[0]
-            torch.testing.assert_close(found[mask > 0], wanted[mask > 0], atol=5e-5, rtol=0)
-            assert torch.equal(model(ids, attention_mask=mask)[0], wanted)
+    agrees(model, (1, 2, 3, 17, 64) + ((150,) if not settings.get("position_biased_input") else ()))
     assert dict(model.named_buffers()).keys() == before.keys()
 
 
@@ -87,15 +92,7 @@ def test_so_are_the_first_ones(settings: dict[str, Any]) -> None:
     """DeBERTa's first version has a layout of its own and takes each distance as it is."""
     torch.manual_seed(0)
     model = loud(hf.DebertaModel(hf.DebertaConfig(**{**TEXT, **settings})))
-    for tokens in (1, 2, 17, 64, 100):
-        ids = torch.randint(3, 99, (3, tokens))
-        mask = torch.ones_like(ids)
-        mask[1, tokens // 2 + 1 :] = 0
-        with torch.no_grad():
-            wanted = model(ids, attention_mask=mask)[0]
-            with by_distance(model):
-                found = model(ids, attention_mask=mask)[0]
-        torch.testing.assert_close(found[mask > 0], wanted[mask > 0], atol=5e-5, rtol=0)
+    agrees(model, (1, 2, 17, 64, 100))
 
 
 def test_sounds_have_the_same_attention() -> None:
