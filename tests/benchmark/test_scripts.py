@@ -88,7 +88,7 @@ def test_every_script_tells_its_arguments_and_refuses_no_rounds() -> None:
     [
         (["cold_start.py", "--bundle", "nope"], 1, "error: no bundle at 'nope'"),
         (["job_plan.py", "--rows", "0"], 2, "'0' is not a number above 0"),
-        (["conversations.py", "--data", "nope"], 1, "error: No such file or directory (nope)"),
+        (["fusion.py", "nope"], 1, "error: No such file or directory (nope/onnx/model.onnx)"),
         (["serve.py", "--peer", "fastembd"], 2, "error: unknown peer 'fastembd'; did you mean"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
