@@ -198,6 +198,7 @@ def _pieces_of_file(source: Path) -> tuple[str, str, list[str | None]]:
 def _pieces(tokenizer: Any, text: str) -> list[str | None]:
     """Return the pieces of a text, None for what the vocabulary does not hold."""
     tokenizer.no_truncation()
+    tokenizer.no_padding()  # saved with many a file, MiniLM's among them
     unknown = getattr(tokenizer.model, "unk_token", None)
     tokens = tokenizer.encode(text, add_special_tokens=False).tokens
     return _joined(None if t == unknown or tokenizer.token_to_id(t) is None else t for t in tokens)

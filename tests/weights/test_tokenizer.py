@@ -89,7 +89,7 @@ def test_saved_truncation_and_padding_do_not_count(source: Path, tmp_path: Path)
     """A model without a limit gets whole texts, though its tokenizer was saved while cutting."""
     stored = Tokenizer.from_file(str(source / "tokenizer.json"))
     stored.enable_truncation(5)
-    stored.enable_padding(length=9)
+    stored.enable_padding(length=200)
     stored.save(str(source / "tokenizer.json"))
     edit(source, "tokenizer_config.json", model_max_length=10**30)
     config = {"model_type": "t5", "architectures": ["T5EncoderModel"], "n_positions": 9}
