@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TypeVar
 
-from memopt.errors import ConfigurationError, MemoptError
-from memopt.registry import nearest
+from memopt.errors import MemoptError
 
 N = TypeVar("N", int, float)
 
@@ -31,17 +30,6 @@ def positive_float(text: str) -> float:
 def nonnegative_float(text: str) -> float:
     """Read a number of at least 0, where 0 leaves a measurement out."""
     return _number(text, float, 0, "a number of at least 0")
-
-
-def check_names(what: str, given: Collection[str], known: Collection[str]) -> None:
-    """Refuse what is none of the known names.
-
-    Raises:
-        ConfigurationError: naming the nearest.
-    """
-    for name in given:
-        if name not in known:
-            raise ConfigurationError(f"unknown {what} {name!r}", fix=nearest(name, known))
 
 
 def run_main(main: Callable[[], None]) -> None:

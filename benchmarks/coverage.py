@@ -33,9 +33,11 @@ from typing import Any
 import numpy as np
 import psutil
 import tiny_models as tiny
-from command_line import check_names, positive_int, run_main
+from command_line import positive_int, run_main
 from coverage_page import STATUSES, counted, write_page
 from rich.console import Console
+
+from memopt.registry import check_names
 
 SECONDS = 240  # of processor time, which others on the machine do not stretch
 PATIENCE = 6  # times that on the clock

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from command_line import check_names, positive_float, run_main
+from command_line import positive_float, run_main
 from make_models import write_tokenizer
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +39,7 @@ from memopt.benchmark.record import versions
 from memopt.benchmark.workload import default_inputs
 from memopt.bundle import open_bundle
 from memopt.exporters.base import export
+from memopt.registry import check_names
 from memopt.runtimes.aoti import Package
 from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.engine import ArrowEngine

@@ -34,13 +34,14 @@ from typing import Any
 
 import numpy as np
 import orjson
-from command_line import check_names, nonnegative_float, positive_float, run_main
+from command_line import nonnegative_float, positive_float, run_main
 from rich.console import Console
 from rich.table import Table
 from serve_load import Client, generator, load
 
 from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
+from memopt.registry import check_names
 from memopt.runtimes.engine import ArrowEngine
 from memopt.weights.convert import resolve, to_safetensors
 

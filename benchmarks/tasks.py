@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from command_line import check_names, positive_int, run_main
+from command_line import positive_int, run_main
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -32,6 +32,7 @@ from memopt.benchmark.record import BenchmarkMetrics, ratio
 from memopt.benchmark.runner import run
 from memopt.bundle import open_bundle
 from memopt.optimize.run import optimize
+from memopt.registry import check_names
 from memopt.weights.convert import convert
 from memopt.weights.sources import find_source
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,19 @@ def check_keys(what: str, keys: Iterable[object], known: Iterable[str]) -> None:
             raise ConfigurationError(
                 f"{what} has unknown key {key!r}", fix=nearest(str(key), names)
             )
+
+
+def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse what is none of the known names.
+
+    Raises:
+        ConfigurationError: naming it, and the nearest that is.
+
+    >>> check_names("peer", ["optimum"], ["fastembed", "optimum"])
+    """
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(f"unknown {what} {name!r}", fix=nearest(name, known))
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from memopt.benchmark.peers import (
     PEER_PYTHON,
+    PEERS,
     Contender,
-    check_peers,
     peer_contenders,
     peer_python,
 )
@@ -26,6 +26,7 @@ from memopt.benchmark.workload import default_inputs, read_inputs
 from memopt.bundle import Bundle, open_bundle
 from memopt.errors import BundleError, ConfigurationError, InputError, MemoptError
 from memopt.progress import Step, silent
+from memopt.registry import check_names
 from memopt.runtimes.profile import Profile
 from memopt.runtimes.providers import AUTO_ORDER, canonical, installed
 from memopt.runtimes.selection import runnable
@@ -252,7 +253,7 @@ def below_gate(records: Sequence[BenchmarkMetrics]) -> list[str]:
 
 
 def _peers(bundle: Bundle, names: list[str], say: Step) -> list[Contender]:
-    check_peers(names)
+    check_names("peer", names, PEERS)
     if bundle.manifest.task != "embedding":
         raise ConfigurationError(
             f"peers embed text, {bundle.path} is of task {bundle.manifest.task}",

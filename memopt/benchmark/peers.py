@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
-from memopt.registry import nearest
+from memopt.registry import check_names
 
 # sentence-transformers[onnx,openvino] resolves to an older release than the newest, because its
 # newest needs transformers 5 and optimum-onnx does not run with that.
@@ -55,17 +54,6 @@ def peer_python() -> str:
     return str(PEER_PYTHON.absolute())
 
 
-def check_peers(names: Sequence[str]) -> None:
-    """Refuse a name that is no peer.
-
-    Raises:
-        ConfigurationError: naming the nearest.
-    """
-    for name in names:
-        if name not in PEERS:
-            raise ConfigurationError(f"unknown peer {name!r}", fix=nearest(name, PEERS))
-
-
 def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str) -> list[Contender]:
     """Return the contenders for these peers, opened on ``source`` (a model folder).
 
@@ -78,7 +66,7 @@ def peer_contenders(names: list[str], bundle: Bundle, source: Path, python: str)
     Raises:
         ConfigurationError: an unknown peer.
     """
-    check_peers(names)
+    check_names("peer", names, PEERS)
     manifest = bundle.manifest
     path = str(source.absolute())
     common = {

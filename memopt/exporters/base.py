@@ -18,7 +18,7 @@ from memopt.exporters.record import record
 from memopt.exporters.refusals import foreseen, refused
 from memopt.files import staged_directory
 from memopt.progress import Step, silent
-from memopt.registry import nearest
+from memopt.registry import check_names
 from memopt.runtimes.torch_model import LoadedModel
 from memopt.runtimes.towers import other_task
 from memopt.tasks.table import task_of
@@ -226,8 +226,7 @@ def _checked(format: str, task: str, precision: str, opset: int, manifest: Manif
         ("precision", precision, EXPORT_PRECISIONS),
     )
     for what, value, allowed in problems:
-        if value not in allowed:
-            raise ConfigurationError(f"unknown {what} {value!r}", fix=nearest(value, allowed))
+        check_names(what, [value], allowed)
     if opset not in onnx.OPSETS:
         raise ConfigurationError(
             f"opset {opset} is not supported",

@@ -61,12 +61,13 @@ def _attentions(model: Any) -> Iterator[tuple[Any, Any, Any]]:
             continue
         if not hasattr(encoder, "get_rel_embedding"):
             continue
+        embeddings = encoder.get_rel_embedding()
         for attention in encoder.modules():
             if isinstance(attention, library.DisentangledSelfAttention):
                 bucketed = getattr(library, "make_log_bucket_position", None)
                 rows = _rows_of_distances(attention, bucketed)
                 if rows is not None:
-                    yield attention, encoder.get_rel_embedding(), rows
+                    yield attention, embeddings, rows
 
 
 def _span(attention: Any) -> int:

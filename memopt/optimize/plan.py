@@ -13,7 +13,7 @@ from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
 from memopt.jsontext import parse_json
 from memopt.quantization.recipe import Recipe
-from memopt.registry import check_keys, nearest
+from memopt.registry import check_keys, check_names, nearest
 from memopt.tasks.quality import MEASURES
 
 PLAN_VERSION = 1
@@ -252,7 +252,5 @@ def check_targets(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise ConfigurationError("no target given", fix="choose from: " + ", ".join(TARGETS))
-    for name in names:
-        if name not in TARGETS:
-            raise ConfigurationError(f"unknown target {name!r}", fix=nearest(name, TARGETS))
+    check_names("target", names, TARGETS)
     return names
