@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memopt import metrics
 from memopt.errors import BundleError, DeviceError, InputError, WeightsError
 from memopt.runtimes.base import Backend, Placement
-from memopt.runtimes.limits import OverLimit
+from memopt.runtimes.limits import lacks_memory
 from memopt.runtimes.processes import keep_for_ever, watch
 from memopt.runtimes.providers import FORKS, Unavailable, one_line
 
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memopt.runtimes.base import Feed, Rows
-
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "out_of_memory",
-    "failed to allocate",
-    "can't alloc",  # OpenVINO's nodes
-    "cannot allocate memory",  # the system, of a thread's stack too
-    "bad_alloc",
-    "bad allocation",
-    "cudaerrormemoryallocation",
-    "cublas_status_alloc_failed",
-    "available memory of",  # ONNX Runtime: "Available memory of N is smaller than requested"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +340,4 @@ def _refuse_input(error: Exception) -> None:
 
 
 def _kind(error: Exception, otherwise: str) -> str:
-    text = str(error).lower()
-    if isinstance(error, MemoryError | OverLimit) or any(sign in text for sign in _OUT_OF_MEMORY):
-        return "memory"
-    return otherwise
+    return "memory" if lacks_memory(error) else otherwise

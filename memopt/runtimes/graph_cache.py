@@ -18,14 +18,15 @@ from memopt.bundle import Variant
 from memopt.files import publish, staged_directory
 from memopt.runtimes.cpu import cpu_features
 from memopt.runtimes.cpu_graph import REVISION, split_skip_layer_norm
+from memopt.runtimes.limits import lacks_memory
 
 log = logging.getLogger("memopt.runtimes")
 FOLDER = ".ort-cache"
 SWITCH = "MEMOPT_GRAPH_CACHE"  # set to 0 to open models without it
-# Smaller tensors stay in the graph: shapes and constants that optimization itself reads.
 # onnxruntime's own fallback prints to standard output, where a command's JSON goes, and tells
 # nobody else.
 _CPU: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": False}
+# Smaller tensors stay in the graph: shapes and constants that optimization itself reads.
 _FEWEST_BYTES = "1024"
 
 
@@ -55,6 +56,9 @@ def open_cached(
     try:
         return _open(path, options())
     except Exception as error:  # noqa: BLE001 - a damaged cache costs time, never the answer
+        if lacks_memory(error):
+            log.warning("the graph cache %s could not be used: %s", path, error)
+            return None
         log.warning("the graph cache %s is damaged and was removed: %s", path, error)
         _remove(path)
         return None

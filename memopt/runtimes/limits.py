@@ -22,6 +22,18 @@ _LIBRARY_MB = {
 }
 _COPIES = {"onnx": 1, "openvino": 2, "torch-aoti": 1}
 _WORKSPACE_MB = 100
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "out_of_memory",
+    "failed to allocate",
+    "can't alloc",  # OpenVINO's nodes
+    "cannot allocate memory",  # the system, of a thread's stack too
+    "bad_alloc",
+    "bad allocation",
+    "cudaerrormemoryallocation",
+    "cublas_status_alloc_failed",
+    "available memory of",  # ONNX Runtime: "Available memory of N is smaller than requested"
+)
 
 
 class OverLimit(DeviceError):
@@ -89,6 +101,16 @@ def check_vram(threshold: float, needed_mb: float) -> float | None:
             f"{needed_mb:.0f} MB more would pass vram_threshold={threshold:g}"
         )
     return allowed
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether what a runtime raised says that it had too little memory.
+
+    >>> lacks_memory(RuntimeError("Exception during initialization: std::bad_alloc"))
+    True
+    """
+    text = str(error).lower()
+    return isinstance(error, MemoryError | OverLimit) or any(s in text for s in _OUT_OF_MEMORY)
 
 
 def vram() -> Vram | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ def command(source: Path, target: Path | str, bundle: Bundle, *more: str) -> lis
     options = [f"--{name.replace('_', '-')}={value}" for name, value in HOW.items()]
     own = [sys.executable, "-m", "memopt", "job", "embed", str(source), "-o", str(target)]
     return [*own, "-b", str(bundle.path), *options, *more]
+
+
+def worker() -> BaseProcess:
+    """Return a worker of the job that runs; the system knows more children than workers."""
+    children = multiprocessing.active_children()
+    return next(child for child in children if child.name.startswith("memopt-job-"))
 
 
 def parts(target: Path) -> dict[str, bytes]:

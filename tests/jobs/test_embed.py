@@ -13,14 +13,13 @@ from pathlib import Path
 
 import lance
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from memopt import ArrowEngine
 from memopt.bundle import Bundle
 from memopt.errors import ConfigurationError, InputError
-from tests.jobs.kit import KEPT, NONE, ROWS, command, parts, run
+from tests.jobs.kit import KEPT, NONE, ROWS, command, parts, run, worker
 
 
 def test_every_row_is_encoded_or_set_aside(source: Path, tmp_path: Path, minilm: Bundle) -> None:
@@ -95,13 +94,13 @@ def test_kills_at_random_moments_change_nothing(
 
 def test_a_worker_that_dies_is_replaced(source: Path, tmp_path: Path, minilm: Bundle) -> None:
     """Its fragments are done again, and the report says so."""
-    killed: list[int] = []
+    killed: list[int | None] = []
 
     def on_progress(done: int, of: int) -> None:
         if not killed:
-            worker = psutil.Process().children()[-1]
-            killed.append(worker.pid)
-            worker.kill()
+            victim = worker()
+            killed.append(victim.pid)
+            victim.kill()
 
     report = run(source, tmp_path / "out", minilm, on_progress=on_progress)
     assert any("signal 9" in line for line in report.restarts)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from memopt.bundle import Bundle
 from memopt.jobs.embed import embed_job
+from tests.jobs.kit import worker
 
 ROWS = 64
 # One layer's attention scores of all rows at once: 12 heads of 256 x 256 float32.
@@ -37,7 +37,7 @@ def test_too_little_memory_halves_batches(
     peaks = []
 
     def on_progress(done: int, of: int) -> None:
-        status = Path(f"/proc/{psutil.Process().children()[-1].pid}/status").read_text()
+        status = Path(f"/proc/{worker().pid}/status").read_text()
         peaks.append(int(status.split("VmPeak:")[1].split()[0]) << 10)
 
     options: dict[str, Any] = {"variant": variant, "on_progress": on_progress}

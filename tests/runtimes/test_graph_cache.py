@@ -85,3 +85,19 @@ def test_an_unwritable_folder_only_means_no_cache(
     monkeypatch.setattr(graph_cache, "staged_directory", refuse)
     assert encode(bundle).shape == (3, 384)
     assert cached(bundle) == []
+
+
+def test_a_cache_that_found_too_little_memory_stays(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not damaged: the next open reads it."""
+    right, kept = encode(bundle), cached(bundle)
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("Exception during initialization: std::bad_alloc")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph_cache, "_open", refuse)
+        np.testing.assert_allclose(encode(bundle), right, atol=1e-6)
+    assert "could not be used" in caplog.text
+    assert cached(bundle) == kept
