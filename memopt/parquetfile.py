@@ -30,6 +30,7 @@ _CODECS = range(8)
 _ENCODINGS = {0, *range(2, 10)}
 _DEEPEST = 64  # levels of nested columns; pyarrow's own readers recurse over them
 _WIDEST = 1 << 30  # bytes of one fixed-length value
+_NO_THREAD = "Resource temporarily unavailable"  # Arrow found no memory for a thread of its own
 # What reading a damaged file raises besides Arrow's own exceptions.
 _DAMAGE = (
     OSError,
@@ -156,9 +157,11 @@ class one_line:  # noqa: N801 - used as a function
 
         known = (*_DAMAGE, pa.ArrowException)
         if isinstance(value, known) and not isinstance(value, MemoptError):
+            fix = "it was cut short or changed; make it again"
+            if isinstance(value, MemoryError) or _NO_THREAD in str(value):
+                fix = f"free memory; where there is enough, {fix}"
             raise self._error(
-                f"{self._path} is not a readable Parquet file: {first_line(value)}",
-                fix="it was cut short or changed; make it again",
+                f"{self._path} is not a readable Parquet file: {first_line(value)}", fix=fix
             ) from value
 
 

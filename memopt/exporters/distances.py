@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -28,13 +28,10 @@ _PROJECTIONS = {
 @contextmanager
 def by_distance(model: Any) -> Iterator[None]:
     """Let the attentions of a torch model that are DeBERTa's compute so while the block runs."""
-    changed = [_changed(*found) for found in _attentions(model)]
-    try:
+    with ExitStack() as undo:
+        for found in _attentions(model):
+            _change(*found, undo)
         yield
-    finally:
-        for attention, names in changed:
-            for name in names:
-                delattr(attention, name)
 
 
 def projected_positions(model: Any) -> dict[str, Any]:
@@ -90,12 +87,15 @@ def _rows_of_distances(attention: Any, bucketed: Any) -> Any:
     return rows[far : 3 * far + 1].clone() if same else None
 
 
-def _changed(attention: Any, embeddings: Any, rows: Any) -> tuple[Any, tuple[str, ...]]:
-    """Give an attention its positions as buffers; return it and what was added."""
+def _change(attention: Any, embeddings: Any, rows: Any, undo: ExitStack) -> None:
+    """Give an attention its positions as buffers; ``undo`` takes them away."""
     import torch
 
-    added = ["distance_rows"]
-    attention.register_buffer("distance_rows", rows.to(embeddings.device), persistent=False)
+    def add(name: str, value: Any) -> None:
+        attention.register_buffer(name, value, persistent=False)
+        undo.callback(delattr, attention, name)
+
+    add("distance_rows", rows.to(embeddings.device))
     for which, names in _PROJECTIONS.items():
         if which in attention.pos_att_type:
             project = getattr(attention, next(n for n in names if hasattr(attention, n)))
@@ -103,13 +103,12 @@ def _changed(attention: Any, embeddings: Any, rows: Any) -> tuple[Any, tuple[str
                 projected = project(embeddings[: 2 * _span(attention)])
                 by_head = projected.unflatten(-1, (attention.num_attention_heads, -1))
             placed = by_head.transpose(0, 1).contiguous()
-            attention.register_buffer(f"{which}_positions", placed, persistent=False)
-            added.append(f"{which}_positions")
+            add(f"{which}_positions", placed)
     method = "disentangled_attention_bias"
     if not hasattr(attention, method):
         method = "disentangled_att_bias"
     setattr(attention, method, MethodType(_bias, attention))
-    return attention, (*added, method)
+    undo.callback(delattr, attention, method)
 
 
 def _bias(

@@ -152,9 +152,10 @@ def _other_pieces(source: Path, target: Path) -> list[str]:
     """
     from tokenizers import Tokenizer
 
-    name, probe, pieces = _pieces_of_file(source)
-    if not name:
+    kept = _pieces_of_file(source)
+    if kept is None:
         return []
+    name, probe, pieces = kept
     found = _pieces(Tokenizer.from_file(str(target)), probe)
     differ = (i for i, pair in enumerate(zip_longest(found, pieces)) if pair[0] != pair[1])
     first = next(differ, None)
@@ -167,8 +168,8 @@ def _other_pieces(source: Path, target: Path) -> list[str]:
     ]
 
 
-def _pieces_of_file(source: Path) -> tuple[str, str, list[str | None]]:
-    """Return the file whose word it is, a text, and its pieces there; "" where there is none."""
+def _pieces_of_file(source: Path) -> tuple[str, str, list[str | None]] | None:
+    """Return the file whose word it is, a text, and its pieces there; None where there is none."""
     from tokenizers import Tokenizer
 
     try:
@@ -187,12 +188,9 @@ def _pieces_of_file(source: Path) -> tuple[str, str, list[str | None]]:
     if (source / "tokenizer.json").is_file():
         # Whether a space comes first is the configuration's to say.
         probe = f" {PLAIN}"
-        return (
-            "tokenizer.json",
-            probe,
-            _pieces(Tokenizer.from_file(str(source / "tokenizer.json")), probe),
-        )
-    return "", "", []
+        file = Tokenizer.from_file(str(source / "tokenizer.json"))
+        return "tokenizer.json", probe, _pieces(file, probe)
+    return None
 
 
 def _pieces(tokenizer: Any, text: str) -> list[str | None]:

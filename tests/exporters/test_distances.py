@@ -95,6 +95,18 @@ def test_so_are_the_first_ones(settings: dict[str, Any]) -> None:
     agrees(model, (1, 2, 17, 64, 100))
 
 
+def test_what_cannot_be_changed_is_left_as_it_was() -> None:
+    """The first layer has its positions already where the second's cannot be projected."""
+    model = hf.DebertaV2Model(hf.DebertaV2Config(**{**TEXT, "share_att_key": False}))
+    before = [name for name, _ in model.named_buffers()]
+    model.encoder.layer[1].attention.self.pos_query_proj = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"), by_distance(model):
+        pass
+    assert [name for name, _ in model.named_buffers()] == before
+    first = model.encoder.layer[0].attention.self
+    assert "disentangled_attention_bias" not in vars(first)
+
+
 def test_sounds_have_the_same_attention() -> None:
     """SEW-D is a DeBERTa over sound."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from memopt.errors import WeightsError
+from memopt.parquetfile import one_line
 from memopt.weights import schema
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
@@ -247,6 +248,19 @@ def test_damage_is_named(path: Path) -> None:
         edit(path, **{column: values})
         with pytest.raises(WeightsError, match=rf"row 0 \(a\.weight\).*{message}"):
             WeightLoader(path).load("a.weight")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pa.ArrowMemoryError("malloc of size 64 failed"),
+        pa.ArrowException("Failed to launch worker thread: Resource temporarily unavailable"),
+    ],
+)
+def test_too_little_memory_is_no_damage(said: Exception, path: Path) -> None:
+    """A whole file need not be made again."""
+    with pytest.raises(WeightsError, match="free memory"), one_line(path, WeightsError):
+        raise said
 
 
 def test_a_wrong_file_is_refused(path: Path) -> None:
