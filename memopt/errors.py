@@ -17,6 +17,11 @@ Every message says what was wrong, with the value; ``fix`` says what to do about
 
 from __future__ import annotations
 
+import re
+
+# Those of an absolute path; of a URL nothing.
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^\s/'\"]+/)+")
+
 
 class MemoptError(Exception):
     """Base of every error memopt raises on purpose.
@@ -92,9 +97,22 @@ def first_line(error: BaseException) -> str:
 
 
 def brief(error: object, most: int = 200) -> str:
-    """Return the beginning of what an error says, or its kind where it says nothing.
+    """Return what an error says in one line of up to ``most`` characters.
+
+    Its kind where it says nothing. What is too long loses the folders of its paths, then its
+    middle: libraries say where first and why last.
 
     >>> brief(ValueError("no such\\n  file"))
     'no such file'
+    >>> brief("cannot load /home/me/a/model.onnx: unknown operator Sorcery", most=50)
+    'cannot load model.onnx: unknown operator Sorcery'
+    >>> brief("from node.cpp: " + "at " * 100 + "std::bad_alloc", most=42)
+    'from node.cpp: at at at ... std::bad_alloc'
     """
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > most:
+        text = _FOLDERS.sub("", text)
+    if len(text) > most:
+        end = most // 3
+        text = f"{text[: most - end - 5].rstrip()} ... {text[-end:].lstrip()}"
+    return text

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from memopt.errors import DeviceError
+from memopt.errors import DeviceError, brief
 from memopt.extras import pip_command
 from memopt.registry import Entry, nearest
 
@@ -239,10 +239,10 @@ def _try(name: str) -> tuple[bool, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first lines of an error as one short line with its type.
+    """Return an error as one short line with its type.
 
     >>> one_line(ValueError("a\\n  b"))
     'ValueError: a b'
     """
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
+    kind = type(error).__name__
+    return f"{kind}: {brief(error, 300)}" if str(error).strip() else kind

@@ -61,8 +61,12 @@ def test_operators_that_no_runtime_has(make_graph: Callable[..., Path], tmp_path
     with pytest.raises(ExportError, match=r"operator Magic of the domain 'com\.acme'"):
         import_graph(path, tmp_path / "out")
     path = make_graph([node("Sorcery", ["x"], ["y"])], *ports)
-    with pytest.raises(ExportError, match=r"ONNX Runtime cannot open .*Sorcery"):
-        import_graph(path, tmp_path / "out")
+    deep = tmp_path.joinpath(*["a-folder-with-a-long-name"] * 8) / path.name
+    deep.parent.mkdir(parents=True)
+    shutil.copy(path, deep)
+    for place in (path, deep):
+        with pytest.raises(ExportError, match=r"ONNX Runtime cannot open .*Sorcery"):
+            import_graph(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -175,6 +175,7 @@ def test_the_key_comes_from_a_file(fleet, tmp_path: Path) -> None:
 
     path = tmp_path / "key"
     path.write_text(KEY.hex())
+    path.chmod(0o644)
     with pytest.raises(ConfigurationError, match="chmod 600"):
         vault(path)
     path.chmod(0o600)
