@@ -42,7 +42,7 @@ from memopt.graphs.ir import (
     with_blocks,
 )
 from memopt.progress import Step, silent
-from memopt.weights.layout import is_transposed
+from memopt.weights.layout import as_stored, is_transposed
 from memopt.weights.quantized import QuantizedWeight
 from memopt.weights.reader import WeightLoader
 from memopt.weights.schema import QUANT_BITS
@@ -159,8 +159,7 @@ def quantized_graph(
                 editor.replace(value, weight.transposed() if turned else weight)
             else:
                 kept = loader.load(name).astype(stored.dtype)
-                laid_out = (kept.T if turned else kept).reshape(stored.shape)
-                set_constant(value, np.ascontiguousarray(laid_out))
+                set_constant(value, as_stored(kept, stored, turned=turned))
     if not editor.counts:
         raise ExportError(
             f"no quantized weight of {weights_file} is in {graph}", fix="export the model again"

@@ -36,6 +36,19 @@ def is_transposed(stored: np.ndarray, weight: np.ndarray, *, name: str) -> bool:
     )
 
 
+def as_stored(value: np.ndarray, stored: np.ndarray, *, turned: bool) -> np.ndarray:
+    """Return a weight's value, contiguous, in the layout of the graph's initializer ``stored``.
+
+    Args:
+        turned: what :func:`is_transposed` said of the two.
+
+    >>> w = np.arange(6).reshape(2, 3)
+    >>> as_stored(w, np.zeros((3, 2)), turned=True).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    return np.ascontiguousarray((value.T if turned else value).reshape(stored.shape))
+
+
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     # A bfloat16 or float16 checkpoint is exact in the float32 graph.
     return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)

@@ -13,7 +13,7 @@ from memopt.graphs.ir import constant, read_onnx, set_constant, to_proto
 from memopt.quantization.arrow import ArrowQuantizer, ArrowReport, LayerReport
 from memopt.quantization.math.hessians import GraphCalibration
 from memopt.quantization.method import BITS, Context, Layer, Make, MethodRecipe, Quantized
-from memopt.weights.layout import is_transposed
+from memopt.weights.layout import as_stored, is_transposed
 from memopt.weights.reader import WeightLoader
 
 
@@ -108,6 +108,5 @@ def _dequantized(context: Context[ArrowRecipe], weights: Path, kept: Collection[
                 continue
             turned = is_transposed(stored, original.load(name), name=name)
             value = np.asarray(quantized.load(name), np.float32)
-            laid_out = (value.T if turned else value).reshape(stored.shape)
-            set_constant(tensor, np.ascontiguousarray(laid_out))
+            set_constant(tensor, as_stored(value, stored, turned=turned))
     return to_proto(model)
