@@ -40,7 +40,7 @@ def check_keys(what: str, keys: Iterable[object], known: Iterable[str]) -> None:
             )
 
 
-def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None:
+def check_names(what: str, given: Iterable[object], known: Collection[str]) -> None:
     """Refuse what is none of the known names.
 
     Raises:
@@ -50,7 +50,7 @@ def check_names(what: str, given: Iterable[str], known: Collection[str]) -> None
     """
     for name in given:
         if name not in known:
-            raise ConfigurationError(f"unknown {what} {name!r}", fix=nearest(name, known))
+            raise ConfigurationError(f"unknown {what} {name!r}", fix=nearest(str(name), known))
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -12,7 +12,7 @@ from memopt.config import OptimizationConfig as Settings
 from memopt.config import load_config
 from memopt.errors import ConfigurationError
 from memopt.files import atomic_path
-from memopt.registry import nearest
+from memopt.registry import check_names
 from memopt.yamlfile import read_yaml
 
 # What the founding design sets where nothing is said, and memopt otherwise.
@@ -44,9 +44,7 @@ class OptimizationConfig:
 
     def __init__(self, **values: Any) -> None:
         names = _names()
-        for name in values:
-            if name not in names:
-                raise ConfigurationError(f"unknown setting {name!r}", fix=nearest(name, names))
+        check_names("setting", values, names)
         known = Settings.model_construct().model_dump(mode="json")
         for name, (section, key) in names.items():
             default = _DEFAULTS.get(name, known[section][key])

@@ -220,13 +220,9 @@ def _pair(
 
 
 def _checked(format: str, task: str, precision: str, opset: int, manifest: Manifest) -> str:
-    problems: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-        ("format", format, FORMATS),
-        ("task", task, ("auto", *TASKS)),
-        ("precision", precision, EXPORT_PRECISIONS),
-    )
-    for what, value, allowed in problems:
-        check_names(what, [value], allowed)
+    check_names("format", [format], FORMATS)
+    check_names("task", [task], ("auto", *TASKS))
+    check_names("precision", [precision], EXPORT_PRECISIONS)
     if opset not in onnx.OPSETS:
         raise ConfigurationError(
             f"opset {opset} is not supported",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from memopt.errors import ConfigurationError
 from memopt.federation.delta.arrays import DTYPES, FLOATS, Array, Weights, dtype_name, raw
 from memopt.federation.failures import SyncFailure
-from memopt.registry import nearest
+from memopt.registry import check_names
 
 METHODS = ("product", "freeze-a", "naive")
 ROBUST = ("mean", "median", "trimmed")
@@ -40,14 +40,8 @@ class AggregateSettings:
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("method", self.method, METHODS),
-            ("robust", self.robust, ROBUST),
-        ):
-            if value not in known:
-                raise ConfigurationError(
-                    f"unknown {name} {value!r}", fix=nearest(str(value), known)
-                )
+        check_names("method", [self.method], METHODS)
+        check_names("robust", [self.robust], ROBUST)
         if not 0 <= self.trim < 0.5:
             raise ConfigurationError(f"trim={self.trim} is not in [0, 0.5)")
         if self.max_norm is not None and not self.max_norm > 0:
@@ -59,10 +53,7 @@ class AggregateSettings:
     def from_dict(cls, values: Mapping[str, Any]) -> AggregateSettings:
         """Build from JSON; unknown keys and wrong types are refused."""
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigurationError(
-                f"unknown setting {unknown[0]!r}", fix=nearest(unknown[0], known)
-            )
+        check_names("setting", sorted(values), known)
         try:
             return cls(**values)
         except TypeError as error:

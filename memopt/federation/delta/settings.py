@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from memopt.errors import ConfigurationError
 from memopt.federation.delta.codecs import DEFAULT_LEVELS, INT8_LEVELS
-from memopt.registry import nearest
+from memopt.registry import check_names
 
 LOSSY = ("fp16", "int8", "int4", "topk")
 CODEC_NAMES = ("lossless", *LOSSY, "auto")
@@ -44,10 +44,7 @@ class DeltaSettings:
     dictionary: bytes = b""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODEC_NAMES:
-            raise ConfigurationError(
-                f"unknown codec {self.codec!r}", fix=nearest(self.codec, CODEC_NAMES)
-            )
+        check_names("codec", [self.codec], CODEC_NAMES)
         for name, value, good in (
             ("delta_threshold", self.delta_threshold, self.delta_threshold >= 0),
             ("full_ratio", self.full_ratio, self.full_ratio > 0),
