@@ -72,7 +72,7 @@ def lacked_memory(error: DeviceError) -> bool:
     if isinstance(error, Exhausted):
         return any(failure.kind == "memory" for failure in error.failures)
     cause = error.__cause__  # of a strict engine, what the provider raised
-    return isinstance(cause, Exception) and _kind(cause, "run") == "memory"
+    return isinstance(cause, Exception) and lacks_memory(cause)
 
 
 def tell(events: list[FallbackEvent], failures: Sequence[Failure], winner: Placement) -> None:
