@@ -14,7 +14,7 @@ import numpy as np
 from memopt.graphs.openvino import read_openvino
 from memopt.graphs.session import THREADS, Feed
 from memopt.runtimes.onnx import cpu_session, session_options
-from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_core import compile_known, open_core
 
 # Operators of ONNX Runtime whose product runs on integers.
 INTEGER_OPS = frozenset(
@@ -105,7 +105,7 @@ def _openvino_share(path: Path, feed: Feed, options: Mapping[str, str]) -> dict[
     }
     model.reshape(shapes)
     whole = sum(_node_macs(node) for node in model.get_ordered_ops())
-    compiled = open_core().compile_model(model, "CPU", dict(options))
+    compiled = compile_known(open_core(), model, "CPU", options)
     kernels: Counter[str] = Counter()
     integer = 0
     for node in compiled.get_runtime_model().get_ordered_ops():

@@ -18,7 +18,7 @@ from memopt.runtimes.frontend import make_front_end
 from memopt.runtimes.keys_values import BEAM, StatefulRun, from_nothing, with_positions
 from memopt.runtimes.onnx import cpu_session, session_options, takes_one_row
 from memopt.runtimes.openvino_axes import takes_one_row as openvino_takes_one_row
-from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_core import compile_known, open_core
 
 Feed = Mapping[str, NDArray[Any]]
 # Runs the graph and returns the values named when it was opened, in that order.
@@ -64,7 +64,7 @@ def open_openvino(
 
     Inputs that it does not have are left out; ``outputs`` are names or positions.
     """
-    compiled = open_core().compile_model(graph, "CPU", dict(options))
+    compiled = compile_known(open_core(), graph, "CPU", options)
     inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
     if BEAM in inputs:
         stateful = StatefulRun(compiled)
@@ -108,7 +108,7 @@ def open_graph(
         graph: the file, or for OpenVINO also a model in memory.
         format: "onnx" or "openvino".
         output: which output to return.
-        options: given to OpenVINO as they are.
+        options: given to OpenVINO, which may lack those of speed alone.
     """
     if format == "openvino":
         usual = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
@@ -135,7 +135,7 @@ def open_whole(
     """
     if format == "openvino":
         usual = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = open_core().compile_model(graph, "CPU", {**usual, **(options or {})})
+        compiled = compile_known(open_core(), graph, "CPU", {**usual, **(options or {})})
         inputs = {name: _sizes(port) for port in compiled.inputs for name in port.get_names()}
         if BEAM in inputs:
             stateful = StatefulRun(compiled)

@@ -64,7 +64,7 @@ def open_core() -> Any:
     return core
 
 
-def compile_known(core: Any, model: Any, device: str, options: Mapping[str, str]) -> Any:
+def compile_known(core: Any, model: Any, device: str, options: Mapping[str, Any]) -> Any:
     """Return a compiled model, without the options of speed alone that this OpenVINO lacks.
 
     They were measured, and kept in the bundle, with another release; that it is opened without one

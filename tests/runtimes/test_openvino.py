@@ -13,6 +13,7 @@ import pytest
 from memopt import ArrowEngine
 from memopt.bundle import Bundle
 from memopt.errors import DeviceError
+from memopt.graphs.session import open_openvino
 from memopt.runtimes import openvino, openvino_core, openvino_shapes
 from memopt.runtimes.openvino import OpenvinoBackend
 
@@ -135,6 +136,10 @@ def test_an_option_of_speed_that_this_openvino_lacks_is_left_out_aloud(
         np.testing.assert_allclose(engine.encode([SHORT]), expected, atol=1e-5)
         compiled = backend_of(engine)._single.compiled
         assert compiled.get_property("ENABLE_HYPER_THREADING") is False
+    assert "has no GONE_BY_NOW: opened without it" in caplog.text
+    caplog.clear()
+    graph = minilm.file(minilm.variant("openvino-fp32"))  # as quantizing opens it
+    open_openvino(graph, [0], {"GONE_BY_NOW": "YES"})
     assert "has no GONE_BY_NOW: opened without it" in caplog.text
     with pytest.raises(DeviceError, match="Unsupported property UNHEARD"):
         ArrowEngine(minilm, **usual, openvino_options={"UNHEARD": "YES"}).encode([SHORT])

@@ -12,7 +12,7 @@ from memopt.runtimes.base import Placement, Settings
 from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.keys_values import BEAM, KEEP, PAST, PRESENT
 from memopt.runtimes.onnx import OnnxBackend
-from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_core import compile_known, open_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -224,7 +224,7 @@ class OpenvinoDecoder:
         core = open_core()
         model = core.read_model(str(bundle.file(candidate.variant)))
         self._choosing = _add_keep(model)
-        self._compiled: Any = core.compile_model(model, "CPU", options)
+        self._compiled: Any = compile_known(core, model, "CPU", options)
         self.inputs = tuple(n for port in self._compiled.inputs for n in port.get_names())
         if BEAM not in self.inputs:
             raise _without_cache(bundle, candidate)

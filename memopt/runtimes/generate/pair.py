@@ -19,7 +19,7 @@ from memopt.runtimes.cpu import usable_cpus
 from memopt.runtimes.generate.decoders import latency_options, ort_value
 from memopt.runtimes.keys_values import BEAM, PAST, PRESENT, encoder_of
 from memopt.runtimes.onnx import OnnxBackend
-from memopt.runtimes.openvino_core import open_core
+from memopt.runtimes.openvino_core import compile_known, open_core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,7 +152,7 @@ class OpenvinoPair:
         files = (bundle.path / encoder, bundle.file(candidate.variant))
         # Nothing compiled is kept alive but by its requests.
         self._requests = [
-            core.compile_model(str(file), "CPU", options).create_infer_request() for file in files
+            compile_known(core, file, "CPU", options).create_infer_request() for file in files
         ]
         self._tensor = ov.Tensor
         first, second = (request.get_compiled_model() for request in self._requests)
